@@ -1,0 +1,163 @@
+"""The demo: the whole path on the bundled icons, from customizing a model to a page that shows who influenced what."""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Callable
+from importlib.resources import as_file, files
+from pathlib import Path
+
+import click
+import jinja2
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+import attrdb
+from attrdb.database import Database
+from attrdb.influence import DEFAULT_LAM, DEFAULT_TAU
+from attrdb.ingest.corpus import count_items, ingest_corpus
+from attrdb.ingest.encoders import DEFAULT_ENCODERS, load_encoder
+from attrdb.ingest.model import Exemplar, ingest_model, settings_for
+from attrdb.ingest.pictures import read_picture
+from attrdb.training.evaluation import evaluate
+
+CONCEPTS = ("sailboat-by-fxemoji", "lemon-by-streamline-emojis", "streamline-kameleon-color", "streamline-cyber-color")
+N_CANDIDATES = 7
+Report = Callable[[str, int, int], None]
+
+
+def bundled_exemplars(concept: str) -> tuple[list[Exemplar], str, str]:
+    """The exemplars of a bundled concept, its kind and its category."""
+    with as_file(files("attrdb") / "assets" / "icons.parquet") as path:
+        rows = pq.read_table(path, filters=[("role", "=", "exemplar")]).to_pylist()
+    chosen = [row for row in rows if json.loads(row["metadata"])["concept"] == concept]
+    kept = ("source", "uri", "creator", "license", "prompt")
+    exemplars = [
+        Exemplar(read_picture(row["name"], row["image"]), {name: row[name] for name in kept}) for row in chosen
+    ]
+    kind = json.loads(chosen[0]["metadata"])["kind"]
+    return exemplars, kind, chosen[0]["category"] if kind == "object" else concept
+
+
+def build(folder: Path, report: Report) -> Path:
+    """Build `<folder>/icons.attrdb` and `<folder>/index.html`; what is there already is not done again."""
+    path = folder / "icons.attrdb"
+    db = attrdb.open(path) if path.exists() else attrdb.create(path)
+    encoders = [load_encoder(spec) for spec in DEFAULT_ENCODERS]
+    with as_file(files("attrdb") / "assets" / "icons.parquet") as icons:
+        total, done = count_items(icons), 0
+
+        def advance(n_items: int) -> None:
+            nonlocal done
+            done += n_items
+            report("encode the corpus", done, total)
+
+        ingest_corpus(db, icons, encoders, report=advance)
+    for concept in CONCEPTS:
+        exemplars, kind, category = bundled_exemplars(concept)
+        settings = settings_for("icon-sd", kind, category)
+        ingest_model(
+            db,
+            exemplars,
+            settings,
+            encoders,
+            model_id=concept,
+            report=lambda stage, done, total, concept=concept: report(f"{concept}: {stage}", done, total),
+        )
+    for encoder_id in db.encoders:
+        evaluate(db, encoder_id, "own", lambda done, total, stage=encoder_id: report(f"evaluate {stage}", done, total))
+    page = folder / "index.html"
+    page.write_text(render(db, report), encoding="utf-8")
+    return page
+
+
+def figures(db: Database) -> list[dict]:
+    """Recall@10, chance, ceiling and mAP by kind and encoder, averaged over the prompt schemes."""
+    recall, precision = db.query("recall_at_k", k=10), db.query("mean_average_precision")
+    both = recall.join(precision, ["kind", "encoder_id", "prompt_scheme"], right_suffix="_again")
+    means = both.group_by(["kind", "encoder_id"]).aggregate(
+        [(name, "mean") for name in ("recall_at_k", "chance", "ceiling", "mean_average_precision")]
+        + [("n_samples", "sum")]
+    )
+    rows = means.rename_columns([name.removesuffix("_mean").removesuffix("_sum") for name in means.column_names])
+    return rows.sort_by([("kind", "ascending"), ("encoder_id", "ascending")]).to_pylist()
+
+
+def render(db: Database, report: Report) -> str:
+    """The page, as one HTML text with its pictures inside."""
+    images = db.sql("SELECT image_id, image, prompt, prompt_scheme, seed, source, category FROM images").to_pylist()
+    by_id = {row["image_id"]: row for row in images}
+
+    def uri(image_id: str) -> str:
+        return "data:image/webp;base64," + base64.b64encode(by_id[image_id]["image"]).decode()
+
+    models = db.sql("SELECT model_id, kind, category, train_prompt FROM models ORDER BY kind, model_id").to_pylist()
+    shown = []
+    for done, model in enumerate(models):
+        report("attribute samples", done, len(models))
+        own = {"id": model["model_id"]}
+        exemplars = db.sql(
+            "SELECT image_id, creator, license FROM exemplars WHERE model_id = $id ORDER BY image_id", own
+        ).to_pylist()
+        sample_ids = db.sql(
+            "SELECT image_id FROM samples WHERE model_id = $id ORDER BY prompt_scheme, prompt, image_id", own
+        )["image_id"].to_pylist()
+        true = {row["image_id"] for row in exemplars}
+        samples = [
+            {
+                **by_id[sample_id],
+                "image": uri(sample_id),
+                "candidates": [
+                    {
+                        "image": uri(found["image_id"]),
+                        "influence": found["influence"],
+                        "label": f"{found['category'] or ''} · {found['source']}",
+                        "true": found["image_id"] in true,
+                    }
+                    for found in db.attribute(sample_id, k=N_CANDIDATES).to_pylist()
+                ],
+            }
+            for sample_id in sample_ids
+        ]
+        credit = "; ".join(sorted({f"{row['creator']}, {row['license']}" for row in exemplars}))
+        name = model["category"] if model["kind"] == "object" else model["model_id"]
+        shown.append(
+            {
+                **model,
+                "title": f"{model['kind'].capitalize()}: {name}",
+                "exemplars": [uri(row["image_id"]) for row in exemplars],
+                "samples": samples,
+                "credit": credit,
+            }
+        )
+    report("attribute samples", len(models), len(models))
+    environment = jinja2.Environment(loader=jinja2.PackageLoader("attrdb"), autoescape=True, trim_blocks=True)
+    roles = db.status()["images_by_role"]
+    return environment.get_template("demo.html").render(
+        title="Who shaped these pictures?",
+        models=shown,
+        figures=figures(db),
+        command=f"attrdb query {db.path} recall_at_k -p k=10\nattrdb query {db.path} mean_average_precision",
+        encoder_id=db.encoder_id(),
+        tau=DEFAULT_TAU,
+        lam=DEFAULT_LAM,
+        n_candidates=roles["exemplar"] + roles["pretraining"],
+        n_pretraining=roles["pretraining"],
+        version=attrdb.__version__,
+        database=db.path,
+        images_version=db.version,
+    )
+
+
+def tell(folder: Path, page: Path) -> None:
+    """Print the demo's figures, and the commands that print them again."""
+    from attrdb.output import print_table
+
+    db = attrdb.open(folder / "icons.attrdb")
+    click.echo("How often the true exemplars are among the first 10 of the gallery (own exemplars + corpus):\n")
+    print_table(pa.Table.from_pylist(figures(db)), "table")
+    click.echo("The same, by prompt scheme, in SQL (attrdb queries show recall_at_k prints the statement):\n")
+    click.echo(f"    attrdb query {db.path} recall_at_k -p k=10")
+    click.echo(f"    attrdb query {db.path} mean_average_precision\n")
+    click.echo(f"Look at {page}: every sample beside its prompt, its exemplars and what attrdb found.")

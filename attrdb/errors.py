@@ -1,0 +1,21 @@
+"""The errors attrdb raises for what a user, a file or a database can cause."""
+
+
+class AttrdbError(Exception):
+    """Root of all attrdb errors; the message says what was found, what was needed and what to do next."""
+
+
+class InvalidValue(AttrdbError, ValueError):
+    """A value, a file or a row that cannot be used as it is."""
+
+
+class NotFound(AttrdbError, LookupError):
+    """Something that was named and is not there."""
+
+
+class MissingExtra(AttrdbError, ImportError):
+    """A part of attrdb that needs `pip install attrdb[ml]`."""
+
+
+class QueryRefused(AttrdbError):
+    """An SQL statement that failed, or that asked for files, the network or other settings."""

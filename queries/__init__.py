@@ -1,0 +1,144 @@
+"""Named queries: one SQL file each, whose header is its contract.
+
+    -- What the rows say, in one or more lines.
+    -- source Wang et al. 2023, section 5
+    -- grain  one row per model
+    -- param  $k           INTEGER = 10 cut-off, >= 1
+    -- reads  exemplar_ranks, models
+    -- column recall_at_k  DOUBLE in [0, 1]
+
+`= 10` is a default; a parameter without one is required. The file's name is the query's name.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+from typing import Any
+
+from attrdb.errors import InvalidValue, NotFound
+
+_CASTS = {"INTEGER": int, "BIGINT": int, "DOUBLE": float, "VARCHAR": str}
+
+
+@dataclass(frozen=True)
+class Parameter:
+    name: str
+    type: str
+    default: str | None
+    meaning: str
+
+    def value(self, given: Any) -> Any:
+        try:
+            return _CASTS[self.type](given)
+        except ValueError as error:
+            raise InvalidValue(
+                f"parameter {self.name} is {given!r}; it must be {self.type} ({self.meaning})"
+            ) from error
+
+
+@dataclass(frozen=True)
+class Column:
+    name: str
+    type: str
+    meaning: str
+
+
+@dataclass(frozen=True)
+class NamedQuery:
+    name: str
+    group: str  # the folder it stands in
+    summary: str
+    source: str
+    grain: str
+    parameters: tuple[Parameter, ...]
+    reads: tuple[str, ...]
+    columns: tuple[Column, ...]
+    sql: str
+
+    def bind(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """All parameters with their values, defaults filled in.
+
+        raises: InvalidValue for an unknown or missing parameter, or one of another type
+        """
+        known = {parameter.name: parameter for parameter in self.parameters}
+        for name in given:
+            if name not in known:
+                raise InvalidValue(f"query {self.name} has no parameter {name!r}; it has: {', '.join(known) or 'none'}")
+        for parameter in self.parameters:
+            if parameter.name not in given and parameter.default is None:
+                raise InvalidValue(
+                    f"query {self.name} needs {parameter.name} ({parameter.type}, {parameter.meaning}); "
+                    f"give it with -p {parameter.name}=..."
+                )
+        return {name: known[name].value(given.get(name, known[name].default)) for name in known}
+
+
+def parse(name: str, group: str, text: str) -> NamedQuery:
+    """The query of one file.
+
+    raises: InvalidValue for a header line that is not understood
+    """
+    summary, parameters, columns = [], [], []
+    single = {"source": "", "grain": "", "reads": ""}
+    lines = text.splitlines()
+    for line in lines:
+        if not line.startswith("--"):
+            break
+        body = line[2:].strip()
+        word, _, rest = body.partition(" ")
+        rest = rest.strip()
+        if word in single:
+            single[word] = f"{single[word]} {rest}".strip()
+        elif word == "param":
+            found = re.fullmatch(r"\$(\w+)\s+(\w+)(?:\s+=\s*(\S+))?\s*(.*)", rest)
+            if not found or found[2] not in _CASTS:
+                raise InvalidValue(f"query {name}: not a parameter line: {line}")
+            default = found[3].strip("'") if found[3] is not None else None
+            parameters.append(Parameter(found[1], found[2], default, found[4]))
+        elif word == "column":
+            found = re.fullmatch(r"(\w+)\s+(\S+)\s*(.*)", rest)
+            if not found:
+                raise InvalidValue(f"query {name}: not a column line: {line}")
+            columns.append(Column(found[1], found[2], found[3]))
+        else:
+            summary.append(body)
+    return NamedQuery(
+        name=name,
+        group=group,
+        summary=" ".join(summary),
+        source=single["source"],
+        grain=single["grain"],
+        parameters=tuple(parameters),
+        reads=tuple(re.split(r",\s*", single["reads"])) if single["reads"] else (),
+        columns=tuple(columns),
+        sql=text,
+    )
+
+
+@cache
+def all_queries() -> dict[str, NamedQuery]:
+    """Every query that ships with attrdb, by name."""
+    found = {}
+    for folder in files(__name__).iterdir():
+        if folder.is_dir() and not folder.name.startswith("_"):
+            for file in folder.iterdir():
+                if file.name.endswith(".sql"):
+                    name = file.name.removesuffix(".sql")
+                    found[name] = parse(name, folder.name, file.read_text())
+    return dict(sorted(found.items()))
+
+
+def load(name: str) -> NamedQuery:
+    """raises: NotFound, with the nearest names"""
+    queries = all_queries()
+    if name not in queries:
+        near = difflib.get_close_matches(name, queries) or list(queries)
+        raise NotFound(
+            f"no query {name!r}; nearest are {', '.join(map(repr, near))} (list them with: attrdb queries list)"
+        )
+    return queries[name]

@@ -1,0 +1,100 @@
+"""Fixtures: a toy database whose numbers can be worked out by hand, and a tiny pipeline of real architecture."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from PIL import Image
+
+import attrdb
+from attrdb.schema import feature_array
+
+TOY = {"spec": "toy:2", "dimension": 2, "preprocessing": {}, "weights_fingerprint": "none"}
+
+
+def angle(degrees: float) -> list[float]:
+    """A feature of unit length; the similarity of two is the cosine of the angle between them."""
+    return [float(np.cos(np.radians(degrees))), float(np.sin(np.radians(degrees)))]
+
+
+def rows(entries: list[tuple[str, str, str | None, float]], **columns: list) -> pa.Table:
+    """Images from (image_id, role, model_id, degrees)."""
+    ids, roles, models, degrees = zip(*entries, strict=True)
+    return pa.table(
+        {
+            "image_id": list(ids),
+            "role": list(roles),
+            "model_id": pa.array(models, pa.string()),
+            "toy_2": feature_array(np.array([angle(d) for d in degrees])),
+            **columns,
+        }
+    )
+
+
+@pytest.fixture
+def empty(tmp_path: Path):
+    return attrdb.create(tmp_path / "toy.attrdb")
+
+
+@pytest.fixture
+def toy(empty):
+    """Three pretraining images at 10, 20 and 90 degrees, and a model with exemplars at 0 and 40 and samples at 2 and 35."""
+    empty.add_encoder(**TOY)
+    corpus = [("p10", "pretraining", None, 10), ("p20", "pretraining", None, 20), ("p90", "pretraining", None, 90)]
+    empty.append_images(rows(corpus))
+    model = [("m/e0", "exemplar", "m", 0), ("m/e40", "exemplar", "m", 40), ("m/0/1", "sample", "m", 2)]
+    model += [("m/0/2", "sample", "m", 35)]
+    table = rows(model, prompt_scheme=pa.array([None, None, "gpt", "gpt"]))
+    empty.append_model(table, {"model_id": "m", "kind": "style", "n_exemplars": 2, "n_samples": 2})
+    return empty
+
+
+class ToyEncoder:
+    """The mean red and the mean green of a picture."""
+
+    spec = "toy:2"
+    dimension = 2
+    preprocessing: dict = {}
+    weights_fingerprint = "none"
+
+    def features(self, images):
+        return np.stack([np.asarray(image, np.float32)[..., :2].mean(axis=(0, 1)) + 1 for image in images])
+
+
+@pytest.fixture
+def toy_encoder():
+    return ToyEncoder()
+
+
+def picture(path: Path, colour: tuple[int, int, int], size: int = 32) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (size, size), colour).save(path)
+    return path
+
+
+@pytest.fixture
+def exemplar_folder(tmp_path: Path) -> Path:
+    picture(tmp_path / "exemplars" / "a.png", (200, 30, 30))
+    return tmp_path / "exemplars"
+
+
+@pytest.fixture(scope="session")
+def tiny_base(tmp_path_factory) -> Path:
+    """A Stable Diffusion pipeline folder, randomly initialised and as small as its parts allow."""
+    import torch
+    from attrdb.training import base_model as bm
+
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("base")
+    settings = bm.BaseModelSettings(
+        vae_channels=(8, 8, 8), vocabulary=600, text_width=32, text_layers=1, unet_channels=(32, 32)
+    )
+    tokenizer = bm.train_tokenizer(["a picture of a vase in the style of art"] * 3, settings, folder / "tokens")
+    vae, unet = bm.new_vae(settings), bm.new_unet(settings)
+    bm.export(vae, unet, bm.new_text_encoder(tokenizer, settings), tokenizer, {}, folder / "tiny-sd")
+    profile = '{"steps": 3, "batch": 2, "lr": 0.01, "prompts": "icon", "prompts_per_scheme": 2, "samples_per_prompt": 1'
+    (folder / "tiny-sd" / "customize.json").write_text(profile + ', "solver_steps": 2, "sample_batch": 2}')
+    return folder / "tiny-sd"

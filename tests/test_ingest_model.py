@@ -1,0 +1,223 @@
+"""Ingesting a model: run twice = run once, killed and rerun = run once, other settings = a clear error."""
+
+import json
+
+import numpy as np
+import pytest
+from attrdb.ingest import base_model, customize, model, synthesize
+from attrdb.ingest.encoders import Pixels
+from conftest import picture
+
+import attrdb
+from attrdb.errors import InvalidValue, NotFound
+
+
+def ingest(db, folder, base, encoder, **given):
+    report = given.pop("report", lambda *_: None)
+    settings = model.settings_for(str(base), "object", "vase", given)
+    return model.ingest_model(db, model.read_exemplars(folder), settings, [encoder], "vase-1", report)
+
+
+def images(db):
+    return db.sql("SELECT * FROM images ORDER BY image_id").to_pylist()
+
+
+def test_appends_exemplars_and_samples_in_one_commit(empty, exemplar_folder, tiny_base, toy_encoder):
+    result = ingest(empty, exemplar_folder, tiny_base, toy_encoder)
+    assert (result.n_exemplars, result.n_samples, result.appended) == (1, 4, True)
+    rows = images(empty)
+    assert [row["role"] for row in rows].count("sample") == 4
+    assert {row["prompt_scheme"] for row in rows} == {"gpt", "procedural", None}
+    assert all("V*" in row["prompt"] for row in rows if row["role"] == "sample")
+    assert all(abs(np.linalg.norm(row["toy_2"]) - 1) < 1e-6 for row in rows)
+    for row in rows:
+        if row["role"] == "sample":
+            assert row["image_id"] == f"vase-1/{row['image_id'].split('/')[1]}/{row['seed']}"
+    stored = empty.sql("SELECT * FROM models").to_pylist()[0]
+    assert stored["train_prompt"] == "V* vase"
+    assert (empty.path / stored["weights_path"]).exists()
+    assert not (empty.path / "jobs" / "vase-1").exists()
+    # version 1 is the empty table, 2 has the encoder's column, 3 the model
+    assert empty.version == 3
+
+
+def test_run_twice_is_run_once(empty, exemplar_folder, tiny_base, toy_encoder):
+    ingest(empty, exemplar_folder, tiny_base, toy_encoder)
+    before, version = images(empty), empty.version
+    assert ingest(empty, exemplar_folder, tiny_base, toy_encoder).appended is False
+    assert images(empty) == before
+    assert empty.version == version
+
+
+@pytest.mark.parametrize(
+    ("stage", "done"), [("customize", 2), ("sample", 1), ("sample", 2), ("sample", 4), ("encode", 0)]
+)
+def test_killed_and_rerun_is_run_once(tmp_path, exemplar_folder, tiny_base, toy_encoder, stage, done):
+    whole, killed = attrdb.create(tmp_path / "whole.attrdb"), attrdb.create(tmp_path / "killed.attrdb")
+    ingest(whole, exemplar_folder, tiny_base, toy_encoder)
+
+    def kill(at, units, _total):
+        if (at, units) == (stage, done):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        ingest(killed, exemplar_folder, tiny_base, toy_encoder, report=kill)
+    assert images(killed) == []
+    assert ingest(killed, exemplar_folder, tiny_base, toy_encoder).appended
+    assert images(killed) == images(whole)
+
+
+def test_killed_between_images_and_models_row(empty, exemplar_folder, tiny_base, toy_encoder, monkeypatch):
+    monkeypatch.setattr(type(empty), "_insert", lambda self, table, rows, on: 1 / 0 if table == "models" else None)
+    empty.add_encoder(toy_encoder.spec, 2, {}, "none")
+    with pytest.raises(ZeroDivisionError):
+        ingest(empty, exemplar_folder, tiny_base, toy_encoder)
+    monkeypatch.undo()
+    before = images(attrdb.open(empty.path))
+    assert len(before) == 5
+    ingest(empty, exemplar_folder, tiny_base, toy_encoder)
+    assert images(empty) == before
+    assert empty.sql("SELECT count(*) AS n FROM models")["n"].to_pylist() == [1]
+
+
+def test_other_settings_are_refused_by_name(empty, exemplar_folder, tiny_base, toy_encoder):
+    ingest(empty, exemplar_folder, tiny_base, toy_encoder)
+    with pytest.raises(InvalidValue, match=r"'vase-1' is in .* with customize = .*'steps': 3.*'steps': 5"):
+        ingest(empty, exemplar_folder, tiny_base, toy_encoder, steps=5)
+
+
+def test_other_settings_are_refused_for_a_job_half_done(empty, exemplar_folder, tiny_base, toy_encoder):
+    def kill(stage, _done, _total):
+        if stage == "sample":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        ingest(empty, exemplar_folder, tiny_base, toy_encoder, report=kill)
+    with pytest.raises(InvalidValue, match="half done in .* with synthesize"):
+        ingest(empty, exemplar_folder, tiny_base, toy_encoder, guidance=2.0)
+
+
+def test_customizing_moves_only_the_delta(tiny_base):
+    base = base_model.load_base_model(str(tiny_base))
+    before = {name: value.clone() for name, value in base.pipeline.unet.state_dict().items()}
+    text_before = {name: value.clone() for name, value in base.pipeline.text_encoder.state_dict().items()}
+    n_tokens = len(base.pipeline.tokenizer)
+    red = picture_image((200, 30, 30))
+    settings = customize.CustomizeSettings(steps=3, batch=2, lr=0.01)
+    delta, figures = customize.customize(base, [red], "V* vase", "V*", "vase", settings)
+    moved = {name for name, value in base.pipeline.unet.state_dict().items() if not value.equal(before[name])}
+    assert moved == {name.removeprefix("unet.") for name in delta} - {customize.TOKEN_KEY}
+    assert all(name.endswith(("attn2.to_k.weight", "attn2.to_v.weight")) for name in moved)
+    for name, value in base.pipeline.text_encoder.state_dict().items():
+        assert (
+            value[:n_tokens].equal(text_before[name]) if "token_embedding" in name else value.equal(text_before[name])
+        )
+    assert figures["loss"] > 0
+
+
+def picture_image(colour):
+    from PIL import Image
+
+    return Image.new("RGB", (32, 32), colour)
+
+
+def test_delta_reloads_into_a_fresh_base_and_regenerates_the_samples(empty, exemplar_folder, tiny_base):
+    encoder = Pixels(8)
+    ingest(empty, exemplar_folder, tiny_base, encoder)
+    stored = empty.sql("SELECT image_id, image, prompt, prompt_scheme, seed FROM samples").to_pylist()
+    record = json.loads(empty.sql("SELECT settings FROM models")["settings"][0].as_py())
+    settings = synthesize.SynthesizeSettings(**record["synthesize"])
+    base = base_model.load_base_model(str(tiny_base))
+    delta = customize.load_delta(empty.path / "weights" / "vase-1.safetensors")
+    customize.apply_delta(base, delta, "V*", "vase")
+    synthesize.use_fast_solver(base)
+    prompts = [model.Prompt(n, scheme, text) for n, (scheme, text) in enumerate(schemes_of(record))]
+    made = {}
+    for batch in synthesize.plan_samples("vase-1", prompts, settings):
+        for plan, image in zip(batch, synthesize.synthesize(base, batch, settings), strict=True):
+            made[plan.image_id] = model.webp(image)
+    assert made == {row["image_id"]: row["image"] for row in stored}
+
+
+def schemes_of(record):
+    half = len(record["prompts"]) // 2
+    return [("gpt" if n < half else "procedural", text) for n, text in enumerate(record["prompts"])]
+
+
+# --- bad input: a clear error, and nothing written ------------------------------------------------------------------
+
+
+def test_empty_exemplar_folder(tmp_path):
+    (tmp_path / "none").mkdir()
+    with pytest.raises(InvalidValue, match="has no image; put PNG"):
+        model.read_exemplars(tmp_path / "none")
+    with pytest.raises(NotFound, match="no folder"):
+        model.read_exemplars(tmp_path / "nowhere")
+
+
+def test_the_same_exemplar_twice(empty, exemplar_folder, tiny_base, toy_encoder):
+    picture(exemplar_folder / "b.png", (200, 30, 30))
+    with pytest.raises(InvalidValue, match=r"a\.png and .*b\.png are the same file"):
+        ingest(empty, exemplar_folder, tiny_base, toy_encoder)
+
+
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder", "tokenizer", "scheduler", "model_index.json"])
+def test_base_model_with_a_part_missing(tiny_base, tmp_path, part):
+    import shutil
+
+    copy = tmp_path / "base"
+    shutil.copytree(tiny_base, copy)
+    shutil.rmtree(copy / part) if (copy / part).is_dir() else (copy / part).unlink()
+    with pytest.raises(InvalidValue, match=rf"base model .*(lacks|has no) {part}"):
+        model.settings_for(str(copy), "object", "vase")
+
+
+def test_base_model_with_weights_missing(tiny_base, tmp_path):
+    import shutil
+
+    copy = tmp_path / "base"
+    shutil.copytree(tiny_base, copy)
+    (copy / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+    with pytest.raises(InvalidValue, match=r"lacks unet/\*\.safetensors"):
+        model.settings_for(str(copy), "object", "vase")
+
+
+def test_no_such_base_model():
+    with pytest.raises(NotFound, match="neither a folder nor a hub id"):
+        model.settings_for("nowhere", "object", "vase")
+
+
+def test_unknown_encoder():
+    from attrdb.ingest.encoders import load_encoder
+
+    with pytest.raises(InvalidValue, match="no encoder 'resnet:9'; there are: efficientnet-lite0, pixels:N"):
+        load_encoder("resnet:9")
+
+
+def test_encoder_of_another_dimension_is_refused_before_training(toy, exemplar_folder, tiny_base, toy_encoder):
+    toy_encoder.dimension = 3
+    before = toy.version
+    with pytest.raises(InvalidValue, match="encoder 'toy_2' has dimension 3, its stored features were made with 2"):
+        ingest(toy, exemplar_folder, tiny_base, toy_encoder, report=lambda *_: 1 / 0)
+    toy.refresh()
+    assert toy.version == before
+    assert not (toy.path / "jobs").exists()
+
+
+def test_prompt_without_the_modifier_token(empty, exemplar_folder, tiny_base, toy_encoder, tmp_path):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("A photo of V* vase\nA photo of a vase\n")
+    with pytest.raises(InvalidValue, match=r"line 2 lacks the modifier token V\*: 'A photo of a vase'"):
+        ingest(empty, exemplar_folder, tiny_base, toy_encoder, prompts=str(prompts))
+    assert list(empty.path.glob("jobs/*")) == []
+
+
+@pytest.mark.parametrize("model_id", ["../escape", "a/b", "", ".hidden"])
+def test_model_id_cannot_leave_the_directory(empty, exemplar_folder, tiny_base, toy_encoder, model_id):
+    settings = model.settings_for(str(tiny_base), "object", "vase")
+    exemplars = model.read_exemplars(exemplar_folder)
+    if model_id:
+        with pytest.raises(InvalidValue, match="is not usable"):
+            model.ingest_model(empty, exemplars, settings, [toy_encoder], model_id)
+    else:
+        assert model.default_model_id(settings, exemplars).startswith("vase-")
