@@ -79,14 +79,13 @@ def encoder_option(command: Any) -> Any:
     )(command)
 
 
-def load_encoders(db: Any, specs: tuple[str, ...]) -> list:
+def open_with_encoders(path: Path, specs: tuple[str, ...]) -> tuple[Any, list]:
+    """The database at the path, made if there is none, and the encoders; nothing is made when an encoder is unknown."""
     encoders = ml("ingest.encoders")
-    stored = tuple(row["spec"] for row in db.encoders.values())
-    return [encoders.load_encoder(spec) for spec in specs or stored or encoders.DEFAULT_ENCODERS]
-
-
-def open_or_create(path: Path) -> Any:
-    return attrdb.open(path) if path.exists() else attrdb.create(path)
+    db = attrdb.open(path) if path.exists() else None
+    stored = tuple(row["spec"] for row in db.encoders.values()) if db else ()
+    loaded = [encoders.load_encoder(spec) for spec in specs or stored or encoders.DEFAULT_ENCODERS]
+    return db or attrdb.create(path), loaded
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
@@ -127,8 +126,7 @@ def ingest_corpus(db: Path, path: Path, source: str | None, encoders: tuple[str,
 
     if not path.exists():
         raise NotFound(f"no folder or Parquet file {path}")
-    database = open_or_create(db)
-    loaded = load_encoders(database, encoders)
+    database, loaded = open_with_encoders(db, encoders)
     total, done = corpus.count_items(path), 0
     with progress(quiet) as advance:
 
@@ -188,8 +186,7 @@ def ingest_model(
 
     images = model.read_exemplars(exemplars)
     settings = model.settings_for(base_model, kind, category, given, split)
-    database = open_or_create(db)
-    loaded = load_encoders(database, encoders)
+    database, loaded = open_with_encoders(db, encoders)
     with progress(quiet) as advance:
         result = model.ingest_model(database, images, settings, loaded, model_id, advance)
     what = f"model {result.model_id}: {result.n_exemplars} exemplars, {result.n_samples} samples"

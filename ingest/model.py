@@ -51,8 +51,8 @@ class ModelSettings:
     split: str | None = None
     prompts: str = "photo"
     prompts_per_scheme: int = 4
-    customize: CustomizeSettings = CustomizeSettings()
-    synthesize: SynthesizeSettings = SynthesizeSettings()
+    customize: CustomizeSettings = field(default_factory=CustomizeSettings)
+    synthesize: SynthesizeSettings = field(default_factory=SynthesizeSettings)
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def settings_for(
 ) -> ModelSettings:
     """The base model's own profile over the defaults, and what is given over both (None: not given).
 
-    raises: InvalidValue for an unknown kind, NotFound or InvalidValue for the base model
+    raises: InvalidValue for an unknown kind or setting, NotFound or InvalidValue for the base model or the prompts
     """
     if kind not in KINDS:
         raise InvalidValue(f"kind is {kind!r}; it must be {' or '.join(KINDS)}")
@@ -99,7 +99,7 @@ def settings_for(
     def only(names: set[str]) -> dict:
         return {name: value for name, value in wanted.items() if name in names}
 
-    return ModelSettings(
+    settings = ModelSettings(
         kind,
         category,
         base_model,
@@ -107,6 +107,15 @@ def settings_for(
         customize=CustomizeSettings(**only(customize_names)),
         synthesize=SynthesizeSettings(**only(synthesize_names)),
         **only(own_names),
+    )
+    prompts_of(settings)
+    return settings
+
+
+def prompts_of(settings: ModelSettings) -> list[Prompt]:
+    """The prompts that a model with these settings is sampled with; raises as `choose_prompts`."""
+    return choose_prompts(
+        settings.kind, settings.category, settings.prompts, settings.prompts_per_scheme, settings.synthesize.seed
     )
 
 
@@ -139,9 +148,7 @@ def ingest_model(
     for picture in (exemplar.picture for exemplar in exemplars):
         if first_of.setdefault(picture.sha256, picture.name) != picture.name:
             raise InvalidValue(f"exemplars {first_of[picture.sha256]} and {picture.name} are the same file; keep one")
-    prompts = choose_prompts(
-        settings.kind, settings.category, settings.prompts, settings.prompts_per_scheme, settings.synthesize.seed
-    )
+    prompts = prompts_of(settings)
     record = _record(settings, exemplars, prompts)
 
     db.refresh()

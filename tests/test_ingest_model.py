@@ -93,7 +93,7 @@ def test_other_settings_are_refused_for_a_job_half_done(empty, exemplar_folder, 
 
     with pytest.raises(KeyboardInterrupt):
         ingest(empty, exemplar_folder, tiny_base, toy_encoder, report=kill)
-    with pytest.raises(InvalidValue, match="half done in .* with synthesize"):
+    with pytest.raises(InvalidValue, match=r"half done in .* with synthesize"):
         ingest(empty, exemplar_folder, tiny_base, toy_encoder, guidance=2.0)
 
 

@@ -35,6 +35,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from attrdb.errors import InvalidValue
 
+REPORT_STEPS = 100  # between two checkpoints
 START, END = "<|startoftext|>", "<|endoftext|>"
 
 
@@ -233,7 +234,7 @@ def train_vae(pixels: torch.Tensor, settings: BaseModelSettings, run: Run, devic
         schedule.step()
         losses.append(loss.item())
         seconds += time.monotonic() - started
-        if (step + 1) % 100 == 0 or step + 1 == n_steps:
+        if (step + 1) % REPORT_STEPS == 0 or step + 1 == n_steps:
             figures = {"images": (step + 1) * settings.vae_batch, "loss": sum(losses) / len(losses)}
             run.log(**figures, seconds=round(seconds, 1))
             losses.clear()
@@ -317,7 +318,7 @@ def train_unet(
         losses.append(loss.item())
         step += 1
         seconds += time.monotonic() - started
-        if step % 100 == 0 or time.monotonic() >= deadline:
+        if step % REPORT_STEPS == 0 or time.monotonic() >= deadline:
             loss_now = sum(losses) / len(losses)
             losses.clear()
             run.log(images=step * settings.unet_batch, loss=loss_now, seconds=round(seconds, 1))

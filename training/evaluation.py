@@ -54,14 +54,15 @@ def _ranks(
     """The rows of some models (their samples, their exemplars), from one pass over the gallery."""
     n_samples = sum(len(sample_ids) for (sample_ids, _), _ in models)
     most = max(len(exemplar_ids) for _, (exemplar_ids, _) in models)
-    similarity = np.full((n_samples, most), np.inf, dtype=np.float32)
+    similarity = np.full((n_samples, most), np.inf)
     ids = np.full((n_samples, most), "", dtype=object)
     own_above = np.zeros((n_samples, most), dtype=np.int64)
     own_size = np.zeros(n_samples, dtype=np.int64)
     first = 0
     for (sample_ids, samples), (exemplar_ids, exemplars) in models:
         at = slice(first, first + len(sample_ids)), slice(0, len(exemplar_ids))
-        similarity[at] = samples @ exemplars.T
+        sample, exemplar = np.indices((len(samples), len(exemplars))).reshape(2, -1)
+        similarity[at] = search.exact_similarity(exemplars[exemplar], samples[sample]).reshape(len(samples), -1)
         ids[at] = exemplar_ids
         if gallery == "own":
             own = [(exemplar_ids, exemplars)]

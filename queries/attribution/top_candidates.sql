@@ -15,10 +15,10 @@
 -- column license      VARCHAR
 -- column similarity   DOUBLE  cosine in [-1, 1]
 WITH query AS (
-    SELECT feature FROM features WHERE image_id = $image_id AND encoder_id = $encoder_id
+    SELECT feature::DOUBLE[] AS feature FROM features WHERE image_id = $image_id AND encoder_id = $encoder_id
 ),
 similarities AS (
-    SELECT features.image_id, list_inner_product(features.feature, query.feature)::DOUBLE AS similarity
+    SELECT features.image_id, round(list_inner_product(features.feature::DOUBLE[], query.feature), 12) AS similarity
     FROM features, query
     WHERE features.encoder_id = $encoder_id
       AND features.role IN ('exemplar', 'pretraining')

@@ -1,0 +1,158 @@
+"""Influence, exact search and attribution against hand-worked values and slow, obvious twins."""
+
+import math
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from conftest import rows
+
+from attrdb import database, search
+from attrdb.errors import InvalidValue, NotFound
+from attrdb.influence import cut_off, influence
+
+
+def test_influence_by_hand():
+    # tau = 1 / ln 2 halves the weight for every step of 1 in similarity: weights 1, 1/2, 1/4 less lambda = 1/4
+    shares = influence(np.array([3.0, 2.0, 1.0, 0.0]), tau=1 / math.log(2), lam=0.25)
+    np.testing.assert_allclose(shares, [0.75, 0.25, 0.0, 0.0], atol=1e-12)
+
+
+def test_influence_is_zero_exactly_from_the_cut_off_on():
+    similarity = np.linspace(-1, 1, 2001)
+    shares = influence(similarity, tau=0.1, lam=0.2)
+    assert (shares >= 0).all()
+    assert shares.sum() == pytest.approx(1)
+    np.testing.assert_array_equal(shares > 0, similarity > cut_off(1.0, 0.1, 0.2) + 1e-12)
+
+
+def test_influence_of_many_queries_is_that_of_each():
+    similarity = np.random.default_rng(0).uniform(-1, 1, (5, 40))
+    np.testing.assert_allclose(influence(similarity), [influence(row) for row in similarity])
+
+
+@pytest.mark.parametrize(("tau", "lam"), [(0, 0.1), (-1, 0.1), (float("nan"), 0.1), (0.1, 1.0), (0.1, -0.1)])
+def test_calibration_out_of_range(tau, lam):
+    with pytest.raises(InvalidValue, match=r"tau is|lambda is"):
+        influence(np.array([0.1, 0.2]), tau, lam)
+
+
+def random_gallery(n=500, dimension=3, seed=0):
+    rng = np.random.default_rng(seed)
+    # Few distinct directions, exactly representable: many exact ties.
+    features = rng.integers(-2, 3, (n, dimension)).astype(np.float32)
+    return np.array([f"i{i:03d}" for i in rng.permutation(n)], dtype=object), features
+
+
+def blocks(ids, features, size):
+    return [(ids[at : at + size], features[at : at + size]) for at in range(0, len(ids), size)]
+
+
+def slow_order(ids, features, query):
+    similarity = features @ query
+    return sorted(zip(-similarity, ids, strict=True))
+
+
+@pytest.mark.parametrize("size", [1, 7, 100, 500])
+@pytest.mark.parametrize("k", [1, 10, 499, 600])
+def test_top_k_equals_a_full_sort(size, k):
+    ids, features = random_gallery()
+    queries = random_gallery(4, seed=1)[1]
+    hits = search.top_k(blocks(ids, features, size), queries, k)
+    for row, query in enumerate(queries):
+        expected = slow_order(ids, features, query)[:k]
+        assert list(hits.ids[row]) == [image_id for _, image_id in expected]
+        np.testing.assert_array_equal(hits.similarity[row], [-s for s, _ in expected])
+
+
+@pytest.mark.parametrize("size", [1, 7, 500])
+def test_count_above_equals_the_place_in_a_full_sort(size):
+    ids, features = random_gallery()
+    queries = random_gallery(4, seed=1)[1]
+    given = np.stack([np.random.default_rng(2).permutation(500)[:6] for _ in queries])
+    similarity = np.take_along_axis((queries @ features.T).astype(np.float64), given, axis=1)
+    above, n = search.count_above(blocks(ids, features, size), queries, similarity, ids[given])
+    assert n == 500
+    for row, query in enumerate(queries):
+        order = [image_id for _, image_id in slow_order(ids, features, query)]
+        assert list(above[row]) == [order.index(image_id) for image_id in ids[given[row]]]
+
+
+def test_attribute_by_hand(toy):
+    found = toy.attribute("m/0/1", k=3, tau=0.05, lam=0.05).to_pylist()
+    assert [row["image_id"] for row in found] == ["m/e0", "p10", "p20"]
+    assert [row["rank"] for row in found] == [1, 2, 3]
+    similarity = [math.cos(math.radians(d)) for d in (2, 8, 18, 38, 88)]
+    weights = [max(0, math.exp((s - similarity[0]) / 0.05) - 0.05) for s in similarity]
+    for row, s, weight in zip(found, similarity, weights, strict=False):
+        assert row["similarity"] == pytest.approx(s, abs=1e-6)
+        assert row["influence"] == pytest.approx(weight / sum(weights), abs=1e-5)
+        assert row["complete"]
+        assert row["missing_influence"] == 0
+
+
+def test_an_image_is_not_a_candidate_of_itself(toy):
+    assert [row["image_id"] for row in toy.attribute("m/e0", k=2).to_pylist()] == ["p10", "p20"]
+
+
+def many(toy, n=3000):
+    degrees = np.random.default_rng(0).uniform(-60, 60, n)
+    toy.append_images(rows([(f"c{i:04d}", "pretraining", None, d) for i, d in enumerate(degrees)]))
+    return toy
+
+
+@pytest.mark.parametrize("lam", [0.0, 0.05, 0.9])
+def test_influence_does_not_depend_on_k(toy, lam):
+    many(toy)
+    found = [toy.attribute("m/0/1", k=k, tau=0.2, lam=lam) for k in (1, 10, 700)]
+    for short, long in pairwise(found):
+        n = len(short)
+        assert short["image_id"].to_pylist() == long["image_id"].to_pylist()[:n]
+        np.testing.assert_allclose(short["influence"], long["influence"].to_numpy()[:n], rtol=1e-9)
+    assert all(found[-1]["complete"].to_pylist())
+
+
+def test_an_incomplete_answer_says_what_may_be_missing(toy, monkeypatch):
+    many(toy)
+    whole = toy.attribute("m/0/1", k=5, tau=0.2, lam=0.0)["influence"].to_numpy()
+    monkeypatch.setattr(database, "WIDEST", 256)
+    cut = toy.attribute("m/0/1", k=5, tau=0.2, lam=0.0)
+    assert not any(cut["complete"].to_pylist())
+    bound = cut["missing_influence"][0].as_py()
+    assert 0 < bound < 1
+    assert (cut["influence"].to_numpy() <= whole + 1e-12).all()
+
+
+def test_sql_and_python_agree(toy):
+    many(toy)
+    python = toy.attribute("m/0/2", k=40).to_pylist()
+    ranked = toy.query("top_candidates", image_id="m/0/2", encoder_id="toy_2", k=40).to_pylist()
+    assert [row["image_id"] for row in python] == [row["image_id"] for row in ranked]
+    shares = toy.query("influence", image_id="m/0/2", encoder_id="toy_2").to_pylist()
+    assert sum(row["influence"] for row in shares) == pytest.approx(1)
+    assert all(row["influence"] > 0 for row in shares)
+    by_id = {row["image_id"]: row["influence"] for row in shares}
+    for row in python:
+        assert by_id.get(row["image_id"], 0) == pytest.approx(row["influence"], abs=1e-12)
+
+
+def test_questions_that_cannot_be_answered(toy, empty):
+    with pytest.raises(NotFound, match="no image 'nobody'"):
+        toy.attribute("nobody")
+    with pytest.raises(NotFound, match=r"no encoder 'clip' in .*; it has: toy_2"):
+        toy.attribute("m/0/1", encoder_id="clip")
+    with pytest.raises(InvalidValue, match="k is 0"):
+        toy.attribute("m/0/1", k=0)
+    with pytest.raises(InvalidValue, match=r"the feature has shape \(3,\), encoder 'toy_2' makes \(2,\)"):
+        toy.attribute(np.ones(3))
+
+
+def test_an_empty_database_has_nothing_to_attribute_to(tmp_path):
+    import attrdb
+
+    db = attrdb.create(tmp_path / "db")
+    with pytest.raises(NotFound, match="has no encoder yet"):
+        db.attribute("x")
+    db.add_encoder("toy:2", 2, {}, "none")
+    with pytest.raises(NotFound, match="has no candidate with a 'toy_2' feature"):
+        db.attribute(np.array([1.0, 0.0]))

@@ -1,0 +1,143 @@
+"""Appending and reading: atomic, deterministic, and refused with the row named."""
+
+import lance
+import lancedb
+import numpy as np
+import pyarrow as pa
+import pytest
+from conftest import TOY, rows
+
+import attrdb
+from attrdb.errors import InvalidValue, NotFound
+from attrdb.schema import feature_array
+
+
+def ids(db):
+    return db.sql("SELECT image_id FROM images ORDER BY image_id")["image_id"].to_pylist()
+
+
+def test_append_skips_what_is_stored(toy):
+    again = rows([("p10", "pretraining", None, 10), ("p30", "pretraining", None, 30)])
+    appended = toy.append_images(again)
+    assert (appended.n_appended, appended.n_skipped) == (1, 1)
+    assert ids(toy).count("p10") == 1
+    version = toy.version
+    assert toy.append_images(again).n_appended == 0
+    assert toy.version == version
+
+
+def test_a_model_is_one_commit(toy):
+    versions = lance.dataset(str(toy.path / "images.lance")).versions()
+    # empty, encoder column, corpus, model
+    assert len(versions) == 4
+
+
+def test_a_reader_stays_at_its_version(toy):
+    reader = attrdb.open(toy.path)
+    toy.append_images(rows([("late", "pretraining", None, 50)]))
+    assert "late" not in ids(reader)
+    reader.refresh()
+    assert "late" in ids(reader)
+
+
+def test_any_lancedb_client_opens_the_directory(toy):
+    table = lancedb.connect(str(toy.path)).open_table("images")
+    assert table.count_rows() == 7
+    nearest = (
+        table.search([1.0, 0.0], vector_column_name="toy_2").where("role = 'pretraining'", prefilter=True).limit(1)
+    )
+    assert nearest.to_list()[0]["image_id"] == "p10"
+
+
+def test_images_without_a_feature_are_stored_with_null(toy):
+    toy.append_images(pa.table({"image_id": ["bare"], "role": ["pretraining"]}))
+    assert toy.status()["encoders"]["toy_2"]["n_encoded"] == 7
+    with pytest.raises(NotFound, match="'bare' has no 'toy_2' feature yet"):
+        toy.attribute("bare")
+
+
+@pytest.mark.parametrize(
+    ("feature", "says"),
+    [
+        ([float("nan"), 0.0], "NaN or infinity"),
+        ([float("inf"), 0.0], "NaN or infinity"),
+        ([0.0, 0.0], "feature with length 0"),
+        ([3.0, 4.0], "feature with length 5"),
+        ([1.0, 0.0, 0.0], "'bad' has a feature of length 3, encoder 'toy_2' makes 2"),
+    ],
+)
+def test_bad_features_are_refused_with_the_row_named(toy, feature, says):
+    features = feature_array(np.array([feature], np.float32))
+    before = ids(toy)
+    with pytest.raises(InvalidValue, match=f"image 'bad'.*{says}|{says}"):
+        toy.append_images(pa.table({"image_id": ["bad"], "role": ["sample"], "toy_2": features}))
+    toy.refresh()
+    assert ids(toy) == before
+
+
+def test_other_bad_rows_are_refused(toy):
+    one = rows([("x", "sample", "m", 1)])
+    with pytest.raises(InvalidValue, match="'x' stands more than once in one batch"):
+        toy.append_images(pa.concat_tables([one, one]))
+    with pytest.raises(InvalidValue, match="role 'guess'; a role is one of exemplar, sample, pretraining"):
+        toy.append_images(rows([("x", "guess", None, 1)]))
+    with pytest.raises(
+        InvalidValue, match=r"column 'clip' is of an encoder that this database does not have \(it has: 'toy_2'\)"
+    ):
+        toy.append_images(one.rename_columns({"toy_2": "clip"}))
+    with pytest.raises(InvalidValue, match="images have no column 'colour'"):
+        toy.append_images(one.append_column("colour", pa.array(["red"])))
+    with pytest.raises(InvalidValue, match="every image needs a value in 'image_id'"):
+        toy.append_images(one.drop_columns("image_id"))
+    with pytest.raises(InvalidValue, match="images of model 'm' among those of model 'n'"):
+        toy.append_model(one, {"model_id": "n"})
+
+
+def test_an_encoder_is_its_dimension_preprocessing_and_weights(toy):
+    assert toy.add_encoder(**TOY) == "toy_2"
+    for what, value in (("dimension", 3), ("preprocessing", {"size": 4}), ("weights_fingerprint", "other")):
+        with pytest.raises(InvalidValue, match=f"encoder 'toy_2' has {what.replace('_', ' ')}"):
+            toy.add_encoder(**{**TOY, what: value})
+    with pytest.raises(InvalidValue, match="would take the column 'prompt'"):
+        toy.add_encoder("prompt", 2, {}, "none")
+
+
+def test_paths_that_are_no_database(tmp_path):
+    with pytest.raises(NotFound, match="does not exist; make one with: attrdb init"):
+        attrdb.open(tmp_path / "nowhere")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "notes.txt").write_text("mine")
+    with pytest.raises(NotFound, match="is not an attrdb database"):
+        attrdb.open(tmp_path / "folder")
+    with pytest.raises(InvalidValue, match="is not an empty directory"):
+        attrdb.create(tmp_path / "folder")
+    attrdb.create(tmp_path / "new")
+    with pytest.raises(InvalidValue, match="is an attrdb database already"):
+        attrdb.create(tmp_path / "new")
+
+
+def test_an_interrupted_creation_is_completed(tmp_path):
+    import shutil
+
+    attrdb.create(tmp_path / "db")
+    shutil.rmtree(tmp_path / "db" / "images.lance")
+    with pytest.raises(NotFound):
+        attrdb.open(tmp_path / "db")
+    assert ids(attrdb.create(tmp_path / "db")) == []
+
+
+def test_another_schema_version_is_refused(tmp_path):
+    db = attrdb.create(tmp_path / "db")
+    dataset = lance.dataset(str(db.path / "images.lance"))
+    dataset.update_schema_metadata({"attrdb.schema_version": "99"}, replace=True)
+    with pytest.raises(InvalidValue, match="has schema version 99, this attrdb reads 1"):
+        attrdb.open(db.path)
+
+
+def test_status_counts(toy):
+    found = toy.status()
+    assert found["n_images"] == 7
+    assert found["images_by_role"] == {"exemplar": 2, "pretraining": 3, "sample": 2}
+    assert found["models_by_kind"] == {"style": 1}
+    assert found["encoders"] == {"toy_2": {"spec": "toy:2", "dimension": 2, "n_encoded": 7}}
+    assert found["bytes"] > 0

@@ -1,0 +1,175 @@
+"""Corpora: folders and Parquet files, resumed, with what cannot be read left out and named."""
+
+import io
+import struct
+import zlib
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from attrdb.ingest import corpus
+from attrdb.ingest.encoders import EfficientNetLite0, Pixels, encode
+from attrdb.ingest.pictures import on_white, read_picture, read_picture_file, square, webp
+from conftest import picture
+from PIL import Image
+
+from attrdb.errors import InvalidValue, NotFound
+
+
+def bomb() -> bytes:
+    """A PNG of a few bytes whose header claims 60000 x 60000 pixels."""
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", 60000, 60000, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    root = tmp_path / "photos"
+    picture(root / "red.png", (200, 10, 10))
+    picture(root / "deep" / "green.jpg", (10, 200, 10))
+    (root / "red.txt").write_text("a red square\n")
+    (root / "notes.md").write_text("not an image")
+    return root
+
+
+def test_a_folder_with_captions(empty, folder, toy_encoder):
+    result = corpus.ingest_corpus(empty, folder, [toy_encoder])
+    assert (result.n_appended, result.n_stored, result.failures) == (2, 0, [])
+    found = empty.sql("SELECT image_id, role, source, prompt, width, toy_2 FROM images ORDER BY image_id").to_pylist()
+    assert [(row["image_id"], row["role"], row["source"], row["prompt"], row["width"]) for row in found] == [
+        ("photos/deep/green.jpg", "pretraining", "photos", None, 32),
+        ("photos/red.png", "pretraining", "photos", "a red square", 32),
+    ]
+    np.testing.assert_allclose(found[1]["toy_2"], np.array([201, 11]) / np.hypot(201, 11), rtol=1e-6)
+
+
+def test_given_again_it_takes_only_what_is_new(empty, folder, toy_encoder):
+    corpus.ingest_corpus(empty, folder, [toy_encoder])
+    version = empty.version
+    assert corpus.ingest_corpus(empty, folder, [toy_encoder]).n_stored == 2
+    assert empty.version == version
+    picture(folder / "blue.png", (10, 10, 200))
+    assert corpus.ingest_corpus(empty, folder, [toy_encoder]).n_appended == 1
+
+
+def test_interrupted_it_goes_on_where_it_was(empty, folder, toy_encoder, monkeypatch):
+    monkeypatch.setattr(corpus, "CHUNK", 1)
+
+    def kill(_n_items):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        corpus.ingest_corpus(empty, folder, [toy_encoder], report=kill)
+    result = corpus.ingest_corpus(empty, folder, [toy_encoder])
+    assert (result.n_appended, result.n_stored) == (1, 1)
+
+
+def test_what_cannot_be_read_is_left_out_and_named(empty, folder, toy_encoder):
+    (folder / "broken.png").write_bytes((folder / "red.png").read_bytes()[:40])
+    picture(folder / "dot.png", (1, 2, 3), size=1)
+    (folder / "bomb.png").write_bytes(bomb())
+    result = corpus.ingest_corpus(empty, folder, [toy_encoder])
+    assert result.n_appended == 2
+    said = "\n".join(result.failures)
+    assert "broken.png cannot be decoded" in said
+    assert "dot.png is 1x1 pixels; at least 16x16 are needed" in said
+    assert "bomb.png claims" in said
+    assert len(result.failures) == 3
+
+
+def test_parquet_keeps_its_columns_and_leaves_exemplars_out(empty, tmp_path, toy_encoder):
+    encoded = webp(Image.new("RGB", (32, 32), (9, 99, 199)))
+    table = pa.table(
+        {
+            "name": ["set/a", "set/b"],
+            "role": ["pretraining", "exemplar"],
+            "creator": ["Ann", "Bob"],
+            "license": ["MIT", "MIT"],
+            "image": [encoded, encoded],
+        }
+    )
+    pq.write_table(table, tmp_path / "icons.parquet")
+    assert corpus.count_items(tmp_path / "icons.parquet") == 1
+    corpus.ingest_corpus(empty, tmp_path / "icons.parquet", [toy_encoder])
+    found = empty.sql("SELECT image_id, creator, license, image FROM images").to_pylist()
+    assert found == [{"image_id": "set/a", "creator": "Ann", "license": "MIT", "image": encoded}]
+
+
+def test_paths_that_are_no_corpus(empty, tmp_path, toy_encoder):
+    (tmp_path / "nothing").mkdir()
+    (tmp_path / "words.csv").write_text("a,b")
+    pq.write_table(pa.table({"a": [1]}), tmp_path / "other.parquet")
+    with pytest.raises(InvalidValue, match="has no image in it"):
+        corpus.ingest_corpus(empty, tmp_path / "nothing", [toy_encoder])
+    with pytest.raises(NotFound, match="no folder or Parquet file"):
+        corpus.ingest_corpus(empty, tmp_path / "nowhere", [toy_encoder])
+    with pytest.raises(InvalidValue, match=r"neither a folder of images nor a \.parquet file"):
+        corpus.ingest_corpus(empty, tmp_path / "words.csv", [toy_encoder])
+    with pytest.raises(InvalidValue, match=r"has no column image or name; it has: a"):
+        corpus.ingest_corpus(empty, tmp_path / "other.parquet", [toy_encoder])
+
+
+def test_pictures_refused(tmp_path):
+    (tmp_path / "a.png").write_bytes(bomb())
+    with pytest.raises(InvalidValue, match=r"a\.png claims"):
+        read_picture_file(tmp_path / "a.png")
+    with pytest.raises(InvalidValue, match=r"text cannot be decoded .*PNG/JPEG/WEBP/BMP/GIF are read"):
+        read_picture("text", b"hello")
+    tiff = io.BytesIO()
+    Image.new("RGB", (32, 32)).save(tiff, "TIFF")
+    with pytest.raises(InvalidValue, match="cannot be decoded"):
+        read_picture("scan", tiff.getvalue())
+
+
+def test_transparency_is_laid_on_white_and_oblong_pictures_are_squared():
+    clear = Image.new("RGBA", (32, 32), (0, 0, 0, 0))
+    assert on_white(clear).getpixel((3, 3)) == (255, 255, 255)
+    tall = square(Image.new("RGB", (20, 40), "black"), 32)
+    assert tall.size == (32, 32)
+    assert tall.getpixel((0, 16)) == (255, 255, 255)
+    assert tall.getpixel((16, 16)) == (0, 0, 0)
+
+
+def test_links_out_of_a_folder_are_not_followed(empty, folder, toy_encoder, tmp_path):
+    outside = picture(tmp_path / "secret.png", (1, 1, 1))
+    (folder / "link.png").symlink_to(outside)
+    assert corpus.ingest_corpus(empty, folder, [toy_encoder]).n_appended == 2
+
+
+# --- encoders ---------------------------------------------------------------------------------------------------------
+
+
+def test_pixels_by_hand():
+    features = Pixels(2).features([Image.new("RGB", (64, 64), (255, 0, 0))])
+    np.testing.assert_allclose(features, [[1.001, -0.999, -0.999] * 4], atol=1e-6)
+    assert encode(Pixels(8), [Image.new("RGB", (64, 64), "white")]).shape == (1, 192)
+    with pytest.raises(InvalidValue, match="N lies between 2 and 64"):
+        Pixels(1)
+
+
+def test_efficientnet_tells_what_is_shown_from_how_it_is_drawn():
+    """Real weights on real icons: the same thing by another vendor is nearer than another thing."""
+    from importlib.resources import files
+
+    rows = pq.read_table(str(files("attrdb") / "assets" / "icons.parquet")).to_pylist()
+    by_name = {row["name"]: row for row in rows}
+    things = ("bicycle", "strawberry", "guitar", "penguin", "umbrella", "rocket", "cactus", "key")
+    names = [f"{vendor}/{thing}" for vendor in ("noto", "twemoji") for thing in things]
+    images = [read_picture(name, by_name[name]["image"]).image for name in names]
+    features = encode(EfficientNetLite0(), images)
+    assert features.shape == (16, 1280)
+    np.testing.assert_allclose(np.linalg.norm(features, axis=1), 1, rtol=1e-5)
+    similarity = features[:8] @ features[8:].T
+    assert (similarity.argmax(axis=1) == np.arange(8)).mean() >= 0.75
+
+
+def test_a_batch_is_encoded_as_its_pictures_are():
+    images = [Image.new("RGB", (48, 48), (40 * i, 255 - 30 * i, 90)) for i in range(5)]
+    encoder = EfficientNetLite0()
+    one_by_one = np.concatenate([encode(encoder, [image]) for image in images])
+    np.testing.assert_allclose(encode(encoder, images), one_by_one, atol=1e-5)

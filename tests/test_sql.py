@@ -1,0 +1,200 @@
+"""SQL over a snapshot: closed in, and the named queries keep their headers' promises."""
+
+import re
+
+import duckdb
+import pyarrow as pa
+import pytest
+from conftest import TOY
+
+import attrdb
+from attrdb import queries, sql
+from attrdb.errors import InvalidValue, NotFound, QueryRefused
+from attrdb.schema import TABLES
+
+ALL = sorted(queries.all_queries())
+VIEWS = {*TABLES, "exemplars", "samples", "pretraining_images", "features"}
+TRIAL = {"image_id": "m/0/1", "encoder_id": "toy_2"}
+
+
+def test_views_by_role(toy):
+    counts = {
+        view: toy.sql(f"SELECT count(*) AS n FROM {view}")["n"][0].as_py()
+        for view in ("images", "exemplars", "samples", "pretraining_images", "features")
+    }
+    assert counts == {"images": 7, "exemplars": 2, "samples": 2, "pretraining_images": 3, "features": 7}
+
+
+def test_a_result_names_its_version(toy):
+    assert toy.sql("SELECT 1 AS one").schema.metadata[b"attrdb.images_version"] == str(toy.version).encode()
+
+
+def test_parameters_are_values_not_text(toy):
+    found = toy.sql("SELECT count(*) AS n FROM images WHERE image_id = $id", {"id": "x' OR true --"})
+    assert found["n"][0].as_py() == 0
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "SELECT * FROM read_csv('/etc/passwd')",
+        "SELECT * FROM '/etc/passwd'",
+        "SELECT * FROM read_text('/etc/passwd')",
+        "SELECT * FROM glob('/etc/*')",
+        "SELECT * FROM read_parquet('https://example.org/x.parquet')",
+        "COPY images TO '/tmp/stolen.parquet'",
+        "ATTACH '/tmp/other.db'",
+        "INSTALL httpfs",
+        "LOAD httpfs",
+        "SET enable_external_access = true",
+        "SET lock_configuration = false",
+        "PRAGMA enable_profiling",
+        "DROP VIEW samples",
+        "CREATE TABLE t AS SELECT 1",
+        "SELECT 1; SELECT 2",
+        "SELECT * FROM toy",
+        "",
+    ],
+)
+def test_statements_that_are_refused(toy, statement):
+    with pytest.raises(QueryRefused):
+        toy.sql(statement)
+
+
+def test_reading_a_file_is_refused_in_our_words(toy):
+    with pytest.raises(QueryRefused, match="reads the database's own tables, not files or the network"):
+        toy.sql("SELECT * FROM read_csv('/etc/passwd')")
+    with pytest.raises(QueryRefused, match="one SELECT is needed, found: COPY"):
+        toy.sql("COPY images TO '/tmp/stolen.parquet'")
+
+
+def test_a_mistake_gets_duckdbs_words(toy):
+    with pytest.raises(QueryRefused, match="colour"):
+        toy.sql("SELECT colour FROM images")
+
+
+# --- named queries ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_header_parameters_are_those_of_the_statement(name):
+    query = queries.load(name)
+    [statement] = duckdb.connect().extract_statements(query.sql)
+    assert statement.type == duckdb.StatementType.SELECT
+    assert set(statement.named_parameters) == {parameter.name for parameter in query.parameters}
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_header_relations_are_those_of_the_statement(name):
+    query = queries.load(name)
+    tree = duckdb.connect().execute("SELECT json_serialize_sql(?)", [without_parameters(query.sql)]).fetchone()[0]
+    named = set(re.findall(r'"table_name":"(\w+)"', tree))
+    assert named & VIEWS == set(query.reads)
+
+
+def without_parameters(statement):
+    return re.sub(r"\$\w+", "1", statement)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_header_columns_are_those_of_an_empty_run(empty, name):
+    empty.add_encoder(**TOY)
+    query = queries.load(name)
+    given = {one.name: TRIAL.get(one.name, one.default) for one in query.parameters}
+    with sql.connect(empty._tables) as connection:
+        relation = connection.sql(query.sql, params=query.bind(given))
+        found = list(zip(relation.columns, map(str, relation.types), strict=True))
+    assert found == [(column.name, column.type) for column in query.columns]
+    assert empty.query(name, **given).num_rows == 0
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_header_is_complete(name):
+    query = queries.load(name)
+    assert query.summary
+    assert query.source
+    assert query.grain.startswith("one row per")
+    assert all(parameter.meaning for parameter in query.parameters)
+    assert "SELECT *" not in query.sql
+
+
+def test_parameters_are_checked(toy):
+    with pytest.raises(InvalidValue, match="query recall_at_k has no parameter 'n'; it has: k"):
+        toy.query("recall_at_k", n=3)
+    with pytest.raises(InvalidValue, match="parameter k is 'ten'; it must be INTEGER"):
+        toy.query("recall_at_k", k="ten")
+    with pytest.raises(InvalidValue, match="top_candidates needs image_id .* give it with -p image_id="):
+        toy.query("top_candidates")
+    with pytest.raises(NotFound, match="no query 'recal_at_k'; nearest are 'recall_at_k'"):
+        toy.query("recal_at_k")
+
+
+def test_a_header_line_that_is_not_understood():
+    with pytest.raises(InvalidValue, match="query x: not a parameter line"):
+        queries.parse("x", "metrics", "-- Says.\n-- param k INTEGER\nSELECT 1")
+
+
+# --- metrics: by hand, and against an oracle ------------------------------------------------------------------------
+
+
+def ranks(entries, encoder_id="toy_2", gallery="own", size=100):
+    rows = [
+        {
+            "encoder_id": encoder_id,
+            "gallery": gallery,
+            "sample_id": sample,
+            "exemplar_id": exemplar,
+            "rank": rank,
+            "gallery_size": size,
+            "images_version": 1,
+        }
+        for sample, exemplar, rank in entries
+    ]
+    return pa.Table.from_pylist(rows, TABLES["exemplar_ranks"])
+
+
+def test_metrics_by_hand(toy):
+    entries = [("m/0/1", "m/e0", 1), ("m/0/1", "m/e40", 20), ("m/0/2", "m/e0", 5), ("m/0/2", "m/e40", 3)]
+    toy.replace_exemplar_ranks(ranks(entries), "toy_2", "own")
+    [recall] = toy.query("recall_at_k", k=4).to_pylist()
+    # sample 1 finds one of two, sample 2 one of two
+    assert recall["recall_at_k"] == 0.5
+    assert recall["chance"] == pytest.approx(0.04)
+    assert recall["ceiling"] == 1.0
+    assert (recall["n_models"], recall["n_samples"], recall["n_unranked"]) == (1, 2, 0)
+    assert toy.query("recall_at_k", k=1).to_pylist()[0]["ceiling"] == 0.5
+    [precision] = toy.query("mean_average_precision").to_pylist()
+    # sample 1: (1/1 + 2/20) / 2 = 0.55; sample 2: (1/3 + 2/5) / 2 = 11/30
+    assert precision["mean_average_precision"] == pytest.approx((0.55 + 11 / 30) / 2)
+
+
+def test_what_was_not_ranked_counts_as_not_found(toy):
+    toy.replace_exemplar_ranks(ranks([("m/0/1", "m/e0", 1)]), "toy_2", "own")
+    [recall] = toy.query("recall_at_k", k=10).to_pylist()
+    assert recall["recall_at_k"] == 0.25
+    assert recall["n_unranked"] == 3
+    [precision] = toy.query("mean_average_precision").to_pylist()
+    assert precision["mean_average_precision"] == 0.25
+    assert precision["n_unranked"] == 3
+
+
+def test_ranks_are_replaced_per_encoder_and_gallery(toy):
+    toy.replace_exemplar_ranks(ranks([("m/0/1", "m/e0", 9)]), "toy_2", "own")
+    toy.replace_exemplar_ranks(ranks([("m/0/1", "m/e0", 7)], gallery="all"), "toy_2", "all")
+    toy.replace_exemplar_ranks(ranks([("m/0/2", "m/e0", 2)]), "toy_2", "own")
+    found = toy.sql("SELECT gallery, sample_id, rank FROM exemplar_ranks ORDER BY ALL").to_pylist()
+    assert found == [
+        {"gallery": "all", "sample_id": "m/0/1", "rank": 7},
+        {"gallery": "own", "sample_id": "m/0/2", "rank": 2},
+    ]
+
+
+def test_metrics_of_nothing(empty):
+    assert empty.query("recall_at_k").num_rows == 0
+    assert empty.query("mean_average_precision").num_rows == 0
+
+
+def test_an_older_snapshot_is_what_an_open_database_sees(toy):
+    other = attrdb.open(toy.path)
+    toy.append_images(pa.table({"image_id": ["new"], "role": ["pretraining"]}))
+    assert other.sql("SELECT count(*) AS n FROM images")["n"][0].as_py() == 7
