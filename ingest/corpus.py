@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from attrdb.ingest.encoders import Encoder, encode
-from attrdb.ingest.pictures import Picture, image_files, read_picture, read_picture_file
 
 from attrdb.database import Database
 from attrdb.errors import InvalidValue, NotFound
+from attrdb.ingest.encoders import Encoder, encode
+from attrdb.ingest.pictures import Picture, image_files, read_picture, read_picture_file
 from attrdb.schema import IMAGES, encoder_id_of, feature_array
 
 CHUNK = 512  # images a commit

@@ -14,14 +14,14 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from attrdb.ingest.base_model import BaseModel
-from attrdb.ingest.pictures import square
 from diffusers import DDPMScheduler, StableDiffusionPipeline
 from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from attrdb.errors import InvalidValue
+from attrdb.ingest.base_model import BaseModel
+from attrdb.ingest.pictures import square
 
 METHOD = "custom-diffusion"
 TOKEN_KEY = "text_encoder.token_embedding"

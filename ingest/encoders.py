@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-from attrdb.ingest.pictures import read_picture_file, square
 from PIL import Image
 
 from attrdb.database import Database
 from attrdb.errors import InvalidValue
+from attrdb.ingest.pictures import read_picture_file, square
 
 BATCH = 64
 DEFAULT_ENCODERS = ("efficientnet-lite0", "pixels:8")

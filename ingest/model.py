@@ -18,6 +18,9 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+
+from attrdb.database import Database
+from attrdb.errors import InvalidValue
 from attrdb.ingest.base_model import BaseModel, base_model_folder, load_base_model, read_profile, weights_hash
 from attrdb.ingest.corpus import image_rows, register
 from attrdb.ingest.customize import METHOD, CustomizeSettings, apply_delta, customize, load_delta, save_delta
@@ -25,9 +28,6 @@ from attrdb.ingest.encoders import Encoder
 from attrdb.ingest.pictures import Picture, image_files, read_picture, read_picture_file, webp
 from attrdb.ingest.prompts import TOKEN, Prompt, choose_prompts, train_prompt
 from attrdb.ingest.synthesize import SynthesizeSettings, plan_samples, synthesize, use_fast_solver
-
-from attrdb.database import Database
-from attrdb.errors import InvalidValue
 from attrdb.schema import KINDS
 
 Report = Callable[[str, int, int], None]  # stage, units done, units in all

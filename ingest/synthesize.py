@@ -7,10 +7,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from attrdb.ingest.base_model import BaseModel
-from attrdb.ingest.prompts import Prompt
 from diffusers import DPMSolverMultistepScheduler
 from PIL import Image
+
+from attrdb.ingest.base_model import BaseModel
+from attrdb.ingest.prompts import Prompt
 
 
 @dataclass(frozen=True)

@@ -84,6 +84,7 @@ def exemplar_folder(tmp_path: Path) -> Path:
 def tiny_base(tmp_path_factory) -> Path:
     """A Stable Diffusion pipeline folder, randomly initialised and as small as its parts allow."""
     import torch
+
     from attrdb.training import base_model as bm
 
     torch.manual_seed(0)

@@ -4,17 +4,17 @@ import json
 
 import pytest
 import torch
-from attrdb.ingest import base_model as loading
-from attrdb.ingest import customize as cd
-from attrdb.ingest.prompts import Prompt
-from attrdb.ingest.synthesize import SynthesizeSettings, plan_samples, synthesize, use_fast_solver
-from attrdb.training import base_model as bm
 from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
 from test_icons import ASSETS
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from attrdb.errors import InvalidValue
+from attrdb.ingest import base_model as loading
+from attrdb.ingest import customize as cd
+from attrdb.ingest.prompts import Prompt
+from attrdb.ingest.synthesize import SynthesizeSettings, plan_samples, synthesize, use_fast_solver
+from attrdb.training import base_model as bm
 
 TINY = bm.BaseModelSettings(
     vae_channels=(8, 8, 8),

@@ -144,6 +144,9 @@ def test_ingest_model_and_again(tmp_path, exemplar_folder, tiny_base):
     assert "with customize" in run(*words, "--steps", 9, code=1).stderr
 
 
+MODEL = ["ingest", "model", "x.attrdb", "--category", "a", "--kind", "object", "--base-model", "b"]
+
+
 @pytest.mark.parametrize(
     ("words", "says"),
     [
@@ -155,22 +158,7 @@ def test_ingest_model_and_again(tmp_path, exemplar_folder, tiny_base):
         (["init", "DB"], "is an attrdb database already"),
         (["ingest", "corpus", "DB", "nowhere"], "no folder or Parquet file nowhere"),
         (["ingest", "corpus", "new.attrdb", "DB", "--encoder", "clip"], "no encoder 'clip'"),
-        (
-            [
-                "ingest",
-                "model",
-                "x.attrdb",
-                "--exemplars",
-                "none",
-                "--category",
-                "a",
-                "--kind",
-                "object",
-                "--base-model",
-                "b",
-            ],
-            "no folder none",
-        ),
+        ([*MODEL, "--exemplars", "none"], "no folder none"),
     ],
 )
 def test_errors_are_one_sentence_and_exit_1(toy, words, says, tmp_path, monkeypatch):

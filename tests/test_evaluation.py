@@ -3,11 +3,11 @@
 import numpy as np
 import pyarrow as pa
 import pytest
-from attrdb.training.evaluation import evaluate
 
 import attrdb
 from attrdb.errors import InvalidValue, NotFound
 from attrdb.schema import feature_array
+from attrdb.training.evaluation import evaluate
 
 
 def test_ranks_by_hand(toy):

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-from attrdb.ingest import icons
 from click.testing import CliRunner
 from PIL import Image
+
+from attrdb.ingest import icons
 
 ASSETS = Path(str(files("attrdb"))) / "assets"
 

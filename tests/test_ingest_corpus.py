@@ -8,13 +8,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from attrdb.ingest import corpus
-from attrdb.ingest.encoders import EfficientNetLite0, Pixels, encode
-from attrdb.ingest.pictures import on_white, read_picture, read_picture_file, square, webp
 from conftest import picture
 from PIL import Image
 
 from attrdb.errors import InvalidValue, NotFound
+from attrdb.ingest import corpus
+from attrdb.ingest.encoders import EfficientNetLite0, Pixels, encode
+from attrdb.ingest.pictures import on_white, read_picture, read_picture_file, square, webp
 
 
 def bomb() -> bytes:

@@ -4,12 +4,12 @@ import json
 
 import numpy as np
 import pytest
-from attrdb.ingest import base_model, customize, model, synthesize
-from attrdb.ingest.encoders import Pixels
 from conftest import picture
 
 import attrdb
 from attrdb.errors import InvalidValue, NotFound
+from attrdb.ingest import base_model, customize, model, synthesize
+from attrdb.ingest.encoders import Pixels
 
 
 def ingest(db, folder, base, encoder, **given):

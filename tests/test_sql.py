@@ -123,7 +123,7 @@ def test_parameters_are_checked(toy):
         toy.query("recall_at_k", n=3)
     with pytest.raises(InvalidValue, match="parameter k is 'ten'; it must be INTEGER"):
         toy.query("recall_at_k", k="ten")
-    with pytest.raises(InvalidValue, match="top_candidates needs image_id .* give it with -p image_id="):
+    with pytest.raises(InvalidValue, match=r"top_candidates needs image_id .* give it with -p image_id="):
         toy.query("top_candidates")
     with pytest.raises(NotFound, match="no query 'recal_at_k'; nearest are 'recall_at_k'"):
         toy.query("recal_at_k")
