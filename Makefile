@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint docs clean
 
 demo: $(VENV)/.ready
 	$(BIN)/attrdb demo demo
@@ -14,6 +14,9 @@ test: $(VENV)/.ready
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+docs: $(VENV)/.ready
+	$(BIN)/python docs/cli.py
 
 # Installed again only when what is to be installed has changed.
 $(VENV)/.ready: pyproject.toml constraints.txt

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import json
 from collections.abc import Callable
-from importlib.resources import as_file, files
+from importlib.resources import files
 from pathlib import Path
 
 import click
@@ -27,10 +27,14 @@ N_CANDIDATES = 7
 Report = Callable[[str, int, int], None]
 
 
+def bundled_icons() -> Path:
+    """The Parquet file of the corpus and the held-out exemplars."""
+    return Path(str(files("attrdb"))) / "assets" / "icons.parquet"
+
+
 def bundled_exemplars(concept: str) -> tuple[list[Exemplar], str, str]:
     """The exemplars of a bundled concept, its kind and its category."""
-    with as_file(files("attrdb") / "assets" / "icons.parquet") as path:
-        rows = pq.read_table(path, filters=[("role", "=", "exemplar")]).to_pylist()
+    rows = pq.read_table(bundled_icons(), filters=[("role", "=", "exemplar")]).to_pylist()
     chosen = [row for row in rows if json.loads(row["metadata"])["concept"] == concept]
     kept = ("source", "uri", "creator", "license", "prompt")
     exemplars = [
@@ -40,21 +44,24 @@ def bundled_exemplars(concept: str) -> tuple[list[Exemplar], str, str]:
     return exemplars, kind, chosen[0]["category"] if kind == "object" else concept
 
 
-def build(folder: Path, report: Report) -> Path:
-    """Build `<folder>/icons.attrdb` and `<folder>/index.html`; what is there already is not done again."""
+def build(folder: Path, report: Report, corpus: Path | None = None, concepts: tuple[str, ...] = CONCEPTS) -> Path:
+    """Build `<folder>/icons.attrdb` and `<folder>/index.html`; what is there already is not done again.
+
+    corpus: a Parquet file for `ingest_corpus`, the bundled icons when left out
+    """
+    corpus = corpus or bundled_icons()
     path = folder / "icons.attrdb"
     db = attrdb.open(path) if path.exists() else attrdb.create(path)
     encoders = [load_encoder(spec) for spec in DEFAULT_ENCODERS]
-    with as_file(files("attrdb") / "assets" / "icons.parquet") as icons:
-        total, done = count_items(icons), 0
+    total, done = count_items(corpus), 0
 
-        def advance(n_items: int) -> None:
-            nonlocal done
-            done += n_items
-            report("encode the corpus", done, total)
+    def advance(n_items: int) -> None:
+        nonlocal done
+        done += n_items
+        report("encode the corpus", done, total)
 
-        ingest_corpus(db, icons, encoders, report=advance)
-    for concept in CONCEPTS:
+    ingest_corpus(db, corpus, encoders, report=advance)
+    for concept in concepts:
         exemplars, kind, category = bundled_exemplars(concept)
         settings = settings_for("icon-sd", kind, category)
         ingest_model(

@@ -1,0 +1,157 @@
+"""The demo on a small corpus, and the documentation: what the README says to type is typed."""
+
+import importlib.util
+import json
+import re
+import shlex
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import pytest
+from click.testing import CliRunner
+
+import attrdb
+from attrdb import demo
+from attrdb.cli import main
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+CONCEPTS = (demo.CONCEPTS[0], demo.CONCEPTS[-1])
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """The demo with one object, one style and 200 pretraining images, in a folder of its own."""
+    folder = tmp_path_factory.mktemp("demo")
+    icons = pq.read_table(demo.bundled_icons())
+    corpus = icons.filter(pc.field("role") == "pretraining").slice(0, 200)
+    pq.write_table(corpus, folder / "few.parquet")
+    stages = []
+    page = demo.build(folder / "demo", lambda *stage: stages.append(stage), folder / "few.parquet", CONCEPTS)
+    return folder, page, stages
+
+
+def test_demo_fills_every_table_and_reports_every_stage(built):
+    folder, _, stages = built
+    found = attrdb.open(folder / "demo" / "icons.attrdb").status()
+    assert found["models_by_kind"] == {"object": 1, "style": 1}
+    assert found["images_by_role"]["pretraining"] == 200
+    assert all(encoder["n_encoded"] == found["n_images"] for encoder in found["encoders"].values())
+    assert found["n_exemplar_ranks"] > 0
+    done = {stage: units == total for stage, units, total in stages}
+    assert {stage.split(": ")[-1].split()[0] for stage in done} == {
+        "encode",
+        "customize",
+        "sample",
+        "evaluate",
+        "attribute",
+    }
+    assert all(done.values())
+
+
+def test_demo_again_changes_nothing(built):
+    folder, page, _ = built
+    db = attrdb.open(folder / "demo" / "icons.attrdb")
+    before, text = db.version, page.read_text()
+    demo.build(folder / "demo", lambda *_: None, folder / "few.parquet", CONCEPTS)
+    assert attrdb.open(db.path).version == before
+    assert page.read_text() == text
+
+
+class Links(HTMLParser):
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def handle_starttag(self, tag, attrs):
+        self.found += [value for name, value in attrs if name in ("src", "href")]
+
+
+def test_demo_page_is_self_contained_and_says_what_influence_is(built):
+    folder, page, _ = built
+    text = page.read_text()
+    links = Links()
+    links.feed(text)
+    assert links.found
+    assert all(link.startswith("data:image/webp;base64,") for link in links.found)
+    assert "estimate" in text
+    assert "not a causal" in text
+    db = attrdb.open(folder / "demo" / "icons.attrdb")
+    for prompt in db.sql("SELECT prompt FROM samples")["prompt"].to_pylist():
+        assert prompt in text
+    for row in demo.figures(db):
+        assert f"{row['recall_at_k']:.3f}" in text
+
+
+def test_demo_figures_are_the_queries(built):
+    folder, _, _ = built
+    db = attrdb.open(folder / "demo" / "icons.attrdb")
+    rows = db.query("recall_at_k", k=10).to_pylist()
+    for figure in demo.figures(db):
+        own = [row for row in rows if (row["kind"], row["encoder_id"]) == (figure["kind"], figure["encoder_id"])]
+        assert figure["recall_at_k"] == pytest.approx(sum(row["recall_at_k"] for row in own) / len(own))
+
+
+def readme_commands():
+    return [line.strip() for line in README.splitlines() if re.match(r"    attrdb ", line)]
+
+
+def test_readme_commands_on_the_demo_work(built, monkeypatch):
+    folder, _, _ = built
+    monkeypatch.chdir(folder)
+    sample = attrdb.open("demo/icons.attrdb").sql("SELECT min(image_id) AS id FROM samples")["id"][0].as_py()
+    asked = [command for command in readme_commands() if "demo/icons.attrdb" in command or "queries" in command]
+    assert len(asked) >= 6
+    for command in asked:
+        words = shlex.split(command.replace("SAMPLE_ID", sample))[1:]
+        done = CliRunner().invoke(main, words)
+        assert done.exit_code == 0, (command, done.output)
+        assert done.stdout.strip()
+
+
+def test_readme_ingest_commands_parse():
+    appended = [command for command in readme_commands() if " my.attrdb" in command]
+    assert {shlex.split(command)[1] for command in appended} == {"ingest", "evaluate", "status"}
+    for command in appended:
+        context, words = main, shlex.split(command)[1:]
+        while hasattr(context, "commands"):
+            context = context.commands[words.pop(0)]
+        context.make_context("attrdb", words)  # raises for an unknown option
+
+
+def test_readme_python_works(built, monkeypatch, capsys):
+    folder, _, _ = built
+    monkeypatch.chdir(folder)
+    [block] = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    exec(compile(block, "README.md", "exec"), {})
+    assert "influence" in capsys.readouterr().out
+
+
+def test_readme_names_its_two_commands():
+    makefile = (ROOT / "Makefile").read_text()
+    for command in re.findall(r"^    make (\w+)", README, re.MULTILINE):
+        assert re.search(rf"^{command}:", makefile, re.MULTILINE)
+    assert "make test" in (ROOT / ".ci" / "run").read_text()
+
+
+def test_readme_pictures_and_pages_exist():
+    for target in re.findall(r"\]\(([^)#]+)\)", README):
+        if not target.startswith("http"):
+            assert (ROOT / target).exists(), target
+
+
+def test_command_page_is_what_the_program_says():
+    spec = importlib.util.spec_from_file_location("cli_page", ROOT / "docs" / "cli.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert module.PAGE.read_text() == module.page(), "stale: run make docs"
+
+
+def test_model_card_states_the_figures_of_the_weights():
+    card = (ROOT / "docs" / "icon-sd.md").read_text()
+    figures = json.loads((ROOT / "attrdb" / "assets" / "icon-sd" / "training.json").read_text())
+    for name in ("unet_images", "unet_steps", "vae_images"):
+        assert f"{figures[name]:,}" in card, name
+    assert f"{figures['unet_loss']:.3f}" in card
