@@ -435,7 +435,13 @@ def main(
         latents, categories, styles, tokenizer, settings, Run(run_folder, "unet"), device, minutes
     )
     hardware = torch.cuda.get_device_name() if device == "cuda" else f"{platform.machine()} CPU"
-    figures |= {"corpus_images": len(pixels), "hardware": hardware, "torch_threads": torch.get_num_threads()}
+    figures |= {
+        "vae_images": settings.vae_images,
+        "corpus_images": len(pixels),
+        "hardware": hardware,
+        "torch_threads": torch.get_num_threads(),
+        "settings": asdict(settings),
+    }
     export(vae, unet, text_encoder, tokenizer, figures, out)
 
 
