@@ -85,16 +85,16 @@ def tiny_base(tmp_path_factory) -> Path:
     """A Stable Diffusion pipeline folder, randomly initialised and as small as its parts allow."""
     import torch
 
-    from attrdb.training import base_model as bm
+    from attrdb.training import base_architecture as ba
 
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("base")
-    settings = bm.BaseModelSettings(
+    settings = ba.BaseModelSettings(
         vae_channels=(8, 8, 8), vocabulary=600, text_width=32, text_layers=1, unet_channels=(32, 32)
     )
-    tokenizer = bm.train_tokenizer(["a picture of a vase in the style of art"] * 3, settings, folder / "tokens")
-    vae, unet = bm.new_vae(settings), bm.new_unet(settings)
-    bm.export(vae, unet, bm.new_text_encoder(tokenizer, settings), tokenizer, {}, folder / "tiny-sd")
+    tokenizer = ba.train_tokenizer(["a picture of a vase in the style of art"] * 3, settings, folder / "tokens")
+    vae, unet = ba.new_vae(settings), ba.new_unet(settings)
+    ba.export(vae, unet, ba.new_text_encoder(tokenizer, settings), tokenizer, {}, folder / "tiny-sd")
     profile = '{"steps": 3, "batch": 2, "lr": 0.01, "prompts": "icon", "prompts_per_scheme": 2, "samples_per_prompt": 1'
     (folder / "tiny-sd" / "customize.json").write_text(profile + ', "solver_steps": 2, "sample_batch": 2}')
     return folder / "tiny-sd"

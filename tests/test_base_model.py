@@ -1,6 +1,8 @@
 """Training the base model: stages resume where they were, settings are guarded, and Stable Diffusion's own shape works."""
 
 import json
+import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,8 +17,9 @@ from attrdb.ingest import customize as cd
 from attrdb.ingest.prompts import Prompt
 from attrdb.ingest.synthesize import SynthesizeSettings, plan_samples, synthesize, use_fast_solver
 from attrdb.training import base_model as bm
+from attrdb.training.base_architecture import BaseModelSettings, train_tokenizer
 
-TINY = bm.BaseModelSettings(
+TINY = BaseModelSettings(
     vae_channels=(8, 8, 8),
     vae_images=400,
     vae_batch=4,
@@ -38,7 +41,7 @@ def test_corpus_reads_styles_from_captions(icons):
     pixels, categories, styles = icons
     assert pixels.shape == (32, 3, 32, 32)
     assert set(styles) == {"twemoji"}
-    assert bm.caption(categories[0], styles[0], __import__("random").Random(5)).count(categories[0]) <= 1
+    assert bm.caption(categories[0], styles[0], random.Random(5)).count(categories[0]) <= 1
 
 
 def test_vae_killed_and_rerun_equals_an_undisturbed_run(icons, tmp_path, monkeypatch):
@@ -49,7 +52,6 @@ def test_vae_killed_and_rerun_equals_an_undisturbed_run(icons, tmp_path, monkeyp
         save(self, state)
         raise KeyboardInterrupt
 
-    # 100 steps to the only checkpoint before the end would be the end itself: look at it from half of the steps.
     half = bm.Run(tmp_path / "killed", "vae")
     monkeypatch.setattr(bm, "REPORT_STEPS", 40)
     monkeypatch.setattr(bm.Run, "save", kill_after_saving)
@@ -68,7 +70,7 @@ def test_losses_go_down_and_unet_goes_on(icons, tmp_path):
     vae = bm.train_vae(pixels, TINY, vae_run, "cpu")
     latents = bm.encode_corpus(vae, pixels, "cpu")
     assert latents.std().item() == pytest.approx(1, abs=1e-3)
-    tokenizer = bm.train_tokenizer(categories, TINY, tmp_path / "tokenizer")
+    tokenizer = train_tokenizer(categories, TINY, tmp_path / "tokenizer")
     run = bm.Run(tmp_path, "unet")
     arguments = (latents, categories, styles, tokenizer, TINY, run, "cpu")
     *_, first = bm.train_unet(*arguments, minutes=0.05)
@@ -82,7 +84,7 @@ def test_a_run_is_not_continued_with_other_settings(tmp_path):
     bm.check_settings(TINY, tmp_path)
     bm.check_settings(TINY, tmp_path)
     with pytest.raises(InvalidValue, match="was begun with vae_images=400, now it is 800"):
-        bm.check_settings(__import__("dataclasses").replace(TINY, vae_images=800), tmp_path)
+        bm.check_settings(replace(TINY, vae_images=800), tmp_path)
 
 
 def test_bundled_icon_sd_is_a_genuine_small_pipeline():

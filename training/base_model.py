@@ -9,7 +9,7 @@ Four stages, each resumed where it was left when the command is given again:
     unet        UNet2DConditionModel and CLIPTextModel, trained together with v-prediction, EMA weights
     export      `StableDiffusionPipeline.save_pretrained` in fp16, with a model card's figures in `training.json`
 
-The architectures are those of Stable Diffusion, only smaller, so whatever customizes icon-sd customizes SD 1.x and 2.x.
+What the parts are, base_architecture.py says.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import platform
 import random
 import time
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
@@ -30,39 +30,24 @@ import numpy as np
 import pyarrow.parquet as pq
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
 from PIL import Image
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextModel, CLIPTokenizer
 
 from attrdb.errors import InvalidValue
+from attrdb.training.base_architecture import (
+    BaseModelSettings,
+    export,
+    new_scheduler,
+    new_text_encoder,
+    new_unet,
+    new_vae,
+    train_tokenizer,
+)
 
 REPORT_STEPS = 100  # between two checkpoints
-START, END = "<|startoftext|>", "<|endoftext|>"
-
-
-@dataclass(frozen=True)
-class BaseModelSettings:
-    """What decides the weights. `device` and `minutes` do not: they belong to a call, not to the model."""
-
-    size: int = 32  # pixels
-    latent_channels: int = 4
-    vae_channels: tuple[int, ...] = (32, 64, 64)
-    vae_images: int = 100_000
-    vae_batch: int = 32
-    vae_lr: float = 1.5e-3
-    kl_weight: float = 1e-6  # on the sum over a latent's elements; at 3e-4 half of the channels died
-    vocabulary: int = 2048
-    max_tokens: int = 32
-    text_width: int = 192
-    text_layers: int = 3
-    unet_channels: tuple[int, ...] = (96, 160)
-    unet_batch: int = 128
-    unet_lr: float = 5e-4
-    ema: float = 0.9995
-    seed: int = 0
 
 
 def caption(category: str, style: str, rng: random.Random) -> str:
@@ -87,97 +72,6 @@ def read_corpus(path: Path, size: int) -> tuple[torch.Tensor, list[str], list[st
 
 
 # --- stages ---------------------------------------------------------------------------------------------------------
-
-
-def train_tokenizer(captions: list[str], settings: BaseModelSettings, folder: Path) -> CLIPTokenizer:
-    """A CLIP tokenizer (bytes, '</w>' ends a word) whose merges come from the captions."""
-    if not (folder / "tokenizer_config.json").exists():
-        bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
-        bpe.normalizer = normalizers.Lowercase()
-        bpe.pre_tokenizer = pre_tokenizers.Sequence(
-            [pre_tokenizers.Whitespace(), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-        )
-        alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-        n_merges = settings.vocabulary - 2 * len(alphabet) - 2
-        trainer = trainers.BpeTrainer(
-            vocab_size=len(alphabet) * 2 + n_merges,
-            initial_alphabet=alphabet,
-            end_of_word_suffix="</w>",
-            show_progress=False,
-        )
-        bpe.train_from_iterator(captions, trainer)
-        merges = [tuple(pair) for pair in json.loads(bpe.to_str())["model"]["merges"]][:n_merges]
-        tokens = [*alphabet, *(letter + "</w>" for letter in alphabet), *("".join(pair) for pair in merges)]
-        vocab = {token: index for index, token in enumerate(dict.fromkeys([*tokens, START, END]))}
-        tokenizer = CLIPTokenizer(
-            vocab=vocab,
-            merges=merges,
-            bos_token=START,
-            eos_token=END,
-            unk_token=END,
-            pad_token=END,
-            model_max_length=settings.max_tokens,
-        )
-        tokenizer.save_pretrained(folder)
-    return CLIPTokenizer.from_pretrained(folder)
-
-
-def new_vae(settings: BaseModelSettings) -> AutoencoderKL:
-    levels = len(settings.vae_channels)
-    return AutoencoderKL(
-        sample_size=settings.size,
-        down_block_types=("DownEncoderBlock2D",) * levels,
-        up_block_types=("UpDecoderBlock2D",) * levels,
-        block_out_channels=settings.vae_channels,
-        layers_per_block=1,
-        latent_channels=settings.latent_channels,
-        norm_num_groups=8,
-        scaling_factor=1.0,
-    )
-
-
-def new_unet(settings: BaseModelSettings) -> UNet2DConditionModel:
-    levels = len(settings.unet_channels)
-    return UNet2DConditionModel(
-        sample_size=settings.size // 2 ** (len(settings.vae_channels) - 1),
-        in_channels=settings.latent_channels,
-        out_channels=settings.latent_channels,
-        down_block_types=("CrossAttnDownBlock2D",) * levels,
-        up_block_types=("CrossAttnUpBlock2D",) * levels,
-        block_out_channels=settings.unet_channels,
-        layers_per_block=1,
-        cross_attention_dim=settings.text_width,
-        attention_head_dim=4,
-    )
-
-
-def new_text_encoder(tokenizer: CLIPTokenizer, settings: BaseModelSettings) -> CLIPTextModel:
-    return CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=settings.text_width,
-            intermediate_size=4 * settings.text_width,
-            num_hidden_layers=settings.text_layers,
-            num_attention_heads=4,
-            max_position_embeddings=settings.max_tokens,
-            projection_dim=settings.text_width,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    )
-
-
-def new_scheduler() -> DPMSolverMultistepScheduler:
-    return DPMSolverMultistepScheduler(
-        num_train_timesteps=1000,
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        prediction_type="v_prediction",
-        timestep_spacing="trailing",
-        steps_offset=1,
-    )
 
 
 class Run:
@@ -229,7 +123,7 @@ def train_vae(pixels: torch.Tensor, settings: BaseModelSettings, run: Run, devic
             x = x.flip(-1)
         with torch.autocast(device, torch.bfloat16):
             posterior = vae.encode(x).latent_dist
-            decoded = vae.decode(posterior.sample()).sample.float()
+            decoded = vae.decode(posterior.sample(generator)).sample.float()
         loss = F.l1_loss(decoded, x) + F.l1_loss(F.avg_pool2d(decoded, 4), F.avg_pool2d(x, 4))
         loss = loss + settings.kl_weight * posterior.kl().float().mean()
         loss.backward()
@@ -348,29 +242,6 @@ def train_unet(
     both.load_state_dict(ema)
     figures = {"unet_steps": step, "unet_images": step * settings.unet_batch, "unet_seconds": round(seconds)}
     return unet.eval(), text_encoder.eval(), {**figures, "unet_loss": loss_now}
-
-
-def export(
-    vae: AutoencoderKL,
-    unet: UNet2DConditionModel,
-    text_encoder: CLIPTextModel,
-    tokenizer: CLIPTokenizer,
-    figures: dict,
-    out: Path,
-) -> None:
-    """Write the pipeline folder in fp16, and `training.json` beside it."""
-    pipeline = StableDiffusionPipeline(
-        vae=vae,
-        text_encoder=text_encoder,
-        tokenizer=tokenizer,
-        unet=unet,
-        scheduler=new_scheduler(),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-    pipeline.to("cpu", torch.float16).save_pretrained(out, safe_serialization=True)
-    (out / "training.json").write_text(json.dumps(figures, indent=2) + "\n")
 
 
 def start_from(folder: Path, run_folder: Path, settings: BaseModelSettings) -> None:
