@@ -210,7 +210,7 @@ def attribute(
     """The candidates that most resemble IMAGE (a stored image_id or an image file), with their influence."""
     database = attrdb.open(db)
     query: Any = image
-    if not database.stored_ids([image]):
+    if not database.stored([image]):
         if not Path(image).is_file():
             raise NotFound(f"{image!r} is neither an image_id of {db} nor an image file")
         query = ml("ingest.encoders").encode_file(database, Path(image), encoder_id)

@@ -53,6 +53,16 @@ def create(path: str | Path) -> Database:
     return Database(path)
 
 
+def _encoder_row(spec: str, dimension: int, preprocessing: dict, weights_fingerprint: str) -> dict:
+    return {
+        "encoder_id": encoder_id_of(spec),
+        "spec": spec,
+        "dimension": dimension,
+        "preprocessing": json.dumps(preprocessing, sort_keys=True),
+        "weights_fingerprint": weights_fingerprint,
+    }
+
+
 @dataclass(frozen=True)
 class Appended:
     """What an append did. version: of the images table afterwards."""
@@ -74,16 +84,28 @@ class Database:
             what = "is not an attrdb database (no images.lance in it)" if self.path.exists() else "does not exist"
             raise NotFound(f"{self.path} {what}; make one with: attrdb init {self.path}")
         self.refresh()
-        found = (self._tables["images"].schema.metadata or {}).get(b"attrdb.schema_version")
-        if found != str(SCHEMA_VERSION).encode():
-            raise InvalidValue(
-                f"{self.path} has schema version {found.decode() if found else 'none'}, this attrdb reads "
-                f"{SCHEMA_VERSION}; use the attrdb release that made it"
-            )
+        for name, dataset in self._tables.items():
+            found = (dataset.schema.metadata or {}).get(b"attrdb.schema_version", b"none").decode()
+            if found != str(SCHEMA_VERSION):
+                raise InvalidValue(
+                    f"table {name} of {self.path} has schema version {found}, this attrdb reads {SCHEMA_VERSION}; "
+                    "use the attrdb release that made it"
+                )
 
     def refresh(self) -> None:
-        """Move on to the newest version of every table."""
-        self._tables = {name: lance.dataset(str(self.path / f"{name}.lance")) for name in TABLES}
+        """Move on to the newest version of every table.
+
+        raises: NotFound if a table is gone
+        """
+        tables = {}
+        for name in TABLES:
+            try:
+                tables[name] = lance.dataset(str(self.path / f"{name}.lance"))
+            except ValueError as error:
+                raise NotFound(
+                    f"{self.path} is not a whole attrdb database: its table {name} cannot be read"
+                ) from error
+        self._tables = tables
 
     @property
     def version(self) -> int:
@@ -118,9 +140,15 @@ class Database:
     def query(self, name: str, **parameters: Any) -> pa.Table:
         """The result of a named query, such as `db.query("recall_at_k", k=10)`.
 
-        raises: NotFound for an unknown name, InvalidValue for a wrong parameter
+        A query's encoder_id is the database's first encoder where none is given.
+        raises: NotFound for an unknown query, encoder or image, InvalidValue for a wrong parameter
         """
         query = queries.load(name)
+        names = {parameter.name for parameter in query.parameters}
+        if "encoder_id" in names:
+            parameters["encoder_id"] = self.encoder_id(parameters.get("encoder_id"))
+        if {"encoder_id", "image_id"} <= names and "image_id" in parameters:
+            self.feature(parameters["image_id"], parameters["encoder_id"])
         return self.sql(query.sql, query.bind(parameters))
 
     # --- attribution --------------------------------------------------------------------------------------------------
@@ -185,9 +213,12 @@ class Database:
                 raise InvalidValue(
                     f"the feature has shape {feature.shape}, encoder {encoder_id!r} makes ({dimension},)"
                 )
-            feature = feature / np.linalg.norm(feature)
+            norm = np.linalg.norm(feature)
+            if not (np.isfinite(norm) and norm > 0):
+                raise InvalidValue(f"the feature has length {norm}; it must point somewhere")
+            feature = feature / norm
 
-        size = self._tables["images"].count_rows(f"({where}) AND {encoder_id} IS NOT NULL")
+        size = self._tables["images"].count_rows(f"({where}) AND `{encoder_id}` IS NOT NULL")
         width = max(k, 256)
         while True:
             hits = search.top_k(self.features(encoder_id, where), feature[None], width)
@@ -223,45 +254,54 @@ class Database:
 
     # --- appending ----------------------------------------------------------------------------------------------------
 
+    def check_encoder(self, spec: str, dimension: int, preprocessing: dict, weights_fingerprint: str) -> bool:
+        """Whether the encoder is registered.
+
+        raises: InvalidValue if the registered encoder of that id differs in spec, dimension, preprocessing or weights
+        """
+        row = _encoder_row(spec, dimension, preprocessing, weights_fingerprint)
+        stored = self.encoders.get(row["encoder_id"])
+        for what in row if stored else ():
+            if stored[what] != row[what]:
+                raise InvalidValue(
+                    f"encoder {row['encoder_id']!r} has {what.replace('_', ' ')} {row[what]!r}, its stored features were "
+                    f"made with {stored[what]!r}; use that encoder or open another database"
+                )
+        return stored is not None
+
     def add_encoder(self, spec: str, dimension: int, preprocessing: dict, weights_fingerprint: str) -> str:
         """Register an encoder and add its column to images, null so far; the id of the encoder.
 
-        One that is registered already is checked instead.
-        raises: InvalidValue if the stored encoder of that id differs in dimension, preprocessing or weights
+        One that is registered already is checked instead: raises as `check_encoder`.
         """
-        encoder_id = encoder_id_of(spec)
-        row = {
-            "encoder_id": encoder_id,
-            "spec": spec,
-            "dimension": dimension,
-            "preprocessing": json.dumps(preprocessing, sort_keys=True),
-            "weights_fingerprint": weights_fingerprint,
-        }
-        stored = self.encoders.get(encoder_id)
-        if stored is not None:
-            for what in ("dimension", "preprocessing", "weights_fingerprint"):
-                if stored[what] != row[what]:
-                    raise InvalidValue(
-                        f"encoder {encoder_id!r} has {what.replace('_', ' ')} {row[what]!r}, its stored features were made "
-                        f"with {stored[what]!r}; use that encoder or open another database"
-                    )
-            return encoder_id
-        images = self._tables["images"]
-        if encoder_id in TABLES["images"].names:
-            raise InvalidValue(f"encoder {spec!r} would take the column {encoder_id!r} of images; name it otherwise")
-        if encoder_id not in images.schema.names:
-            images.add_columns(pa.field(encoder_id, feature_type(dimension)))
-        self._insert("encoders", [row], on="encoder_id")
+        row = _encoder_row(spec, dimension, preprocessing, weights_fingerprint)
+        encoder_id = row["encoder_id"]
+        for attempt in range(5):
+            self.refresh()
+            if self.check_encoder(spec, dimension, preprocessing, weights_fingerprint):
+                return encoder_id
+            try:
+                columns = feature_columns(self._tables["images"].schema)
+                if columns.get(encoder_id) != dimension:
+                    if encoder_id in columns:  # left by a call that was interrupted before the encoder's row
+                        self._tables["images"].drop_columns([encoder_id])
+                    self._tables["images"].add_columns(pa.field(encoder_id, feature_type(dimension)))
+                self._insert("encoders", [row], on="encoder_id")
+                break
+            except OSError:  # another writer changed the table in between
+                if attempt == 4:
+                    raise
         self.refresh()
         return encoder_id
 
-    def stored_ids(self, ids: Iterable[str]) -> set[str]:
-        """Those of the ids that images has, at the version being read."""
+    def stored(self, ids: Iterable[str]) -> dict[str, dict]:
+        """Those of the ids that images has, at the version being read, with their uri and sha256."""
         ids = list(ids)
-        found: set[str] = set()
+        found: dict[str, dict] = {}
         for start in range(0, len(ids), 512):
             part = ", ".join(map(literal, ids[start : start + 512]))
-            found.update(self.images(f"image_id IN ({part})", ["image_id"])["image_id"].to_pylist())
+            for row in self.images(f"image_id IN ({part})", ["image_id", "uri", "sha256"]).to_pylist():
+                found[row["image_id"]] = row
         return found
 
     def append_images(self, rows: pa.Table) -> Appended:
@@ -272,7 +312,7 @@ class Database:
         self.refresh()
         images = self._tables["images"]
         table = conform_images(rows, images.schema)
-        stored = self.stored_ids(table["image_id"].to_pylist())
+        stored = self.stored(table["image_id"].to_pylist())
         n_appended = 0
         if len(stored) < len(table):
             # merge_insert and not append: what another process stored since the look-up is skipped too.
@@ -296,10 +336,10 @@ class Database:
         return appended
 
     def replace_exemplar_ranks(self, rows: pa.Table, encoder_id: str, gallery: str) -> None:
-        """Store the ranks of one encoder and gallery in place of those there are."""
+        """Store the ranks of one encoder, without a mapper, and gallery in place of those there are."""
         ranks = lance.dataset(str(self.path / "exemplar_ranks.lance"))
-        scope = f"encoder_id = {literal(encoder_id)} AND mapper_id IS NULL AND gallery = {literal(gallery)}"
-        key = ["encoder_id", "gallery", "sample_id", "exemplar_id"]
+        scope = f"encoder_id = {literal(encoder_id)} AND mapper_id = '' AND gallery = {literal(gallery)}"
+        key = ["encoder_id", "mapper_id", "gallery", "sample_id", "exemplar_id"]
         table = rows.select(TABLES["exemplar_ranks"].names).cast(ranks.schema)
         (
             ranks.merge_insert(key)
@@ -323,7 +363,7 @@ class Database:
         roles = self.sql("SELECT role, count(*) AS n FROM images GROUP BY role ORDER BY role").to_pylist()
         kinds = self.sql("SELECT kind, count(*) AS n FROM models GROUP BY kind ORDER BY kind").to_pylist()
         n_images = images.count_rows()
-        encoded = {name: images.count_rows(f"{name} IS NOT NULL") for name in feature_columns(images.schema)}
+        encoded = {name: images.count_rows(f"`{name}` IS NOT NULL") for name in feature_columns(images.schema)}
         return {
             "path": str(self.path),
             "schema_version": SCHEMA_VERSION,

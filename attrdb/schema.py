@@ -15,10 +15,16 @@ SCHEMA_VERSION = 1
 ROLES = ("exemplar", "sample", "pretraining")
 KINDS = ("object", "style")
 
+
+def key(name: str) -> pa.Field:
+    """A table's id. Lance then lets no two writers insert the same one, even when neither saw the other's rows."""
+    return pa.field(name, pa.string(), nullable=False, metadata={"lance-schema:unenforced-primary-key": "true"})
+
+
 # Every encoder adds one column to these: its encoder_id, fixed_size_list<float32>[dimension], null until encoded.
 IMAGES = pa.schema(
     [
-        pa.field("image_id", pa.string(), nullable=False),
+        key("image_id"),
         pa.field("role", pa.string(), nullable=False),  # plain text: a bitmap index refuses a dictionary
         ("model_id", pa.string()),  # the customized model; null for pretraining images
         ("source", pa.string()),
@@ -40,7 +46,7 @@ IMAGES = pa.schema(
 
 MODELS = pa.schema(
     [
-        pa.field("model_id", pa.string(), nullable=False),
+        key("model_id"),
         ("base_model", pa.string()),
         ("base_model_hash", pa.string()),
         ("method", pa.string()),
@@ -63,7 +69,7 @@ MODELS = pa.schema(
 
 ENCODERS = pa.schema(
     [
-        pa.field("encoder_id", pa.string(), nullable=False),  # also the name of its column in images
+        key("encoder_id"),  # also the name of its column in images
         ("spec", pa.string()),
         ("dimension", pa.int32()),
         ("preprocessing", pa.string()),  # JSON text
@@ -74,7 +80,7 @@ ENCODERS = pa.schema(
 EXEMPLAR_RANKS = pa.schema(
     [
         pa.field("encoder_id", pa.string(), nullable=False),
-        ("mapper_id", pa.string()),  # null: the encoder's own features, without a mapper
+        pa.field("mapper_id", pa.string(), nullable=False),  # empty: the encoder's own features, without a mapper
         pa.field("gallery", pa.string(), nullable=False),
         pa.field("sample_id", pa.string(), nullable=False),
         pa.field("exemplar_id", pa.string(), nullable=False),
@@ -90,8 +96,16 @@ FEATURE_NORM_TOLERANCE = 1e-3
 
 
 def encoder_id_of(spec: str) -> str:
-    """The column name that an encoder's spec gives: lower-case words joined by underscores."""
-    return re.sub(r"[^a-z0-9]+", "_", spec.lower()).strip("_")
+    """The column name that an encoder's spec gives: lower-case words joined by underscores.
+
+    raises: InvalidValue if that is no name: empty, beginning with a digit, or a column that images has
+    """
+    name = re.sub(r"[^a-z0-9]+", "_", spec.lower()).strip("_")
+    if not re.match(r"[a-z]", name):
+        raise InvalidValue(f"encoder {spec!r} gives no usable column name; its spec must begin with a letter")
+    if name in IMAGES.names:
+        raise InvalidValue(f"encoder {spec!r} would take the column {name!r} of images; name it otherwise")
+    return name
 
 
 def feature_type(dimension: int) -> pa.DataType:
@@ -141,9 +155,15 @@ def conform_images(table: pa.Table, stored: pa.Schema) -> pa.Table:
     if len(set(ids)) < len(ids):
         repeated = next(i for n, i in enumerate(ids) if i in ids[:n])
         raise InvalidValue(f"image {repeated!r} stands more than once in one batch; give every image an id of its own")
-    for image_id, role in zip(ids, table["role"].to_pylist(), strict=True):
+    models = table["model_id"].to_pylist() if "model_id" in table.column_names else [None] * len(ids)
+    for image_id, role, model_id in zip(ids, table["role"].to_pylist(), models, strict=True):
         if role not in ROLES:
             raise InvalidValue(f"image {image_id!r} has the role {role!r}; a role is one of {', '.join(ROLES)}")
+        if (role == "pretraining") != (model_id is None):
+            raise InvalidValue(
+                f"image {image_id!r} is {'a' if role != 'exemplar' else 'an'} {role} image with model_id {model_id!r}; exemplars and "
+                "samples belong to a model, pretraining images to none"
+            )
     for encoder_id, dimension in encoders.items():
         if encoder_id in table.column_names:
             _check_features(ids, table[encoder_id], encoder_id, dimension)

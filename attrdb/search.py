@@ -30,7 +30,7 @@ def stream_features(dataset: lance.LanceDataset, encoder_id: str, where: str) ->
     """Ids and features of the encoded rows that the predicate keeps, BLOCK_ROWS at a time."""
     batches = dataset.to_batches(
         columns=["image_id", encoder_id],
-        filter=f"({where}) AND {encoder_id} IS NOT NULL",
+        filter=f"({where}) AND `{encoder_id}` IS NOT NULL",
         prefilter=True,
         batch_size=BLOCK_ROWS,
     )

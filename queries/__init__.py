@@ -7,12 +7,14 @@
     -- reads  exemplar_ranks, models
     -- column recall_at_k  DOUBLE in [0, 1]
 
-`= 10` is a default; a parameter without one is required. The file's name is the query's name.
+`= 10` is a default; a parameter without one is required, but for encoder_id, which the database fills in. Comparisons
+with numbers (`>= 1`, `< 1`) are checked. The file's name is the query's name.
 """
 
 from __future__ import annotations
 
 import difflib
+import operator
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,6 +24,7 @@ from typing import Any
 
 from attrdb.errors import InvalidValue, NotFound
 
+_HOLDS = {">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt}
 _CASTS = {"INTEGER": int, "BIGINT": int, "DOUBLE": float, "VARCHAR": str}
 
 
@@ -33,12 +36,21 @@ class Parameter:
     meaning: str
 
     def value(self, given: Any) -> Any:
+        """The given value in the parameter's type.
+
+        raises: InvalidValue if it is of another type, or outside what the header says
+        """
+        refused = InvalidValue(f"parameter {self.name} is {given!r}; it must be {self.type} ({self.meaning})")
         try:
-            return _CASTS[self.type](given)
-        except ValueError as error:
-            raise InvalidValue(
-                f"parameter {self.name} is {given!r}; it must be {self.type} ({self.meaning})"
-            ) from error
+            value = _CASTS[self.type](given)
+        except (TypeError, ValueError) as error:
+            raise refused from error
+        if isinstance(given, float) and value != given:  # 2.5 for an INTEGER, or NaN
+            raise refused
+        for sign, bound in re.findall(r"(>=|<=|>|<)\s*(-?[\d.]+)", self.meaning):
+            if not _HOLDS[sign](value, float(bound)):
+                raise refused
+        return value
 
 
 @dataclass(frozen=True)

@@ -143,6 +143,9 @@ def test_questions_that_cannot_be_answered(toy, empty):
         toy.attribute("m/0/1", encoder_id="clip")
     with pytest.raises(InvalidValue, match="k is 0"):
         toy.attribute("m/0/1", k=0)
+    for nowhere in ([0.0, 0.0], [float("nan"), 0.0]):
+        with pytest.raises(InvalidValue, match="it must point somewhere"):
+            toy.attribute(np.array(nowhere))
     with pytest.raises(InvalidValue, match=r"the feature has shape \(3,\), encoder 'toy_2' makes \(2,\)"):
         toy.attribute(np.ones(3))
 

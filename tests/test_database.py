@@ -9,7 +9,7 @@ from conftest import TOY, rows
 
 import attrdb
 from attrdb.errors import InvalidValue, NotFound
-from attrdb.schema import feature_array
+from attrdb.schema import conform_images, feature_array
 
 
 def ids(db):
@@ -24,6 +24,28 @@ def test_append_skips_what_is_stored(toy):
     version = toy.version
     assert toy.append_images(again).n_appended == 0
     assert toy.version == version
+
+
+def test_two_writers_that_do_not_see_each_other_store_an_image_once(toy):
+    other = attrdb.open(toy.path)
+    same = rows([("new", "pretraining", None, 30)])
+    # What append_images does after its look-up, which two processes may both pass.
+    for db in (toy, other):
+        table = conform_images(same, db._tables["images"].schema)
+        db._tables["images"].merge_insert("image_id").when_not_matched_insert_all().execute(table)
+    for model_id in ("n", "n", "o"):
+        toy._insert("models", [{"model_id": model_id}], on="model_id")
+    toy.refresh()
+    assert ids(toy).count("new") == 1
+    assert toy.sql("SELECT model_id FROM models ORDER BY 1")["model_id"].to_pylist() == ["m", "n", "o"]
+
+
+def test_writers_of_different_images_lose_none(toy):
+    other = attrdb.open(toy.path)
+    toy.append_images(rows([("a", "pretraining", None, 30)]))
+    other.append_images(rows([("b", "pretraining", None, 31)]))
+    toy.refresh()
+    assert {"a", "b"} <= set(ids(toy))
 
 
 def test_a_model_is_one_commit(toy):
@@ -70,7 +92,7 @@ def test_bad_features_are_refused_with_the_row_named(toy, feature, says):
     features = feature_array(np.array([feature], np.float32))
     before = ids(toy)
     with pytest.raises(InvalidValue, match=f"image 'bad'.*{says}|{says}"):
-        toy.append_images(pa.table({"image_id": ["bad"], "role": ["sample"], "toy_2": features}))
+        toy.append_images(pa.table({"image_id": ["bad"], "role": ["pretraining"], "toy_2": features}))
     toy.refresh()
     assert ids(toy) == before
 
@@ -87,6 +109,12 @@ def test_other_bad_rows_are_refused(toy):
         toy.append_images(one.rename_columns({"toy_2": "clip"}))
     with pytest.raises(InvalidValue, match="images have no column 'colour'"):
         toy.append_images(one.append_column("colour", pa.array(["red"])))
+    with pytest.raises(
+        InvalidValue, match="'x' is a sample image with model_id None; exemplars and samples belong to a model"
+    ):
+        toy.append_images(rows([("x", "sample", None, 1)]))
+    with pytest.raises(InvalidValue, match="'x' is a pretraining image with model_id 'm'"):
+        toy.append_images(rows([("x", "pretraining", "m", 1)]))
     with pytest.raises(InvalidValue, match="every image needs a value in 'image_id'"):
         toy.append_images(one.drop_columns("image_id"))
     with pytest.raises(InvalidValue, match="images of model 'm' among those of model 'n'"):
@@ -95,7 +123,12 @@ def test_other_bad_rows_are_refused(toy):
 
 def test_an_encoder_is_its_dimension_preprocessing_and_weights(toy):
     assert toy.add_encoder(**TOY) == "toy_2"
-    for what, value in (("dimension", 3), ("preprocessing", {"size": 4}), ("weights_fingerprint", "other")):
+    for what, value in (
+        ("spec", "toy-2"),
+        ("dimension", 3),
+        ("preprocessing", {"size": 4}),
+        ("weights_fingerprint", "other"),
+    ):
         with pytest.raises(InvalidValue, match=f"encoder 'toy_2' has {what.replace('_', ' ')}"):
             toy.add_encoder(**{**TOY, what: value})
     with pytest.raises(InvalidValue, match="would take the column 'prompt'"):
@@ -132,6 +165,48 @@ def test_another_schema_version_is_refused(tmp_path):
     dataset.update_schema_metadata({"attrdb.schema_version": "99"}, replace=True)
     with pytest.raises(InvalidValue, match="has schema version 99, this attrdb reads 1"):
         attrdb.open(db.path)
+
+
+@pytest.mark.parametrize("table", ["models", "images"])
+def test_a_database_with_a_table_gone(toy, table):
+    import shutil
+
+    shutil.rmtree(toy.path / f"{table}.lance")
+    (toy.path / "images.lance").mkdir(exist_ok=True)
+    with pytest.raises(NotFound, match=f"is not a whole attrdb database: its table {table} cannot be read"):
+        attrdb.open(toy.path)
+
+
+@pytest.mark.parametrize("spec", ["order", "select", "table:2"])
+def test_an_encoder_may_be_called_like_an_sql_word(tmp_path, spec):
+    db = attrdb.create(tmp_path / "db")
+    encoder_id = db.add_encoder(spec, 2, {}, "none")
+    table = rows([("a", "pretraining", None, 5), ("b", "pretraining", None, 9)]).rename_columns({"toy_2": encoder_id})
+    db.append_images(table)
+    assert db.attribute("a", k=1)["image_id"].to_pylist() == ["b"]
+    assert db.sql("SELECT count(*) AS n FROM features")["n"].to_pylist() == [2]
+
+
+@pytest.mark.parametrize("spec", ["3d:x", "", "!"])
+def test_an_encoder_that_gives_no_column_name(empty, spec):
+    with pytest.raises(InvalidValue, match="its spec must begin with a letter"):
+        empty.add_encoder(spec, 2, {}, "none")
+
+
+def test_an_encoder_left_half_added_is_completed(empty):
+    from attrdb.schema import feature_type
+
+    empty._tables["images"].add_columns(pa.field("toy_2", feature_type(5)))
+    attrdb.open(empty.path).add_encoder(**TOY)
+    db = attrdb.open(empty.path)
+    db.append_images(rows([("a", "pretraining", None, 5)]))
+    assert list(db.encoders) == ["toy_2"]
+
+
+def test_two_openers_add_the_same_encoder(empty):
+    other = attrdb.open(empty.path)
+    assert empty.add_encoder(**TOY) == other.add_encoder(**TOY)
+    assert list(attrdb.open(empty.path).encoders) == ["toy_2"]
 
 
 def test_status_counts(toy):

@@ -3,6 +3,7 @@
 import numpy as np
 import pyarrow as pa
 import pytest
+from conftest import rows
 
 import attrdb
 from attrdb.errors import InvalidValue, NotFound
@@ -126,4 +127,9 @@ def test_evaluations_that_cannot_be_made(toy, empty, tmp_path):
     other = attrdb.create(tmp_path / "bare.attrdb")
     other.add_encoder("toy:2", 2, {}, "none")
     with pytest.raises(NotFound, match="has no model whose samples have 'toy_2' features"):
+        evaluate(other)
+    other.append_model(
+        rows([("m/e", "exemplar", "m", 1), ("m/s", "sample", "m", 2)]), {"model_id": "m", "kind": "object"}
+    )
+    with pytest.raises(NotFound, match="has no pretraining image with a 'toy_2' feature; ingest a corpus first"):
         evaluate(other)

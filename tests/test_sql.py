@@ -3,6 +3,7 @@
 import re
 
 import duckdb
+import numpy as np
 import pyarrow as pa
 import pytest
 from conftest import TOY
@@ -52,6 +53,7 @@ def test_parameters_are_values_not_text(toy):
         "DROP VIEW samples",
         "CREATE TABLE t AS SELECT 1",
         "SELECT 1; SELECT 2",
+        "EXPLAIN ANALYZE DROP VIEW samples",
         "SELECT * FROM toy",
         "",
     ],
@@ -105,7 +107,7 @@ def test_header_columns_are_those_of_an_empty_run(empty, name):
         relation = connection.sql(query.sql, params=query.bind(given))
         found = list(zip(relation.columns, map(str, relation.types), strict=True))
     assert found == [(column.name, column.type) for column in query.columns]
-    assert empty.query(name, **given).num_rows == 0
+    assert empty.sql(query.sql, query.bind(given)).num_rows == 0
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -129,6 +131,39 @@ def test_parameters_are_checked(toy):
         toy.query("recal_at_k")
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "says"),
+    [("tau", 0, "> 0"), ("tau", -0.1, "> 0"), ("tau", "nan", "> 0"), ("lam", 1.0, "< 1"), ("lam", -1, ">= 0")],
+)
+def test_parameters_outside_their_range(toy, name, value, says):
+    with pytest.raises(InvalidValue, match=f"parameter {name} is .*it must be DOUBLE .*{says}"):
+        toy.query("influence", image_id="m/0/1", **{name: value})
+
+
+@pytest.mark.parametrize("value", [0, 2.5, None, float("nan")])
+def test_k_is_a_whole_number_from_1(toy, value):
+    with pytest.raises(InvalidValue, match="parameter k is .*it must be INTEGER"):
+        toy.query("recall_at_k", k=value)
+
+
+def test_a_query_about_an_image_names_one_that_is_there(toy):
+    assert toy.query("influence", image_id="m/0/1").num_rows > 0  # the encoder is the database's first
+    with pytest.raises(NotFound, match="no image 'nobody'"):
+        toy.query("influence", image_id="nobody")
+    with pytest.raises(NotFound, match="no encoder 'clip'"):
+        toy.query("top_candidates", image_id="m/0/1", encoder_id="clip")
+
+
+def test_columns_of_the_same_name_are_numbered(toy):
+    assert toy.sql("SELECT 1 AS a, 2 AS a, 3 AS b, 4 AS a").to_pylist() == [{"a": 1, "a_1": 2, "b": 3, "a_2": 4}]
+
+
+def test_a_filter_on_a_vector_column_names_the_cure(toy):
+    with pytest.raises(QueryRefused, match=r'write "column"::FLOAT\[\] IS NOT NULL'):
+        toy.sql("SELECT image_id FROM images WHERE toy_2 IS NOT NULL")
+    assert toy.sql("SELECT image_id FROM images WHERE toy_2::FLOAT[] IS NOT NULL").num_rows == 7
+
+
 def test_a_header_line_that_is_not_understood():
     with pytest.raises(InvalidValue, match="query x: not a parameter line"):
         queries.parse("x", "metrics", "-- Says.\n-- param k INTEGER\nSELECT 1")
@@ -141,6 +176,7 @@ def ranks(entries, encoder_id="toy_2", gallery="own", size=100):
     rows = [
         {
             "encoder_id": encoder_id,
+            "mapper_id": "",
             "gallery": gallery,
             "sample_id": sample,
             "exemplar_id": exemplar,
@@ -158,14 +194,26 @@ def test_metrics_by_hand(toy):
     toy.replace_exemplar_ranks(ranks(entries), "toy_2", "own")
     [recall] = toy.query("recall_at_k", k=4).to_pylist()
     # sample 1 finds one of two, sample 2 one of two
-    assert recall["recall_at_k"] == 0.5
+    assert recall["recall_at_k"] == recall["capped_recall_at_k"] == 0.5
     assert recall["chance"] == pytest.approx(0.04)
     assert recall["ceiling"] == 1.0
     assert (recall["n_models"], recall["n_samples"], recall["n_unranked"]) == (1, 2, 0)
-    assert toy.query("recall_at_k", k=1).to_pylist()[0]["ceiling"] == 0.5
+    [first] = toy.query("recall_at_k", k=1).to_pylist()
+    # of two exemplars one can be first: found 1/2 and 0/2, of what can be found 1/1 and 0/1
+    assert (first["ceiling"], first["recall_at_k"], first["capped_recall_at_k"]) == (0.5, 0.25, 0.5)
     [precision] = toy.query("mean_average_precision").to_pylist()
     # sample 1: (1/1 + 2/20) / 2 = 0.55; sample 2: (1/3 + 2/5) / 2 = 11/30
     assert precision["mean_average_precision"] == pytest.approx((0.55 + 11 / 30) / 2)
+
+
+def test_chance_is_what_a_random_order_gives(toy):
+    entries = [(sample, exemplar, 1) for sample in ("m/0/1", "m/0/2") for exemplar in ("m/e0", "m/e40")]
+    toy.replace_exemplar_ranks(ranks(entries, size=60), "toy_2", "own")
+    rng = np.random.default_rng(0)
+    drawn = np.sort(np.stack([rng.choice(60, 2, replace=False) + 1 for _ in range(40_000)]), axis=1)
+    simulated = (np.arange(1, 3) / drawn).mean()
+    assert toy.query("mean_average_precision")["chance"][0].as_py() == pytest.approx(simulated, rel=0.02)
+    assert toy.query("recall_at_k", k=6)["chance"][0].as_py() == pytest.approx((drawn <= 6).mean(), rel=0.02)
 
 
 def test_what_was_not_ranked_counts_as_not_found(toy):

@@ -38,6 +38,8 @@ def evaluate(
     models = sorted(by_model["sample"].keys() & by_model["exemplar"].keys())
     if not models:
         raise NotFound(f"{db.path} has no model whose samples have {encoder_id!r} features; ingest one first")
+    if not db.images(f"role = 'pretraining' AND `{encoder_id}` IS NOT NULL", ["image_id"]).num_rows:
+        raise NotFound(f"{db.path} has no pretraining image with a {encoder_id!r} feature; ingest a corpus first")
     rows: list[dict] = []
     for start in range(0, len(models), MODELS_A_PASS):
         report(start, len(models))
@@ -75,6 +77,7 @@ def _ranks(
     for row, column in zip(*np.nonzero(np.isfinite(similarity)), strict=True):
         yield {
             "encoder_id": encoder_id,
+            "mapper_id": "",
             "gallery": gallery,
             "sample_id": all_samples[row],
             "exemplar_id": ids[row, column],
@@ -86,7 +89,7 @@ def _ranks(
 
 def _by_model(db: Database, encoder_id: str, role: str) -> dict[str, search.Block]:
     """Ids and features of a role's images, model by model, in the order of their ids."""
-    table = db.images(f"role = '{role}' AND {encoder_id} IS NOT NULL", ["image_id", "model_id", encoder_id])
+    table = db.images(f"role = '{role}' AND `{encoder_id}` IS NOT NULL", ["image_id", "model_id", encoder_id])
     table = table.sort_by("image_id")
     ids = table["image_id"].to_numpy()
     features = feature_matrix(table[encoder_id])

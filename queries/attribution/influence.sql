@@ -1,9 +1,9 @@
 -- Who influenced one image, and how much: all candidates with influence above zero. An estimate, not a causal share.
--- A candidate at or below the cut-off, best similarity + tau * ln(lambda), has influence exactly 0 and no row.
+-- A candidate at or below the cut-off, best similarity + tau * ln(lambda), has influence exactly 0 and no row. Without candidates there is none.
 -- source Wang et al. 2023, Eq. 6 (with ReLU)
 -- grain  one row per candidate with influence, greatest first
 -- param  $image_id    VARCHAR the image to attribute
--- param  $encoder_id  VARCHAR = 'efficientnet_lite0' whose features are compared
+-- param  $encoder_id  VARCHAR whose features are compared; the database's first encoder when left out
 -- param  $tau         DOUBLE = 0.05 temperature, > 0
 -- param  $lam         DOUBLE = 0.05 lambda, >= 0 and < 1
 -- reads  features, images

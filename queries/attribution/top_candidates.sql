@@ -1,8 +1,9 @@
 -- The candidates most similar to one image: every stored exemplar and pretraining image is compared, exactly.
+-- Without candidates there is no row.
 -- source Wang et al. 2023, section 4
 -- grain  one row per candidate, best first
 -- param  $image_id    VARCHAR the image to attribute
--- param  $encoder_id  VARCHAR = 'efficientnet_lite0' whose features are compared
+-- param  $encoder_id  VARCHAR whose features are compared; the database's first encoder when left out
 -- param  $k           INTEGER = 10 how many candidates, >= 1
 -- reads  features, images
 -- column rank         BIGINT  from 1; ties by image_id
