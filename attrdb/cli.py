@@ -26,6 +26,9 @@ class Commands(click.Group):
             return super().invoke(context)
         except AttrdbError as error:
             raise click.ClickException(str(error)) from error
+        except KeyboardInterrupt:
+            click.echo("\ninterrupted; what was finished is kept, and the same command goes on from there", err=True)
+            context.exit(130)
 
     def list_commands(self, context: click.Context) -> list[str]:
         return list(self.commands)
@@ -124,10 +127,8 @@ def ingest_corpus(db: Path, path: Path, source: str | None, encoders: tuple[str,
     corpus = ml("ingest.corpus")
     from attrdb.output import progress
 
-    if not path.exists():
-        raise NotFound(f"no folder or Parquet file {path}")
+    total, done = corpus.check_corpus(path), 0
     database, loaded = open_with_encoders(db, encoders)
-    total, done = corpus.count_items(path), 0
     with progress(quiet) as advance:
 
         def report(n_items: int) -> None:
@@ -186,6 +187,7 @@ def ingest_model(
 
     images = model.read_exemplars(exemplars)
     settings = model.settings_for(base_model, kind, category, given, split)
+    model.check_model(settings, images, model_id)
     database, loaded = open_with_encoders(db, encoders)
     with progress(quiet) as advance:
         result = model.ingest_model(database, images, settings, loaded, model_id, advance)

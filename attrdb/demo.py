@@ -10,13 +10,14 @@ from pathlib import Path
 
 import click
 import jinja2
-import pyarrow as pa
 import pyarrow.parquet as pq
 
 import attrdb
 from attrdb.database import Database
+from attrdb.errors import InvalidValue
 from attrdb.influence import DEFAULT_LAM, DEFAULT_TAU
-from attrdb.ingest.corpus import count_items, ingest_corpus
+from attrdb.ingest.base_model import BUNDLED, base_model_folder, weights_hash
+from attrdb.ingest.corpus import check_corpus, ingest_corpus
 from attrdb.ingest.encoders import DEFAULT_ENCODERS, load_encoder
 from attrdb.ingest.model import Exemplar, ingest_model, settings_for
 from attrdb.ingest.pictures import read_picture
@@ -24,6 +25,22 @@ from attrdb.training.evaluation import evaluate
 
 CONCEPTS = ("sailboat-by-fxemoji", "lemon-by-streamline-emojis", "streamline-kameleon-color", "streamline-cyber-color")
 N_CANDIDATES = 7
+FIGURES = """\
+SELECT
+    models.kind,
+    samples.prompt_scheme,
+    ranks.encoder_id,
+    count(DISTINCT samples.image_id) AS n_samples,
+    avg(CASE WHEN ranks.rank <= 10 THEN 1.0 ELSE 0.0 END) AS recall_at_10,
+    avg(least(1.0, 10 / ranks.gallery_size)) AS chance
+FROM models
+JOIN samples ON samples.model_id = models.model_id
+JOIN exemplar_ranks AS ranks ON ranks.sample_id = samples.image_id
+WHERE ranks.gallery = 'own' AND ranks.mapper_id = ''
+GROUP BY ALL
+ORDER BY ALL
+"""
+
 Report = Callable[[str, int, int], None]
 
 
@@ -45,15 +62,19 @@ def bundled_exemplars(concept: str) -> tuple[list[Exemplar], str, str]:
 
 
 def build(folder: Path, report: Report, corpus: Path | None = None, concepts: tuple[str, ...] = CONCEPTS) -> Path:
-    """Build `<folder>/icons.attrdb` and `<folder>/index.html`; what is there already is not done again.
+    """Build `<folder>/icons.attrdb` and `<folder>/index.html`; images and models that are stored are not made again.
 
     corpus: a Parquet file for `ingest_corpus`, the bundled icons when left out
+    raises: InvalidValue if the folder holds a demo of other weights or settings
     """
     corpus = corpus or bundled_icons()
     path = folder / "icons.attrdb"
     db = attrdb.open(path) if path.exists() else attrdb.create(path)
+    made_with = set(db.sql("SELECT base_model_hash FROM models")["base_model_hash"].to_pylist())
+    if made_with - {weights_hash(base_model_folder(BUNDLED))}:
+        raise InvalidValue(f"{folder} holds a demo of another icon-sd; remove it, or name another folder")
     encoders = [load_encoder(spec) for spec in DEFAULT_ENCODERS]
-    total, done = count_items(corpus), 0
+    total, done = check_corpus(corpus), 0
 
     def advance(n_items: int) -> None:
         nonlocal done
@@ -63,7 +84,7 @@ def build(folder: Path, report: Report, corpus: Path | None = None, concepts: tu
     ingest_corpus(db, corpus, encoders, report=advance)
     for concept in concepts:
         exemplars, kind, category = bundled_exemplars(concept)
-        settings = settings_for("icon-sd", kind, category)
+        settings = settings_for(BUNDLED, kind, category)
         ingest_model(
             db,
             exemplars,
@@ -77,18 +98,6 @@ def build(folder: Path, report: Report, corpus: Path | None = None, concepts: tu
     page = folder / "index.html"
     page.write_text(render(db, report), encoding="utf-8")
     return page
-
-
-def figures(db: Database) -> list[dict]:
-    """Recall@10, chance, ceiling and mAP by kind and encoder, averaged over the prompt schemes."""
-    recall, precision = db.query("recall_at_k", k=10), db.query("mean_average_precision")
-    both = recall.join(precision, ["kind", "encoder_id", "prompt_scheme"], right_suffix="_again")
-    means = both.group_by(["kind", "encoder_id"]).aggregate(
-        [(name, "mean") for name in ("recall_at_k", "chance", "ceiling", "mean_average_precision")]
-        + [("n_samples", "sum")]
-    )
-    rows = means.rename_columns([name.removesuffix("_mean").removesuffix("_sum") for name in means.column_names])
-    return rows.sort_by([("kind", "ascending"), ("encoder_id", "ascending")]).to_pylist()
 
 
 def render(db: Database, report: Report) -> str:
@@ -144,8 +153,8 @@ def render(db: Database, report: Report) -> str:
     return environment.get_template("demo.html").render(
         title="Who shaped these pictures?",
         models=shown,
-        figures=figures(db),
-        command=f"attrdb query {db.path} recall_at_k -p k=10\nattrdb query {db.path} mean_average_precision",
+        figures=db.sql(FIGURES).to_pylist(),
+        statement=FIGURES,
         encoder_id=db.encoder_id(),
         tau=DEFAULT_TAU,
         lam=DEFAULT_LAM,
@@ -158,13 +167,15 @@ def render(db: Database, report: Report) -> str:
 
 
 def tell(folder: Path, page: Path) -> None:
-    """Print the demo's figures, and the commands that print them again."""
+    """Print the demo's figures with the SQL that makes them."""
     from attrdb.output import print_table
 
     db = attrdb.open(folder / "icons.attrdb")
-    click.echo("How often the true exemplars are among the first 10 of the gallery (own exemplars + corpus):\n")
-    print_table(pa.Table.from_pylist(figures(db)), "table")
-    click.echo("The same, by prompt scheme, in SQL (attrdb queries show recall_at_k prints the statement):\n")
-    click.echo(f"    attrdb query {db.path} recall_at_k -p k=10")
+    click.echo("How often are the true exemplars among the first 10 of the gallery (own exemplars + corpus)?\n")
+    click.echo(f'attrdb sql {db.path} "{FIGURES}"\n')
+    print_table(db.sql(FIGURES), "table")
+    click.echo(
+        f"The same with every column, and mean average precision:\n\n    attrdb query {db.path} recall_at_k -p k=10"
+    )
     click.echo(f"    attrdb query {db.path} mean_average_precision\n")
     click.echo(f"Look at {page}: every sample beside its prompt, its exemplars and what attrdb found.")

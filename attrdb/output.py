@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,10 +18,16 @@ FORMATS = ("table", "json", "nl", "csv")
 
 
 def plain(value: Any) -> Any:
-    """A value as JSON can hold it; bytes only by their length."""
+    """A value as JSON can hold it: bytes only by their length, NaN and infinity as null."""
     if isinstance(value, bytes):
         return f"<{len(value)} bytes>"
-    return value if isinstance(value, (str, int, float, bool, list, dict, type(None))) else str(value)
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, list):
+        return [plain(item) for item in value]
+    if isinstance(value, dict):
+        return {name: plain(item) for name, item in value.items()}
+    return value if isinstance(value, (str, int, type(None))) else str(value)
 
 
 def shown(value: Any) -> str:

@@ -161,8 +161,8 @@ def conform_images(table: pa.Table, stored: pa.Schema) -> pa.Table:
             raise InvalidValue(f"image {image_id!r} has the role {role!r}; a role is one of {', '.join(ROLES)}")
         if (role == "pretraining") != (model_id is None):
             raise InvalidValue(
-                f"image {image_id!r} is {'a' if role != 'exemplar' else 'an'} {role} image with model_id {model_id!r}; exemplars and "
-                "samples belong to a model, pretraining images to none"
+                f"image {image_id!r} has role {role!r} and model_id {model_id!r}; exemplars and samples belong to a model, "
+                "pretraining images to none"
             )
     for encoder_id, dimension in encoders.items():
         if encoder_id in table.column_names:

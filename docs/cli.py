@@ -12,8 +12,8 @@ PAGE = Path(__file__).with_name("cli.md")
 
 
 def helps(command: click.Command, path: str, parent: click.Context | None = None) -> list[str]:
-    context = click.Context(
-        command, info_name=path.rsplit(" ", 1)[-1], parent=parent, terminal_width=100, max_content_width=100
+    context = command.make_context(
+        path.rsplit(" ", 1)[-1], [], parent=parent, resilient_parsing=True, terminal_width=100, max_content_width=100
     )
     blocks = [f"## {path}\n\n```text\n{command.get_help(context)}\n```\n"]
     if isinstance(command, click.Group):

@@ -34,7 +34,6 @@ class BaseModel:
     weights_hash: str
     pipeline: StableDiffusionPipeline
     device: str
-    profile: dict  # the settings that the folder recommends for customizing it, from customize.json
 
     @property
     def resolution(self) -> int:
@@ -61,6 +60,9 @@ def base_model_folder(name: str) -> Path:
             raise NotFound(f"no base model {name!r}: no such folder, and the hub says: {error}") from error
     if not (folder / "model_index.json").is_file():
         raise InvalidValue(f"base model {folder} has no model_index.json; a diffusers pipeline folder is needed")
+    kind = read_json(folder / "model_index.json").get("_class_name")
+    if kind != "StableDiffusionPipeline":
+        raise InvalidValue(f"base model {folder} is a {kind}; a StableDiffusionPipeline (SD 1.x or 2.x) is needed")
     missing = [part for part in NEEDED if not (folder / part).is_dir()]
     missing += [
         f"{part}/*.safetensors"
@@ -84,10 +86,21 @@ def weights_hash(folder: Path) -> str:
     return digest.hexdigest()
 
 
+def read_json(path: Path) -> dict:
+    """raises: InvalidValue if the file is no JSON object"""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise InvalidValue(f"{path} is not JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise InvalidValue(f"{path} is not a JSON object")
+    return found
+
+
 def read_profile(folder: Path) -> dict:
     """The recommended settings beside a base model, empty where it has none."""
     path = folder / "customize.json"
-    return json.loads(path.read_text()) if path.is_file() else {}
+    return read_json(path) if path.is_file() else {}
 
 
 def quiet_libraries() -> None:
@@ -106,10 +119,21 @@ def load_base_model(name: str, device: str | None = None) -> BaseModel:
     quiet_libraries()
     try:
         pipeline = StableDiffusionPipeline.from_pretrained(
-            folder, local_files_only=True, use_safetensors=True, safety_checker=None, dtype=torch.float32
+            folder,
+            local_files_only=True,
+            use_safetensors=True,
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+            dtype=torch.float32,
         )
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except Exception as error:  # diffusers, transformers and safetensors each raise kinds of their own
         raise InvalidValue(f"base model {folder} does not load as a Stable Diffusion pipeline: {error}") from error
+    latent, width = pipeline.vae.config.latent_channels, pipeline.text_encoder.config.hidden_size
+    if (pipeline.unet.config.in_channels, pipeline.unet.config.cross_attention_dim) != (latent, width):
+        raise InvalidValue(
+            f"base model {folder} is not text-to-image: its U-Net takes more than latents and the prompt"
+        )
     prediction = pipeline.scheduler.config.prediction_type
     if prediction not in PREDICTIONS:
         raise InvalidValue(f"base model {folder} predicts {prediction!r}; {' or '.join(PREDICTIONS)} is needed")
@@ -119,4 +143,4 @@ def load_base_model(name: str, device: str | None = None) -> BaseModel:
         part.requires_grad_(False).eval()
     if device == "cpu" and pipeline.unet.config.sample_size <= SMALL:
         pipeline.unet.set_attn_processor(AttnProcessor())
-    return BaseModel(str(name), weights_hash(folder), pipeline.to(device), device, read_profile(folder))
+    return BaseModel(str(name), weights_hash(folder), pipeline.to(device), device)

@@ -6,6 +6,7 @@ used, and the new token starts at the mean of the category's token embeddings.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -66,14 +67,24 @@ def add_token(pipeline: StableDiffusionPipeline, token: str, category: str) -> i
     return token_id
 
 
+def check_prompts(pipeline: StableDiffusionPipeline, prompts: Sequence[str], token: str) -> None:
+    """raises: InvalidValue for a prompt whose token lies beyond what the text encoder reads"""
+    tokenizer = pipeline.tokenizer
+    token_id, longest = tokenizer.convert_tokens_to_ids(token), tokenizer.model_max_length
+    for prompt in prompts:
+        if token_id not in tokenizer(prompt, truncation=True, max_length=longest).input_ids:
+            raise InvalidValue(f"the base model reads {longest} tokens, and {token} lies beyond them in {prompt!r}")
+
+
 @torch.no_grad()
 def exemplar_latents(base: BaseModel, exemplars: Sequence[Image.Image]) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean and deviation of the latents, each (n, channels, height, width), scaled as the U-Net sees them."""
     pixels = np.stack([np.asarray(square(image, base.resolution)) for image in exemplars])
     x = torch.from_numpy(pixels).permute(0, 3, 1, 2).to(base.device).float() / 127.5 - 1
-    posterior = base.pipeline.vae.encode(x).latent_dist
+    # One at a time: the autoencoder's activations, not its weights, are what fills a card.
+    posteriors = [base.pipeline.vae.encode(one).latent_dist for one in x.split(1)]
     scale = base.pipeline.vae.config.scaling_factor
-    return posterior.mean * scale, posterior.std * scale
+    return torch.cat([one.mean for one in posteriors]) * scale, torch.cat([one.std for one in posteriors]) * scale
 
 
 def customize(
@@ -92,6 +103,7 @@ def customize(
     started = time.monotonic()
     pipeline, device = base.pipeline, base.device
     token_id = add_token(pipeline, token, category)
+    check_prompts(pipeline, [prompt], token)
     mean, deviation = exemplar_latents(base, exemplars)
     input_ids = pipeline.tokenizer(
         prompt,
@@ -133,6 +145,8 @@ def customize(
             optimizer.step()
             optimizer.zero_grad()
             losses.append(loss.item())
+            if not math.isfinite(losses[-1]):
+                raise InvalidValue(f"training diverged at step {step + 1} (loss {losses[-1]}); lower the learning rate")
             report(step + 1, settings.steps)
     finally:
         hook.remove()
@@ -146,11 +160,8 @@ def customize(
 
 
 def save_delta(delta: Delta, path: Path, token: str, base_hash: str) -> None:
-    """Write the delta as safetensors; the file appears whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    save_file(delta, part, metadata={"format": "pt", "method": METHOD, "token": token, "base_model_hash": base_hash})
-    part.replace(path)
+    """Write the delta as safetensors, with what it belongs to in the file's metadata."""
+    save_file(delta, path, metadata={"format": "pt", "method": METHOD, "token": token, "base_model_hash": base_hash})
 
 
 def load_delta(path: Path) -> Delta:

@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image
+import numpy as np
+from PIL import Image, ImageOps
 
 from attrdb.errors import InvalidValue, NotFound
 
@@ -16,16 +17,19 @@ FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
 MIN_SIDE = 16  # pixels; a feature of anything smaller says nothing
 MAX_PIXELS = 64_000_000
+MAX_SIDE = 1024  # pixels; no encoder or base model looks at more
 MAX_BYTES = 256 * 2**20
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A decoded image, RGB on white, with the encoded bytes that it came from."""
+    """A decoded image, upright, RGB on white, at most MAX_SIDE pixels a side, with the bytes that it came from."""
 
     name: str
     image: Image.Image
     encoded: bytes
+    width: int  # pixels, of the original
+    height: int
 
     @property
     def sha256(self) -> str:
@@ -55,16 +59,22 @@ def read_picture(name: str, encoded: bytes) -> Picture:
         raise InvalidValue(
             f"image {name} cannot be decoded ({type(error).__name__}); {'/'.join(FORMATS)} are read"
         ) from error
-    return Picture(name, on_white(image), encoded)
+    upright = on_white(ImageOps.exif_transpose(image))
+    width, height = upright.size
+    upright.thumbnail((MAX_SIDE, MAX_SIDE))
+    return Picture(name, upright, encoded, width, height)
 
 
 def read_picture_file(path: Path) -> Picture:
     """raises: InvalidValue as `read_picture`, or for a file above MAX_BYTES"""
-    if path.stat().st_size > MAX_BYTES:
-        raise InvalidValue(
-            f"image {path} has {path.stat().st_size:,} bytes, more than {MAX_BYTES:,}; scale it down first"
-        )
-    return read_picture(str(path), path.read_bytes())
+    try:
+        size = path.stat().st_size
+        encoded = path.read_bytes() if size <= MAX_BYTES else b""
+    except OSError as error:
+        raise InvalidValue(f"image {path} cannot be read: {error.strerror}") from error
+    if size > MAX_BYTES:
+        raise InvalidValue(f"image {path} has {size:,} bytes, more than {MAX_BYTES:,}; scale it down first")
+    return read_picture(str(path), encoded)
 
 
 def on_white(image: Image.Image) -> Image.Image:
@@ -73,6 +83,9 @@ def on_white(image: Image.Image) -> Image.Image:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
         return Image.alpha_composite(white, image).convert("RGB")
+    if image.mode.startswith("I;16"):
+        # Pillow's own conversion to RGB clips 16-bit grey at 255.
+        image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
     return image.convert("RGB")
 
 
@@ -92,6 +105,14 @@ def webp(image: Image.Image) -> bytes:
     encoded = io.BytesIO()
     image.save(encoded, "WEBP", lossless=True, quality=60, method=3)
     return encoded.getvalue()
+
+
+def read_text(path: Path) -> str:
+    """raises: InvalidValue for a file that is not UTF-8 text"""
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidValue(f"{path} is not UTF-8 text: {error}") from error
 
 
 def image_files(folder: Path) -> Iterator[Path]:

@@ -14,6 +14,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from attrdb.errors import InvalidValue, NotFound
+from attrdb.ingest.pictures import read_text
 
 SCHEMES = ("gpt", "procedural")
 BANKS = ("photo", "icon")
@@ -57,7 +58,7 @@ def _user_lines(path: Path) -> list[str]:
         raise NotFound(
             f"no prompt bank {str(path)!r}; give {' or '.join(BANKS)}, or a text file with one prompt a line"
         )
-    lines = path.read_text(encoding="utf-8").splitlines()
+    lines = read_text(path).splitlines()
     for number, line in enumerate(lines, 1):
         if line.strip() and TOKEN not in line:
             raise InvalidValue(f"{path} line {number} lacks the modifier token {TOKEN}: {line!r}")

@@ -11,6 +11,7 @@ import time
 import pytest
 from click.testing import CliRunner
 from conftest import picture
+from test_ingest_corpus import bomb
 
 from attrdb.cli import main
 
@@ -28,10 +29,15 @@ def python(code: str, **environment) -> subprocess.CompletedProcess:
 
 
 def test_help_is_quick_and_imports_nothing_heavy():
-    started = time.monotonic()
-    done = subprocess.run([sys.executable, "-m", "attrdb.cli", "--help"], capture_output=True, text=True, check=True)
-    assert "Influence scores are estimates" in done.stdout
-    assert time.monotonic() - started < 2  # 0.1 s on an idle machine; CI's is shared
+    seconds = []
+    for _ in range(5):
+        started = time.monotonic()
+        done = subprocess.run(
+            [sys.executable, "-m", "attrdb.cli", "--help"], capture_output=True, text=True, check=True
+        )
+        seconds.append(time.monotonic() - started)
+        assert "Influence scores are estimates" in done.stdout
+    assert min(seconds) < 0.4
     heavy = python(
         "import sys, click.testing, attrdb.cli as c\n"
         "click.testing.CliRunner().invoke(c.main, ['--help'])\n"
@@ -144,6 +150,31 @@ def test_ingest_model_and_again(tmp_path, exemplar_folder, tiny_base):
     assert "with customize" in run(*words, "--steps", 9, code=1).stderr
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("torn.png", b"\x89PNG and no more", "torn.png cannot be decoded"),
+        ("dot.png", None, "dot.png is 1x1 pixels; at least 16x16 are needed"),
+        ("bomb.png", bomb(), "bomb.png claims"),
+    ],
+)
+def test_a_bad_exemplar_is_named_and_nothing_is_written(tmp_path, exemplar_folder, tiny_base, name, content, says):
+    if content:
+        (exemplar_folder / name).write_bytes(content)
+    else:
+        picture(exemplar_folder / name, (1, 1, 1), size=1)
+    words = ["ingest", "model", tmp_path / "new.attrdb", "--exemplars", exemplar_folder, "--category", "vase"]
+    done = run(*words, "--kind", "object", "--base-model", tiny_base, code=1)
+    assert says in done.stderr
+    assert not (tmp_path / "new.attrdb").exists()
+
+
+def test_json_of_what_json_cannot_hold(toy):
+    statement = "SELECT 'nan'::DOUBLE AS a, [TIMESTAMP '2026-01-02'] AS b, {'x': 'inf'::DOUBLE} AS c"
+    [row] = json.loads(run("sql", toy.path, statement, "--json").stdout)
+    assert row == {"a": None, "b": ["2026-01-02 00:00:00"], "c": {"x": None}}
+
+
 MODEL = ["ingest", "model", "x.attrdb", "--category", "a", "--kind", "object", "--base-model", "b"]
 
 
@@ -157,13 +188,15 @@ MODEL = ["ingest", "model", "x.attrdb", "--category", "a", "--kind", "object", "
         (["status", "nowhere.attrdb"], "does not exist; make one with: attrdb init nowhere.attrdb"),
         (["init", "DB"], "is an attrdb database already"),
         (["ingest", "corpus", "DB", "nowhere"], "no folder or Parquet file nowhere"),
-        (["ingest", "corpus", "new.attrdb", "DB", "--encoder", "clip"], "no encoder 'clip'"),
+        (["ingest", "corpus", "new.attrdb", "PHOTOS", "--encoder", "clip"], "no encoder 'clip'"),
+        (["ingest", "corpus", "new.attrdb", "DB"], "has no image in it"),
         ([*MODEL, "--exemplars", "none"], "no folder none"),
     ],
 )
-def test_errors_are_one_sentence_and_exit_1(toy, words, says, tmp_path, monkeypatch):
+def test_errors_are_one_sentence_and_exit_1(toy, photos, words, says, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    done = run(*[str(toy.path) if word == "DB" else word for word in words], code=1)
+    paths = {"DB": toy.path, "PHOTOS": photos}
+    done = run(*[paths.get(word, word) for word in words], code=1)
     assert says in done.stderr
     assert done.stderr.startswith("Error: ")
     assert "Traceback" not in done.output

@@ -109,11 +109,9 @@ def test_other_bad_rows_are_refused(toy):
         toy.append_images(one.rename_columns({"toy_2": "clip"}))
     with pytest.raises(InvalidValue, match="images have no column 'colour'"):
         toy.append_images(one.append_column("colour", pa.array(["red"])))
-    with pytest.raises(
-        InvalidValue, match="'x' is a sample image with model_id None; exemplars and samples belong to a model"
-    ):
+    with pytest.raises(InvalidValue, match="'x' has role 'sample' and model_id None; exemplars and samples"):
         toy.append_images(rows([("x", "sample", None, 1)]))
-    with pytest.raises(InvalidValue, match="'x' is a pretraining image with model_id 'm'"):
+    with pytest.raises(InvalidValue, match="'x' has role 'pretraining' and model_id 'm'"):
         toy.append_images(rows([("x", "pretraining", "m", 1)]))
     with pytest.raises(InvalidValue, match="every image needs a value in 'image_id'"):
         toy.append_images(one.drop_columns("image_id"))

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import re
 import shlex
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -15,6 +16,8 @@ from click.testing import CliRunner
 import attrdb
 from attrdb import demo
 from attrdb.cli import main
+from attrdb.errors import InvalidValue
+from attrdb.training.evaluation import evaluate
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -60,6 +63,15 @@ def test_demo_again_changes_nothing(built):
     assert page.read_text() == text
 
 
+def test_demo_of_other_weights_is_not_mixed_with_these(built, tmp_path):
+    folder, _, _ = built
+    shutil.copytree(folder / "demo", tmp_path / "old")
+    db = attrdb.open(tmp_path / "old" / "icons.attrdb")
+    db._insert("models", [{"model_id": "old", "base_model_hash": "other"}], on="model_id")
+    with pytest.raises(InvalidValue, match="holds a demo of another icon-sd; remove it, or name another folder"):
+        demo.build(tmp_path / "old", lambda *_: None, folder / "few.parquet", CONCEPTS)
+
+
 class Links(HTMLParser):
     def __init__(self):
         super().__init__()
@@ -81,17 +93,37 @@ def test_demo_page_is_self_contained_and_says_what_influence_is(built):
     db = attrdb.open(folder / "demo" / "icons.attrdb")
     for prompt in db.sql("SELECT prompt FROM samples")["prompt"].to_pylist():
         assert prompt in text
-    for row in demo.figures(db):
-        assert f"{row['recall_at_k']:.3f}" in text
+    for row in db.sql(demo.FIGURES).to_pylist():
+        assert f"{row['recall_at_10']:.3f}" in text
 
 
-def test_demo_figures_are_the_queries(built):
+def test_demo_figures_are_those_of_the_named_query_and_of_gallery_own(built):
     folder, _, _ = built
     db = attrdb.open(folder / "demo" / "icons.attrdb")
-    rows = db.query("recall_at_k", k=10).to_pylist()
-    for figure in demo.figures(db):
-        own = [row for row in rows if (row["kind"], row["encoder_id"]) == (figure["kind"], figure["encoder_id"])]
-        assert figure["recall_at_k"] == pytest.approx(sum(row["recall_at_k"] for row in own) / len(own))
+    evaluate(db, "pixels_8", "all")
+    keys = ("kind", "prompt_scheme", "encoder_id")
+    rows = [row for row in db.query("recall_at_k", k=10).to_pylist() if row["gallery"] == "own"]
+    named = {tuple(row[key] for key in keys): row for row in rows}
+    figures = db.sql(demo.FIGURES).to_pylist()
+    assert len(figures) == len(named) == 8
+    for row in figures:
+        same = named[tuple(row[key] for key in keys)]
+        assert row["recall_at_10"] == pytest.approx(same["recall_at_k"])
+        assert row["chance"] == pytest.approx(same["chance"])
+        assert row["n_samples"] == same["n_samples"]
+
+
+def test_demo_tells_its_figures_with_their_sql(built, capsys):
+    folder, page, _ = built
+    demo.tell(folder / "demo", page)
+    said = capsys.readouterr().out
+    assert demo.FIGURES in said
+    assert "efficientnet_lite0" in said
+    assert str(page) in said
+
+
+def test_readme_has_no_gap():
+    assert "DEMO_FIGURES" not in README
 
 
 def readme_commands():

@@ -94,15 +94,76 @@ def test_parquet_keeps_its_columns_and_leaves_exemplars_out(empty, tmp_path, toy
         }
     )
     pq.write_table(table, tmp_path / "icons.parquet")
-    assert corpus.count_items(tmp_path / "icons.parquet") == 1
+    assert corpus.check_corpus(tmp_path / "icons.parquet") == 1
     corpus.ingest_corpus(empty, tmp_path / "icons.parquet", [toy_encoder])
     found = empty.sql("SELECT image_id, creator, license, image FROM images").to_pylist()
     assert found == [{"image_id": "set/a", "creator": "Ann", "license": "MIT", "image": encoded}]
 
 
+def test_a_source_names_a_parquet_corpus(empty, tmp_path, toy_encoder):
+    encoded = webp(Image.new("RGB", (32, 32), (9, 99, 199)))
+    pq.write_table(pa.table({"name": ["a"], "source": ["old"], "image": [encoded]}), tmp_path / "x.parquet")
+    corpus.ingest_corpus(empty, tmp_path / "x.parquet", [toy_encoder], source="mine")
+    assert empty.sql("SELECT image_id, source FROM images").to_pylist() == [{"image_id": "mine/a", "source": "mine"}]
+
+
+def test_another_picture_under_a_stored_name_is_named_and_not_dropped(empty, folder, tmp_path, toy_encoder):
+    corpus.ingest_corpus(empty, folder, [toy_encoder])
+    picture(tmp_path / "2024" / "photos" / "red.png", (1, 1, 222))
+    result = corpus.ingest_corpus(empty, tmp_path / "2024" / "photos", [toy_encoder])
+    assert (result.n_appended, result.n_stored) == (0, 0)
+    assert "'photos/red.png' is stored already, with other content, from file://" in result.failures[0]
+    assert "give this corpus another --source" in result.failures[0]
+    assert corpus.ingest_corpus(empty, tmp_path / "2024" / "photos", [toy_encoder], source="photos24").n_appended == 1
+
+
+def test_a_folder_that_moved_is_known_by_its_content(empty, folder, tmp_path, toy_encoder):
+    corpus.ingest_corpus(empty, folder, [toy_encoder])
+    moved = folder.rename(tmp_path / "elsewhere")
+    result = corpus.ingest_corpus(empty, moved, [toy_encoder], source="photos")
+    assert (result.n_stored, result.failures) == (2, [])
+
+
+def test_two_rows_of_one_name(empty, tmp_path, toy_encoder):
+    encoded = [webp(Image.new("RGB", (32, 32), (9, 99, blue))) for blue in (1, 1, 200)]
+    pq.write_table(pa.table({"name": ["a"] * 3, "image": encoded}), tmp_path / "x.parquet")
+    result = corpus.ingest_corpus(empty, tmp_path / "x.parquet", [toy_encoder])
+    assert (result.n_appended, result.n_stored, len(result.failures)) == (1, 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("row", "says"),
+    [
+        ({"name": None, "image": b"x"}, "row 0: name must be text and image bytes, found None"),
+        ({"name": 7, "image": b"x"}, "row 0: name must be text and image bytes, found 7"),
+        ({"name": "a", "image": b"x", "category": 3}, "row 0: category must be text, found 3"),
+    ],
+)
+def test_rows_of_the_wrong_type(empty, tmp_path, toy_encoder, row, says):
+    pq.write_table(pa.Table.from_pylist([row]), tmp_path / "x.parquet")
+    with pytest.raises(InvalidValue, match=says):
+        corpus.ingest_corpus(empty, tmp_path / "x.parquet", [toy_encoder])
+
+
+def test_a_caption_that_is_not_text_is_named(empty, folder, toy_encoder):
+    (folder / "red.txt").write_bytes("café".encode("latin-1"))
+    result = corpus.ingest_corpus(empty, folder, [toy_encoder])
+    assert result.n_appended == 1
+    assert "red.txt is not UTF-8 text" in result.failures[0]
+
+
+def test_an_encoder_that_the_stored_images_lack_is_refused(empty, folder, toy_encoder):
+    corpus.ingest_corpus(empty, folder, [toy_encoder])
+    with pytest.raises(InvalidValue, match=r"encoder 'pixels:4' is new, .* its encoders are: toy:2"):
+        corpus.ingest_corpus(empty, folder, [toy_encoder, Pixels(4)])
+
+
 def test_paths_that_are_no_corpus(empty, tmp_path, toy_encoder):
     (tmp_path / "nothing").mkdir()
     (tmp_path / "words.csv").write_text("a,b")
+    (tmp_path / "torn.parquet").write_bytes(b"PAR1 and no more")
+    with pytest.raises(InvalidValue, match=r"torn\.parquet is not a readable Parquet file"):
+        corpus.ingest_corpus(empty, tmp_path / "torn.parquet", [toy_encoder])
     pq.write_table(pa.table({"a": [1]}), tmp_path / "other.parquet")
     with pytest.raises(InvalidValue, match="has no image in it"):
         corpus.ingest_corpus(empty, tmp_path / "nothing", [toy_encoder])
@@ -124,6 +185,26 @@ def test_pictures_refused(tmp_path):
     Image.new("RGB", (32, 32)).save(tiff, "TIFF")
     with pytest.raises(InvalidValue, match="cannot be decoded"):
         read_picture("scan", tiff.getvalue())
+
+
+def test_a_photo_is_turned_upright(tmp_path):
+    lying = Image.new("RGB", (40, 20), "white")
+    exif = lying.getexif()
+    exif[0x0112] = 6
+    lying.save(tmp_path / "phone.jpg", exif=exif)
+    read = read_picture_file(tmp_path / "phone.jpg")
+    assert (read.width, read.height, read.image.size) == (20, 40, (20, 40))
+
+
+def test_grey_of_16_bits_is_scaled_and_not_clipped(tmp_path):
+    Image.fromarray(np.full((20, 20), 20000, np.uint16)).save(tmp_path / "deep.png")
+    assert read_picture_file(tmp_path / "deep.png").image.getpixel((3, 3)) == (77, 77, 77)
+
+
+def test_a_large_picture_is_kept_small_in_memory(tmp_path):
+    Image.new("RGB", (3000, 1500), "red").save(tmp_path / "large.png")
+    read = read_picture_file(tmp_path / "large.png")
+    assert (read.width, read.height, read.image.size) == (3000, 1500, (1024, 512))
 
 
 def test_transparency_is_laid_on_white_and_oblong_pictures_are_squared():

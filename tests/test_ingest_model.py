@@ -1,6 +1,11 @@
 """Ingesting a model: run twice = run once, killed and rerun = run once, other settings = a clear error."""
 
 import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
@@ -8,8 +13,9 @@ from conftest import picture
 
 import attrdb
 from attrdb.errors import InvalidValue, NotFound
-from attrdb.ingest import base_model, customize, model, synthesize
+from attrdb.ingest import base_model, customize, model, model_job, synthesize
 from attrdb.ingest.encoders import Pixels
+from attrdb.ingest.pictures import webp
 
 
 def ingest(db, folder, base, encoder, **given):
@@ -68,8 +74,8 @@ def test_killed_and_rerun_is_run_once(tmp_path, exemplar_folder, tiny_base, toy_
 
 
 def test_killed_between_images_and_models_row(empty, exemplar_folder, tiny_base, toy_encoder, monkeypatch):
-    monkeypatch.setattr(type(empty), "_insert", lambda self, table, rows, on: 1 / 0 if table == "models" else None)
     empty.add_encoder(toy_encoder.spec, 2, {}, "none")
+    monkeypatch.setattr(type(empty), "_insert", lambda self, table, rows, on: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         ingest(empty, exemplar_folder, tiny_base, toy_encoder)
     monkeypatch.undo()
@@ -102,11 +108,15 @@ def test_customizing_moves_only_the_delta(tiny_base):
     before = {name: value.clone() for name, value in base.pipeline.unet.state_dict().items()}
     text_before = {name: value.clone() for name, value in base.pipeline.text_encoder.state_dict().items()}
     n_tokens = len(base.pipeline.tokenizer)
+    vase_tokens = base.pipeline.tokenizer("vase", add_special_tokens=False).input_ids
     red = picture_image((200, 30, 30))
     settings = customize.CustomizeSettings(steps=3, batch=2, lr=0.01)
     delta, figures = customize.customize(base, [red], "V* vase", "V*", "vase", settings)
     moved = {name for name, value in base.pipeline.unet.state_dict().items() if not value.equal(before[name])}
     assert moved == {name.removeprefix("unet.") for name in delta} - {customize.TOKEN_KEY}
+    assert not delta[customize.TOKEN_KEY].equal(
+        text_before["embeddings.token_embedding.weight"][vase_tokens].mean(dim=0)
+    )
     assert all(name.endswith(("attn2.to_k.weight", "attn2.to_v.weight")) for name in moved)
     for name, value in base.pipeline.text_encoder.state_dict().items():
         assert (
@@ -135,13 +145,50 @@ def test_delta_reloads_into_a_fresh_base_and_regenerates_the_samples(empty, exem
     made = {}
     for batch in synthesize.plan_samples("vase-1", prompts, settings):
         for plan, image in zip(batch, synthesize.synthesize(base, batch, settings), strict=True):
-            made[plan.image_id] = model.webp(image)
+            made[plan.image_id] = webp(image)
     assert made == {row["image_id"]: row["image"] for row in stored}
 
 
 def schemes_of(record):
     half = len(record["prompts"]) // 2
     return [("gpt" if n < half else "procedural", text) for n, text in enumerate(record["prompts"])]
+
+
+def test_killed_outright_and_rerun_is_run_once(tmp_path, exemplar_folder, tiny_base):
+    """SIGKILL at three moments of the command, then the command again: the images of an undisturbed run."""
+    words = [
+        "--exemplars",
+        str(exemplar_folder),
+        "--category",
+        "vase",
+        "--kind",
+        "object",
+        "--base-model",
+        str(tiny_base),
+    ]
+    words += ["--model-id", "vase-1", "--encoder", "pixels:4", "--steps", "12"]
+    command = [sys.executable, "-m", "attrdb.cli", "ingest", "model"]
+    subprocess.run([*command, str(tmp_path / "whole.attrdb"), *words], check=True, capture_output=True)
+    killed = tmp_path / "killed.attrdb"
+    job = killed / "jobs" / "vase-1"
+    for moment in ("settings.json", "figures.json", "batch-0000.parquet"):
+        process = subprocess.Popen([*command, str(killed), *words], stderr=subprocess.DEVNULL)
+        while not (job / moment).exists() and process.poll() is None:
+            time.sleep(0.002)
+        process.kill()
+        process.wait()
+        if process.returncode == -signal.SIGKILL:
+            assert images(attrdb.open(killed)) == []
+    subprocess.run([*command, str(killed), *words], check=True, capture_output=True)
+    assert images(attrdb.open(killed)) == images(attrdb.open(tmp_path / "whole.attrdb"))
+
+
+def test_two_processes_do_not_make_the_same_model(empty, exemplar_folder, tiny_base, toy_encoder):
+    with (
+        model_job.locked(empty.path / "jobs" / "vase-1"),
+        pytest.raises(InvalidValue, match="'vase-1' is being made by another process"),
+    ):
+        ingest(empty, exemplar_folder, tiny_base, toy_encoder)
 
 
 # --- bad input: a clear error, and nothing written ------------------------------------------------------------------
@@ -163,8 +210,6 @@ def test_the_same_exemplar_twice(empty, exemplar_folder, tiny_base, toy_encoder)
 
 @pytest.mark.parametrize("part", ["unet", "vae", "text_encoder", "tokenizer", "scheduler", "model_index.json"])
 def test_base_model_with_a_part_missing(tiny_base, tmp_path, part):
-    import shutil
-
     copy = tmp_path / "base"
     shutil.copytree(tiny_base, copy)
     shutil.rmtree(copy / part) if (copy / part).is_dir() else (copy / part).unlink()
@@ -173,8 +218,6 @@ def test_base_model_with_a_part_missing(tiny_base, tmp_path, part):
 
 
 def test_base_model_with_weights_missing(tiny_base, tmp_path):
-    import shutil
-
     copy = tmp_path / "base"
     shutil.copytree(tiny_base, copy)
     (copy / "unet" / "diffusion_pytorch_model.safetensors").unlink()
@@ -185,6 +228,58 @@ def test_base_model_with_weights_missing(tiny_base, tmp_path):
 def test_no_such_base_model():
     with pytest.raises(NotFound, match="neither a folder nor a hub id"):
         model.settings_for("nowhere", "object", "vase")
+
+
+def test_another_kind_of_pipeline(tiny_base, tmp_path):
+    copy = tmp_path / "base"
+    shutil.copytree(tiny_base, copy)
+    index = copy / "model_index.json"
+    index.write_text(index.read_text().replace("StableDiffusionPipeline", "StableDiffusionXLPipeline"))
+    with pytest.raises(InvalidValue, match=r"is a StableDiffusionXLPipeline; a StableDiffusionPipeline .* is needed"):
+        model.settings_for(str(copy), "object", "vase")
+    index.write_text("{")
+    with pytest.raises(InvalidValue, match=r"model_index\.json is not JSON"):
+        model.settings_for(str(copy), "object", "vase")
+
+
+def test_a_base_model_with_broken_weights_leaves_nothing(empty, exemplar_folder, tiny_base, tmp_path, toy_encoder):
+    copy = tmp_path / "base"
+    shutil.copytree(tiny_base, copy)
+    weights = copy / "unet" / "diffusion_pytorch_model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:1000])
+    with pytest.raises(InvalidValue, match="does not load as a Stable Diffusion pipeline"):
+        ingest(empty, exemplar_folder, copy, toy_encoder)
+    assert not (empty.path / "jobs").exists()
+    assert attrdb.open(empty.path).encoders == {}
+    weights.write_bytes(whole)
+    assert ingest(empty, exemplar_folder, copy, toy_encoder).appended
+
+
+def test_training_that_diverges_is_not_stored(empty, exemplar_folder, tiny_base, toy_encoder):
+    with pytest.raises(InvalidValue, match=r"training diverged at step .*; lower the learning rate"):
+        ingest(empty, exemplar_folder, tiny_base, toy_encoder, lr=1e30, steps=5)
+    assert images(empty) == []
+    assert ingest(empty, exemplar_folder, tiny_base, toy_encoder).appended
+
+
+def test_a_prompt_whose_token_is_never_read(empty, exemplar_folder, tiny_base, toy_encoder, tmp_path):
+    prompts = tmp_path / "long.txt"
+    prompts.write_text("word " * 40 + "V* vase\n")
+    with pytest.raises(InvalidValue, match=r"the base model reads 32 tokens, and V\* lies beyond them"):
+        ingest(empty, exemplar_folder, tiny_base, toy_encoder, prompts=str(prompts))
+    assert images(empty) == []
+
+
+@pytest.mark.parametrize("category", ["", " ", "V* cat"])
+def test_categories_that_say_nothing(tiny_base, category):
+    with pytest.raises(InvalidValue, match="it must say what is shown, without the modifier token"):
+        model.settings_for(str(tiny_base), "object", category)
+
+
+def test_a_category_in_another_script_has_an_id(tiny_base, exemplar_folder):
+    settings = model.settings_for(str(tiny_base), "object", "猫")
+    assert model.default_model_id(settings, model.read_exemplars(exemplar_folder)).startswith("object-")
 
 
 def test_unknown_encoder():

@@ -142,7 +142,7 @@ def test_parameters_outside_their_range(toy, name, value, says):
 
 @pytest.mark.parametrize("value", [0, 2.5, None, float("nan")])
 def test_k_is_a_whole_number_from_1(toy, value):
-    with pytest.raises(InvalidValue, match="parameter k is .*it must be INTEGER"):
+    with pytest.raises(InvalidValue, match=r"parameter k is .*it must be INTEGER"):
         toy.query("recall_at_k", k=value)
 
 
