@@ -223,7 +223,7 @@ class Database:
         while True:
             hits = search.top_k(self.features(encoder_id, where), feature[None], width)
             ids, similarity = hits.ids[0], hits.similarity[0]
-            covered = len(ids) >= size or similarity[-1] <= cut_off(similarity[0], tau, lam)
+            covered = len(ids) >= size or bool(similarity[-1] <= cut_off(similarity[0], tau, lam))
             if covered or width >= WIDEST:
                 break
             width = min(4 * width, WIDEST)
@@ -237,12 +237,12 @@ class Database:
             last = shares[-1] * (size - len(ids))
             missing = last / (1 + last)
             shares *= 1 - missing
-        k = min(k, len(ids))
-        return self._described(ids[:k]).append_column("similarity", pa.array(similarity[:k], pa.float64())).append_column(
-            "influence", pa.array(shares[:k])
-        ).append_column("complete", pa.array([covered] * k)).append_column(
-            "missing_influence", pa.array([missing] * k)
-        )  # fmt: skip
+        answer = self._described(ids[:k])
+        n = len(answer)
+        added = {"similarity": similarity[:n], "influence": shares[:n], "complete": [covered] * n}
+        for name, values in {**added, "missing_influence": [missing] * n}.items():
+            answer = answer.append_column(name, pa.array(values))
+        return answer
 
     def _described(self, ids: np.ndarray) -> pa.Table:
         """What is known of some images, in the order given, with their rank before it."""

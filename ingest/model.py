@@ -20,11 +20,7 @@ from attrdb.database import Database
 from attrdb.errors import InvalidValue
 from attrdb.ingest.base_model import base_model_folder, load_base_model, read_profile, weights_hash
 from attrdb.ingest.corpus import image_rows, register
-from attrdb.ingest.customize import (
-    METHOD,
-    CustomizeSettings,
-    check_prompts,
-)
+from attrdb.ingest.customize import METHOD, CustomizeSettings, check_prompts
 from attrdb.ingest.encoders import Encoder
 from attrdb.ingest.model_job import NOT_COMPARED, Report, check_same, customized, locked, open_job, sampled
 from attrdb.ingest.pictures import Picture, image_files, read_picture, read_picture_file
