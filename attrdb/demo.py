@@ -23,7 +23,7 @@ from attrdb.ingest.model import Exemplar, ingest_model, settings_for
 from attrdb.ingest.pictures import read_picture
 from attrdb.training.evaluation import evaluate
 
-CONCEPTS = ("sailboat-by-fxemoji", "lemon-by-streamline-emojis", "streamline-kameleon-color", "streamline-cyber-color")
+CONCEPTS = ("bell-by-fxemoji", "lemon-by-streamline-emojis", "streamline-kameleon-color", "streamline-cyber-color")
 N_CANDIDATES = 7
 FIGURES = """\
 SELECT
@@ -117,7 +117,7 @@ def render(db: Database, report: Report) -> str:
             "SELECT image_id, creator, license FROM exemplars WHERE model_id = $id ORDER BY image_id", own
         ).to_pylist()
         sample_ids = db.sql(
-            "SELECT image_id FROM samples WHERE model_id = $id ORDER BY prompt_scheme, prompt, image_id", own
+            "SELECT image_id FROM samples WHERE model_id = $id ORDER BY prompt_scheme DESC, prompt, image_id", own
         )["image_id"].to_pylist()
         true = {row["image_id"] for row in exemplars}
         samples = [
