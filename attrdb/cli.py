@@ -15,7 +15,7 @@ import attrdb
 from attrdb.errors import AttrdbError, InvalidValue, MissingExtra, NotFound
 
 DB = click.argument("db", type=click.Path(path_type=Path))
-ML_PACKAGES = {"torch", "torchvision", "PIL", "diffusers", "transformers", "timm", "safetensors"}
+ML_PACKAGES = {"torch", "torchvision", "PIL", "diffusers", "transformers", "timm", "safetensors", "jinja2"}
 
 
 class Commands(click.Group):

@@ -48,7 +48,7 @@ def test_help_is_quick_and_imports_nothing_heavy():
 
 NO_TORCH = """
 import sys
-for name in ('torch', 'torchvision', 'diffusers', 'transformers', 'timm', 'PIL', 'safetensors', 'open_clip'):
+for name in ('torch', 'torchvision', 'diffusers', 'transformers', 'timm', 'PIL', 'safetensors', 'open_clip', 'jinja2'):
     sys.modules[name] = None
 """
 
@@ -76,11 +76,12 @@ def test_a_command_that_needs_ml_says_so(toy, tmp_path):
         NO_TORCH
         + f"""
 import click.testing, attrdb.cli as c
-result = click.testing.CliRunner().invoke(c.main, ['ingest', 'corpus', {str(toy.path)!r}, {str(tmp_path)!r}])
-print(result.exit_code, result.output)
+for words in (['ingest', 'corpus', {str(toy.path)!r}, {str(tmp_path)!r}], ['demo', {str(tmp_path / "demo")!r}]):
+    result = click.testing.CliRunner().invoke(c.main, words)
+    print(result.exit_code, result.output)
 """
     )
-    assert "1 Error: this command needs" in done.stdout, done.stdout + done.stderr
+    assert done.stdout.count("1 Error: this command needs") == 2, done.stdout + done.stderr
     assert "pip install 'attrdb[ml]'" in done.stdout
 
 
