@@ -131,5 +131,5 @@ def encode_file(db: Database, path: Path, encoder_id: str | None = None) -> np.n
     raises: NotFound for an unknown encoder, InvalidValue for a bad image, or if the encoder here is not the stored one
     """
     encoder = load_encoder(db.encoders[db.encoder_id(encoder_id)]["spec"])
-    db.add_encoder(encoder.spec, encoder.dimension, encoder.preprocessing, encoder.weights_fingerprint)
+    db.check_encoder(encoder.spec, encoder.dimension, encoder.preprocessing, encoder.weights_fingerprint)
     return encode(encoder, [read_picture_file(path).image])[0]
