@@ -80,6 +80,26 @@ def test_losses_go_down_and_unet_goes_on(icons, tmp_path):
     assert losses[-1] < losses[0]
 
 
+def test_training_goes_on_from_an_exported_pipeline(icons, tmp_path):
+    pixels, categories, styles = icons
+    vae = bm.train_vae(pixels, TINY, bm.Run(tmp_path / "one", "vae"), "cpu")
+    latents = bm.encode_corpus(vae, pixels, "cpu")
+    tokenizer = train_tokenizer(categories, TINY, tmp_path / "one" / "tokenizer")
+    rest = (latents, categories, styles, tokenizer, TINY)
+    unet, text_encoder, figures = bm.train_unet(*rest, bm.Run(tmp_path / "one", "unet"), "cpu", minutes=0.03)
+    bm.export(vae, unet, text_encoder, tokenizer, figures, tmp_path / "out")
+
+    two = tmp_path / "two"
+    two.mkdir()
+    bm.start_from(tmp_path / "out", two, TINY)
+    again = bm.train_vae(pixels, TINY, bm.Run(two, "vae"), "cpu")
+    torch.testing.assert_close(again.state_dict(), vae.state_dict(), rtol=0, atol=1e-3, check_dtype=False)
+    *_, resumed = bm.train_unet(*rest, bm.Run(two, "unet"), "cpu", minutes=0)
+    assert resumed == figures
+    *_, further = bm.train_unet(*rest, bm.Run(two, "unet"), "cpu", minutes=0.03)
+    assert further["unet_steps"] > figures["unet_steps"]
+
+
 def test_a_run_is_not_continued_with_other_settings(tmp_path):
     bm.check_settings(TINY, tmp_path)
     bm.check_settings(TINY, tmp_path)

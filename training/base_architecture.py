@@ -141,7 +141,7 @@ def export(
     figures: dict,
     out: Path,
 ) -> None:
-    """Write the pipeline folder in fp16, and `training.json` beside it."""
+    """Write the pipeline folder in fp16, and `training.json` beside it; the parts that are given end as fp16 too."""
     pipeline = StableDiffusionPipeline(
         vae=vae,
         text_encoder=text_encoder,

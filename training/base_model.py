@@ -248,7 +248,9 @@ def start_from(folder: Path, run_folder: Path, settings: BaseModelSettings) -> N
     """Begin a run at an exported pipeline: its weights and counts, in fp16 and without the optimizer's state."""
     if (run_folder / "unet.pt").exists():
         return
-    pipeline = StableDiffusionPipeline.from_pretrained(folder, local_files_only=True, use_safetensors=True)
+    pipeline = StableDiffusionPipeline.from_pretrained(
+        folder, local_files_only=True, use_safetensors=True, dtype=torch.float32
+    )
     figures = json.loads((folder / "training.json").read_text())
     pipeline.tokenizer.save_pretrained(run_folder / "tokenizer")
     # No optimizer in either: the autoencoder is finished, and the U-Net's moments build up again within some steps.
