@@ -74,7 +74,7 @@ def test_losses_go_down_and_unet_goes_on(icons, tmp_path):
     run = bm.Run(tmp_path, "unet")
     arguments = (latents, categories, styles, tokenizer, TINY, run, "cpu")
     *_, first = bm.train_unet(*arguments, minutes=0.05)
-    *_, second = bm.train_unet(*arguments, minutes=0.1)
+    *_, second = bm.train_unet(*arguments, minutes=0.15)
     assert 0 < first["unet_steps"] < second["unet_steps"]
     losses = [json.loads(line)["loss"] for line in (tmp_path / "unet.jsonl").read_text().splitlines()]
     assert losses[-1] < losses[0]
