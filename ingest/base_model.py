@@ -28,10 +28,9 @@ PREDICTIONS = ("epsilon", "v_prediction")
 
 @dataclass
 class BaseModel:
-    """A pipeline in float32, and what identifies it."""
+    """A pipeline in float32, where it is and what it was called."""
 
     name: str
-    weights_hash: str
     pipeline: StableDiffusionPipeline
     device: str
 
@@ -143,4 +142,4 @@ def load_base_model(name: str, device: str | None = None) -> BaseModel:
         part.requires_grad_(False).eval()
     if device == "cpu" and pipeline.unet.config.sample_size <= SMALL:
         pipeline.unet.set_attn_processor(AttnProcessor())
-    return BaseModel(str(name), weights_hash(folder), pipeline.to(device), device)
+    return BaseModel(str(name), pipeline.to(device), device)

@@ -309,7 +309,7 @@ def curate(rows: list[dict], seed: int = 0) -> list[dict]:
     used = {row["name"] for row in objects}
 
     styles = []
-    families = [(prefix, prefix, by_source[prefix]) for prefix in STYLE_SETS]
+    families = [(prefix, by_source[prefix]) for prefix in STYLE_SETS]
     artists = defaultdict(list)
     for row in by_source["openclipart"]:
         if row["creator"] != "unknown" and inked(row) and not SIGNS.search(row["name"]):
@@ -317,8 +317,8 @@ def curate(rows: list[dict], seed: int = 0) -> list[dict]:
     prolific = sorted(artist for artist, works in artists.items() if len(works) >= 24)
     for artist in sorted(rng.sample(prolific, min(len(prolific), N_STYLE_ARTISTS))):
         concept = "openclipart-" + words(artist).replace(" ", "-")
-        families.append((concept, "openclipart", artists[artist]))
-    for concept, _, works in families:
+        families.append((concept, artists[artist]))
+    for concept, works in families:
         works = [row for row in works if row["name"] not in used]
         for row in sorted(rng.sample(works, STYLE_SIZE), key=lambda row: row["name"]):
             styles.append(exemplar(row, "style", concept, row["category"]))

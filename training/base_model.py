@@ -111,8 +111,6 @@ def train_vae(pixels: torch.Tensor, settings: BaseModelSettings, run: Run, devic
             optimizer.load_state_dict(state["optimizer"])
             schedule.load_state_dict(state["schedule"])
         first, seconds = state["step"], state["seconds"]
-    if first < n_steps:
-        vae.train()
     losses: list[float] = []
     for step in range(first, n_steps):
         started = time.monotonic()
@@ -245,7 +243,7 @@ def train_unet(
 
 
 def start_from(folder: Path, run_folder: Path, settings: BaseModelSettings) -> None:
-    """Begin a run at an exported pipeline: its weights and counts, in fp16 and without the optimizer's state."""
+    """Begin a run at an exported pipeline: its weights, which were stored in fp16, and its counts."""
     if (run_folder / "unet.pt").exists():
         return
     pipeline = StableDiffusionPipeline.from_pretrained(
