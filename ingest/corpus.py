@@ -2,33 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import islice
 from pathlib import Path
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from attrdb.database import Database
-from attrdb.errors import InvalidValue, NotFound
+from attrdb.errors import InvalidValue
 from attrdb.ingest.encoders import Encoder, encode
-from attrdb.ingest.pictures import Picture, image_files, read_picture, read_picture_file, read_text
+from attrdb.ingest.pictures import Picture
+from attrdb.ingest.sources import Item, check_corpus, folder_items, parquet_items
 from attrdb.schema import IMAGES, encoder_id_of, feature_array
 
 CHUNK = 256  # images a commit
-KEPT = ("source", "split", "category", "prompt", "uri", "creator", "license", "metadata")
-
-
-@dataclass(frozen=True)
-class Item:
-    """An image that may be ingested; it is read only when it has to be."""
-
-    image_id: str
-    read: Callable[[], Picture]
-    fields: Callable[[], dict]
-    uri: str | None
 
 
 @dataclass
@@ -36,76 +24,6 @@ class CorpusResult:
     n_appended: int = 0
     n_stored: int = 0  # that were there already
     failures: list[str] = field(default_factory=list)
-
-
-def folder_items(folder: Path, source: str) -> Iterator[Item]:
-    """Images below a folder; a `.txt` of the same name is the caption."""
-    for path in image_files(folder):
-        inside, uri = path.relative_to(folder).as_posix(), path.resolve().as_uri()
-
-        def fields(path: Path = path, uri: str = uri) -> dict:
-            caption = path.with_suffix(".txt")
-            found = {"source": source, "uri": uri}
-            return found | {"prompt": read_text(caption).strip()} if caption.is_file() else found
-
-        yield Item(f"{source}/{inside}", partial(read_picture_file, path), fields, uri)
-
-
-def parquet_items(path: Path, source: str | None) -> Iterator[Item]:
-    """Rows with the columns `name` and `image` (encoded bytes), and any of KEPT; exemplars are left out.
-
-    A source that is given replaces the rows' own, and goes before their names.
-    """
-    first = 0
-    for batch in pq.ParquetFile(path).iter_batches(CHUNK):
-        for number, row in enumerate(batch.to_pylist(), first):
-            if row.get("role", "pretraining") == "pretraining":
-                yield _parquet_item(f"{path} row {number}", row, source)
-        first += len(batch)
-
-
-def _parquet_item(where: str, row: dict, source: str | None) -> Item:
-    name, encoded = row["name"], row["image"]
-    if not isinstance(name, str) or not isinstance(encoded, bytes):
-        raise InvalidValue(f"{where}: name must be text and image bytes, found {name!r} and {type(encoded).__name__}")
-    fields = {column: row[column] for column in KEPT if column in row}
-    for column, value in fields.items():
-        if not isinstance(value, str | None):
-            raise InvalidValue(f"{where}: {column} must be text, found {value!r}")
-    if source:
-        name, fields["source"] = f"{source}/{name}", source
-    return Item(name, partial(read_picture, name, encoded), lambda: fields, fields.get("uri"))
-
-
-def check_corpus(path: Path) -> int:
-    """How many images `ingest_corpus` will look at.
-
-    raises: NotFound if there is nothing at the path, InvalidValue if it is no corpus or has no image in it
-    """
-    if not path.exists():
-        raise NotFound(f"no folder or Parquet file {path}")
-    if path.is_dir():
-        n_images = sum(1 for _ in image_files(path))
-    elif path.suffix != ".parquet":
-        raise InvalidValue(f"{path} is neither a folder of images nor a .parquet file")
-    else:
-        n_images = _count_rows(path)
-    if not n_images:
-        raise InvalidValue(f"{path} has no image in it; PNG, JPEG, WebP, BMP and GIF files are read")
-    return n_images
-
-
-def _count_rows(path: Path) -> int:
-    try:
-        file = pq.ParquetFile(path)
-        names = file.schema_arrow.names
-        roles = file.read(["role"])["role"].to_pylist() if "role" in names else None
-    except pa.ArrowException as error:
-        raise InvalidValue(f"{path} is not a readable Parquet file: {error}") from error
-    missing = {"name", "image"} - set(names)
-    if missing:
-        raise InvalidValue(f"{path} has no column {' or '.join(sorted(missing))}; it has: {', '.join(names)}")
-    return file.metadata.num_rows if roles is None else roles.count("pretraining")
 
 
 def register(db: Database, encoders: Sequence[Encoder]) -> None:
