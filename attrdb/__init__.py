@@ -14,28 +14,49 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from attrdb.errors import AttrdbError, InvalidValue, MissingExtra, NotFound, QueryRefused
+from attrdb.errors import AttrdbError, InvalidValue, MissingExtra, NotFound, QueryRefused, StorageError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from datetime import datetime
     from pathlib import Path
 
     from attrdb.database import Database
 
 __version__ = "0.1.0"
-__all__ = ["AttrdbError", "InvalidValue", "MissingExtra", "NotFound", "QueryRefused", "create", "open"]
+__all__ = [
+    "AttrdbError",
+    "InvalidValue",
+    "MissingExtra",
+    "NotFound",
+    "QueryRefused",
+    "StorageError",
+    "create",
+    "open",
+]
 
 
 # lance and duckdb take a third of a second to import: `attrdb --help` must not wait for them.
 
 
-def open(path: str | Path) -> Database:
-    """The database at a path, at its newest version.
+def open(
+    path: str | Path,
+    *,
+    read_only: bool = False,
+    at: int | str | datetime | None = None,
+    query_folders: Sequence[str | Path] = (),
+) -> Database:
+    """The database at a path, as it is now, until `refresh()`.
 
-    raises: NotFound if there is none
+    read_only:     refuses every write; for applications that only ask
+    at:            opens an older moment, read-only: a version of images, or a time (datetime or ISO 8601 text, UTC where it
+                   names no zone)
+    query_folders: folders of query files of your own, for `query`
+    raises:        NotFound if there is no database, or no such version, InvalidValue for another schema version
     """
     from attrdb.database import Database
 
-    return Database(path)
+    return Database(path, read_only=read_only, at=at, query_folders=query_folders)
 
 
 def create(path: str | Path) -> Database:

@@ -3,35 +3,29 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+import random
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import lance
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
+from lance.commit import CommitConflictError
 
-from attrdb import queries, search, sql
+from attrdb import attribution, health, queries, search, sql
+from attrdb.conform import conform_images
 from attrdb.errors import InvalidValue, NotFound
-from attrdb.influence import DEFAULT_LAM, DEFAULT_TAU, check_calibration, cut_off, influence
-from attrdb.schema import (
-    SCHEMA_VERSION,
-    TABLES,
-    conform_images,
-    encoder_id_of,
-    feature_columns,
-    feature_matrix,
-    feature_type,
-)
+from attrdb.influence import DEFAULT_LAM, DEFAULT_TAU
+from attrdb.schema import SCHEMA_VERSION, TABLES, encoder_id_of, feature_columns, feature_type
+from attrdb.snapshot import STAMP, Snapshot, literal, open_snapshot, storage
 
-CANDIDATES = "role IN ('exemplar', 'pretraining')"
-WIDEST = 65_536  # candidates that attribute() keeps before it calls an answer incomplete
-
-
-def literal(text: str) -> str:
-    """The text as an SQL string."""
-    return "'" + text.replace("'", "''") + "'"
+CONFLICT_RETRIES = 30  # of a commit that another writer preempted
+DESCRIBED = ["role", "model_id", "source", "category", "creator", "license"]
 
 
 def create(path: str | Path) -> Database:
@@ -46,11 +40,17 @@ def create(path: str | Path) -> Database:
     if (path / "images.lance").exists():
         raise InvalidValue(f"{path} is an attrdb database already; open it")
     # 'images' comes last: a directory without it is not a database yet.
-    for name, schema in sorted(TABLES.items(), key=lambda table: table[0] == "images"):
-        if not (path / f"{name}.lance").exists():
-            stamped = schema.with_metadata({"attrdb.schema_version": str(SCHEMA_VERSION)})
-            lance.write_dataset(stamped.empty_table(), str(path / f"{name}.lance"))
+    for name in sorted(TABLES, key=lambda name: name == "images"):
+        create_table(path, name)
     return Database(path)
+
+
+def create_table(path: Path, name: str) -> None:
+    """An empty table of the schema, unless it is there."""
+    if not (path / f"{name}.lance").exists():
+        stamped = TABLES[name].with_metadata({STAMP.decode(): str(SCHEMA_VERSION)})
+        with storage(path):
+            lance.write_dataset(stamped.empty_table(), str(path / f"{name}.lance"))
 
 
 def _encoder_row(spec: str, dimension: int, preprocessing: dict, weights_fingerprint: str) -> dict:
@@ -75,55 +75,56 @@ class Appended:
 class Database:
     """An open database. What it reads stays as it was when it was opened, until `refresh()` or its own append.
 
-    raises: NotFound if the path is no attrdb database
+    Reads may run in several threads at once: each works on the snapshot it finds when it begins.
+
+    at:     reads an older moment, see `attrdb.open`; such a database is read-only
+    raises: NotFound if the path is no attrdb database, or keeps no such version, InvalidValue for another schema version
     """
 
-    def __init__(self, path: str | Path):
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        read_only: bool = False,
+        at: int | str | datetime | None = None,
+        query_folders: Sequence[str | Path] = (),
+    ):
         self.path = Path(path)
-        if not (self.path / "images.lance").is_dir():
-            what = "is not an attrdb database (no images.lance in it)" if self.path.exists() else "does not exist"
-            raise NotFound(f"{self.path} {what}; make one with: attrdb init {self.path}")
-        self.refresh()
-        for name, dataset in self._tables.items():
-            found = (dataset.schema.metadata or {}).get(b"attrdb.schema_version", b"none").decode()
-            if found != str(SCHEMA_VERSION):
-                raise InvalidValue(
-                    f"table {name} of {self.path} has schema version {found}, this attrdb reads {SCHEMA_VERSION}; "
-                    "use the attrdb release that made it"
-                )
+        self.query_folders = tuple(query_folders)
+        self.read_only = read_only or at is not None
+        self._at = at
+        self._snapshot = open_snapshot(self.path, at)
 
     def refresh(self) -> None:
-        """Move on to the newest version of every table.
+        """Move on to the newest version of every table; a database opened at an older moment stays there.
 
         raises: NotFound if a table is gone
         """
-        tables = {}
-        for name in TABLES:
-            try:
-                tables[name] = lance.dataset(str(self.path / f"{name}.lance"))
-            except ValueError as error:
-                raise NotFound(
-                    f"{self.path} is not a whole attrdb database: its table {name} cannot be read"
-                ) from error
-        self._tables = tables
+        if self._at is None:
+            self._snapshot = open_snapshot(self.path)
+
+    @property
+    def snapshot(self) -> Snapshot:
+        """The tables as they are being read."""
+        return self._snapshot
 
     @property
     def version(self) -> int:
         """The version of the images table that is being read."""
-        return self._tables["images"].version
+        return self._snapshot.version
 
     @property
     def encoders(self) -> dict[str, dict]:
         """The rows of `encoders`, by encoder_id, in the order in which they were added."""
-        return {row["encoder_id"]: row for row in self._tables["encoders"].to_table().to_pylist()}
+        return self._snapshot.encoders
 
     def images(self, where: str, columns: list[str]) -> pa.Table:
         """Columns of the images that a predicate keeps."""
-        return self._tables["images"].to_table(columns=columns, filter=where)
+        return self._snapshot.images(where, columns)
 
     def features(self, encoder_id: str, where: str) -> Iterator[search.Block]:
         """Ids and features of the encoded images that a predicate keeps, streamed in blocks."""
-        return search.stream_features(self._tables["images"], encoder_id, where)
+        return self._snapshot.features(encoder_id, where)
 
     # --- SQL ---------------------------------------------------------------------------------------------------------
 
@@ -132,9 +133,10 @@ class Database:
 
         raises: QueryRefused with DuckDB's words, or if the statement is not one SELECT or asks for files or the network
         """
-        with sql.connect(self._tables) as connection:
+        snapshot = self._snapshot
+        with sql.connect(snapshot) as connection:
             result = sql.run(connection, statement, parameters)
-        metadata = {**(result.schema.metadata or {}), b"attrdb.images_version": str(self.version).encode()}
+        metadata = {**(result.schema.metadata or {}), b"attrdb.images_version": str(snapshot.version).encode()}
         return result.replace_schema_metadata(metadata)
 
     def query(self, name: str, **parameters: Any) -> pa.Table:
@@ -143,7 +145,7 @@ class Database:
         A query's encoder_id is the database's first encoder where none is given.
         raises: NotFound for an unknown query, encoder or image, InvalidValue for a wrong parameter
         """
-        query = queries.load(name)
+        query = queries.load(name, self.query_folders)
         names = {parameter.name for parameter in query.parameters}
         if "encoder_id" in names:
             parameters["encoder_id"] = self.encoder_id(parameters.get("encoder_id"))
@@ -158,25 +160,14 @@ class Database:
 
         raises: NotFound if this database has no such encoder, or none at all
         """
-        known = list(self.encoders)
-        if not known:
-            raise NotFound(f"{self.path} has no encoder yet; ingest a corpus or a model first")
-        if encoder_id is not None and encoder_id not in known:
-            raise NotFound(f"no encoder {encoder_id!r} in {self.path}; it has: {', '.join(known)}")
-        return encoder_id or known[0]
+        return self._snapshot.encoder_id(encoder_id)
 
     def feature(self, image_id: str, encoder_id: str | None = None) -> np.ndarray:
         """The stored feature of an image, (dimension,) float32.
 
         raises: NotFound if there is no such image, or it has not been encoded
         """
-        encoder_id = self.encoder_id(encoder_id)
-        found = self.images(f"image_id = {literal(image_id)}", [encoder_id])[encoder_id]
-        if not len(found):
-            raise NotFound(f"no image {image_id!r} in {self.path}")
-        if found.null_count:
-            raise NotFound(f"image {image_id!r} has no {encoder_id!r} feature yet")
-        return feature_matrix(found)[0]
+        return self._snapshot.feature(image_id, self.encoder_id(encoder_id))
 
     def attribute(
         self,
@@ -191,66 +182,39 @@ class Database:
 
         query:   the id of a stored image, or a feature (dimension,) of the encoder
         returns: rank, image_id, role, model_id, source, category, creator, license, similarity (cosine), influence,
-                 complete, missing_influence. Influence is an estimate, not a causal share. It is normalised over every
-                 candidate above the cut-off, so it does not depend on k; where more than WIDEST candidates are above it,
-                 complete is false and missing_influence bounds the share of those left out.
+                 complete, missing_influence (see `attribution.Attribution`). Influence is an estimate, not a causal share.
         raises:  NotFound for an unknown image or encoder, InvalidValue for k < 1, a wrong tau or lam, or a feature of
                  another length
         source:  Wang et al. 2023, Eq. 6 with fixed tau and lambda
         """
-        if k < 1:
-            raise InvalidValue(f"k is {k}; at least one candidate must be asked for")
-        check_calibration(tau, lam)
-        encoder_id = self.encoder_id(encoder_id)
-        where = CANDIDATES
+        snapshot = self._snapshot
+        encoder_id = snapshot.encoder_id(encoder_id)
         if isinstance(query, str):
-            feature = self.feature(query, encoder_id)
-            where += f" AND image_id <> {literal(query)}"
+            own_id, feature = query, snapshot.feature(query, encoder_id)
         else:
-            feature = np.asarray(query, dtype=np.float32)
-            dimension = self.encoders[encoder_id]["dimension"]
-            if feature.shape != (dimension,):
-                raise InvalidValue(
-                    f"the feature has shape {feature.shape}, encoder {encoder_id!r} makes ({dimension},)"
-                )
-            norm = np.linalg.norm(feature)
-            if not (np.isfinite(norm) and norm > 0):
-                raise InvalidValue(f"the feature has length {norm}; it must point somewhere")
-            feature = feature / norm
-
-        size = self._tables["images"].count_rows(f"({where}) AND `{encoder_id}` IS NOT NULL")
-        width = max(k, 256)
-        while True:
-            hits = search.top_k(self.features(encoder_id, where), feature[None], width)
-            ids, similarity = hits.ids[0], hits.similarity[0]
-            covered = len(ids) >= size or bool(similarity[-1] <= cut_off(similarity[0], tau, lam))
-            if covered or width >= WIDEST:
-                break
-            width = min(4 * width, WIDEST)
-        if not len(ids):
+            own_id, feature = None, _unit(query, encoder_id, snapshot.encoders[encoder_id]["dimension"])
+        [found] = attribution.attribute(snapshot, encoder_id, feature[None], [own_id], k=k, tau=tau, lam=lam)
+        if not len(found.ids):
             raise NotFound(
                 f"{self.path} has no candidate with a {encoder_id!r} feature; ingest a corpus or a model first"
             )
-        shares = influence(similarity, tau, lam)
-        missing = 0.0
-        if not covered:
-            last = shares[-1] * (size - len(ids))
-            missing = last / (1 + last)
-            shares *= 1 - missing
-        answer = self._described(ids[:k])
-        n = len(answer)
-        added = {"similarity": similarity[:n], "influence": shares[:n], "complete": [covered] * n}
-        for name, values in {**added, "missing_influence": [missing] * n}.items():
+        known = snapshot.images(f"image_id IN ({', '.join(map(literal, found.ids))})", ["image_id", *DESCRIBED])
+        position = {image_id: row for row, image_id in enumerate(known["image_id"].to_pylist())}
+        n = len(found.ids)
+        answer = known.take([position[image_id] for image_id in found.ids])
+        answer = answer.add_column(0, "rank", pa.array(range(1, n + 1), pa.int64()))
+        for name, values in (
+            ("similarity", found.similarity),
+            ("influence", found.influence),
+            ("complete", [found.complete] * n),
+            ("missing_influence", [found.missing_influence] * n),
+        ):
             answer = answer.append_column(name, pa.array(values))
         return answer
 
-    def _described(self, ids: np.ndarray) -> pa.Table:
-        """What is known of some images, in the order given, with their rank before it."""
-        columns = ["image_id", "role", "model_id", "source", "category", "creator", "license"]
-        found = self.images(f"image_id IN ({', '.join(map(literal, ids))})", columns)
-        position = {image_id: row for row, image_id in enumerate(found["image_id"].to_pylist())}
-        ordered = found.take([position[image_id] for image_id in ids])
-        return ordered.add_column(0, "rank", pa.array(range(1, len(ids) + 1), pa.int64()))
+    def status(self) -> dict[str, Any]:
+        """What the database holds and how well it is kept, see `health.status`."""
+        return health.status(self._snapshot)
 
     # --- appending ----------------------------------------------------------------------------------------------------
 
@@ -276,22 +240,20 @@ class Database:
         """
         row = _encoder_row(spec, dimension, preprocessing, weights_fingerprint)
         encoder_id = row["encoder_id"]
-        for attempt in range(5):
+
+        def add() -> None:
             self.refresh()
             if self.check_encoder(spec, dimension, preprocessing, weights_fingerprint):
-                return encoder_id
-            try:
-                columns = feature_columns(self._tables["images"].schema)
-                if columns.get(encoder_id) != dimension:
-                    if encoder_id in columns:  # left by a call that was interrupted before the encoder's row
-                        self._tables["images"].drop_columns([encoder_id])
-                    self._tables["images"].add_columns(pa.field(encoder_id, feature_type(dimension)))
-                self._insert("encoders", [row], on="encoder_id")
-                break
-            except OSError:  # another writer changed the table in between
-                if attempt == 4:
-                    raise
-        self.refresh()
+                return
+            images = self.snapshot.tables["images"]
+            columns = feature_columns(images.schema)
+            if columns.get(encoder_id) != dimension:
+                if encoder_id in columns:  # left by a call that was interrupted before the encoder's row
+                    images.drop_columns([encoder_id])
+                images.add_columns(pa.field(encoder_id, feature_type(dimension)))
+            self.upsert("encoders", [row], on="encoder_id", update=False)
+
+        self.commit(add)
         return encoder_id
 
     def stored(self, ids: Iterable[str]) -> dict[str, dict]:
@@ -300,81 +262,129 @@ class Database:
         found: dict[str, dict] = {}
         for start in range(0, len(ids), 512):
             part = ", ".join(map(literal, ids[start : start + 512]))
-            for row in self.images(f"image_id IN ({part})", ["image_id", "uri", "sha256"]).to_pylist():
-                found[row["image_id"]] = row
+            with storage(self.path):
+                rows = self.snapshot.tables["images"].to_table(
+                    columns=["image_id", "uri", "sha256"], filter=f"image_id IN ({part})"
+                )
+            found |= {row["image_id"]: row for row in rows.to_pylist()}
         return found
 
     def append_images(self, rows: pa.Table) -> Appended:
         """Append the images that are not stored yet, in one commit; all of them are visible afterwards, or none.
 
-        raises: InvalidValue, with the row named, for what `schema.conform_images` refuses
+        raises: InvalidValue, with the row named, for what `conform.conform_images` refuses
         """
+        self._check_writable()
         self.refresh()
-        images = self._tables["images"]
+        images = self.snapshot.tables["images"]
         table = conform_images(rows, images.schema)
         stored = self.stored(table["image_id"].to_pylist())
         n_appended = 0
         if len(stored) < len(table):
             # merge_insert and not append: what another process stored since the look-up is skipped too.
-            result = images.merge_insert("image_id").when_not_matched_insert_all().execute(table)
-            n_appended = result["num_inserted_rows"]
-        self.refresh()
+            insert = images.merge_insert("image_id").when_not_matched_insert_all().conflict_retries(CONFLICT_RETRIES)
+            n_appended = self.commit(lambda: insert.execute(table))["num_inserted_rows"]
         return Appended(n_appended, len(table) - n_appended, self.version)
+
+    def absent(self, ids: pa.Array) -> pa.BooleanArray:
+        """Which of the ids images does not have yet; quick for thousands of ids that lie close together.
+
+        Where the ids are indexed only those between the first and the last are read.
+        """
+        self.refresh()
+        images = self.snapshot.tables["images"]
+        ends = pc.min_max(ids)
+        where = f"image_id >= {literal(ends['min'].as_py())} AND image_id <= {literal(ends['max'].as_py())}"
+        with storage(self.path):
+            stored = images.to_table(columns=["image_id"], filter=where)["image_id"]
+        return pc.invert(pc.is_in(ids, stored))
+
+    def append_bulk(self, rows: pa.Table) -> Appended:
+        """Append images in one commit, at the speed of a plain append: none of their ids is looked up.
+
+        The caller has found them `absent`, and sees to it that no other process makes the same ids meanwhile.
+        raises: as `append_images`
+        """
+        self._check_writable()
+        table = conform_images(rows, self.snapshot.tables["images"].schema)
+        self.commit(lambda: lance.write_dataset(table, str(self.path / "images.lance"), mode="append"))
+        return Appended(len(table), 0, self.version)
 
     def append_model(self, rows: pa.Table, model: dict) -> Appended:
         """Append a customized model: its exemplars and samples in one commit, then its row in `models`.
 
-        Both steps skip what is stored, so a call that was interrupted between them is completed by the next.
+        Both steps skip what is stored, so a call that was interrupted between them is completed by the next; until then
+        nothing of the model is shown.
         raises: InvalidValue for a refused image, or if a row does not belong to the model
         """
         strangers = set(rows["model_id"].to_pylist()) - {model["model_id"]}
         if strangers:
             raise InvalidValue(f"images of model {strangers.pop()!r} among those of model {model['model_id']!r}")
+        roles = rows["role"].to_pylist()
         appended = self.append_images(rows)
-        self._insert("models", [model], on="model_id")
-        self.refresh()
+        counted = {"n_exemplars": roles.count("exemplar"), "n_samples": roles.count("sample")}
+        self.upsert("models", [{**model, **counted}], on="model_id", update=False)
         return appended
 
     def replace_exemplar_ranks(self, rows: pa.Table, encoder_id: str, gallery: str) -> None:
         """Store the ranks of one encoder, without a mapper, and gallery in place of those there are."""
-        ranks = lance.dataset(str(self.path / "exemplar_ranks.lance"))
         scope = f"encoder_id = {literal(encoder_id)} AND mapper_id = '' AND gallery = {literal(gallery)}"
         key = ["encoder_id", "mapper_id", "gallery", "sample_id", "exemplar_id"]
-        table = rows.select(TABLES["exemplar_ranks"].names).cast(ranks.schema)
-        (
-            ranks.merge_insert(key)
-            .when_matched_update_all()
-            .when_not_matched_insert_all()
-            .when_not_matched_by_source_delete(scope)
-            .execute(table)
+        table = rows.select(TABLES["exemplar_ranks"].names).cast(TABLES["exemplar_ranks"])
+        self.commit(
+            lambda: (
+                lance.dataset(str(self.path / "exemplar_ranks.lance"))
+                .merge_insert(key)
+                .when_matched_update_all()
+                .when_not_matched_insert_all()
+                .when_not_matched_by_source_delete(scope)
+                .execute(table)
+            )
         )
+
+    def upsert(self, table: str, rows: list[dict], on: str, *, update: bool = True) -> None:
+        """Store rows of one of the small tables by their key; with update=False what is stored stays as it is."""
+
+        def merge() -> None:
+            insert = lance.dataset(str(self.path / f"{table}.lance")).merge_insert(on).when_not_matched_insert_all()
+            if update:
+                insert = insert.when_matched_update_all()
+            insert.conflict_retries(CONFLICT_RETRIES).execute(pa.Table.from_pylist(rows, schema=TABLES[table]))
+
+        self.commit(merge)
+
+    def delete(self, table: str, where: str) -> None:
+        """Take the rows that a predicate keeps out of one of the small tables."""
+        self.commit(lambda: lance.dataset(str(self.path / f"{table}.lance")).delete(where))
+
+    def commit(self, write: Callable[[], Any]) -> Any:
+        """Run a write and move on to what it made; once more where another writer came first.
+
+        raises: InvalidValue if the database was opened read-only, StorageError for a full or read-only disk
+        """
+        self._check_writable()
+        with storage(self.path):
+            for attempt in range(CONFLICT_RETRIES):
+                try:
+                    result = write()
+                    break
+                except (OSError, CommitConflictError) as error:
+                    if attempt == CONFLICT_RETRIES - 1 or "conflict" not in str(error).lower():
+                        raise
+                    time.sleep(random.uniform(0, 0.05 * (attempt + 1)))
         self.refresh()
+        return result
 
-    def _insert(self, table: str, rows: list[dict], on: str) -> None:
-        dataset = lance.dataset(str(self.path / f"{table}.lance"))
-        batch = pa.Table.from_pylist(rows, schema=dataset.schema)
-        dataset.merge_insert(on).when_not_matched_insert_all().execute(batch)
+    def _check_writable(self) -> None:
+        if self.read_only:
+            raise InvalidValue(f"{self.path} was opened read-only; open it without read_only and at to change it")
 
-    # --- health -------------------------------------------------------------------------------------------------------
 
-    def status(self) -> dict[str, Any]:
-        """What the database holds: rows by role, models by kind, encoders and how complete they are, versions, bytes."""
-        images = self._tables["images"]
-        roles = self.sql("SELECT role, count(*) AS n FROM images GROUP BY role ORDER BY role").to_pylist()
-        kinds = self.sql("SELECT kind, count(*) AS n FROM models GROUP BY kind ORDER BY kind").to_pylist()
-        n_images = images.count_rows()
-        encoded = {name: images.count_rows(f"`{name}` IS NOT NULL") for name in feature_columns(images.schema)}
-        return {
-            "path": str(self.path),
-            "schema_version": SCHEMA_VERSION,
-            "versions": {name: dataset.version for name, dataset in self._tables.items()},
-            "n_images": n_images,
-            "images_by_role": {row["role"]: row["n"] for row in roles},
-            "models_by_kind": {row["kind"]: row["n"] for row in kinds},
-            "encoders": {
-                name: {"spec": row["spec"], "dimension": row["dimension"], "n_encoded": encoded.get(name, 0)}
-                for name, row in self.encoders.items()
-            },
-            "n_exemplar_ranks": self._tables["exemplar_ranks"].count_rows(),
-            "bytes": sum(file.stat().st_size for file in self.path.rglob("*") if file.is_file()),
-        }
+def _unit(feature: np.ndarray, encoder_id: str, dimension: int) -> np.ndarray:
+    feature = np.asarray(feature, dtype=np.float32)
+    if feature.shape != (dimension,):
+        raise InvalidValue(f"the feature has shape {feature.shape}, encoder {encoder_id!r} makes ({dimension},)")
+    norm = np.linalg.norm(feature)
+    if not (np.isfinite(norm) and norm > 0):
+        raise InvalidValue(f"the feature has length {norm}; it must point somewhere")
+    return feature / norm

@@ -17,7 +17,7 @@ from attrdb.database import Database
 from attrdb.errors import InvalidValue
 from attrdb.influence import DEFAULT_LAM, DEFAULT_TAU
 from attrdb.ingest.base_model import BUNDLED, base_model_folder, weights_hash
-from attrdb.ingest.corpus import check_corpus, ingest_corpus
+from attrdb.ingest.corpus import ingest_corpus, open_corpus
 from attrdb.ingest.encoders import DEFAULT_ENCODERS, load_encoder
 from attrdb.ingest.model import Exemplar, ingest_model, settings_for
 from attrdb.ingest.pictures import read_picture
@@ -74,14 +74,14 @@ def build(folder: Path, report: Report, corpus: Path | None = None, concepts: tu
     if made_with - {weights_hash(base_model_folder(BUNDLED))}:
         raise InvalidValue(f"{folder} holds a demo of another icon-sd; remove it, or name another folder")
     encoders = [load_encoder(spec) for spec in DEFAULT_ENCODERS]
-    total, done = check_corpus(corpus), 0
+    icons, done = open_corpus(corpus), 0
 
     def advance(n_items: int) -> None:
         nonlocal done
         done += n_items
-        report("encode the corpus", done, total)
+        report("encode the corpus", done, icons.n_items)
 
-    ingest_corpus(db, corpus, encoders, report=advance)
+    ingest_corpus(db, icons, encoders, report=advance)
     for concept in concepts:
         exemplars, kind, category = bundled_exemplars(concept)
         settings = settings_for(BUNDLED, kind, category)

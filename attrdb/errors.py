@@ -19,3 +19,7 @@ class MissingExtra(AttrdbError, ImportError):
 
 class QueryRefused(AttrdbError):
     """An SQL statement that failed, or that asked for files, the network or other settings."""
+
+
+class StorageError(AttrdbError, OSError):
+    """A disk that is full or read-only, or a file of the database that is damaged."""

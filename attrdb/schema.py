@@ -1,98 +1,162 @@
-"""The tables of an attrdb directory: their Arrow schemas, and what a row must satisfy before it is appended."""
+"""The tables of an attrdb directory: their columns, and what they mean.
+
+The data dictionary (docs/dictionary.md) is generated from this file.
+"""
 
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from attrdb.errors import InvalidValue
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2  # every change has a step in upgrades.py
 
 ROLES = ("exemplar", "sample", "pretraining")
 KINDS = ("object", "style")
+TEXT, SMALL, WHOLE, NUMBER = pa.string(), pa.int32(), pa.int64(), pa.float64()
+MOMENT = pa.timestamp("us", tz="UTC")
 
 
-def key(name: str) -> pa.Field:
-    """A table's id. Lance then lets no two writers insert the same one, even when neither saw the other's rows."""
-    return pa.field(name, pa.string(), nullable=False, metadata={"lance-schema:unenforced-primary-key": "true"})
+@dataclass(frozen=True)
+class Column:
+    """A column of a table: what it means, and whether it may be null."""
+
+    name: str
+    type: pa.DataType
+    meaning: str
+    required: bool = False
+    key: bool = False
+
+    @property
+    def field(self) -> pa.Field:
+        # Lance lets no two writers insert the same key, even when neither saw the other's rows.
+        metadata = {"lance-schema:unenforced-primary-key": "true"} if self.key else None
+        return pa.field(self.name, self.type, nullable=not (self.required or self.key), metadata=metadata)
 
 
-# Every encoder adds one column to these: its encoder_id, fixed_size_list<float32>[dimension], null until encoded.
-IMAGES = pa.schema(
-    [
-        key("image_id"),
-        pa.field("role", pa.string(), nullable=False),  # plain text: a bitmap index refuses a dictionary
-        ("model_id", pa.string()),  # the customized model; null for pretraining images
-        ("source", pa.string()),
-        ("split", pa.string()),
-        ("category", pa.string()),
-        ("prompt", pa.string()),
-        ("prompt_scheme", pa.string()),
-        ("seed", pa.int64()),
-        ("uri", pa.string()),
-        ("sha256", pa.string()),  # of the encoded bytes
-        ("width", pa.int32()),  # pixels
-        ("height", pa.int32()),
-        ("creator", pa.string()),
-        ("license", pa.string()),
-        ("metadata", pa.string()),  # JSON text
-        ("image", pa.binary()),
-    ]
-)
+@dataclass(frozen=True)
+class TableSchema:
+    """A table: what a row of it is, and its columns."""
 
-MODELS = pa.schema(
-    [
-        key("model_id"),
-        ("base_model", pa.string()),
-        ("base_model_hash", pa.string()),
-        ("method", pa.string()),
-        ("kind", pa.string()),
-        ("category", pa.string()),
-        ("split", pa.string()),
-        ("train_prompt", pa.string()),
-        ("token", pa.string()),
-        ("settings", pa.string()),  # JSON text
-        ("settings_hash", pa.string()),
-        ("weights_path", pa.string()),  # inside the database directory
-        ("weights_hash", pa.string()),
-        ("n_exemplars", pa.int32()),
-        ("n_samples", pa.int32()),
-        ("customize_seconds", pa.float64()),
-        ("synthesize_seconds", pa.float64()),
-        ("created_at", pa.timestamp("us", tz="UTC")),
-    ]
-)
+    grain: str
+    columns: tuple[Column, ...]
 
-ENCODERS = pa.schema(
-    [
-        key("encoder_id"),  # also the name of its column in images
-        ("spec", pa.string()),
-        ("dimension", pa.int32()),
-        ("preprocessing", pa.string()),  # JSON text
-        ("weights_fingerprint", pa.string()),
-    ]
-)
+    @property
+    def arrow(self) -> pa.Schema:
+        return pa.schema([column.field for column in self.columns])
 
-EXEMPLAR_RANKS = pa.schema(
-    [
-        pa.field("encoder_id", pa.string(), nullable=False),
-        pa.field("mapper_id", pa.string(), nullable=False),  # empty: the encoder's own features, without a mapper
-        pa.field("gallery", pa.string(), nullable=False),
-        pa.field("sample_id", pa.string(), nullable=False),
-        pa.field("exemplar_id", pa.string(), nullable=False),
-        pa.field("rank", pa.int64(), nullable=False),  # from 1
-        pa.field("gallery_size", pa.int64(), nullable=False),
-        ("images_version", pa.int64()),
-    ]
-)
 
-TABLES = {"images": IMAGES, "models": MODELS, "encoders": ENCODERS, "exemplar_ranks": EXEMPLAR_RANKS}
+def _key(name: str, meaning: str) -> Column:
+    return Column(name, TEXT, meaning, key=True)
 
-FEATURE_NORM_TOLERANCE = 1e-3
+
+DICTIONARY = {
+    "images": TableSchema(
+        "one row per image: exemplars, samples and pretraining images. Every encoder adds one column, named after its "
+        "encoder_id: fixed_size_list<float32>[dimension], unit length, null until encoded",
+        (
+            _key("image_id", "stable text id, such as `<model_id>/<prompt number>/<seed>` or `<source>/<file>`"),
+            # Plain text: a bitmap index refuses a dictionary column.
+            Column("role", TEXT, "`exemplar`, `sample` or `pretraining`", required=True),
+            Column("model_id", TEXT, "the customized model; null for pretraining images"),
+            Column("source", TEXT, "the data set it came from; `synthesized` for samples made here"),
+            Column("split", TEXT, "such as `train`, `val` or `test`"),
+            Column("category", TEXT, "what an exemplar shows, or its style; class of a pretraining image"),
+            Column("prompt", TEXT, "caption of an image, or the prompt that made a sample"),
+            Column("prompt_scheme", TEXT, "of a sample: `gpt` or `procedural`"),
+            Column("seed", WHOLE, "of a sample: seed of its starting noise"),
+            Column("uri", TEXT, "where the image was read from"),
+            Column("sha256", TEXT, "of the encoded bytes; as the data set states it where the bytes are not stored"),
+            Column("width", SMALL, "pixels, of the original"),
+            Column("height", SMALL, "pixels, of the original"),
+            Column("creator", TEXT, "who made it"),
+            Column("license", TEXT, "under which it may be used"),
+            Column("metadata", TEXT, "JSON text: what the data set says beyond these columns"),
+            Column("image", pa.binary(), "the encoded image, or null"),
+        ),
+    ),
+    "models": TableSchema(
+        "one row per customized model, written after its images; a model without it is not shown",
+        (
+            _key("model_id", "id of the customized model"),
+            Column("base_model", TEXT, "folder or hub id of the base model"),
+            Column("base_model_hash", TEXT, "of the base model's weights"),
+            Column("method", TEXT, "of customization, such as `custom-diffusion`"),
+            Column("kind", TEXT, "`object` or `style`"),
+            Column("category", TEXT, "what its exemplars show, or the style's name"),
+            Column("split", TEXT, "such as `train`, `val` or `test`"),
+            Column("train_prompt", TEXT, "the prompt it was customized with"),
+            Column("token", TEXT, "the modifier token that names the concept"),
+            Column("settings", TEXT, "JSON text: all that decides the model and its samples"),
+            Column("settings_hash", TEXT, "sha256 of the settings, file names left out"),
+            Column("weights_path", TEXT, "of the trained weights, inside the database directory"),
+            Column("weights_hash", TEXT, "sha256 of that file"),
+            Column("n_exemplars", SMALL, "how many exemplars it was customized on"),
+            Column("n_samples", SMALL, "how many samples were drawn from it"),
+            Column("customize_seconds", NUMBER, "seconds of training"),
+            Column("synthesize_seconds", NUMBER, "seconds of sampling"),
+            Column("created_at", MOMENT, "when its row was written"),
+        ),
+    ),
+    "encoders": TableSchema(
+        "one row per encoder whose features this database holds",
+        (
+            _key("encoder_id", "also the name of its column in images"),
+            Column("spec", TEXT, "what loads it, such as `open_clip:ViT-B-32/openai`"),
+            Column("dimension", SMALL, "length of its features"),
+            Column("preprocessing", TEXT, "JSON text: what is done to a picture before the network sees it"),
+            Column("weights_fingerprint", TEXT, "of its weights; empty while all its features were imported"),
+        ),
+    ),
+    "exemplar_ranks": TableSchema(
+        "one row per sample and exemplar of its model, for an encoder, mapper and gallery; all metrics come from it",
+        (
+            Column("encoder_id", TEXT, "whose features were compared", required=True),
+            Column("mapper_id", TEXT, "empty: the encoder's own features, without a mapper", required=True),
+            Column(
+                "gallery", TEXT, "`own` (its model's exemplars) or `all`, with the pretraining images", required=True
+            ),
+            Column("sample_id", TEXT, "image_id of the sample", required=True),
+            Column("exemplar_id", TEXT, "image_id of the exemplar", required=True),
+            Column("rank", WHOLE, "1 + candidates with a higher similarity, ties by image_id", required=True),
+            Column("gallery_size", WHOLE, "candidates in the gallery", required=True),
+            Column("images_version", WHOLE, "version of images that was ranked"),
+        ),
+    ),
+    "jobs": TableSchema(
+        "one row per job; given again, a job goes on under its id",
+        (
+            _key("job_id", "`<command>/<what it works on>`"),
+            Column("command", TEXT, "such as `ingest corpus` or `encode`", required=True),
+            Column("settings", TEXT, "JSON text: what it was started with"),
+            Column("state", TEXT, "`running`, `done`, `incomplete` (some items failed) or `failed`", required=True),
+            Column("n_done", WHOLE, "items finished by the last run"),
+            Column("n_failed", WHOLE, "items that failed and were not mended, see failures"),
+            Column("message", TEXT, "why it failed"),
+            Column("host", TEXT, "machine of the last run"),
+            Column("pid", WHOLE, "process of the last run; `running` without that process: it was killed"),
+            Column("started_at", MOMENT, "when the last run began"),
+            Column("ended_at", MOMENT, "when it ended; null while it runs"),
+        ),
+    ),
+    "failures": TableSchema(
+        "one row per item that a job could not do; it goes when a later run mends it",
+        (
+            _key("failure_id", "`<job_id> <item>`"),
+            Column("job_id", TEXT, "the job", required=True),
+            Column("item", TEXT, "image_id, file or model_id", required=True),
+            Column("reason", TEXT, "what was found, what was needed", required=True),
+            Column("failed_at", MOMENT, "when it last failed"),
+        ),
+    ),
+}
+
+TABLES = {name: table.arrow for name, table in DICTIONARY.items()}
+IMAGES, EXEMPLAR_RANKS = TABLES["images"], TABLES["exemplar_ranks"]
 
 
 def encoder_id_of(spec: str) -> str:
@@ -132,63 +196,3 @@ def feature_matrix(column: pa.Array | pa.ChunkedArray) -> np.ndarray:
     if isinstance(column, pa.ChunkedArray):
         column = column.combine_chunks() if column.num_chunks != 1 else column.chunk(0)
     return column.flatten().to_numpy(zero_copy_only=False).reshape(len(column), column.type.list_size)
-
-
-def conform_images(table: pa.Table, stored: pa.Schema) -> pa.Table:
-    """The rows in the stored schema's columns and order, absent columns null.
-
-    raises: InvalidValue, with the row named, for an unknown column or encoder, a feature of another length, with NaN or
-            infinity, or not of unit length, a role outside ROLES, a missing or repeated image_id
-    """
-    encoders = feature_columns(stored)
-    for name in table.column_names:
-        if name in stored.names:
-            continue
-        if pa.types.is_fixed_size_list(table.schema.field(name).type):
-            known = ", ".join(repr(encoder) for encoder in encoders) or "none"
-            raise InvalidValue(f"column {name!r} is of an encoder that this database does not have (it has: {known})")
-        raise InvalidValue(f"images have no column {name!r}; keep such values as JSON in 'metadata'")
-    for name in ("image_id", "role"):
-        if name not in table.column_names or table[name].null_count:
-            raise InvalidValue(f"every image needs a value in {name!r}")
-    ids = table["image_id"].to_pylist()
-    if len(set(ids)) < len(ids):
-        repeated = next(i for n, i in enumerate(ids) if i in ids[:n])
-        raise InvalidValue(f"image {repeated!r} stands more than once in one batch; give every image an id of its own")
-    models = table["model_id"].to_pylist() if "model_id" in table.column_names else [None] * len(ids)
-    for image_id, role, model_id in zip(ids, table["role"].to_pylist(), models, strict=True):
-        if role not in ROLES:
-            raise InvalidValue(f"image {image_id!r} has the role {role!r}; a role is one of {', '.join(ROLES)}")
-        if (role == "pretraining") != (model_id is None):
-            raise InvalidValue(
-                f"image {image_id!r} has role {role!r} and model_id {model_id!r}; exemplars and samples belong to a model, "
-                "pretraining images to none"
-            )
-    for encoder_id, dimension in encoders.items():
-        if encoder_id in table.column_names:
-            _check_features(ids, table[encoder_id], encoder_id, dimension)
-    columns = [
-        table[field.name].cast(field.type) if field.name in table.column_names else pa.nulls(len(table), field.type)
-        for field in stored
-    ]
-    return pa.table(columns, schema=stored)
-
-
-def _check_features(ids: list[str], column: pa.ChunkedArray, encoder_id: str, dimension: int) -> None:
-    found = getattr(column.type, "list_size", None)
-    if found != dimension:
-        raise InvalidValue(
-            f"image {ids[0]!r} has a feature of length {found}, encoder {encoder_id!r} makes {dimension}; "
-            "encode it with that encoder or open another database"
-            if ids
-            else f"features of length {found} for encoder {encoder_id!r}, which makes {dimension}"
-        )
-    encoded = pc.indices_nonzero(pc.is_valid(column)).to_pylist()
-    norms = np.linalg.norm(feature_matrix(column.drop_null()).astype(np.float64), axis=1)
-    wrong = np.flatnonzero(~(np.abs(norms - 1) <= FEATURE_NORM_TOLERANCE))
-    if len(wrong):
-        row, norm = encoded[wrong[0]], norms[wrong[0]]
-        what = "NaN or infinity in it" if not np.isfinite(norm) else f"length {norm:.4g}"
-        raise InvalidValue(
-            f"image {ids[row]!r} has a {encoder_id!r} feature with {what}; features are stored at unit length"
-        )

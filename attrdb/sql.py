@@ -1,34 +1,124 @@
-"""SQL over one snapshot: DuckDB in-process, read-only and closed in."""
+"""SQL over one snapshot: DuckDB in-process, read-only and closed in.
+
+Views and macros are declared in RELATIONS, from which the data dictionary is generated.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import duckdb
-import lance
+import numpy as np
 import pyarrow as pa
 
+from attrdb import search
+from attrdb.attribution import CANDIDATES, Attribution, attribute
 from attrdb.errors import QueryRefused
-from attrdb.schema import feature_columns
+from attrdb.influence import DEFAULT_LAM, DEFAULT_TAU
+from attrdb.schema import feature_columns, feature_matrix
+from attrdb.snapshot import Snapshot, literal
 
-_ROLE_VIEWS = {"exemplars": "exemplar", "samples": "sample", "pretraining_images": "pretraining"}
+
+@dataclass(frozen=True)
+class Relation:
+    """A view or a table macro: what a row is, how it is called and the SQL behind it."""
+
+    name: str
+    grain: str
+    sql: str
+    arguments: str = ""  # of a macro
 
 
-def connect(snapshot: Mapping[str, lance.LanceDataset]) -> duckdb.DuckDBPyConnection:
-    """A connection that sees the tables of the snapshot and views on them, and no file, network or setting.
+def _by_role(name: str, role: str) -> Relation:
+    return Relation(name, f"one row per {role} image, with the columns of images", f"FROM images WHERE role = '{role}'")
 
-    Views: a table each, `exemplars`, `samples` and `pretraining_images` by role, and `features` (image_id, role,
-    model_id, encoder_id, feature): a row per image and encoder that has encoded it.
-    """
+
+_DESCRIBED = """
+    SELECT hits.rank, hits.image_id, images.role, images.model_id, images.source, images.category, images.creator,
+           images.license, {columns}
+    FROM (SELECT unnest({call}, max_depth := 2)) AS hits
+    JOIN images ON images.image_id = hits.image_id
+    ORDER BY hits.rank
+"""
+
+RELATIONS = (
+    _by_role("exemplars", "exemplar"),
+    _by_role("samples", "sample"),
+    _by_role("pretraining_images", "pretraining"),
+    Relation(
+        "nearest",
+        "one row per candidate (exemplar or pretraining image) of a feature, most similar first, ties by image_id. "
+        "feature: a feature of the encoder, as in the view features; encoder_id: the database's first when left out",
+        _DESCRIBED.format(columns="hits.similarity", call="_nearest(feature::FLOAT[], k::BIGINT, encoder_id::VARCHAR)"),
+        "feature, k := 10, encoder_id := NULL",
+    ),
+    Relation(
+        "attribute",
+        "one row per candidate of a stored image, most similar first, with its influence, an estimate. k := NULL: every "
+        "candidate that has influence. complete is false where more candidates than could be kept have influence, and "
+        "missing_influence bounds their share",
+        _DESCRIBED.format(
+            columns="hits.similarity, hits.influence, hits.complete, hits.missing_influence",
+            call="_attribute(sample::VARCHAR, k::BIGINT, encoder_id::VARCHAR, tau::DOUBLE, lam::DOUBLE)",
+        ),
+        f"sample, k := 10, encoder_id := NULL, tau := {DEFAULT_TAU}, lam := {DEFAULT_LAM}",
+    ),
+)
+
+# Made from what the snapshot holds, and so not in RELATIONS.
+FEATURES_GRAIN = "one row per image and encoder that has encoded it; feature is a FLOAT[] of unit length"
+UNFINISHED_GRAIN = (
+    "one row per model whose images are stored and whose row in models is not: its job runs or was killed"
+)
+
+_HIT = pa.struct([("rank", pa.int64()), ("image_id", pa.string()), ("similarity", pa.float64())])
+_SHARE = pa.struct([*_HIT, ("influence", pa.float64()), ("complete", pa.bool_()), ("missing_influence", pa.float64())])
+
+
+def connect(snapshot: Snapshot) -> duckdb.DuckDBPyConnection:
+    """A connection that sees the tables of the snapshot, RELATIONS and `features`, and no file, network or setting."""
     connection = duckdb.connect(config={"enable_external_access": "false", "autoload_known_extensions": "false"})
-    for name, dataset in snapshot.items():
-        connection.register(name, dataset)
-    for view, role in _ROLE_VIEWS.items():
-        connection.execute(f"CREATE VIEW {view} AS FROM images WHERE role = '{role}'")
-    connection.execute(f"CREATE VIEW features AS {_features(snapshot['images'].schema)}")
+    for name, dataset in snapshot.tables.items():
+        connection.register(name if name != "images" or not snapshot.hidden_models else "_images", dataset)
+    if snapshot.hidden_models:
+        connection.execute(f"CREATE VIEW images AS FROM _images WHERE {snapshot.visible('true')}")
+    connection.register("unfinished_models", pa.table({"model_id": pa.array(snapshot.hidden_models, pa.string())}))
+    connection.execute(f"CREATE VIEW features AS {_features(snapshot.tables['images'].schema)}")
+    # DuckDB counts the parameters of a function, so that they have to be spelled out here.
+    connection.create_function(
+        "_nearest",
+        lambda feature, k, encoder_id: _together(partial(_nearest, snapshot), _HIT, feature, k, encoder_id),
+        ["FLOAT[]", "BIGINT", "VARCHAR"],
+        _sql_type(_HIT),
+        type="arrow",
+        null_handling="special",
+    )
+    connection.create_function(
+        "_attribute",
+        lambda sample, k, encoder_id, tau, lam: _together(
+            partial(_attribute, snapshot), _SHARE, sample, k, encoder_id, tau, lam
+        ),
+        ["VARCHAR", "BIGINT", "VARCHAR", "DOUBLE", "DOUBLE"],
+        _sql_type(_SHARE),
+        type="arrow",
+        null_handling="special",
+    )
+    for one in RELATIONS:
+        what = f"MACRO {one.name}({one.arguments}) AS TABLE" if one.arguments else f"VIEW {one.name} AS"
+        connection.execute(f"CREATE {what} {one.sql}")
     connection.execute("SET lock_configuration = true")
     return connection
+
+
+_SQL_TYPES = {pa.int64(): "BIGINT", pa.string(): "VARCHAR", pa.float64(): "DOUBLE", pa.bool_(): "BOOLEAN"}
+
+
+def _sql_type(item: pa.StructType) -> str:
+    """A list of such structs, in DuckDB's words."""
+    return f"STRUCT({', '.join(f'{field.name} {_SQL_TYPES[field.type]}' for field in item)})[]"
 
 
 def _features(images: pa.Schema) -> str:
@@ -41,6 +131,71 @@ def _features(images: pa.Schema) -> str:
         for encoder in feature_columns(images)
     ]
     return " UNION ALL ".join(parts or [nothing])
+
+
+def _together(find: Callable[..., list], item: pa.StructType, *columns: pa.Array) -> pa.Array:
+    """What DuckDB calls with a block of rows: those that ask with the same settings are searched for together."""
+    rows = list(zip(*(column.to_pylist() for column in columns), strict=True))
+    answers: list[list[dict] | None] = [None] * len(rows)
+    alike: dict[tuple, list[int]] = {}
+    for number, (query, *settings) in enumerate(rows):
+        if query is not None:
+            alike.setdefault(tuple(settings), []).append(number)
+    for settings, numbers in alike.items():
+        found = find([rows[number][0] for number in numbers], *settings)
+        for number, answer in zip(numbers, found, strict=True):
+            answers[number] = answer
+    return pa.array(answers, pa.list_(item))
+
+
+def _nearest(
+    snapshot: Snapshot, features: list[list[float]], k: int | None, encoder_id: str | None
+) -> list[list[dict]]:
+    encoder_id = snapshot.encoder_id(encoder_id)
+    dimension = snapshot.encoders[encoder_id]["dimension"]
+    for feature in features:
+        if len(feature) != dimension or None in feature:
+            raise QueryRefused(f"nearest: a feature of length {len(feature)}, encoder {encoder_id!r} makes {dimension}")
+    if k is None or k < 1:
+        raise QueryRefused(f"nearest: k is {k}; at least one candidate must be asked for")
+    hits = search.top_k(snapshot.features(encoder_id, CANDIDATES), np.array(features, dtype=np.float32), k)
+    return [
+        [
+            {"rank": rank, "image_id": image_id, "similarity": similarity}
+            for rank, (image_id, similarity) in enumerate(zip(ids, similarities, strict=True), 1)
+        ]
+        for ids, similarities in zip(hits.ids, hits.similarity, strict=True)
+    ]
+
+
+def _attribute(
+    snapshot: Snapshot, samples: list[str], k: int | None, encoder_id: str | None, tau: float, lam: float
+) -> list[list[dict] | None]:
+    encoder_id = snapshot.encoder_id(encoder_id)
+    where = f"image_id IN ({', '.join(map(literal, samples))}) AND `{encoder_id}` IS NOT NULL"
+    stored = snapshot.images(where, ["image_id", encoder_id])
+    if not len(stored):
+        return [None] * len(samples)
+    ids = stored["image_id"].to_pylist()
+    found = attribute(snapshot, encoder_id, feature_matrix(stored[encoder_id]), ids, k=k, tau=tau, lam=lam)
+    answers = dict(zip(ids, map(_share_rows, found), strict=True))
+    return [answers.get(sample) for sample in samples]
+
+
+def _share_rows(found: Attribution) -> list[dict]:
+    return [
+        {
+            "rank": rank,
+            "image_id": image_id,
+            "similarity": similarity,
+            "influence": share,
+            "complete": found.complete,
+            "missing_influence": found.missing_influence,
+        }
+        for rank, (image_id, similarity, share) in enumerate(
+            zip(found.ids, found.similarity, found.influence, strict=True), 1
+        )
+    ]
 
 
 def run(connection: duckdb.DuckDBPyConnection, statement: str, parameters: Mapping[str, Any] | None = None) -> pa.Table:
@@ -61,7 +216,9 @@ def run(connection: duckdb.DuckDBPyConnection, statement: str, parameters: Mappi
     except duckdb.Error as error:
         if "No match for FieldRef" in str(error):
             raise QueryRefused('Lance cannot filter on a vector column: write "column"::FLOAT[] IS NOT NULL') from error
-        raise QueryRefused(str(error)) from error
+        # An error of attrdb's own, raised inside nearest() or attribute(), comes back wrapped in DuckDB's words.
+        _, _, own = str(error).partition("while executing the UDF: ")
+        raise QueryRefused(own.partition(": ")[2] or str(error)) from error
     return result.rename_columns(_distinct(result.column_names))
 
 

@@ -1,4 +1,4 @@
-"""What a corpus is read from: image folders and Parquet files, as a stream of items that are read only when needed."""
+"""Image folders and Parquet files as a stream of items that are read only when needed."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from attrdb.errors import InvalidValue, NotFound
+from attrdb.errors import InvalidValue
 from attrdb.ingest.pictures import Picture, image_files, read_picture, read_picture_file, read_text
 
 BATCH_ROWS = 256
@@ -66,25 +66,11 @@ def _parquet_item(where: str, row: dict, source: str | None) -> Item:
     return Item(name, partial(read_picture, name, encoded), lambda: fields, fields.get("uri"))
 
 
-def check_corpus(path: Path) -> int:
-    """How many images `ingest_corpus` will look at.
+def count_rows(path: Path) -> int:
+    """How many rows of a Parquet file `parquet_items` gives.
 
-    raises: NotFound if there is nothing at the path, InvalidValue if it is no corpus or has no image in it
+    raises: InvalidValue if it is no Parquet file, or lacks a column
     """
-    if not path.exists():
-        raise NotFound(f"no folder or Parquet file {path}")
-    if path.is_dir():
-        n_images = sum(1 for _ in image_files(path))
-    elif path.suffix != ".parquet":
-        raise InvalidValue(f"{path} is neither a folder of images nor a .parquet file")
-    else:
-        n_images = _count_rows(path)
-    if not n_images:
-        raise InvalidValue(f"{path} has no image in it; PNG, JPEG, WebP, BMP and GIF files are read")
-    return n_images
-
-
-def _count_rows(path: Path) -> int:
     try:
         file = pq.ParquetFile(path)
         names = file.schema_arrow.names

@@ -16,11 +16,16 @@ from __future__ import annotations
 import difflib
 import operator
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from importlib.metadata import entry_points
 from importlib.resources import files
+from importlib.resources.abc import Traversable
+from pathlib import Path
 from typing import Any
+
+import duckdb
 
 from attrdb.errors import InvalidValue, NotFound
 
@@ -132,22 +137,68 @@ def parse(name: str, group: str, text: str) -> NamedQuery:
     )
 
 
-@cache
-def all_queries() -> dict[str, NamedQuery]:
-    """Every query that ships with attrdb, by name."""
-    found = {}
-    for folder in files(__name__).iterdir():
-        if folder.is_dir() and not folder.name.startswith("_"):
-            for file in folder.iterdir():
-                if file.name.endswith(".sql"):
-                    name = file.name.removesuffix(".sql")
-                    found[name] = parse(name, folder.name, file.read_text())
+def all_queries(folders: Sequence[str | Path] = ()) -> dict[str, NamedQuery]:
+    """Every query by name: attrdb's own, those of installed packages, and those of the folders.
+
+    An installed package offers queries by an entry point of the group `attrdb.queries` that names a package with .sql files
+    in it. The folder that a file stands in is its group.
+
+    raises: NotFound for a folder that is not there, InvalidValue for a name that stands twice or a wrong header
+    """
+    found = dict(_own())
+    places: list[tuple[str, Traversable]] = [(str(folder), Path(folder)) for folder in folders]
+    for point in entry_points(group="attrdb.queries"):
+        places.append((f"entry point {point.name!r}", files(point.value)))
+    for place, folder in places:
+        if not folder.is_dir():
+            raise NotFound(f"no folder of queries {place}")
+        for name, query in _in_folder(folder).items():
+            if name in found:
+                raise InvalidValue(f"query {name!r} of {place} has the name of another query; rename its file")
+            _check(query)
+            found[name] = query
     return dict(sorted(found.items()))
 
 
-def load(name: str) -> NamedQuery:
-    """raises: NotFound, with the nearest names"""
-    queries = all_queries()
+@cache
+def _own() -> dict[str, NamedQuery]:
+    return {name: query for group in _folders(files(__name__)) for name, query in _in_folder(group).items()}
+
+
+def _folders(folder: Traversable) -> list[Traversable]:
+    return [one for one in folder.iterdir() if one.is_dir() and not one.name.startswith("_")]
+
+
+def _in_folder(folder: Traversable) -> dict[str, NamedQuery]:
+    """The queries of a folder and of the folders in it."""
+    found = {}
+    for place in (folder, *_folders(folder)):
+        for file in place.iterdir():
+            if file.name.endswith(".sql"):
+                name = file.name.removesuffix(".sql")
+                found[name] = parse(name, place.name, file.read_text(encoding="utf-8"))
+    return found
+
+
+def _check(query: NamedQuery) -> None:
+    """raises: InvalidValue unless the file is one SELECT whose parameters are those of its header"""
+    try:
+        statements = duckdb.connect().extract_statements(query.sql)
+    except duckdb.Error as error:
+        raise InvalidValue(f"query {query.name}: {error}") from error
+    if len(statements) != 1 or statements[0].type != duckdb.StatementType.SELECT:
+        raise InvalidValue(f"query {query.name}: a file holds one SELECT, and nothing else")
+    declared, used = {one.name for one in query.parameters}, set(statements[0].named_parameters)
+    if declared != used:
+        raise InvalidValue(
+            f"query {query.name}: its header declares the parameters {sorted(declared)}, its SQL uses {sorted(used)}; "
+            "declare them with lines such as: -- param $k INTEGER = 10 cut-off, >= 1"
+        )
+
+
+def load(name: str, folders: Sequence[str | Path] = ()) -> NamedQuery:
+    """raises: NotFound, with the nearest names, and as `all_queries`"""
+    queries = all_queries(folders)
     if name not in queries:
         near = difflib.get_close_matches(name, queries) or list(queries)
         raise NotFound(

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from conftest import rows
 
-from attrdb import database, search
+from attrdb import attribution, search
 from attrdb.errors import InvalidValue, NotFound
 from attrdb.influence import cut_off, influence
 
@@ -115,7 +115,7 @@ def test_influence_does_not_depend_on_k(toy, lam):
 def test_an_incomplete_answer_says_what_may_be_missing(toy, monkeypatch):
     many(toy)
     whole = toy.attribute("m/0/1", k=5, tau=0.2, lam=0.0)["influence"].to_numpy()
-    monkeypatch.setattr(database, "WIDEST", 256)
+    monkeypatch.setattr(attribution, "WIDEST", 256)
     cut = toy.attribute("m/0/1", k=5, tau=0.2, lam=0.0)
     assert not any(cut["complete"].to_pylist())
     bound = cut["missing_influence"][0].as_py()

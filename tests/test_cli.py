@@ -137,7 +137,7 @@ def test_ingest_corpus_ends_with_an_error_when_something_was_left_out(tmp_path, 
     done = run("ingest", "corpus", tmp_path / "db", photos, "--encoder", "pixels:4", code=1)
     assert "3 images appended" in done.stderr
     assert "left out: image" in done.stderr
-    assert "1 images could not be read, all others are stored" in done.stderr
+    assert "1 images were left out, all others are stored" in done.stderr
 
 
 def test_ingest_model_and_again(tmp_path, exemplar_folder, tiny_base):
@@ -188,7 +188,7 @@ MODEL = ["ingest", "model", "x.attrdb", "--category", "a", "--kind", "object", "
         (["query", "DB", "recall_at_k", "-p", "k"], "parameter 'k' is not of the form name=value"),
         (["status", "nowhere.attrdb"], "does not exist; make one with: attrdb init nowhere.attrdb"),
         (["init", "DB"], "is an attrdb database already"),
-        (["ingest", "corpus", "DB", "nowhere"], "no folder or Parquet file nowhere"),
+        (["ingest", "corpus", "DB", "nowhere"], "no folder or file nowhere"),
         (["ingest", "corpus", "new.attrdb", "PHOTOS", "--encoder", "clip"], "no encoder 'clip'"),
         (["ingest", "corpus", "new.attrdb", "DB"], "has no image in it"),
         ([*MODEL, "--exemplars", "none"], "no folder none"),

@@ -9,7 +9,8 @@ from conftest import TOY, rows
 
 import attrdb
 from attrdb.errors import InvalidValue, NotFound
-from attrdb.schema import conform_images, feature_array
+from attrdb.conform import conform_images
+from attrdb.schema import feature_array
 
 
 def ids(db):
@@ -31,10 +32,11 @@ def test_two_writers_that_do_not_see_each_other_store_an_image_once(toy):
     same = rows([("new", "pretraining", None, 30)])
     # What append_images does after its look-up, which two processes may both pass.
     for db in (toy, other):
-        table = conform_images(same, db._tables["images"].schema)
-        db._tables["images"].merge_insert("image_id").when_not_matched_insert_all().execute(table)
+        images = db.snapshot.tables["images"]
+        table = conform_images(same, images.schema)
+        images.merge_insert("image_id").when_not_matched_insert_all().execute(table)
     for model_id in ("n", "n", "o"):
-        toy._insert("models", [{"model_id": model_id}], on="model_id")
+        toy.upsert("models", [{"model_id": model_id}], on="model_id", update=False)
     toy.refresh()
     assert ids(toy).count("new") == 1
     assert toy.sql("SELECT model_id FROM models ORDER BY 1")["model_id"].to_pylist() == ["m", "n", "o"]
@@ -161,7 +163,7 @@ def test_another_schema_version_is_refused(tmp_path):
     db = attrdb.create(tmp_path / "db")
     dataset = lance.dataset(str(db.path / "images.lance"))
     dataset.update_schema_metadata({"attrdb.schema_version": "99"}, replace=True)
-    with pytest.raises(InvalidValue, match="has schema version 99, this attrdb reads 1"):
+    with pytest.raises(InvalidValue, match="has schema version 99, this attrdb reads 2; install a newer attrdb"):
         attrdb.open(db.path)
 
 
@@ -171,7 +173,7 @@ def test_a_database_with_a_table_gone(toy, table):
 
     shutil.rmtree(toy.path / f"{table}.lance")
     (toy.path / "images.lance").mkdir(exist_ok=True)
-    with pytest.raises(NotFound, match=f"is not a whole attrdb database: its table {table} cannot be read"):
+    with pytest.raises(NotFound, match=f"is not a whole attrdb database: its table {table} cannot be opened"):
         attrdb.open(toy.path)
 
 
@@ -194,7 +196,7 @@ def test_an_encoder_that_gives_no_column_name(empty, spec):
 def test_an_encoder_left_half_added_is_completed(empty):
     from attrdb.schema import feature_type
 
-    empty._tables["images"].add_columns(pa.field("toy_2", feature_type(5)))
+    empty.snapshot.tables["images"].add_columns(pa.field("toy_2", feature_type(5)))
     attrdb.open(empty.path).add_encoder(**TOY)
     db = attrdb.open(empty.path)
     db.append_images(rows([("a", "pretraining", None, 5)]))
@@ -212,5 +214,5 @@ def test_status_counts(toy):
     assert found["n_images"] == 7
     assert found["images_by_role"] == {"exemplar": 2, "pretraining": 3, "sample": 2}
     assert found["models_by_kind"] == {"style": 1}
-    assert found["encoders"] == {"toy_2": {"spec": "toy:2", "dimension": 2, "n_encoded": 7}}
+    assert found["encoders"] == {"toy_2": {"spec": "toy:2", "dimension": 2, "n_encoded": 7, "n_to_encode": 0}}
     assert found["bytes"] > 0

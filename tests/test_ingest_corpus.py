@@ -27,6 +27,14 @@ def bomb() -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
 
 
+def ingest(db, path, encoders, source=None, **how):
+    return corpus.ingest_corpus(db, corpus.open_corpus(path, source), encoders, **how)
+
+
+def first(failures):
+    return next(iter(failures.values()))
+
+
 @pytest.fixture
 def folder(tmp_path):
     root = tmp_path / "photos"
@@ -38,8 +46,8 @@ def folder(tmp_path):
 
 
 def test_a_folder_with_captions(empty, folder, toy_encoder):
-    result = corpus.ingest_corpus(empty, folder, [toy_encoder])
-    assert (result.n_appended, result.n_stored, result.failures) == (2, 0, [])
+    result = ingest(empty, folder, [toy_encoder])
+    assert (result.n_appended, result.n_stored, result.failures) == (2, 0, {})
     found = empty.sql("SELECT image_id, role, source, prompt, width, toy_2 FROM images ORDER BY image_id").to_pylist()
     assert [(row["image_id"], row["role"], row["source"], row["prompt"], row["width"]) for row in found] == [
         ("photos/deep/green.jpg", "pretraining", "photos", None, 32),
@@ -49,12 +57,12 @@ def test_a_folder_with_captions(empty, folder, toy_encoder):
 
 
 def test_given_again_it_takes_only_what_is_new(empty, folder, toy_encoder):
-    corpus.ingest_corpus(empty, folder, [toy_encoder])
+    ingest(empty, folder, [toy_encoder])
     version = empty.version
-    assert corpus.ingest_corpus(empty, folder, [toy_encoder]).n_stored == 2
+    assert ingest(empty, folder, [toy_encoder]).n_stored == 2
     assert empty.version == version
     picture(folder / "blue.png", (10, 10, 200))
-    assert corpus.ingest_corpus(empty, folder, [toy_encoder]).n_appended == 1
+    assert ingest(empty, folder, [toy_encoder]).n_appended == 1
 
 
 def test_interrupted_it_goes_on_where_it_was(empty, folder, toy_encoder, monkeypatch):
@@ -64,8 +72,8 @@ def test_interrupted_it_goes_on_where_it_was(empty, folder, toy_encoder, monkeyp
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        corpus.ingest_corpus(empty, folder, [toy_encoder], report=kill)
-    result = corpus.ingest_corpus(empty, folder, [toy_encoder])
+        ingest(empty, folder, [toy_encoder], report=kill)
+    result = ingest(empty, folder, [toy_encoder])
     assert (result.n_appended, result.n_stored) == (1, 1)
 
 
@@ -73,9 +81,9 @@ def test_what_cannot_be_read_is_left_out_and_named(empty, folder, toy_encoder):
     (folder / "broken.png").write_bytes((folder / "red.png").read_bytes()[:40])
     picture(folder / "dot.png", (1, 2, 3), size=1)
     (folder / "bomb.png").write_bytes(bomb())
-    result = corpus.ingest_corpus(empty, folder, [toy_encoder])
+    result = ingest(empty, folder, [toy_encoder])
     assert result.n_appended == 2
-    said = "\n".join(result.failures)
+    said = "\n".join(result.failures.values())
     assert "broken.png cannot be decoded" in said
     assert "dot.png is 1x1 pixels; at least 16x16 are needed" in said
     assert "bomb.png claims" in said
@@ -94,8 +102,8 @@ def test_parquet_keeps_its_columns_and_leaves_exemplars_out(empty, tmp_path, toy
         }
     )
     pq.write_table(table, tmp_path / "icons.parquet")
-    assert corpus.check_corpus(tmp_path / "icons.parquet") == 1
-    corpus.ingest_corpus(empty, tmp_path / "icons.parquet", [toy_encoder])
+    assert corpus.open_corpus(tmp_path / "icons.parquet").n_items == 1
+    ingest(empty, tmp_path / "icons.parquet", [toy_encoder])
     found = empty.sql("SELECT image_id, creator, license, image FROM images").to_pylist()
     assert found == [{"image_id": "set/a", "creator": "Ann", "license": "MIT", "image": encoded}]
 
@@ -103,31 +111,31 @@ def test_parquet_keeps_its_columns_and_leaves_exemplars_out(empty, tmp_path, toy
 def test_a_source_names_a_parquet_corpus(empty, tmp_path, toy_encoder):
     encoded = webp(Image.new("RGB", (32, 32), (9, 99, 199)))
     pq.write_table(pa.table({"name": ["a"], "source": ["old"], "image": [encoded]}), tmp_path / "x.parquet")
-    corpus.ingest_corpus(empty, tmp_path / "x.parquet", [toy_encoder], source="mine")
+    ingest(empty, tmp_path / "x.parquet", [toy_encoder], source="mine")
     assert empty.sql("SELECT image_id, source FROM images").to_pylist() == [{"image_id": "mine/a", "source": "mine"}]
 
 
 def test_another_picture_under_a_stored_name_is_named_and_not_dropped(empty, folder, tmp_path, toy_encoder):
-    corpus.ingest_corpus(empty, folder, [toy_encoder])
+    ingest(empty, folder, [toy_encoder])
     picture(tmp_path / "2024" / "photos" / "red.png", (1, 1, 222))
-    result = corpus.ingest_corpus(empty, tmp_path / "2024" / "photos", [toy_encoder])
+    result = ingest(empty, tmp_path / "2024" / "photos", [toy_encoder])
     assert (result.n_appended, result.n_stored) == (0, 0)
-    assert "'photos/red.png' is stored already, with other content, from file://" in result.failures[0]
-    assert "give this corpus another --source" in result.failures[0]
-    assert corpus.ingest_corpus(empty, tmp_path / "2024" / "photos", [toy_encoder], source="photos24").n_appended == 1
+    assert "'photos/red.png' is stored already, with other content, from file://" in first(result.failures)
+    assert "give this corpus another --source" in first(result.failures)
+    assert ingest(empty, tmp_path / "2024" / "photos", [toy_encoder], source="photos24").n_appended == 1
 
 
 def test_a_folder_that_moved_is_known_by_its_content(empty, folder, tmp_path, toy_encoder):
-    corpus.ingest_corpus(empty, folder, [toy_encoder])
+    ingest(empty, folder, [toy_encoder])
     moved = folder.rename(tmp_path / "elsewhere")
-    result = corpus.ingest_corpus(empty, moved, [toy_encoder], source="photos")
-    assert (result.n_stored, result.failures) == (2, [])
+    result = ingest(empty, moved, [toy_encoder], source="photos")
+    assert (result.n_stored, result.failures) == (2, {})
 
 
 def test_two_rows_of_one_name(empty, tmp_path, toy_encoder):
     encoded = [webp(Image.new("RGB", (32, 32), (9, 99, blue))) for blue in (1, 1, 200)]
     pq.write_table(pa.table({"name": ["a"] * 3, "image": encoded}), tmp_path / "x.parquet")
-    result = corpus.ingest_corpus(empty, tmp_path / "x.parquet", [toy_encoder])
+    result = ingest(empty, tmp_path / "x.parquet", [toy_encoder])
     assert (result.n_appended, result.n_stored, len(result.failures)) == (1, 1, 1)
 
 
@@ -142,20 +150,20 @@ def test_two_rows_of_one_name(empty, tmp_path, toy_encoder):
 def test_rows_of_the_wrong_type(empty, tmp_path, toy_encoder, row, says):
     pq.write_table(pa.Table.from_pylist([row]), tmp_path / "x.parquet")
     with pytest.raises(InvalidValue, match=says):
-        corpus.ingest_corpus(empty, tmp_path / "x.parquet", [toy_encoder])
+        ingest(empty, tmp_path / "x.parquet", [toy_encoder])
 
 
 def test_a_caption_that_is_not_text_is_named(empty, folder, toy_encoder):
     (folder / "red.txt").write_bytes("café".encode("latin-1"))
-    result = corpus.ingest_corpus(empty, folder, [toy_encoder])
+    result = ingest(empty, folder, [toy_encoder])
     assert result.n_appended == 1
-    assert "red.txt is not UTF-8 text" in result.failures[0]
+    assert "red.txt is not UTF-8 text" in first(result.failures)
 
 
 def test_an_encoder_that_the_stored_images_lack_is_refused(empty, folder, toy_encoder):
-    corpus.ingest_corpus(empty, folder, [toy_encoder])
+    ingest(empty, folder, [toy_encoder])
     with pytest.raises(InvalidValue, match=r"encoder 'pixels:4' is new, .* its encoders are: toy:2"):
-        corpus.ingest_corpus(empty, folder, [toy_encoder, Pixels(4)])
+        ingest(empty, folder, [toy_encoder, Pixels(4)])
 
 
 def test_paths_that_are_no_corpus(empty, tmp_path, toy_encoder):
@@ -163,16 +171,16 @@ def test_paths_that_are_no_corpus(empty, tmp_path, toy_encoder):
     (tmp_path / "words.csv").write_text("a,b")
     (tmp_path / "torn.parquet").write_bytes(b"PAR1 and no more")
     with pytest.raises(InvalidValue, match=r"torn\.parquet is not a readable Parquet file"):
-        corpus.ingest_corpus(empty, tmp_path / "torn.parquet", [toy_encoder])
+        ingest(empty, tmp_path / "torn.parquet", [toy_encoder])
     pq.write_table(pa.table({"a": [1]}), tmp_path / "other.parquet")
     with pytest.raises(InvalidValue, match="has no image in it"):
-        corpus.ingest_corpus(empty, tmp_path / "nothing", [toy_encoder])
-    with pytest.raises(NotFound, match="no folder or Parquet file"):
-        corpus.ingest_corpus(empty, tmp_path / "nowhere", [toy_encoder])
-    with pytest.raises(InvalidValue, match=r"neither a folder of images nor a \.parquet file"):
-        corpus.ingest_corpus(empty, tmp_path / "words.csv", [toy_encoder])
+        ingest(empty, tmp_path / "nothing", [toy_encoder])
+    with pytest.raises(NotFound, match="no folder or file"):
+        ingest(empty, tmp_path / "nowhere", [toy_encoder])
+    with pytest.raises(InvalidValue, match=r"neither a folder of images nor a \.parquet or \.tar file"):
+        ingest(empty, tmp_path / "words.csv", [toy_encoder])
     with pytest.raises(InvalidValue, match=r"has no column image or name; it has: a"):
-        corpus.ingest_corpus(empty, tmp_path / "other.parquet", [toy_encoder])
+        ingest(empty, tmp_path / "other.parquet", [toy_encoder])
 
 
 def test_pictures_refused(tmp_path):
@@ -219,14 +227,15 @@ def test_transparency_is_laid_on_white_and_oblong_pictures_are_squared():
 def test_links_out_of_a_folder_are_not_followed(empty, folder, toy_encoder, tmp_path):
     outside = picture(tmp_path / "secret.png", (1, 1, 1))
     (folder / "link.png").symlink_to(outside)
-    assert corpus.ingest_corpus(empty, folder, [toy_encoder]).n_appended == 2
+    assert ingest(empty, folder, [toy_encoder]).n_appended == 2
 
 
 # --- encoders ---------------------------------------------------------------------------------------------------------
 
 
 def test_pixels_by_hand():
-    features = Pixels(2).features([Image.new("RGB", (64, 64), (255, 0, 0))])
+    red = Image.new("RGB", (64, 64), (255, 0, 0))
+    features = Pixels(2).features(Pixels(2).prepare(red)[None])
     np.testing.assert_allclose(features, [[1.001, -0.999, -0.999] * 4], atol=1e-6)
     assert encode(Pixels(8), [Image.new("RGB", (64, 64), "white")]).shape == (1, 192)
     with pytest.raises(InvalidValue, match="N lies between 2 and 64"):

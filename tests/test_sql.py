@@ -103,7 +103,7 @@ def test_header_columns_are_those_of_an_empty_run(empty, name):
     empty.add_encoder(**TOY)
     query = queries.load(name)
     given = {one.name: TRIAL.get(one.name, one.default) for one in query.parameters}
-    with sql.connect(empty._tables) as connection:
+    with sql.connect(empty.snapshot) as connection:
         relation = connection.sql(query.sql, params=query.bind(given))
         found = list(zip(relation.columns, map(str, relation.types), strict=True))
     assert found == [(column.name, column.type) for column in query.columns]

@@ -9,7 +9,8 @@ import numpy as np
 import pyarrow as pa
 
 from attrdb import search
-from attrdb.database import CANDIDATES, Database
+from attrdb.attribution import CANDIDATES
+from attrdb.database import Database
 from attrdb.errors import InvalidValue, NotFound
 from attrdb.schema import EXEMPLAR_RANKS, feature_matrix
 

@@ -1,0 +1,82 @@
+"""The command line: each command parses, calls one library function and prints."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+
+import click
+
+import attrdb
+from attrdb.cli import asking, ingesting, keeping
+from attrdb.cli.common import DB, Commands, ml, quiet_option
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(attrdb.__version__, prog_name="attrdb")
+def main() -> None:
+    """attrdb says which training images shaped a generated image, and how much.
+
+    Influence scores are estimates, not causal shares.
+    """
+
+
+@main.command()
+@DB
+def init(db: Path) -> None:
+    """Make a new, empty database directory."""
+    attrdb.create(db)
+    click.echo(f"made {db}", err=True)
+
+
+main.add_command(ingesting.ingest)
+main.add_command(ingesting.encode)
+main.add_command(asking.attribute)
+
+
+@main.command()
+@DB
+@click.option("--encoder", "encoder_ids", multiple=True, help="encoder_id, repeatable; all when left out.")
+@click.option("--gallery", type=click.Choice(["own", "all"]), default="own", show_default=True)
+@quiet_option
+def evaluate(db: Path, encoder_ids: tuple[str, ...], gallery: str, quiet: bool) -> None:
+    """Rank every sample's exemplars exactly; the metrics are queries over these ranks."""
+    evaluation = importlib.import_module("attrdb.training.evaluation")
+    from attrdb.output import progress
+
+    database = attrdb.open(db)
+    with progress(quiet) as advance:
+        for encoder_id in encoder_ids or [database.encoder_id(), *list(database.encoders)[1:]]:
+            n_ranks = evaluation.evaluate(
+                database,
+                encoder_id,
+                gallery,
+                lambda done, total, stage=encoder_id: advance(f"evaluate {stage}", done, total),
+            )
+            click.echo(f"{n_ranks} ranks of {encoder_id}, gallery {gallery}", err=True)
+
+
+for command in (
+    asking.run_sql,
+    asking.run_query,
+    asking.queries,
+    keeping.status,
+    keeping.optimize,
+    keeping.check,
+    keeping.upgrade,
+    keeping.export,
+):
+    main.add_command(command)
+
+
+@main.command()
+@click.argument("folder", type=click.Path(path_type=Path), default=Path("demo"))
+@quiet_option
+def demo(folder: Path, quiet: bool) -> None:
+    """Build a database from the bundled icons, customize four models live, attribute their samples, write a page."""
+    module = ml("demo")
+    from attrdb.output import progress
+
+    with progress(quiet) as advance:
+        page = module.build(folder, advance)
+    module.tell(folder, page)

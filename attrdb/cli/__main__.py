@@ -1,0 +1,5 @@
+"""python -m attrdb.cli"""
+
+from attrdb.cli import main
+
+main()

@@ -1,0 +1,118 @@
+"""Commands that ask: attribution, SQL, named queries."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+import attrdb
+from attrdb.cli.common import DB, at_option, form_options, ml, print_table, queries_option
+from attrdb.errors import InvalidValue, NotFound
+
+
+@click.command()
+@DB
+@click.argument("image")
+@click.option("--top", "k", type=click.IntRange(1), default=10, show_default=True, help="How many candidates.")
+@click.option("--encoder", "encoder_id", help="encoder_id; the database's first when left out.")
+@click.option("--tau", type=float, help="Temperature of influence.")
+@click.option("--lambda", "lam", type=float, help="Cut-off of influence.")
+@at_option
+@form_options
+def attribute(
+    db: Path,
+    image: str,
+    k: int,
+    encoder_id: str | None,
+    tau: float | None,
+    lam: float | None,
+    at: str | None,
+    form: str | None,
+) -> None:
+    """The candidates that most resemble IMAGE (a stored image_id or an image file), with their influence."""
+    database = attrdb.open(db, read_only=True, at=at)
+    query: Any = image
+    if not database.stored([image]):
+        if not Path(image).is_file():
+            raise NotFound(f"{image!r} is neither an image_id of {db} nor an image file")
+        query = ml("ingest.encoders").encode_file(database, Path(image), encoder_id)
+    calibration = {name: value for name, value in (("tau", tau), ("lam", lam)) if value is not None}
+    print_table(database.attribute(query, k=k, encoder_id=encoder_id, **calibration), form)
+
+
+@click.command("sql")
+@DB
+@click.argument("statement")
+@click.option(
+    "-p", "--param", "params", multiple=True, metavar="NAME=VALUE", help="Value of $NAME, as text; repeatable."
+)
+@at_option
+@form_options
+def run_sql(db: Path, statement: str, params: tuple[str, ...], at: str | None, form: str | None) -> None:
+    """Run one SELECT over the database's tables and views."""
+    print_table(attrdb.open(db, read_only=True, at=at).sql(statement, _given(params)), form)
+
+
+@click.command("query")
+@DB
+@click.argument("name")
+@click.option("-p", "--param", "params", multiple=True, metavar="NAME=VALUE", help="A parameter, repeatable.")
+@queries_option
+@at_option
+@form_options
+def run_query(
+    db: Path,
+    name: str,
+    params: tuple[str, ...],
+    query_folders: tuple[Path, ...],
+    at: str | None,
+    form: str | None,
+) -> None:
+    """Run a named query."""
+    database = attrdb.open(db, read_only=True, at=at, query_folders=query_folders)
+    print_table(database.query(name, **_given(params)), form)
+
+
+def _given(params: tuple[str, ...]) -> dict[str, str]:
+    for param in params:
+        if "=" not in param:
+            raise InvalidValue(f"parameter {param!r} is not of the form name=value")
+    return dict(param.split("=", 1) for param in params)
+
+
+@click.group()
+def queries() -> None:
+    """The named queries."""
+
+
+@queries.command("list")
+@queries_option
+@form_options
+def list_queries(query_folders: tuple[Path, ...], form: str | None) -> None:
+    """Every named query, with its group and what its rows say."""
+    import pyarrow as pa
+
+    from attrdb.queries import all_queries
+
+    rows = [
+        {
+            "name": query.name,
+            "group": query.group,
+            "parameters": " ".join(f"{one.name}={one.default or '?'}" for one in query.parameters),
+            "summary": query.summary,
+        }
+        for query in all_queries(query_folders).values()
+    ]
+    print_table(pa.Table.from_pylist(rows), form)
+
+
+@queries.command("show")
+@click.argument("name")
+@queries_option
+def show_query(name: str, query_folders: tuple[Path, ...]) -> None:
+    """The SQL of a named query, with its header."""
+    from attrdb.queries import load
+
+    click.echo(load(name, query_folders).sql, nl=False)

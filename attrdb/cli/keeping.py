@@ -1,0 +1,132 @@
+"""Commands that keep a database: status, upkeep, checks, upgrades, exports."""
+
+from __future__ import annotations
+
+import json
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import click
+
+import attrdb
+from attrdb.cli.common import DB, at_option, print_table, quiet_option
+from attrdb.errors import AttrdbError
+
+
+@click.command()
+@DB
+@at_option
+@click.option("--json", "as_json", is_flag=True, help="JSON instead of lines for reading.")
+def status(db: Path, at: str | None, as_json: bool) -> None:
+    """What the database holds, how complete it is, and what waits for `optimize`."""
+    found = attrdb.open(db, read_only=True, at=at).status()
+    if as_json:
+        click.echo(json.dumps(found, indent=2))
+        return
+    click.echo(f"{found['path']}: {found['n_images']:,} images, version {found['version']}, {_size(found['bytes'])}")
+    for what in ("images_by_role", "models_by_kind"):
+        counts = ", ".join(f"{n:,} {name}" for name, n in found[what].items()) or "none"
+        click.echo(f"  {what.replace('_', ' ')}: {counts}")
+    for name, encoder in found["encoders"].items():
+        left = f", {encoder['n_to_encode']:,} to encode" if encoder["n_to_encode"] else ""
+        done = f"{encoder['n_encoded']:,} of {found['n_images']:,} encoded{left}"
+        click.echo(f"  encoder {name}: {encoder['dimension']}-d, {done}")
+    _print_upkeep(found, "  ")
+    for model_id in found["unfinished_models"]:
+        click.echo(f"  model {model_id} is unfinished and not shown; give its ingest command again")
+    for job in found["open_jobs"]:
+        done = f"{job['n_done'] or 0:,} done, {job['n_failed'] or 0:,} failed"
+        click.echo(f"  job {job['job_id']}: {job['state']}, {done}{': ' + job['message'] if job['message'] else ''}")
+
+
+def _print_upkeep(found: dict[str, Any], indent: str) -> None:
+    for name, table in found["tables"].items():
+        files = f"{table['fragments']:,} fragments, {table['versions_kept']:,} versions, {_size(table['bytes'])}"
+        click.echo(f"{indent}table {name}: {table['rows']:,} rows, {files}")
+    for index in found["indices"]:
+        parts = f"{index['segments']} segments, {index['n_unindexed']:,} rows not indexed"
+        click.echo(f"{indent}index on {index['column']} ({index['type']}): {parts}")
+
+
+def _size(n_bytes: int) -> str:
+    return f"{n_bytes / 2**20:,.1f} MiB"
+
+
+@click.command()
+@DB
+@click.option(
+    "--drop-older-than",
+    type=click.IntRange(0),
+    metavar="DAYS",
+    help="Also forget versions older than this, and free their disk; --at cannot go back to them.",
+)
+@quiet_option
+def optimize(db: Path, drop_older_than: int | None, quiet: bool) -> None:
+    """Index new rows, merge index segments and small fragments, then check the indices."""
+    from attrdb import maintenance
+    from attrdb.output import progress
+
+    age = None if drop_older_than is None else timedelta(days=drop_older_than)
+    with progress(quiet) as advance:
+        result = maintenance.optimize(attrdb.open(db), age, advance)
+    for when, state in (("before", result.before), ("after", result.after)):
+        click.echo(f"{when}: {_size(state['bytes'])}")
+        _print_upkeep(state, "  ")
+
+
+@click.command()
+@DB
+@quiet_option
+def check(db: Path, quiet: bool) -> None:
+    """Read every file, run every query of the group `checks`, and test the indices; exit 1 if anything is wrong."""
+    from attrdb import health
+    from attrdb.output import progress
+
+    with progress(quiet) as advance:
+        findings = health.check(attrdb.open(db, read_only=True).snapshot, advance)
+    for finding in findings:
+        click.echo(f"{finding.check}: {finding.meaning}")
+        print_table(finding.rows, "table")
+    if findings:
+        raise AttrdbError(f"{sum(len(one.rows) for one in findings)} rows in {len(findings)} checks are wrong")
+    click.echo(f"{db}: nothing found", err=True)
+
+
+@click.command()
+@DB
+def upgrade(db: Path) -> None:
+    """Bring a database that an older attrdb made to this one's schema version."""
+    from attrdb import upgrades
+
+    before, after = upgrades.upgrade(db)
+    click.echo(f"{db}: schema version {before}, now {after}" if before != after else f"{db}: nothing to do", err=True)
+
+
+@click.command()
+@DB
+@click.argument("target", type=click.Path(path_type=Path))
+@click.option(
+    "--duckdb", "form", flag_value="duckdb", type=str, help="One DuckDB file instead of a folder of Parquet files."
+)
+@click.option("--no-vectors", is_flag=True, help="Leave the features out.")
+@click.option("--no-images", is_flag=True, help="Leave the encoded images out.")
+@at_option
+@quiet_option
+def export(
+    db: Path, target: Path, form: str | None, no_vectors: bool, no_images: bool, at: str | None, quiet: bool
+) -> None:
+    """Write every table to TARGET, for people without attrdb: Parquet files in a new folder, or one DuckDB file."""
+    from attrdb import export as exporting
+    from attrdb.output import progress
+
+    with progress(quiet) as advance:
+        counts = exporting.export(
+            attrdb.open(db, read_only=True, at=at).snapshot,
+            target,
+            form=form or "parquet",
+            vectors=not no_vectors,
+            images=not no_images,
+            report=advance,
+        )
+    click.echo(f"{target}: " + ", ".join(f"{n:,} {name}" for name, n in counts.items()), err=True)

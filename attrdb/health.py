@@ -1,0 +1,222 @@
+"""Health: what a database holds, and whether it holds together."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import lance
+import numpy as np
+import pyarrow as pa
+
+from attrdb import queries, sql
+from attrdb.schema import SCHEMA_VERSION, feature_columns, feature_matrix
+from attrdb.snapshot import Snapshot, literal, storage
+
+PROBES = 20  # ids and features that the index self-test asks for
+RECALL_NEEDED = 0.9  # recall@10 of a vector index against an exact scan below which it is reported
+
+Report = Callable[[str, int, int], None]
+
+
+# --- status ----------------------------------------------------------------------------------------------------------
+
+
+def status(snapshot: Snapshot) -> dict[str, Any]:
+    """What the database holds, as plain values that JSON can take.
+
+    Rows by role, models by kind, every encoder with how many images it has encoded and how many it still could, indices
+    with their segments and the rows they do not cover yet, fragments, versions and bytes of every table, jobs that are
+    not done.
+    """
+    with storage(snapshot.path), sql.connect(snapshot) as connection:
+        roles, kinds, jobs = (
+            sql.run(connection, statement).to_pylist()
+            for statement in (
+                "SELECT role, count(*) AS n FROM images GROUP BY role ORDER BY role",
+                "SELECT kind, count(*) AS n FROM models GROUP BY kind ORDER BY kind",
+                "SELECT job_id, state, n_done, n_failed, message, host, pid FROM jobs WHERE state <> 'done' ORDER BY job_id",
+            )
+        )
+        n_images = sum(row["n"] for row in roles)
+        return {
+            "path": str(snapshot.path),
+            "schema_version": SCHEMA_VERSION,
+            "version": snapshot.version,
+            "n_images": n_images,
+            "images_by_role": {row["role"]: row["n"] for row in roles},
+            "models_by_kind": {row["kind"]: row["n"] for row in kinds},
+            "unfinished_models": list(snapshot.hidden_models),
+            "encoders": {name: _encoder(snapshot, name, n_images) for name in snapshot.encoders},
+            "indices": [_index(snapshot.tables["images"], one) for one in _indices(snapshot)],
+            "tables": {name: _table(snapshot, name) for name in snapshot.tables},
+            "open_jobs": [_job(row) for row in jobs],
+            "bytes": _bytes(snapshot.path),
+        }
+
+
+def _encoder(snapshot: Snapshot, encoder_id: str, n_images: int) -> dict[str, Any]:
+    row = snapshot.encoders[encoder_id]
+    n_encoded = snapshot.count(f"`{encoder_id}` IS NOT NULL")
+    n_left = snapshot.count(f"`{encoder_id}` IS NULL AND image IS NOT NULL") if n_encoded < n_images else 0
+    return {
+        "spec": row["spec"],
+        "dimension": row["dimension"],
+        "n_encoded": n_encoded,
+        "n_to_encode": n_left,  # images whose bytes are stored and that have no feature yet
+    }
+
+
+def _indices(snapshot: Snapshot) -> list:
+    return sorted(snapshot.tables["images"].describe_indices(), key=lambda one: one.name)
+
+
+def _index(images: lance.LanceDataset, one: Any) -> dict[str, Any]:
+    return {
+        "name": one.name,
+        "column": one.field_names[0],
+        "type": one.index_type,
+        "segments": len(one.segments),
+        "n_unindexed": max(0, images.count_rows() - one.num_rows_indexed),
+        "bytes": one.total_size_bytes,
+    }
+
+
+def _table(snapshot: Snapshot, name: str) -> dict[str, Any]:
+    table = snapshot.tables[name]
+    return {
+        "rows": table.count_rows(),
+        "version": table.version,
+        "versions_kept": len(table.versions()),
+        "fragments": len(table.get_fragments()),
+        "bytes": _bytes(snapshot.path / f"{name}.lance"),
+    }
+
+
+def _job(row: dict[str, Any]) -> dict[str, Any]:
+    """A job's row; one that says it runs and whose process is gone was killed."""
+    if row["state"] == "running" and row["host"] == socket.gethostname() and not _alive(row["pid"]):
+        row = row | {"state": "killed"}
+    return row
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
+def _bytes(folder: Any) -> int:
+    total = 0
+    for where, _, names in os.walk(folder):
+        for name in names:
+            try:
+                total += os.stat(os.path.join(where, name)).st_size
+            except FileNotFoundError:  # another process tidied up meanwhile
+                continue
+    return total
+
+
+# --- check -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What a check found: its name, what it means, and the offending rows."""
+
+    check: str
+    meaning: str
+    rows: pa.Table
+
+
+def check(snapshot: Snapshot, report: Report = lambda stage, done, total: None) -> list[Finding]:
+    """What does not hold together: damaged files, rows that contradict each other, indices that answer wrongly.
+
+    Every stored byte is read, then every query of the group `checks` runs, then the indices are asked for things whose
+    answers are known. An empty list means that nothing was found.
+    """
+    damaged = list(_damaged(snapshot, report))
+    if damaged:  # queries over damaged files only fail
+        rows = pa.Table.from_pylist(damaged)
+        return [Finding("damaged_files", "Files that cannot be read; restore them from a copy of the directory.", rows)]
+    found = []
+    checks = [query for query in queries.all_queries().values() if query.group == "checks"]
+    with storage(snapshot.path), sql.connect(snapshot) as connection:
+        for number, query in enumerate(checks):
+            report("queries", number, len(checks))
+            rows = sql.run(connection, query.sql, query.bind({}))
+            if len(rows):
+                found.append(Finding(query.name, query.summary, rows))
+        report("queries", len(checks), len(checks))
+    wrong = list(index_self_test(snapshot))
+    if wrong:
+        meaning = "Index answers that an exact scan contradicts; drop the index and run: attrdb optimize."
+        found.append(Finding("index_self_test", meaning, pa.Table.from_pylist(wrong)))
+    return found
+
+
+def _damaged(snapshot: Snapshot, report: Report) -> Iterator[dict]:
+    fragments = [(name, one) for name, table in snapshot.tables.items() for one in table.get_fragments()]
+    for number, (name, fragment) in enumerate(fragments):
+        report("files", number, len(fragments))
+        try:
+            for _ in fragment.to_batches(batch_size=1024):
+                pass
+        except Exception as error:  # a damaged file makes Lance raise many kinds, down to ValueError
+            files = ", ".join(one.path for one in fragment.data_files())
+            yield {"table": name, "files": files, "error": str(error).splitlines()[0]}
+    report("files", len(fragments), len(fragments))
+
+
+def index_self_test(snapshot: Snapshot) -> Iterator[dict]:
+    """One row for every index that does not answer as an exact scan does: of a few ids, roles and features."""
+    images = snapshot.tables["images"]
+    n = images.count_rows()
+    if not n:
+        return
+    chosen = np.linspace(0, n - 1, min(PROBES, n)).astype(int)
+    for one in _indices(snapshot):
+        column = one.field_names[0]
+        if column in feature_columns(images.schema):
+            recall = _recall(images, column, chosen)
+            if recall < RECALL_NEEDED:
+                said = f"recall@10 against an exact scan is {recall:.3f} over {len(chosen)} features"
+                yield {"index": one.name, "column": column, "found": said, "needed": f"at least {RECALL_NEEDED}"}
+            continue
+        values = sorted(
+            {value for value in images.take(chosen, columns=[column])[column].to_pylist() if value is not None}
+        )
+        for value in values:
+            where = f"{column} = {literal(value)}"
+            indexed, scanned = (
+                images.scanner(columns=[], filter=where, use_scalar_index=use, with_row_id=True).count_rows()
+                for use in (True, False)
+            )
+            if indexed != scanned:
+                yield {"index": one.name, "column": column, "found": f"{where}: {indexed} rows", "needed": f"{scanned}"}
+
+
+def _recall(images: lance.LanceDataset, column: str, chosen: np.ndarray) -> float:
+    """recall@10 of the index on some stored features, by similarity: ties count as found."""
+    features = images.take(chosen, columns=[column])[column].drop_null()
+    if not len(features):
+        return 1.0
+    shares = []
+    for feature in feature_matrix(features):
+        found, exact = (
+            images.scanner(
+                columns=["_distance"],
+                nearest={"column": column, "q": feature, "k": 10, "nprobes": 20, "refine_factor": 10, "use_index": use},
+            ).to_table()["_distance"]
+            for use in (True, False)
+        )
+        farthest = max(exact.to_pylist()) + 1e-5
+        shares.append(sum(distance <= farthest for distance in found.to_pylist()) / len(exact))
+    return float(np.mean(shares))

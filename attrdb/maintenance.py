@@ -1,0 +1,111 @@
+"""Maintenance: keeps a database quick that is appended to for years."""
+
+from __future__ import annotations
+
+import fcntl
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import lance
+
+from attrdb import health
+from attrdb.database import Database
+from attrdb.errors import AttrdbError, InvalidValue
+
+# Of a fragment. Appends are merged into fragments of this size, and an encoder that is added later writes its features
+# fragment by fragment, so this also bounds how much of them is in memory.
+FRAGMENT_ROWS = 131_072
+SCALAR_INDICES = {"role": "BITMAP", "image_id": "BTREE", "model_id": "BTREE"}
+ALL_SEGMENTS = 10_000
+
+Report = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Optimized:
+    """The state (see `health.status`) before and after."""
+
+    before: dict[str, Any]
+    after: dict[str, Any]
+
+
+def optimize(
+    db: Database,
+    drop_older_than: timedelta | None = None,
+    report: Report = lambda stage, done, total: None,
+) -> Optimized:
+    """Index what is not indexed, merge index segments, merge small fragments, then check the indices.
+
+    drop_older_than: also forget versions of that age, and free the disk they take; `at` cannot go back to them
+    raises:          InvalidValue if maintenance runs already, AttrdbError if an index answers wrongly afterwards
+
+    Readers and writers go on meanwhile. Killed and given again, it goes on from what was done.
+    """
+    with _alone(db.path):
+        db.refresh()
+        before = health.status(db.snapshot)
+        steps: list[tuple[str, Callable[[], Any]]] = []
+        if db.snapshot.tables["images"].count_rows():
+            steps.append(("index", lambda: _index(db)))
+        # Segments before fragments: appending and optimizing in turns otherwise leaves one segment a round.
+        steps += [(f"compact {name}", lambda name=name: _compact(db, name)) for name in db.snapshot.tables]
+        if drop_older_than is not None:
+            steps.append(("drop old versions", lambda: _drop(db, drop_older_than)))
+        for number, (stage, step) in enumerate(steps):
+            report(stage, number, len(steps))
+            step()
+        report("check", len(steps), len(steps))
+        db.refresh()
+        wrong = list(health.index_self_test(db.snapshot))
+        if wrong:
+            raise AttrdbError(
+                f"index {wrong[0]['index']!r} of {db.path} answers wrongly ({wrong[0]['found']}, needed "
+                f"{wrong[0]['needed']}); drop it with a Lance client and give the command again"
+            )
+        return Optimized(before, health.status(db.snapshot))
+
+
+@contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    with (path / ".maintenance.lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise InvalidValue(f"{path} is being maintained by another process; wait for it") from error
+        yield
+
+
+def _index(db: Database) -> None:
+    images = db.snapshot.tables["images"]
+    present = {one.field_names[0] for one in images.describe_indices()}
+    for column, kind in SCALAR_INDICES.items():
+        if column not in present:
+            db.commit(lambda column=column, kind=kind: _images(db).create_scalar_index(column, kind, replace=False))
+    for one in _images(db).describe_indices():
+        if len(one.segments) > 1 or one.num_rows_indexed < images.count_rows():
+            db.commit(
+                lambda name=one.name: _images(db).optimize.optimize_indices(
+                    num_indices_to_merge=ALL_SEGMENTS, index_names=[name]
+                )
+            )
+
+
+def _compact(db: Database, name: str) -> None:
+    db.commit(lambda: _table(db, name).optimize.compact_files(target_rows_per_fragment=FRAGMENT_ROWS))
+
+
+def _drop(db: Database, age: timedelta) -> None:
+    for name in db.snapshot.tables:
+        _table(db, name).cleanup_old_versions(older_than=age)
+
+
+def _images(db: Database) -> lance.LanceDataset:
+    return _table(db, "images")
+
+
+def _table(db: Database, name: str) -> lance.LanceDataset:
+    return lance.dataset(str(db.path / f"{name}.lance"))

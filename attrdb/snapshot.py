@@ -1,0 +1,213 @@
+"""A snapshot: every table of a database at one pinned version. It never changes, so threads may share it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import lance
+import numpy as np
+import pyarrow as pa
+
+from attrdb import search
+from attrdb.errors import InvalidValue, NotFound, StorageError
+from attrdb.schema import SCHEMA_VERSION, TABLES, feature_matrix
+
+STAMP = b"attrdb.schema_version"
+
+
+def literal(text: str) -> str:
+    """The text as an SQL string."""
+    return "'" + text.replace("'", "''") + "'"
+
+
+@contextmanager
+def storage(path: Path) -> Iterator[None]:
+    """Turns what Lance says about a disk or a file into a StorageError."""
+    try:
+        yield
+    except (OSError, pa.ArrowException) as error:
+        if isinstance(error, StorageError):
+            raise
+        text = str(error)
+        said = text.splitlines()[0] if text else type(error).__name__
+        if "No space left" in text or "os error 28" in text:
+            raise StorageError(
+                f"the disk of {path} is full; what was committed before is kept: free some space, then give the command again"
+            ) from error
+        if any(words in text for words in ("Read-only file system", "Permission denied", "os error 13", "os error 30")):
+            raise StorageError(f"{path} cannot be written: {said}; open it with read_only=True to read it") from error
+        raise StorageError(
+            f"{path} cannot be read or written: {said}; a damaged file is named by: attrdb check {path}"
+        ) from error
+
+
+def schema_version(dataset: lance.LanceDataset) -> int:
+    """The schema version a table is stamped with, 0 for none."""
+    return int((dataset.schema.metadata or {}).get(STAMP, b"0"))
+
+
+class Snapshot:
+    """The tables of a database as they were at one moment.
+
+    A customized model counts once its row in `models` is there: images that were appended before that, by a job that is
+    still at it or was killed, are not shown.
+    """
+
+    def __init__(self, path: Path, tables: dict[str, lance.LanceDataset]):
+        self.path = path
+        self.tables = tables
+
+    @property
+    def version(self) -> int:
+        """The version of the images table."""
+        return self.tables["images"].version
+
+    @cached_property
+    def encoders(self) -> dict[str, dict]:
+        """The rows of `encoders`, by encoder_id, in the order in which they were added."""
+        return {row["encoder_id"]: row for row in self.tables["encoders"].to_table().to_pylist()}
+
+    @cached_property
+    def hidden_models(self) -> tuple[str, ...]:
+        """Models that have images and no row in `models`."""
+        with storage(self.path):
+            models = self.tables["models"].to_table(columns=["model_id", "n_exemplars", "n_samples"]).to_pylist()
+            counted = sum((row["n_exemplars"] or 0) + (row["n_samples"] or 0) for row in models)
+            # The usual case, no such model, is told from a count: the ids of all samples need not be read.
+            if self.tables["images"].count_rows("role <> 'pretraining'") == counted:
+                return ()
+            scan = self.tables["images"].to_batches(columns=["model_id"], filter="role <> 'pretraining'")
+            found = {model_id for batch in scan for model_id in batch["model_id"].unique().to_pylist()}
+        return tuple(sorted(found - {row["model_id"] for row in models}))
+
+    def visible(self, where: str) -> str:
+        """The predicate, with hidden models left out."""
+        if not self.hidden_models:
+            return where
+        return f"({where}) AND (model_id IS NULL OR model_id NOT IN ({', '.join(map(literal, self.hidden_models))}))"
+
+    def images(self, where: str, columns: list[str]) -> pa.Table:
+        """Columns of the images that a predicate keeps."""
+        with storage(self.path):
+            return self.tables["images"].to_table(columns=columns, filter=self.visible(where))
+
+    def count(self, where: str) -> int:
+        """How many images a predicate keeps."""
+        with storage(self.path):
+            return self.tables["images"].count_rows(self.visible(where))
+
+    def features(self, encoder_id: str, where: str) -> Iterator[search.Block]:
+        """Ids and features of the encoded images that a predicate keeps, streamed in blocks."""
+        with storage(self.path):
+            yield from search.stream_features(self.tables["images"], encoder_id, self.visible(where))
+
+    def encoder_id(self, encoder_id: str | None = None) -> str:
+        """The given encoder's id, or the first one's.
+
+        raises: NotFound if this database has no such encoder, or none at all
+        """
+        known = list(self.encoders)
+        if not known:
+            raise NotFound(f"{self.path} has no encoder yet; ingest a corpus or a model first")
+        if encoder_id is not None and encoder_id not in known:
+            raise NotFound(f"no encoder {encoder_id!r} in {self.path}; it has: {', '.join(known)}")
+        return encoder_id or known[0]
+
+    def feature(self, image_id: str, encoder_id: str) -> np.ndarray:
+        """The stored feature of an image, (dimension,) float32.
+
+        raises: NotFound if there is no such image, or it has not been encoded
+        """
+        found = self.images(f"image_id = {literal(image_id)}", [encoder_id])[encoder_id]
+        if not len(found):
+            raise NotFound(f"no image {image_id!r} in {self.path}")
+        if found.null_count:
+            raise NotFound(f"image {image_id!r} has no {encoder_id!r} feature yet")
+        return feature_matrix(found)[0]
+
+
+def open_snapshot(path: Path, at: int | str | datetime | None = None) -> Snapshot:
+    """The newest versions of all tables, or those of an older moment.
+
+    at:     a version of images, with the other tables as they were until the next one; or a time, as datetime or ISO 8601
+            text (UTC where it names no zone)
+    raises: NotFound if there is no database, or no such version, InvalidValue for a schema version that is not read here
+            or a time that is not understood
+    """
+    if not (path / "images.lance").is_dir():
+        what = "is not an attrdb database (no images.lance in it)" if path.exists() else "does not exist"
+        raise NotFound(f"{path} {what}; make one with: attrdb init {path}")
+    check_schema_version(path, schema_version(_dataset(path, "images")))
+    # models before images: a model that is seen has its images, as they are committed first.
+    names = sorted(TABLES, key=lambda name: name == "images")
+    tables = {name: _dataset(path, name) for name in names}
+    if at is not None:
+        tables = _older(path, tables, at)
+    return Snapshot(path, tables)
+
+
+def check_schema_version(path: Path, found: int) -> None:
+    if found > SCHEMA_VERSION:
+        raise InvalidValue(
+            f"{path} has schema version {found}, this attrdb reads {SCHEMA_VERSION}; install a newer attrdb"
+        )
+    if found < SCHEMA_VERSION:
+        raise InvalidValue(
+            f"{path} has schema version {found}, this attrdb reads {SCHEMA_VERSION}; bring it up with: attrdb upgrade {path}"
+        )
+
+
+def _dataset(path: Path, name: str, **options: Any) -> lance.LanceDataset:
+    try:
+        return lance.dataset(str(path / f"{name}.lance"), **options)
+    except (ValueError, OSError) as error:
+        raise NotFound(
+            f"{path} is not a whole attrdb database: its table {name} cannot be opened ({str(error).splitlines()[0]})"
+        ) from error
+
+
+def _older(
+    path: Path, tables: dict[str, lance.LanceDataset], at: int | str | datetime
+) -> dict[str, lance.LanceDataset]:
+    history = {
+        name: [(one["version"], _utc(one["timestamp"])) for one in table.versions()] for name, table in tables.items()
+    }
+    images = history["images"]
+    if isinstance(at, str) and at.isdecimal():
+        at = int(at)
+    if isinstance(at, int):
+        kept = [version for version, _ in images]
+        if at not in kept:
+            raise NotFound(f"{path} has no version {at}; it keeps {len(kept)} versions, {kept[0]} to {kept[-1]}")
+        later = [moment for version, moment in images if version > at]
+        until = min(later) if later else datetime.max.replace(tzinfo=UTC)
+        chosen = {name: [version for version, moment in found if moment < until] for name, found in history.items()}
+        chosen["images"] = [at]
+    else:
+        moment = _moment(at)
+        chosen = {name: [version for version, made in found if made <= moment] for name, found in history.items()}
+        if not chosen["images"]:
+            raise NotFound(
+                f"{path} has no version as old as {moment.isoformat()}; its oldest is of {images[0][1].isoformat()}"
+            )
+    # A table that is younger than the moment was empty then, as its first version is.
+    versions = {name: max(chosen[name], default=history[name][0][0]) for name in tables}
+    return {name: _dataset(path, name, version=version) for name, version in versions.items()}
+
+
+def _moment(at: str | datetime) -> datetime:
+    try:
+        moment = datetime.fromisoformat(at) if isinstance(at, str) else at
+    except ValueError as error:
+        raise InvalidValue(f"{at!r} is neither a version nor a time such as 2026-11-23T12:00:00") from error
+    return moment if moment.tzinfo else moment.replace(tzinfo=UTC)
+
+
+def _utc(timestamp: datetime) -> datetime:
+    # Lance gives local time without a zone.
+    return timestamp.astimezone(UTC)

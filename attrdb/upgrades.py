@@ -1,0 +1,44 @@
+"""Upgrade steps: from every schema version to the next. A step is never edited once it has been released."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import lance
+
+from attrdb.database import create_table
+from attrdb.errors import NotFound
+from attrdb.schema import SCHEMA_VERSION, TABLES
+from attrdb.snapshot import STAMP, check_schema_version, schema_version, storage
+
+
+def _to_2(path: Path) -> None:
+    """Jobs and their failures are kept."""
+    create_table(path, "jobs")
+    create_table(path, "failures")
+
+
+STEPS = {2: _to_2}
+
+
+def upgrade(path: str | Path) -> tuple[int, int]:
+    """Bring a database to the schema version of this attrdb; the versions before and after.
+
+    A call that is interrupted is completed by the next: every step may be run again.
+    raises: NotFound if there is no database, InvalidValue if a newer attrdb made it
+    """
+    path = Path(path)
+    if not (path / "images.lance").is_dir():
+        raise NotFound(f"{path} is not an attrdb database (no images.lance in it)")
+    with storage(path):
+        found = schema_version(lance.dataset(str(path / "images.lance")))
+        if found > SCHEMA_VERSION:
+            check_schema_version(path, found)
+        for version in range(found + 1, SCHEMA_VERSION + 1):
+            STEPS[version](path)
+            # 'images' is stamped last: it says which version the directory has.
+            for name in sorted(TABLES, key=lambda name: name == "images"):
+                table = lance.dataset(str(path / f"{name}.lance"))
+                if schema_version(table) != version:
+                    table.update_schema_metadata({STAMP.decode(): str(version)})
+    return found, SCHEMA_VERSION

@@ -1,0 +1,178 @@
+"""How fast pictures become features: from encoded bytes through the stream, against the bare network on preloaded batches.
+
+    python benchmarks/encode.py --images 512 --json encode.json
+
+Weights are random where none come in a package: the time does not depend on them. Each round runs every way once, so that
+what else the machine does falls on all of them.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import platform
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import closing
+from functools import partial
+from importlib.resources import files
+from pathlib import Path
+from statistics import median
+
+import click
+import numpy as np
+import pyarrow.parquet as pq
+import torch
+from PIL import Image
+
+from attrdb.ingest.encoders import Encoder, load_encoder
+from attrdb.ingest.encoding import LARGE_BATCH, SMALL_BATCH, ahead, encode_stream
+from attrdb.ingest.pictures import read_picture
+
+JPEG_SIDE = 512
+ARCHITECTURES = {
+    "efficientnet-lite0": "icons",
+    "open_clip:ViT-B-32": "photos",
+    "timm:vit_base_patch16_224": "photos",
+}
+
+
+def icons(n: int, seed: int) -> list[bytes]:
+    """Bundled icons, 64 x 64 lossless WebP."""
+    stored = pq.read_table(str(files("attrdb") / "assets" / "icons.parquet"), columns=["image"])["image"]
+    chosen = np.random.default_rng(seed).choice(len(stored), n, replace=n > len(stored))
+    return stored.take(chosen).to_pylist()
+
+
+def photos(n: int, seed: int) -> list[bytes]:
+    """JPEGs of 512 x 512 pixels, icons drawn large on a noisy ground so that they take as many bytes as photos do."""
+    rng = np.random.default_rng(seed)
+    made = []
+    for encoded in icons(n, seed):
+        large = np.asarray(
+            read_picture("icon", encoded).image.resize((JPEG_SIDE, JPEG_SIDE), Image.BICUBIC), np.float32
+        )
+        noise = rng.normal(0, 12, (JPEG_SIDE // 2, JPEG_SIDE // 2, 3)).repeat(2, axis=0).repeat(2, axis=1)
+        file = io.BytesIO()
+        Image.fromarray((large + noise).clip(0, 255).astype(np.uint8)).save(file, "JPEG", quality=85)
+        made.append(file.getvalue())
+    return made
+
+
+def load(name: str, folder: Path) -> Encoder:
+    """The encoder, with random weights from a checkpoint made for it where a name has none of its own."""
+    kind, _, arch = name.partition(":")
+    if not arch:
+        return load_encoder(name)
+    torch.manual_seed(0)
+    if kind == "open_clip":
+        import open_clip
+
+        network = open_clip.create_model(arch, load_weights=False)
+    else:
+        import timm
+
+        network = timm.create_model(arch)
+    torch.save(network.state_dict(), folder / f"{arch}.pt")
+    return load_encoder(f"{name}/{folder / arch}.pt")
+
+
+def read(encoded: bytes) -> tuple[str, Image.Image]:
+    """What ingestion keeps of a picture, and the picture."""
+    picture = read_picture("picture", encoded)
+    return picture.sha256, picture.image
+
+
+def ways(encoder: Encoder, pictures: list[bytes]) -> dict[str, Callable[[], object]]:
+    """The bare network, run in the two ways that torch offers, and the whole stream."""
+    prepared = np.stack([encoder.prepare(read(one)[1]) for one in pictures])
+    small = [prepared[start : start + SMALL_BATCH] for start in range(0, len(prepared), SMALL_BATCH)]
+    large = [prepared[start : start + LARGE_BATCH] for start in range(0, len(prepared), LARGE_BATCH)]
+    threads = torch.get_num_threads()
+
+    def bare_a_batch_a_thread() -> None:
+        with closing(ahead(small, encoder.features, threads, 2 * threads, partial(torch.set_num_threads, 1))) as done:
+            for _ in done:
+                pass
+        torch.set_num_threads(threads)
+
+    def bare_one_batch() -> None:
+        for batch in large:
+            encoder.features(batch)
+
+    def stream() -> None:
+        for one in encode_stream([encoder], pictures, read):
+            assert one.error is None
+
+    return {"bare": bare_a_batch_a_thread, "bare_one_batch": bare_one_batch, "stream": stream}
+
+
+def measure(name: str, encoder: Encoder, pictures: list[bytes], rounds: int) -> dict:
+    """Images a second of every way, and what a picture costs before the network, on one thread."""
+    each = ways(encoder, pictures)
+    rates: dict[str, list[float]] = {way: [] for way in each}
+    for done in range(rounds + 1):
+        for way, run in each.items():
+            start = time.perf_counter()
+            run()
+            if done:  # the first round warms up
+                rates[way].append(len(pictures) / (time.perf_counter() - start))
+    start = time.perf_counter()
+    for one in pictures:
+        encoder.prepare(read(one)[1])
+    before = (time.perf_counter() - start) / len(pictures)
+    found = {way: {"min": min(r), "median": median(r), "max": max(r)} for way, r in rates.items()}
+    ratios = [s / b for s, b in zip(rates["stream"], rates["bare"], strict=True)]
+    lanes = torch.get_num_threads()
+    return {
+        "encoder": name,
+        "images": len(pictures),
+        "bytes_a_picture": sum(map(len, pictures)) / len(pictures),
+        "images_a_second": found,
+        "ratio": {"min": min(ratios), "median": median(ratios), "max": max(ratios)},
+        "ratio_to_one_batch": found["stream"]["median"] / found["bare_one_batch"]["median"],
+        # On a CPU reading and the network share the cores: no order of them is faster than doing both.
+        "ratio_bound_on_cpu": 1 / (1 + before * found["bare"]["median"] / lanes),
+        "milliseconds_before_the_network": 1000 * before,
+    }
+
+
+@click.command()
+@click.option("--images", type=click.IntRange(16), default=256, show_default=True)
+@click.option("--rounds", type=click.IntRange(1), default=5, show_default=True)
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option(
+    "--encoders", "names", multiple=True, type=click.Choice(list(ARCHITECTURES)), help="Repeatable; default: all."
+)
+@click.option("--json", "out", type=click.Path(dir_okay=False, path_type=Path), help="Write the figures there too.")
+def main(images: int, rounds: int, seed: int, names: tuple[str, ...], out: Path | None) -> None:
+    """Compare the stream with the bare network."""
+    sources = {"icons": icons, "photos": photos}
+    results = []
+    with tempfile.TemporaryDirectory() as folder:
+        for name in names or ARCHITECTURES:
+            pictures = sources[ARCHITECTURES[name]](images, seed)
+            result = measure(name, load(name, Path(folder)), pictures, rounds)
+            results.append(result)
+            rates = result["images_a_second"]
+            for way, rate in rates.items():
+                click.echo(f"{name:28} {way:16} " + "  ".join(f"{what} {value:7.1f}" for what, value in rate.items()))
+            ratio = "  ".join(f"{what} {value:7.3f}" for what, value in result["ratio"].items())
+            click.echo(f"{name:28} {'ratio':16} {ratio}  bound {result['ratio_bound_on_cpu']:.3f}")
+    machine = {
+        "processor": platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "load": os.getloadavg(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "torch": torch.__version__,
+        "torch_threads": torch.get_num_threads(),
+    }
+    if out:
+        report = {"machine": machine, "seed": seed, "rounds": rounds, "jpeg_side": JPEG_SIDE, "results": results}
+        out.write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,391 @@
+"""Embeddings that others computed: clip-retrieval's folders, as LAION publishes them.
+
+    img_emb/img_emb_<NNN>.npy          float16 or float32, (rows, dimension)
+    metadata/metadata_<NNN>.parquet    one row a vector, aligned only by position
+
+Only what fits into memory at once is read: a part of a shard, which is also what is committed at once.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import duckdb
+import fsspec
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from fsspec.core import url_to_fs
+
+from attrdb import jobs
+from attrdb.database import Database
+from attrdb.errors import InvalidValue, NotFound
+from attrdb.schema import IMAGES, encoder_id_of
+
+PART_ROWS = 131_072
+PART_BYTES = 256 * 2**20  # of a part's features as float32
+LISTED_FAILURES = 10_000  # a part's; beyond that the data set is not what it seems
+
+# Our columns, and what img2dataset, clip-retrieval and LAION-400M call them. The first that is there is taken.
+COLUMNS = {
+    "prompt": ("caption", "TEXT"),
+    "uri": ("url", "URL"),
+    "sha256": ("sha256",),
+    "width": ("original_width", "width", "WIDTH"),
+    "height": ("original_height", "height", "HEIGHT"),
+    "creator": ("creator", "author"),
+    "license": ("license", "LICENSE"),
+}
+ID_COLUMNS = ("key", "image_path")
+
+Report = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A pair of files. offset: where the vectors begin in the .npy file, in bytes."""
+
+    number: str
+    vectors: str
+    metadata: str
+    n_rows: int
+    dimension: int
+    dtype: np.dtype
+    offset: int
+
+
+@dataclass(frozen=True)
+class Embeddings:
+    """A folder of embeddings whose headers have been checked, and which of its columns become ours."""
+
+    files: fsspec.AbstractFileSystem
+    shards: tuple[Shard, ...]
+    id_column: str | None  # None: shard and position
+    columns: dict[str, str]  # ours -> theirs
+
+    @property
+    def n_rows(self) -> int:
+        return sum(shard.n_rows for shard in self.shards)
+
+    @property
+    def dimension(self) -> int:
+        return self.shards[0].dimension
+
+
+@dataclass
+class EmbeddingsResult:
+    n_appended: int = 0
+    n_stored: int = 0  # that were there already
+    failures: dict[str, str] = field(default_factory=dict)  # image_id -> why it was left out, of all runs so far
+
+
+def is_embeddings(path: str) -> bool:
+    """Whether a path (local, or a URL that fsspec opens) is a folder of embeddings."""
+    files, root = _file_system(path)
+    return bool(files.glob(f"{root}/img_emb/*.npy"))
+
+
+def open_embeddings(path: str, id_column: str | None = None, columns: Mapping[str, str] | None = None) -> Embeddings:
+    """Read the headers of all shards, and nothing else.
+
+    columns: ours -> theirs, before the known names
+    raises:  NotFound if there is nothing at the path, InvalidValue for a shard without its other half, another number of
+             rows than its other half, a truncated file, another dtype or dimension, or a column that is not there
+    """
+    files, root = _file_system(path)
+    vectors = _numbered(files, f"{root}/img_emb", r"img_emb_(\d+)\.npy")
+    metadata = _numbered(files, f"{root}/metadata", r"metadata_(\d+)\.parquet")
+    if not vectors:
+        raise NotFound(f"no img_emb/img_emb_<number>.npy in {path}")
+    for one, other, what in ((vectors, metadata, "metadata"), (metadata, vectors, "vectors")):
+        alone = sorted(one.keys() - other.keys())
+        if alone:
+            raise InvalidValue(
+                f"shard {alone[0]} of {path} has no {what} file; every img_emb file needs its metadata file"
+            )
+    shards = [_shard(files, number, vectors[number], metadata[number]) for number in sorted(vectors, key=int)]
+    for shard in shards[1:]:
+        if shard.dimension != shards[0].dimension:
+            raise InvalidValue(
+                f"{shard.vectors} has dimension {shard.dimension}, {shards[0].vectors} has {shards[0].dimension}; "
+                "one folder holds the features of one encoder"
+            )
+    with files.open(shards[0].metadata) as file:
+        theirs = pq.ParquetFile(file).schema_arrow.names
+    chosen = _columns(theirs, columns or {}, shards[0].metadata)
+    if id_column is not None and id_column not in theirs:
+        raise InvalidValue(f"{shards[0].metadata} has no column {id_column!r}; it has: {', '.join(theirs)}")
+    id_column = id_column or next((name for name in ID_COLUMNS if name in theirs), None)
+    return Embeddings(files, tuple(shards), id_column, chosen)
+
+
+def _file_system(path: str) -> tuple[fsspec.AbstractFileSystem, str]:
+    try:
+        files, root = url_to_fs(path)
+    except (ValueError, ImportError) as error:
+        raise InvalidValue(f"{path} cannot be opened: {error}") from error
+    return files, root.rstrip("/")
+
+
+def _numbered(files: fsspec.AbstractFileSystem, folder: str, pattern: str) -> dict[str, str]:
+    found = {}
+    for path in files.ls(folder, detail=False) if files.exists(folder) else ():
+        if match := re.fullmatch(pattern, path.rsplit("/", 1)[-1]):
+            found[match[1]] = path
+    return found
+
+
+def _shard(files: fsspec.AbstractFileSystem, number: str, vectors: str, metadata: str) -> Shard:
+    with files.open(vectors) as file:
+        try:
+            version = np.lib.format.read_magic(file)
+            read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+            shape, fortran, dtype = read(file)
+        except (ValueError, EOFError) as error:
+            raise InvalidValue(f"{vectors} is no readable .npy file: {error}") from error
+        offset = file.tell()
+    if len(shape) != 2 or fortran or dtype not in (np.float16, np.float32):
+        raise InvalidValue(
+            f"{vectors} holds {dtype} of shape {shape}{', in Fortran order' if fortran else ''}; "
+            "float16 or float32 of shape (rows, dimension) is needed"
+        )
+    needed, found = offset + shape[0] * shape[1] * dtype.itemsize, files.size(vectors)
+    if found != needed:
+        raise InvalidValue(f"{vectors} has {found:,} bytes, its header says {needed:,}; fetch it again")
+    with files.open(metadata) as file:
+        try:
+            n_rows = pq.ParquetFile(file).metadata.num_rows
+        except (pa.ArrowException, OSError) as error:
+            raise InvalidValue(f"{metadata} is not a readable Parquet file: {error}") from error
+    if n_rows != shape[0]:
+        raise InvalidValue(
+            f"shard {number} has {shape[0]:,} vectors and {n_rows:,} rows of metadata; they belong together by position, "
+            "so both files are needed as they were written"
+        )
+    return Shard(number, vectors, metadata, n_rows, shape[1], dtype, offset)
+
+
+def _columns(theirs: list[str], given: Mapping[str, str], where: str) -> dict[str, str]:
+    for ours, name in given.items():
+        if ours not in IMAGES.names or ours in ("image_id", "role", "model_id", "image", "metadata", "source"):
+            usable = ", ".join([*COLUMNS, "split", "category"])
+            raise InvalidValue(f"{ours!r} is no column that embeddings can fill; such are: {usable}")
+        if name not in theirs:
+            raise InvalidValue(f"{where} has no column {name!r}; it has: {', '.join(theirs)}")
+    known = {ours: next((name for name in names if name in theirs), None) for ours, names in COLUMNS.items()}
+    return {ours: name for ours, name in {**known, **given}.items() if name is not None}
+
+
+# --- import ----------------------------------------------------------------------------------------------------------
+
+
+def ingest_embeddings(
+    db: Database,
+    embeddings: Embeddings,
+    encoder: str,
+    source: str,
+    *,
+    retry_failed: bool = False,
+    report: Report = lambda stage, done, total: None,
+) -> EmbeddingsResult:
+    """Append the vectors that are not stored yet as pretraining images with a feature, a commit for every part.
+
+    encoder: the spec of the encoder that made them, in the caller's word: vectors do not say it. Its dimension is checked
+             against the database's
+    source:  name of the data set; ids are `<source>/<key>`
+    raises:  InvalidValue if the database's encoder of that spec has another dimension, if another process imports the same
+             source, or if two rows have the same id
+
+    A vector that is zero or not finite, and a row without an id, is left out and recorded with its reason. Vectors are
+    brought to unit length. Given again, the import goes on where it was.
+    """
+    encoder_id = _register(db, encoder, embeddings.dimension)
+    result = EmbeddingsResult()
+    settings = {"encoder": encoder, "n_rows": embeddings.n_rows, "id_column": embeddings.id_column}
+    with _alone(db.path, source), jobs.running(db, "ingest corpus", source, settings) as job:
+        n_seen = 0
+        if retry_failed:
+            job.mended(list(job.failures))
+        for shard in embeddings.shards:
+            for first, metadata in _metadata_parts(embeddings.files, shard):
+                report(f"import {source}", n_seen, embeddings.n_rows)
+                n_seen += len(metadata)
+                _import_part(db, embeddings, shard, first, metadata, encoder_id, source, job, result)
+        report(f"import {source}", n_seen, embeddings.n_rows)
+        result.failures = dict(job.failures)
+        job.n_done = result.n_appended
+        n_twice = n_seen - len(result.failures) - _count(db, source)
+        if n_twice > 0:
+            raise InvalidValue(
+                f"{n_twice:,} rows of {source!r} have the id of an earlier row ({_named(embeddings)}) and were left out; "
+                "name a column that tells them apart with --id-column, under another --source"
+            )
+    return result
+
+
+def _named(embeddings: Embeddings) -> str:
+    return f"column {embeddings.id_column!r}" if embeddings.id_column else "shard and position"
+
+
+def _register(db: Database, encoder: str, dimension: int) -> str:
+    encoder_id = encoder_id_of(encoder)
+    stored = db.encoders.get(encoder_id)
+    if stored is None:
+        return db.add_encoder(encoder, dimension, {}, "")
+    if stored["dimension"] != dimension:
+        raise InvalidValue(
+            f"the embeddings have dimension {dimension}, encoder {encoder_id!r} of {db.path} makes {stored['dimension']}; "
+            "name the encoder that made them"
+        )
+    return encoder_id
+
+
+@contextmanager
+def _alone(path: Path, source: str) -> Iterator[None]:
+    folder = path / "jobs"
+    folder.mkdir(exist_ok=True)
+    name = hashlib.sha256(source.encode()).hexdigest()[:16]
+    with (folder / f".corpus-{name}.lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise InvalidValue(f"source {source!r} is being imported by another process; wait for it") from error
+        yield
+
+
+def _count(db: Database, source: str) -> int:
+    return db.sql("SELECT count(*) AS n FROM pretraining_images WHERE source = $source", {"source": source})["n"][
+        0
+    ].as_py()
+
+
+def _metadata_parts(files: fsspec.AbstractFileSystem, shard: Shard) -> Iterator[tuple[int, pa.Table]]:
+    """The rows of a shard's metadata, a part at a time, each with the position of its first row."""
+    size = max(1, min(PART_ROWS, PART_BYTES // (4 * shard.dimension)))
+    first, waiting, n_waiting = 0, [], 0
+    with files.open(shard.metadata) as file:
+        for batch in pq.ParquetFile(file).iter_batches(size):
+            waiting.append(batch)
+            n_waiting += len(batch)
+            if n_waiting >= size:
+                yield first, pa.Table.from_batches(waiting)
+                first, waiting, n_waiting = first + n_waiting, [], 0
+        if waiting:
+            yield first, pa.Table.from_batches(waiting)
+
+
+def _import_part(
+    db: Database,
+    embeddings: Embeddings,
+    shard: Shard,
+    first: int,
+    metadata: pa.Table,
+    encoder_id: str,
+    source: str,
+    job: jobs.Job,
+    result: EmbeddingsResult,
+) -> None:
+    ids, positions = _ids(embeddings, shard, first, metadata, source)
+    usable = pc.is_valid(ids)
+    failures = {
+        positions[row].as_py(): f"{shard.metadata} row {first + row} has no {embeddings.id_column}"
+        for row in pc.indices_nonzero(pc.invert(usable)).to_pylist()
+    }
+    usable = pc.and_(usable, _first_of_each(ids))
+    wanted = pc.and_(usable, pc.fill_null(db.absent(ids), False))
+    if job.failures:
+        wanted = pc.and_(wanted, pc.invert(pc.is_in(ids, pa.array(list(job.failures), pa.string()))))
+    result.n_stored += pc.sum(pc.and_(usable, pc.invert(wanted))).as_py() or 0
+    if pc.any(wanted).as_py():
+        with embeddings.files.open(shard.vectors) as file:
+            features = _unit_features(file, shard, first, len(metadata))
+        unusable = np.isnan(features[:, 0])
+        chosen = wanted.to_numpy(zero_copy_only=False)
+        for row in np.flatnonzero(unusable & chosen):
+            failures[ids[row].as_py()] = f"{shard.vectors} row {first + row} is zero or not finite"
+        chosen &= ~unusable
+        table = _rows(embeddings, metadata, ids, source)
+        column = pa.FixedSizeListArray.from_arrays(pa.array(features.reshape(-1)), shard.dimension)
+        table = table.append_column(encoder_id, column)
+        if not chosen.all():
+            table = table.filter(pa.array(chosen))
+        if len(table):
+            result.n_appended += db.append_bulk(table).n_appended
+    if len(failures) > LISTED_FAILURES:
+        raise InvalidValue(
+            f"{len(failures):,} of {len(metadata):,} rows of shard {shard.number} cannot be used, the first: "
+            f"{next(iter(failures.values()))}; is this the right folder?"
+        )
+    job.failed({item: reason for item, reason in failures.items() if item not in job.failures})
+
+
+def _ids(
+    embeddings: Embeddings, shard: Shard, first: int, metadata: pa.Table, source: str
+) -> tuple[pa.Array, pa.Array]:
+    """The ids of a part's rows, null where the id column is, and their positions as text."""
+    numbers = pa.array(np.arange(first, first + len(metadata))).cast(pa.string())
+    positions = pc.binary_join_element_wise(pa.scalar(source), pa.scalar(shard.number), numbers, "/")
+    if embeddings.id_column is None:
+        return positions, positions
+    names = metadata[embeddings.id_column].combine_chunks().cast(pa.string())
+    return pc.binary_join_element_wise(pa.scalar(source), names, "/"), positions
+
+
+def _first_of_each(ids: pa.Array) -> pa.BooleanArray:
+    """True where an id stands for the first time."""
+    numbers = pa.table({"id": ids, "row": pa.array(np.arange(len(ids)))})
+    firsts = numbers.group_by("id").aggregate([("row", "min")])["row_min"].to_numpy()
+    mask = np.zeros(len(ids), bool)
+    mask[firsts] = True
+    return pa.array(mask)
+
+
+def _unit_features(file: BinaryIO, shard: Shard, first: int, n_rows: int) -> np.ndarray:
+    """(n_rows, dimension) float32 of unit length; a row that cannot be is NaN.
+
+    raises: InvalidValue if the file ends early
+    """
+    row_bytes = shard.dimension * shard.dtype.itemsize
+    file.seek(shard.offset + first * row_bytes)
+    found = file.read(n_rows * row_bytes)
+    if len(found) != n_rows * row_bytes:
+        raise InvalidValue(f"{shard.vectors} ends within row {first + len(found) // row_bytes}; fetch it again")
+    features = np.frombuffer(found, shard.dtype).reshape(n_rows, shard.dimension).astype(np.float32)
+    with np.errstate(all="ignore"):
+        norms = np.sqrt(np.einsum("nd,nd->n", features, features))
+        norms[~np.isfinite(norms) | (norms == 0)] = np.nan
+        features /= norms[:, None]
+    return features
+
+
+def _rows(embeddings: Embeddings, metadata: pa.Table, ids: pa.Array, source: str) -> pa.Table:
+    columns: dict[str, Any] = {
+        "image_id": ids,
+        "role": pa.array(["pretraining"]).take(pa.array(np.zeros(len(ids), np.int8))),
+        "source": pa.array([source]).take(pa.array(np.zeros(len(ids), np.int8))),
+    }
+    for ours, theirs in embeddings.columns.items():
+        try:
+            columns[ours] = metadata[theirs].cast(IMAGES.field(ours).type)
+        except pa.ArrowException as error:
+            raise InvalidValue(f"column {theirs!r} of the metadata cannot become {ours!r}: {error}") from error
+    taken = {*embeddings.columns.values(), embeddings.id_column}
+    rest = [name for name in metadata.column_names if name not in taken]
+    if rest:
+        columns["metadata"] = _as_json(metadata.select(rest))
+    return pa.table(columns)
+
+
+def _as_json(table: pa.Table) -> pa.ChunkedArray:
+    """Every row as JSON text."""
+    with duckdb.connect() as connection:
+        connection.register("rows", table)
+        return connection.sql("SELECT to_json(rows)::VARCHAR AS line FROM rows").to_arrow_table()["line"]

@@ -1,0 +1,368 @@
+"""Many customized models from one file of specs: a queue that several worker processes, and several commands, share.
+
+The file is the queue. A model that is stored is done, one that is locked is being made, and any other may be taken; the
+system lets go of a lock when the process that holds it ends, however it ends, so that a rerun needs nothing else.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+import multiprocessing
+import signal
+import time
+from collections import Counter, deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, fields
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+from attrdb.database import Database
+from attrdb.errors import AttrdbError, InvalidValue, NotFound
+from attrdb.ingest.corpus import register
+from attrdb.ingest.encoders import Encoder, load_encoder
+from attrdb.ingest.model import Exemplar, ModelSettings, check_model, ingest_model, read_exemplars, settings_for
+from attrdb.ingest.model_job import Report, locked
+from attrdb.ingest.pictures import read_picture_file
+from attrdb.ingest.prompts import BANKS
+
+SHOWN = 20  # bad lines that an error names
+PAUSE = 0.5  # seconds until a model that another process is making is looked at again
+LIVES = 2  # worker processes that a model may take with it before it counts as failed
+
+
+@dataclass(frozen=True)
+class Key:
+    """What a spec may say under a key, apart from its type."""
+
+    type: type
+    least: float | None = None
+    required: bool = False
+
+    def problem(self, value: object) -> str | None:
+        """Why a value cannot be used."""
+        wanted = (int, float) if self.type is float else self.type
+        if not isinstance(value, wanted) or isinstance(value, bool):
+            what = {str: "text", int: "a whole number", float: "a number"}[self.type]
+            return f"must be {what}, found {json.dumps(value)}"
+        if self.least is not None and not (self.least <= value < math.inf):
+            return f"must be at least {self.least}, found {json.dumps(value)}"
+        return None
+
+
+# A key's name is the option's of `attrdb ingest model`, with underscores.
+KEYS = {
+    "exemplars": Key(str, required=True),  # a folder; a list of files is seen to apart
+    "category": Key(str, required=True),
+    "kind": Key(str, required=True),
+    "base_model": Key(str),
+    "model_id": Key(str),
+    "split": Key(str),
+    "prompts": Key(str),
+    "prompts_per_scheme": Key(int, 1),
+    "samples_per_prompt": Key(int, 1),
+    "steps": Key(int, 1),
+    "batch": Key(int, 1),
+    "lr": Key(float, 1e-12),
+    "solver_steps": Key(int, 1),
+    "guidance": Key(float, 1),
+    "seed": Key(int),
+}
+OF_THE_MODEL = {"exemplars", "category", "kind", "base_model", "model_id", "split"}  # the others are settings
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """A model that is wanted: a line of the file, checked, with its settings complete."""
+
+    model_id: str
+    exemplars: Path | tuple[Path, ...]  # a folder, or files
+    settings: ModelSettings
+
+    def read_exemplars(self) -> list[Exemplar]:
+        """raises: NotFound or InvalidValue for a folder or a file that is gone or cannot be used"""
+        if isinstance(self.exemplars, Path):
+            return read_exemplars(self.exemplars)
+        return [
+            Exemplar(read_picture_file(path), {"source": path.parent.name, "uri": path.resolve().as_uri()})
+            for path in self.exemplars
+        ]
+
+
+@dataclass
+class QueueResult:
+    done: int = 0
+    stored_already: int = 0
+    failed: list[tuple[str, str]] = field(default_factory=list)  # model_id and the reason
+
+
+# --- the file ---------------------------------------------------------------------------------------------------------
+
+
+def read_specs(path: Path, base_model: str | None = None) -> list[ModelSpec]:
+    """The models that a JSON Lines file asks for, one a line, in its order; a line that repeats another counts once.
+
+    Every line is checked, exemplars included, before any is returned. Paths are relative to the file's folder.
+    base_model: for the lines that name none
+    raises:     NotFound if there is no file, InvalidValue with every bad line's number and reason, SHOWN at most
+    """
+    if not path.is_file():
+        raise NotFound(f"no file {path}; write one JSON object a line, a model each")
+    specs: dict[str, ModelSpec] = {}
+    seen: dict[str, tuple[int, list[str]]] = {}  # by model_id: line, hashes of the exemplars
+    problems = []
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                spec, hashes = _spec(line, path.parent, base_model)
+                first, known = seen.setdefault(spec.model_id, (number, hashes))
+                differing = _differing(specs.setdefault(spec.model_id, spec).settings, spec.settings)
+                differing += ["exemplars"] * (known != hashes)
+                if differing:
+                    raise InvalidValue(
+                        f"it makes model {spec.model_id!r} as line {first} does, with other {', '.join(differing)}; "
+                        "give each a model_id of its own"
+                    )
+            except AttrdbError as error:
+                problems.append(f"line {number}: {error}")
+    if problems:
+        more = f"\n  and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
+        raise InvalidValue(
+            f"{path} has {len(problems)} lines that cannot be used; nothing was begun\n  "
+            + "\n  ".join(problems[:SHOWN])
+            + more
+        )
+    if not specs:
+        raise InvalidValue(f"{path} has no model in it; write one JSON object a line, a model each")
+    return list(specs.values())
+
+
+def _differing(one: ModelSettings, other: ModelSettings) -> list[str]:
+    return [name.name for name in fields(one) if getattr(one, name.name) != getattr(other, name.name)]
+
+
+def _spec(line: bytes, folder: Path, base_model: str | None) -> tuple[ModelSpec, list[str]]:
+    """A line's spec and the hashes of its exemplars."""
+    given = _checked(line)
+    exemplars: Path | tuple[Path, ...]
+    if isinstance(given["exemplars"], list):
+        exemplars = tuple(folder / name for name in given["exemplars"])
+    else:
+        exemplars = folder / given["exemplars"]
+    base = given.get("base_model", base_model)
+    if base is None:
+        raise InvalidValue("no base_model; name one in the line, or one for all lines with --base-model")
+    if "base_model" in given and (folder / base).exists():
+        base = str(folder / base)
+    options = {name: value for name, value in given.items() if name not in OF_THE_MODEL}
+    if options.get("prompts", BANKS[0]) not in BANKS:
+        options["prompts"] = str(folder / options["prompts"])
+    settings = settings_for(base, given["kind"], given["category"], options, given.get("split"))
+    draft = ModelSpec("", exemplars, settings)
+    read = draft.read_exemplars()
+    model_id = check_model(settings, read, given.get("model_id"))
+    return ModelSpec(model_id, exemplars, settings), [exemplar.picture.sha256 for exemplar in read]
+
+
+def _checked(line: bytes) -> dict:
+    """A line's object, every key of it known and of its type."""
+    try:
+        given = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise InvalidValue(f"not JSON: {error}") from error
+    if not isinstance(given, dict):
+        raise InvalidValue(f"must be a JSON object, found {type(given).__name__}")
+    for name in given.keys() - KEYS.keys():
+        near = difflib.get_close_matches(name, KEYS, n=1, cutoff=0)
+        raise InvalidValue(f"unknown key {name!r}; nearest is {near[0]!r}")
+    for name, key in KEYS.items():
+        if name not in given:
+            if key.required:
+                raise InvalidValue(f"key {name!r} is missing")
+        elif name == "exemplars" and isinstance(given[name], list):
+            files = given[name]
+            if not files or not all(isinstance(one, str) for one in files) or len(set(files)) < len(files):
+                raise InvalidValue(f"exemplars must be a folder, or a list of image files, each once; found {files}")
+        elif problem := key.problem(given[name]):
+            raise InvalidValue(f"{name} {problem}")
+    return given
+
+
+# --- the queue --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How an attempt at a model ended: 'done', 'stored' (it was there already), 'busy' (another process is at it),
+    or 'failed' for a reason."""
+
+    how: str
+    reason: str = ""
+
+
+class Queue:
+    """The models that are still to be made, and what became of the others."""
+
+    def __init__(self, specs: Sequence[ModelSpec], report: Report):
+        self.waiting = deque(specs)
+        self.total = len(specs)
+        self.report = report
+        self.deaths: Counter[str] = Counter()
+        self.result = QueueResult()
+
+    def take(self) -> ModelSpec | None:
+        return self.waiting.popleft() if self.waiting else None
+
+    def settle(self, spec: ModelSpec, outcome: Outcome) -> None:
+        """Note how an attempt ended; a model that another process is making is looked at again later."""
+        if outcome.how == "busy":
+            self.waiting.append(spec)
+            return
+        if outcome.how == "done":
+            self.result.done += 1
+        elif outcome.how == "stored":
+            self.result.stored_already += 1
+        else:
+            self.result.failed.append((spec.model_id, outcome.reason))
+        settled = self.result.done + self.result.stored_already + len(self.result.failed)
+        self.report("models", settled, self.total)
+
+    def lost(self, spec: ModelSpec, exit_code: int | None) -> None:
+        """Put a model back whose worker process ended under it; after LIVES of them it counts as failed."""
+        self.deaths[spec.model_id] += 1
+        if self.deaths[spec.model_id] < LIVES:
+            self.waiting.appendleft(spec)
+            return
+        how = f"signal {-exit_code}" if (exit_code or 0) < 0 else f"exit code {exit_code}"
+        self.settle(spec, Outcome("failed", f"{LIVES} worker processes ended while making it, the last with {how}"))
+
+
+def ingest_models(
+    db_path: Path,
+    specs: Sequence[ModelSpec],
+    encoder_specs: Sequence[str],
+    workers: int = 1,
+    report: Report = lambda stage, done, total: None,
+) -> QueueResult:
+    """Make every model that is not stored yet; one that fails is listed with its reason and stops no other.
+
+    With one worker they are made in this process, with more in as many processes of their own. A model that another
+    command is making is waited for. Interrupted or killed, it goes on where it was when given again.
+    raises: InvalidValue for workers < 1, or an encoder as `register`
+    """
+    if workers < 1:
+        raise InvalidValue(f"workers is {workers}; at least one is needed")
+    queue = Queue(specs, report)
+    encoders = [load_encoder(spec) for spec in encoder_specs]
+    register(Database(db_path), encoders)
+    report("models", 0, queue.total)
+    if workers == 1:
+        while spec := queue.take():
+            queue.settle(spec, make(db_path, spec, encoders, report))
+    else:
+        _share_out(queue, db_path, encoder_specs, workers)
+    return queue.result
+
+
+def make(db_path: Path, spec: ModelSpec, encoders: Sequence[Encoder], report: Report) -> Outcome:
+    """One attempt at a model."""
+    try:
+        db = Database(db_path)
+        with locked(db.path / "jobs" / spec.model_id):
+            pass  # a look before the base model is loaded for nothing
+        result = ingest_model(db, spec.read_exemplars(), spec.settings, encoders, spec.model_id, report)
+    except AttrdbError as error:
+        if isinstance(error.__cause__, BlockingIOError):
+            time.sleep(PAUSE)
+            return Outcome("busy")
+        return Outcome("failed", str(error))
+    except Exception as error:  # whatever a library raises for one model must not end the others
+        return Outcome("failed", f"{type(error).__name__}: {error}")
+    return Outcome("done" if result.appended else "stored")
+
+
+# --- worker processes -------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Worker:
+    number: int
+    process: BaseProcess
+    line: Connection
+    spec: ModelSpec | None = None  # that it is making
+
+
+def _share_out(queue: Queue, db_path: Path, encoder_specs: Sequence[str], n_workers: int) -> None:
+    """Hand the queue's models to worker processes, a new one in the place of each that ends."""
+    crew: dict[int, Worker] = {}
+    try:
+        while True:
+            for number in range(1, n_workers + 1):
+                if queue.waiting and (number not in crew or crew[number].spec is None):
+                    worker = crew.get(number) or _start(number, db_path, encoder_specs)
+                    crew[number] = worker
+                    worker.spec = queue.take()
+                    with suppress(OSError):  # it may have ended; its line says so below
+                        worker.line.send(worker.spec)
+            busy = {worker.line: worker for worker in crew.values() if worker.spec}
+            if not busy:
+                return
+            for line in wait(list(busy)):
+                worker = busy[line]
+                try:
+                    message = line.recv()
+                except (EOFError, OSError):
+                    worker.process.join()
+                    queue.lost(worker.spec, worker.process.exitcode)
+                    del crew[worker.number]
+                    continue
+                if isinstance(message, Outcome):
+                    queue.settle(worker.spec, message)
+                    worker.spec = None
+                else:
+                    stage, done, total = message
+                    queue.report(f"worker {worker.number}: {stage}", done, total)
+    finally:
+        for worker in crew.values():
+            worker.process.terminate()
+            worker.process.join()
+
+
+def _start(number: int, db_path: Path, encoder_specs: Sequence[str]) -> Worker:
+    # Not forked: neither CUDA nor Lance outlives a fork.
+    context = multiprocessing.get_context("spawn")
+    here, there = context.Pipe()
+    process = context.Process(target=_work, args=(there, db_path, tuple(encoder_specs)), daemon=True)
+    with _no_interrupts():
+        process.start()
+    there.close()  # so that `here` ends with the process
+    return Worker(number, process, here)
+
+
+@contextmanager
+def _no_interrupts() -> Iterator[None]:
+    """Processes that are started meanwhile never see Ctrl-C: who started them gets it too, and ends them."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _work(line: Connection, db_path: Path, encoder_specs: Sequence[str]) -> None:
+    """A worker process: makes the models that come down the line until it is ended."""
+    encoders = [load_encoder(spec) for spec in encoder_specs]
+
+    def report(stage: str, done: int, total: int) -> None:
+        line.send((stage, done, total))
+
+    try:
+        while True:
+            line.send(make(db_path, line.recv(), encoders, report))
+    except (EOFError, OSError):  # who started it is gone
+        return

@@ -1,0 +1,330 @@
+"""Many models from a file: every line checked first, then made by one process or several, each model once."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+from conftest import picture
+
+import attrdb
+from attrdb.errors import InvalidValue, NotFound
+from attrdb.ingest import models
+from attrdb.ingest.customize import load_delta
+from attrdb.ingest.model_job import locked
+
+ENCODERS = ("pixels:2",)
+COLOURS = {"red": (200, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 200)}
+
+
+@pytest.fixture
+def wanted(tmp_path, tiny_base):
+    """A file that asks for three models of three colours."""
+    for name, colour in COLOURS.items():
+        picture(tmp_path / "wanted" / name / "a.png", colour)
+    return write(
+        tmp_path,
+        *({"exemplars": name, "category": "vase", "kind": "object", "model_id": name} for name in COLOURS),
+        base=tiny_base,
+    )
+
+
+def write(tmp_path, *lines, base=None):
+    """The lines as a file in the folder of the exemplars, with a base model where one is given."""
+    path = tmp_path / "wanted" / "models.jsonl"
+    path.parent.mkdir(exist_ok=True)
+    shared = {"base_model": str(base)} if base else {}
+    path.write_text("".join(line if isinstance(line, str) else json.dumps(line | shared) + "\n" for line in lines))
+    return path
+
+
+def rows(path):
+    """All that a database holds of its models, but for when they were made and how long it took."""
+    db = attrdb.open(path)
+    stored = db.sql("SELECT * FROM models ORDER BY model_id").to_pylist()
+    for row in stored:
+        for name in ("created_at", "customize_seconds", "synthesize_seconds"):
+            del row[name]
+        # The weights themselves in the place of the file's hash: safetensors writes its metadata in any order.
+        delta = load_delta(path / row["weights_path"])
+        row["weights_hash"] = {name: weights.numpy().tobytes() for name, weights in delta.items()}
+    return db.sql("SELECT * FROM images ORDER BY image_id").to_pylist(), stored
+
+
+def ingest(path, specs, **given):
+    if not path.exists():
+        attrdb.create(path)
+    return models.ingest_models(path, specs, ENCODERS, **given)
+
+
+@pytest.fixture
+def whole(tmp_path, wanted):
+    """What one undisturbed process makes of the file."""
+    result = ingest(tmp_path / "whole.attrdb", models.read_specs(wanted))
+    assert (result.done, result.stored_already, result.failed) == (3, 0, [])
+    return rows(tmp_path / "whole.attrdb")
+
+
+# --- making -----------------------------------------------------------------------------------------------------------
+
+
+def test_every_line_is_a_model_and_run_twice_is_run_once(tmp_path, wanted, whole):
+    images, stored = whole
+    assert [(row["model_id"], row["n_exemplars"], row["n_samples"]) for row in stored] == [
+        ("blue", 1, 4),
+        ("green", 1, 4),
+        ("red", 1, 4),
+    ]
+    assert len(images) == 15
+    reports = []
+    again = ingest(tmp_path / "whole.attrdb", models.read_specs(wanted), report=lambda *units: reports.append(units))
+    assert (again.done, again.stored_already, again.failed) == (0, 3, [])
+    assert reports == [("models", number, 3) for number in range(4)]
+    assert rows(tmp_path / "whole.attrdb") == whole
+
+
+def test_two_workers_make_the_rows_of_one(tmp_path, wanted, whole):
+    reports = []
+    result = ingest(
+        tmp_path / "shared.attrdb", models.read_specs(wanted), workers=2, report=lambda *units: reports.append(units)
+    )
+    assert (result.done, result.failed) == (3, [])
+    assert rows(tmp_path / "shared.attrdb") == whole
+    stages = {stage for stage, _done, _total in reports}
+    assert {"models", "worker 1: customize", "worker 2: customize"} <= stages
+
+
+def test_two_commands_share_a_file(tmp_path, wanted, whole):
+    """Each process reads the file for itself and knows nothing of the other."""
+    path = tmp_path / "shared.attrdb"
+    attrdb.create(path)
+    program = (
+        "import sys; from pathlib import Path; from attrdb.ingest import models\n"
+        "specs = models.read_specs(Path(sys.argv[2]))\n"
+        "result = models.ingest_models(Path(sys.argv[1]), specs, ['pixels:2'])\n"
+        "print(result.done, result.stored_already, result.failed)"
+    )
+    command = [sys.executable, "-c", program, str(path), str(wanted)]
+    both = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    said = [process.communicate()[0].split(maxsplit=2) for process in both]
+    assert all(int(done) + int(stored) == 3 and failed.strip() == "[]" for done, stored, failed in said)
+    assert rows(path) == whole
+
+
+def test_a_model_that_another_process_makes_is_waited_for(tmp_path, wanted, monkeypatch):
+    monkeypatch.setattr(models, "PAUSE", 0.01)
+    path = tmp_path / "waits.attrdb"
+    attrdb.create(path)
+    settled, release = [], threading.Event()
+
+    def hold():
+        with locked(path / "jobs" / "red"):
+            release.wait(60)
+
+    def report(stage, done, _total):
+        if stage == "models":
+            settled.append(done)
+            if done == 2:  # all but the one that is held
+                release.set()
+
+    other = threading.Thread(target=hold)
+    other.start()
+    while not (path / "jobs" / ".red.lock").exists():
+        time.sleep(0.01)
+    result = ingest(path, models.read_specs(wanted), report=report)
+    other.join()
+    assert (result.done, result.failed) == (3, [])
+    assert settled == [0, 1, 2, 3]
+
+
+def test_interrupted_and_rerun_is_run_once(tmp_path, wanted, whole):
+    path = tmp_path / "interrupted.attrdb"
+
+    def interrupt(stage, done, _total):
+        if (stage, done) == ("worker 1: sample", 1):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        ingest(path, models.read_specs(wanted), workers=2, report=interrupt)
+    assert not children()
+    ingest(path, models.read_specs(wanted))
+    assert rows(path) == whole
+
+
+def children() -> list[int]:
+    """Worker processes of this one that still run."""
+    import multiprocessing
+
+    return [process.pid for process in multiprocessing.active_children()]
+
+
+def test_a_killed_worker_leaves_its_model_to_another(tmp_path, wanted, whole):
+    path = tmp_path / "killed.attrdb"
+    killed = []
+
+    def report(stage, _done, _total):
+        if stage == "worker 1: customize" and not killed:
+            killed.extend(children()[:1])
+            os.kill(killed[0], signal.SIGKILL)
+
+    result = ingest(path, models.read_specs(wanted), workers=2, report=report)
+    assert (result.done, result.failed) == (3, [])
+    assert killed
+    assert rows(path) == whole
+
+
+def test_a_model_that_takes_its_workers_with_it_is_given_up(tmp_path, wanted):
+    queue = models.Queue(models.read_specs(wanted)[:1], lambda *_: None)
+    for _ in range(models.LIVES):
+        spec = queue.take()
+        queue.lost(spec, -signal.SIGKILL)
+    assert queue.take() is None
+    assert queue.result.failed == [("red", "2 worker processes ended while making it, the last with signal 9")]
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_model_that_fails_is_listed_and_stops_no_other(tmp_path, wanted, workers):
+    lines = [json.loads(line) for line in wanted.read_text().splitlines()]
+    lines[1] |= {"lr": 1e30, "steps": 5}
+    path = tmp_path / "some.attrdb"
+    result = ingest(path, models.read_specs(write(tmp_path, *lines)), workers=workers)
+    assert result.done == 2
+    ((model_id, reason),) = result.failed
+    assert model_id == "green"
+    assert "training diverged" in reason
+    assert [row["model_id"] for row in rows(path)[1]] == ["blue", "red"]
+    del lines[1]["lr"]
+    mended = ingest(path, models.read_specs(write(tmp_path, *lines)))
+    assert (mended.done, mended.stored_already) == (1, 2)
+
+
+def test_an_unforeseen_error_is_of_its_model_alone(tmp_path, wanted, monkeypatch):
+    made = models.ingest_model
+
+    def broken(db, exemplars, settings, encoders, model_id, report):
+        if model_id == "red":
+            raise RuntimeError("out of memory")
+        return made(db, exemplars, settings, encoders, model_id, report)
+
+    monkeypatch.setattr(models, "ingest_model", broken)
+    result = ingest(tmp_path / "some.attrdb", models.read_specs(wanted))
+    assert (result.done, result.failed) == (2, [("red", "RuntimeError: out of memory")])
+
+
+def test_a_model_that_is_stored_with_other_settings_is_listed(tmp_path, wanted, whole):
+    line = json.loads(wanted.read_text().splitlines()[0]) | {"steps": 7}
+    result = ingest(tmp_path / "whole.attrdb", models.read_specs(write(tmp_path, line)))
+    assert (result.done, result.stored_already) == (0, 0)
+    assert "'steps': 3" in result.failed[0][1]
+    assert "'steps': 7" in result.failed[0][1]
+
+
+def test_no_workers(tmp_path):
+    with pytest.raises(InvalidValue, match="workers is 0; at least one is needed"):
+        models.ingest_models(tmp_path, [], ENCODERS, workers=0)
+
+
+# --- reading ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_line_says_what_the_command_can_say(tmp_path, tiny_base):
+    files = [
+        picture(tmp_path / "wanted" / name, colour) for name, colour in (("a.png", (9, 9, 9)), ("b.png", (1, 2, 3)))
+    ]
+    (tmp_path / "wanted" / "mine.txt").write_text("a V* on a table\n")
+    spec_line = {
+        "exemplars": [file.name for file in files],
+        "category": "ink",
+        "kind": "style",
+        "split": "test",
+        "prompts": "mine.txt",
+        "steps": 9,
+        "lr": 1,
+        "guidance": 2.5,
+        "seed": 4,
+    }
+    (spec,) = models.read_specs(write(tmp_path, spec_line), base_model=str(tiny_base))
+    assert spec.model_id.startswith("ink-")
+    assert [exemplar.fields["source"] for exemplar in spec.read_exemplars()] == ["wanted", "wanted"]
+    settings = spec.settings
+    assert (settings.base_model, settings.kind, settings.split) == (str(tiny_base), "style", "test")
+    assert (settings.customize.steps, settings.customize.lr, settings.customize.seed) == (9, 1, 4)
+    assert (settings.synthesize.guidance, settings.synthesize.seed, settings.synthesize.solver_steps) == (2.5, 4, 2)
+    assert settings.prompts == str(tmp_path / "wanted" / "mine.txt")
+
+
+def test_a_base_model_beside_the_file_is_found(tmp_path, wanted, tiny_base):
+    (wanted.parent / "tiny").symlink_to(tiny_base)
+    line = {"exemplars": "red", "category": "vase", "kind": "object", "base_model": "tiny"}
+    (spec,) = models.read_specs(write(tmp_path, line))
+    assert spec.settings.base_model == str(wanted.parent / "tiny")
+
+
+def test_a_line_that_stands_twice_counts_once(tmp_path, wanted):
+    wanted.write_text(wanted.read_text() + "\n" + wanted.read_text())
+    assert [spec.model_id for spec in models.read_specs(wanted)] == ["red", "green", "blue"]
+
+
+GOOD = {"exemplars": "red", "category": "vase", "kind": "object"}
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("{'exemplars': 1}\n", "line 2: not JSON: "),
+        ("[1]\n", "line 2: must be a JSON object, found list"),
+        (GOOD | {"colour": "red"}, "line 2: unknown key 'colour'; nearest is "),
+        (GOOD | {"sample_per_prompt": 2}, "unknown key 'sample_per_prompt'; nearest is 'samples_per_prompt'"),
+        ({"exemplars": "red", "kind": "object"}, "line 2: key 'category' is missing"),
+        (GOOD | {"kind": "thing"}, "line 2: kind is 'thing'; it must be object or style"),
+        (GOOD | {"category": 7}, "line 2: category must be text, found 7"),
+        (GOOD | {"steps": "many"}, 'line 2: steps must be a whole number, found "many"'),
+        (GOOD | {"steps": True}, "line 2: steps must be a whole number, found true"),
+        (GOOD | {"steps": 0}, "line 2: steps must be at least 1, found 0"),
+        (GOOD | {"lr": None}, "line 2: lr must be a number, found null"),
+        (GOOD | {"exemplars": []}, r"a list of image files, each once; found \[\]"),
+        (GOOD | {"exemplars": ["red/a.png", 3]}, r"each once; found \['red/a.png', 3\]"),
+        (GOOD | {"exemplars": "nowhere"}, "line 2: no folder .*nowhere"),
+        (GOOD | {"exemplars": ["red/b.png"]}, r"line 2: image .*red/b\.png cannot be read: No such file"),
+        (GOOD | {"exemplars": ["red/a.png", "red/a.png"]}, "line 2: exemplars must be .* each once"),
+        (GOOD | {"exemplars": ["red/a.png", "copy.png"]}, r"line 2: exemplars .*copy\.png are the same file; keep one"),
+        (GOOD | {"model_id": "../x"}, r"line 2: model id '\.\./x' is not usable"),
+        (GOOD | {"model_id": "red", "steps": 5}, "line 2: it makes model 'red' as line 1 does, with other customize"),
+        (GOOD | {"model_id": "red", "exemplars": "blue"}, "makes model 'red' as line 1 does, with other exemplars"),
+        (GOOD | {"prompts": "none.txt"}, r"line 2: no prompt bank .*none\.txt"),
+    ],
+)
+def test_lines_that_cannot_be_used(tmp_path, wanted, tiny_base, line, says):
+    picture(tmp_path / "wanted" / "copy.png", COLOURS["red"])
+    bad = write(tmp_path, GOOD | {"model_id": "red"}, line)
+    with pytest.raises(InvalidValue, match=says):
+        models.read_specs(bad, base_model=str(tiny_base))
+
+
+def test_a_base_model_that_no_one_names(tmp_path, wanted):
+    with pytest.raises(InvalidValue, match="line 1: no base_model; name one in the line, or one for all"):
+        models.read_specs(write(tmp_path, GOOD))
+    with pytest.raises(InvalidValue, match="line 1: no base model 'nowhere'"):
+        models.read_specs(write(tmp_path, GOOD | {"base_model": "nowhere"}))
+
+
+def test_all_bad_lines_are_listed_and_the_first_twenty_shown(tmp_path, wanted, tiny_base):
+    bad = write(tmp_path, GOOD, *([GOOD | {"kind": "thing"}] * 25))
+    with pytest.raises(InvalidValue) as caught:
+        models.read_specs(bad, base_model=str(tiny_base))
+    said = str(caught.value)
+    assert "has 25 lines that cannot be used; nothing was begun" in said
+    assert "line 21:" in said
+    assert "line 22:" not in said
+    assert said.endswith("and 5 more")
+
+
+def test_files_without_a_model(tmp_path):
+    with pytest.raises(NotFound, match=r"no file .*models\.jsonl; write one JSON object a line"):
+        models.read_specs(tmp_path / "models.jsonl")
+    with pytest.raises(InvalidValue, match="has no model in it"):
+        models.read_specs(write(tmp_path, "\n"))
