@@ -50,6 +50,14 @@ class Sample:
     problem: str | None = None  # why it cannot be used
 
 
+@dataclass(frozen=True)
+class Trouble:
+    """What is wrong with a shard, or with a member that belongs to no sample."""
+
+    where: str  # the shard's name, for a member with its own after it
+    error: InvalidValue
+
+
 def shards(path: Path) -> list[Path]:
     """The tar files of a webdataset, by name: the file itself, or those in the folder. Empty where it is none."""
     if path.is_dir():
@@ -66,8 +74,8 @@ def count_webdataset(path: Path) -> int | None:
     if not tars:
         raise NotFound(f"no webdataset at {path}; a .tar file, or a folder with .tar files in it, is needed")
     for found in _samples(tars[0]):
-        if isinstance(found, InvalidValue):
-            raise found
+        if isinstance(found, Trouble):
+            raise found.error
         if found.images:
             break
     else:
@@ -95,24 +103,26 @@ def webdataset_items(path: Path, source: str) -> Iterator[Item]:
         keys.execute("CREATE TABLE keys (key TEXT PRIMARY KEY, tar TEXT) WITHOUT ROWID")
         for tar in shards(path):
             for found in _samples(tar):
-                if isinstance(found, InvalidValue):
-                    yield _refused(f"{source}/{tar.name}", found)
+                if isinstance(found, Sample):
+                    found = _repeated(keys, found.key, tar) or found
+                if isinstance(found, Trouble):
+                    yield _refused(f"{source}/{found.where}", found.error)
                     continue
                 image_id = f"{source}/{found.key}"
                 try:
-                    _check_new(keys, found.key, tar)
                     yield _item(found, tar, source, image_id)
                 except InvalidValue as error:
                     yield _refused(image_id, error)
 
 
-def _check_new(keys: sqlite3.Connection, key: str, tar: Path) -> None:
+def _repeated(keys: sqlite3.Connection, key: str, tar: Path) -> Trouble | None:
     if keys.execute("INSERT OR IGNORE INTO keys VALUES (?, ?)", (key, str(tar))).rowcount:
-        return
+        return None
     (first,) = keys.execute("SELECT tar FROM keys WHERE key = ?", (key,)).fetchone()
-    raise InvalidValue(
-        f"{tar} sample {key!r}: {first} has this key already, and the first is kept; the members of a key must stand "
-        "together, and no key may come twice"
+    said = f"{tar} sample {key!r}: {first} has this key already, and the first is kept"
+    return Trouble(
+        f"{tar.name}/{key}",  # not the id of the first, which is stored
+        InvalidValue(f"{said}; the members of a key must stand together, and no key may come twice"),
     )
 
 
@@ -192,15 +202,16 @@ def _read(member: Member) -> Picture:
 # --- a shard ----------------------------------------------------------------------------------------------------------
 
 
-def _samples(path: Path) -> Iterator[Sample | InvalidValue]:
-    """The samples of a shard, and between them what is wrong with it. Damage drops the sample that it falls into."""
+def _samples(path: Path) -> Iterator[Sample | Trouble]:
+    """The samples of a shard, and between them what is wrong with it. Damage drops the sample that it may fall into."""
     sample: Sample | None = None
     last = "the beginning"
     try:
         with tarfile.open(path, "r:", encoding="utf-8", errors="surrogateescape") as tar:
             for info in _headers(tar):
                 if refusal := _refusal(info.name):
-                    yield InvalidValue(f"{path} member {info.name!r} is refused: {refusal}; pack the shard again")
+                    error = InvalidValue(f"{path} member {info.name!r} is refused: {refusal}; pack the shard again")
+                    yield Trouble(f"{path.name}/{info.name!r}", error)
                     continue
                 inside = PurePosixPath(info.name)
                 stem, _, extension = inside.name.partition(".")
@@ -213,10 +224,8 @@ def _samples(path: Path) -> Iterator[Sample | InvalidValue]:
                 sample = sample or Sample(key)
                 _take(sample, extension.lower(), info, tar, path)
     except DAMAGE as error:
-        yield InvalidValue(
-            f"{path} is damaged or cut off after {last} ({error}); what stands before is kept: fetch the shard again, "
-            "uncompressed, and give the command again"
-        )
+        said = f"{path} is damaged or cut off after {last} ({error}); what stands before is kept"
+        yield Trouble(path.name, InvalidValue(f"{said}: fetch it again, uncompressed, and give the command again"))
         return
     if sample:
         yield sample

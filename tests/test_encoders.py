@@ -394,9 +394,10 @@ class Unusable(Pixels):
         return np.where((batch[:, 0, 0, 0] == 7)[:, None], 0, found)
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 @pytest.mark.parametrize("concurrent", [True, False])
-def test_a_stream_gives_what_one_picture_at_a_time_gives(concurrent):
-    encoders = [EfficientNetLite0(), Pixels(3), Unusable(2)]
+def test_a_stream_gives_what_one_picture_at_a_time_gives(concurrent, tmp_path):
+    encoders = [load_encoder(script(Means(), tmp_path / "means.pt") + "?size=32"), Pixels(3), Unusable(2)]
     encoders[2].concurrent = concurrent
     reads, threads = [], torch.get_num_threads()
 

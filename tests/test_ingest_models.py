@@ -2,11 +2,13 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 from conftest import picture
@@ -88,11 +90,16 @@ def test_every_line_is_a_model_and_run_twice_is_run_once(tmp_path, wanted, whole
 
 
 def test_two_workers_make_the_rows_of_one(tmp_path, wanted, whole):
+    """And one that fails is listed, from a worker as from one process."""
     reports = []
-    result = ingest(
-        tmp_path / "shared.attrdb", models.read_specs(wanted), workers=2, report=lambda *units: reports.append(units)
-    )
-    assert (result.done, result.failed) == (3, [])
+    line = json.loads(wanted.read_text().splitlines()[0]) | {"model_id": "bad", "lr": 1e30, "steps": 5}
+    wanted.write_text(json.dumps(line) + "\n" + wanted.read_text())
+    specs = models.read_specs(wanted)
+    result = ingest(tmp_path / "shared.attrdb", specs, workers=2, report=lambda *units: reports.append(units))
+    assert result.done == 3
+    ((model_id, reason),) = result.failed
+    assert model_id == "bad"
+    assert "training diverged" in reason
     assert rows(tmp_path / "shared.attrdb") == whole
     stages = {stage for stage, _done, _total in reports}
     assert {"models", "worker 1: customize", "worker 2: customize"} <= stages
@@ -186,12 +193,11 @@ def test_a_model_that_takes_its_workers_with_it_is_given_up(tmp_path, wanted):
     assert queue.result.failed == [("red", "2 worker processes ended while making it, the last with signal 9")]
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-def test_a_model_that_fails_is_listed_and_stops_no_other(tmp_path, wanted, workers):
+def test_a_model_that_fails_is_listed_and_stops_no_other(tmp_path, wanted):
     lines = [json.loads(line) for line in wanted.read_text().splitlines()]
     lines[1] |= {"lr": 1e30, "steps": 5}
     path = tmp_path / "some.attrdb"
-    result = ingest(path, models.read_specs(write(tmp_path, *lines)), workers=workers)
+    result = ingest(path, models.read_specs(write(tmp_path, *lines)))
     assert result.done == 2
     ((model_id, reason),) = result.failed
     assert model_id == "green"
@@ -229,6 +235,12 @@ def test_no_workers(tmp_path):
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_documentation_has_every_key():
+    page = (Path(__file__).parents[1] / "docs" / "importing.md").read_text()
+    table = page[page.index("| key | type | what |") :].split("\n\n")[0]
+    assert re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE) == list(models.KEYS)
 
 
 def test_a_line_says_what_the_command_can_say(tmp_path, tiny_base):

@@ -14,7 +14,7 @@ from attrdb.errors import InvalidValue, NotFound, QueryRefused
 from attrdb.schema import TABLES
 
 ALL = sorted(queries.all_queries())
-VIEWS = {*TABLES, "exemplars", "samples", "pretraining_images", "features"}
+VIEWS = {*TABLES, *(one.name for one in sql.RELATIONS), "features", "unfinished_models"}
 TRIAL = {"image_id": "m/0/1", "encoder_id": "toy_2"}
 
 
@@ -90,7 +90,7 @@ def test_header_parameters_are_those_of_the_statement(name):
 def test_header_relations_are_those_of_the_statement(name):
     query = queries.load(name)
     tree = duckdb.connect().execute("SELECT json_serialize_sql(?)", [without_parameters(query.sql)]).fetchone()[0]
-    named = set(re.findall(r'"table_name":"(\w+)"', tree))
+    named = set(re.findall(r'"(?:table_name|function_name)":"(\w+)"', tree))
     assert named & VIEWS == set(query.reads)
 
 

@@ -1,0 +1,17 @@
+-- How the influence on one image is shared out by data set. An estimate, not a causal share.
+-- The row with a null source holds candidates of no named data set. Without candidates there is no row.
+-- source Wang et al. 2023, Eq. 6 (with ReLU), summed
+-- grain  one row per source with influence, greatest first
+-- param  $image_id    VARCHAR the image to attribute
+-- param  $encoder_id  VARCHAR whose features are compared; the database's first encoder when left out
+-- param  $tau         DOUBLE = 0.05 temperature, > 0
+-- param  $lam         DOUBLE = 0.05 lambda, >= 0 and < 1
+-- reads  attribute
+-- column source       VARCHAR data set of the candidates
+-- column n_candidates BIGINT  candidates with influence
+-- column similarity   DOUBLE  of the best of them, cosine in [-1, 1]
+-- column influence    DOUBLE  above 0; the rows sum to 1
+SELECT source, count(*) AS n_candidates, max(similarity) AS similarity, sum(influence) AS influence
+FROM attribute($image_id, k := NULL, encoder_id := $encoder_id, tau := $tau, lam := $lam)
+GROUP BY source
+ORDER BY influence DESC, source NULLS LAST

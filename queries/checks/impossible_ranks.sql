@@ -1,0 +1,28 @@
+-- Ranks below 1 or beyond the gallery, and ranks of samples or exemplars that are not stored. Fill them anew with: attrdb evaluate.
+-- Without such rows, which is as it should be, there is none.
+-- source attrdb
+-- grain  one row per rank
+-- reads  exemplar_ranks, exemplars, samples
+-- column encoder_id    VARCHAR
+-- column mapper_id     VARCHAR
+-- column gallery       VARCHAR
+-- column sample_id     VARCHAR
+-- column exemplar_id   VARCHAR
+-- column rank          BIGINT
+-- column gallery_size  BIGINT
+SELECT
+    ranks.encoder_id,
+    ranks.mapper_id,
+    ranks.gallery,
+    ranks.sample_id,
+    ranks.exemplar_id,
+    ranks.rank,
+    ranks.gallery_size
+FROM exemplar_ranks AS ranks
+LEFT JOIN samples ON samples.image_id = ranks.sample_id
+LEFT JOIN exemplars ON exemplars.image_id = ranks.exemplar_id
+WHERE ranks.rank NOT BETWEEN 1 AND ranks.gallery_size
+   OR samples.image_id IS NULL
+   OR exemplars.image_id IS NULL
+   OR samples.model_id IS DISTINCT FROM exemplars.model_id
+ORDER BY ranks.encoder_id, ranks.mapper_id, ranks.gallery, ranks.sample_id, ranks.exemplar_id

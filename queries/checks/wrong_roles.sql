@@ -1,0 +1,12 @@
+-- Images with an unknown role, or whose role and model do not go together: exemplars and samples belong to a model, pretraining images to none.
+-- Without such rows, which is as it should be, there is none.
+-- source attrdb
+-- grain  one row per image
+-- reads  images
+-- column image_id  VARCHAR
+-- column role      VARCHAR
+-- column model_id  VARCHAR
+SELECT image_id, role, model_id
+FROM images
+WHERE role NOT IN ('exemplar', 'sample', 'pretraining') OR (role = 'pretraining') <> (model_id IS NULL)
+ORDER BY image_id
