@@ -15,11 +15,10 @@ import lance
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from lance.commit import CommitConflictError
 
 from attrdb import attribution, health, queries, search, sql
 from attrdb.conform import conform_images
-from attrdb.errors import InvalidValue, NotFound
+from attrdb.errors import InvalidValue, NotFound, StorageError
 from attrdb.influence import DEFAULT_LAM, DEFAULT_TAU
 from attrdb.schema import SCHEMA_VERSION, TABLES, encoder_id_of, feature_columns, feature_type
 from attrdb.snapshot import STAMP, Snapshot, literal, open_snapshot, storage
@@ -368,9 +367,11 @@ class Database:
                 try:
                     result = write()
                     break
-                except (OSError, CommitConflictError) as error:
-                    if attempt == CONFLICT_RETRIES - 1 or "conflict" not in str(error).lower():
+                except OSError as error:  # CommitConflictError is one
+                    if "conflict" not in str(error).lower():
                         raise
+                    if attempt == CONFLICT_RETRIES - 1:
+                        raise StorageError(f"too many others write to {self.path}; give the command again") from error
                     time.sleep(random.uniform(0, 0.05 * (attempt + 1)))
         self.refresh()
         return result

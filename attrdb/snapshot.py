@@ -12,6 +12,7 @@ from typing import Any
 import lance
 import numpy as np
 import pyarrow as pa
+from lance.commit import CommitConflictError
 
 from attrdb import search
 from attrdb.errors import InvalidValue, NotFound, StorageError
@@ -27,11 +28,11 @@ def literal(text: str) -> str:
 
 @contextmanager
 def storage(path: Path) -> Iterator[None]:
-    """Turns what Lance says about a disk or a file into a StorageError."""
+    """Turns what Lance says about a disk or a file into a StorageError; a commit conflict is passed on."""
     try:
         yield
     except (OSError, pa.ArrowException) as error:
-        if isinstance(error, StorageError):
+        if isinstance(error, (StorageError, CommitConflictError)):
             raise
         text = str(error)
         said = text.splitlines()[0] if text else type(error).__name__
@@ -83,7 +84,7 @@ class Snapshot:
                 return ()
             scan = self.tables["images"].to_batches(columns=["model_id"], filter="role <> 'pretraining'")
             found = {model_id for batch in scan for model_id in batch["model_id"].unique().to_pylist()}
-        return tuple(sorted(found - {row["model_id"] for row in models}))
+        return tuple(sorted(found - {None} - {row["model_id"] for row in models}))
 
     def visible(self, where: str) -> str:
         """The predicate, with hidden models left out."""

@@ -1,0 +1,234 @@
+"""Embeddings that others computed: shards, positions, resume, and every way in which a shard can be wrong."""
+
+import json
+
+import fsspec
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from conftest import TOY, angle
+
+from attrdb.errors import InvalidValue, NotFound
+from attrdb.ingest import embeddings
+from attrdb.ingest.embeddings import ingest_embeddings, is_embeddings, open_embeddings
+
+SPEC = TOY["spec"]
+
+
+def write_shard(folder, number, degrees, dtype=np.float16, **columns):
+    """A shard whose vectors point at the degrees; keys are `<number>-<degree>`."""
+    (folder / "img_emb").mkdir(parents=True, exist_ok=True)
+    (folder / "metadata").mkdir(exist_ok=True)
+    np.save(folder / "img_emb" / f"img_emb_{number}.npy", np.array([angle(one) for one in degrees], dtype))
+    keys = [f"{number}-{one}" for one in degrees]
+    table = {"key": keys, "url": [f"https://example.org/{key}" for key in keys], "caption": keys, **columns}
+    pq.write_table(pa.table(table), folder / "metadata" / f"metadata_{number}.parquet")
+    return folder
+
+
+@pytest.fixture
+def laion(tmp_path):
+    folder = tmp_path / "laion"
+    write_shard(folder, "000", [0, 10, 20], NSFW=["UNLIKELY"] * 3, similarity=[0.25, 0.5, 0.75])
+    return write_shard(folder, "001", [30, 40], NSFW=["UNSURE"] * 2, similarity=[0.5, 0.5])
+
+
+def ingest(db, folder, source="laion", **how):
+    return ingest_embeddings(db, open_embeddings(str(folder)), SPEC, source, **how)
+
+
+def test_rows_and_vectors_meet_by_position(empty, laion):
+    result = ingest(empty, laion)
+    assert (result.n_appended, result.n_stored, result.failures) == (5, 0, {})
+    found = empty.sql(
+        "SELECT image_id, role, source, uri, prompt, metadata, image, toy_2 FROM images ORDER BY 1"
+    ).to_pylist()
+    assert [row["image_id"] for row in found] == [
+        f"laion/{key}" for key in ("000-0", "000-10", "000-20", "001-30", "001-40")
+    ]
+    row = found[3]
+    assert (row["role"], row["source"], row["prompt"], row["image"]) == ("pretraining", "laion", "001-30", None)
+    assert row["uri"] == "https://example.org/001-30"
+    assert json.loads(row["metadata"]) == {"NSFW": "UNSURE", "similarity": 0.5}
+    np.testing.assert_allclose(row["toy_2"], angle(30), atol=1e-3)
+    assert np.linalg.norm(row["toy_2"]) == pytest.approx(1, abs=1e-6)  # float16 was not
+
+
+def test_it_is_what_attribution_finds(toy, laion):
+    ingest(toy, laion)
+    assert set(toy.attribute("m/0/2", k=3)["image_id"].to_pylist()) == {"m/e40", "laion/001-30", "laion/001-40"}
+
+
+def test_the_encoder_is_named_and_its_dimension_checked(toy, laion):
+    toy.add_encoder("other", 3, {}, "none")
+    with pytest.raises(InvalidValue, match=r"have dimension 2, encoder 'other' of .* makes 3; name the encoder that"):
+        ingest_embeddings(toy, open_embeddings(str(laion)), "other", "laion")
+    ingest_embeddings(toy, open_embeddings(str(laion)), "open_clip:ViT-B-32/openai", "laion")
+    row = toy.encoders["open_clip_vit_b_32_openai"]
+    assert (row["dimension"], row["weights_fingerprint"]) == (2, "")
+
+
+def test_given_again_nothing_is_stored_twice(empty, laion):
+    ingest(empty, laion)
+    version = empty.version
+    result = ingest(empty, laion)
+    assert (result.n_appended, result.n_stored, empty.version) == (0, 5, version)
+    write_shard(laion, "002", [50], NSFW=["UNSURE"], similarity=[0.5])
+    assert ingest(empty, laion).n_appended == 1
+
+
+def test_interrupted_it_goes_on_where_it_was(empty, laion, monkeypatch):
+    monkeypatch.setattr(embeddings, "PART_ROWS", 2)
+
+    def kill(_stage, done, _total):
+        if done >= 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        ingest(empty, laion, report=kill)
+    assert empty.sql("SELECT count(*) AS n FROM images")["n"].to_pylist() == [3]
+    assert empty.sql("SELECT state, message FROM jobs").to_pylist() == [
+        {"state": "failed", "message": "KeyboardInterrupt: "}
+    ]
+    result = ingest(empty, laion)
+    assert (result.n_appended, result.n_stored) == (2, 3)
+    assert empty.sql("SELECT count(DISTINCT image_id) AS n FROM images")["n"].to_pylist() == [5]
+    assert empty.sql("SELECT job_id, state, n_done FROM jobs").to_pylist() == [
+        {"job_id": "ingest corpus/laion", "state": "done", "n_done": 2}
+    ]
+
+
+def test_any_file_system(empty, laion):
+    memory = fsspec.filesystem("memory")
+    memory.put(str(laion), "/bucket/laion", recursive=True)
+    assert is_embeddings("memory://bucket/laion")
+    result = ingest_embeddings(empty, open_embeddings("memory://bucket/laion"), SPEC, "laion")
+    assert result.n_appended == 5
+    with pytest.raises(InvalidValue, match="cannot be opened: Protocol not known"):
+        open_embeddings("gopher://bucket/laion")
+
+
+def test_columns_of_laion_400m_and_columns_by_choice(empty, tmp_path):
+    columns = {"URL": ["u"], "TEXT": ["a cat"], "LICENSE": ["?"], "WIDTH": [640.0], "artist": ["Ann"]}
+    folder = write_shard(tmp_path / "l400m", "0", [5], **columns)
+    table = pq.read_table(folder / "metadata" / "metadata_0.parquet").drop_columns(["key", "url", "caption"])
+    pq.write_table(table, folder / "metadata" / "metadata_0.parquet")
+    opened = open_embeddings(str(folder), columns={"creator": "artist"})
+    ingest_embeddings(empty, opened, SPEC, "l400m")
+    found = empty.sql("SELECT image_id, uri, prompt, license, width, creator, metadata FROM images").to_pylist()
+    assert found == [
+        {
+            "image_id": "l400m/0/0",
+            "uri": "u",
+            "prompt": "a cat",
+            "license": "?",
+            "width": 640,
+            "creator": "Ann",
+            "metadata": None,
+        }
+    ]
+    with pytest.raises(InvalidValue, match="has no column 'painter'; it has: URL, TEXT"):
+        open_embeddings(str(folder), columns={"creator": "painter"})
+    with pytest.raises(InvalidValue, match="'role' is no column that embeddings can fill; such are: prompt, uri"):
+        open_embeddings(str(folder), columns={"role": "TEXT"})
+    with pytest.raises(InvalidValue, match="has no column 'name'"):
+        open_embeddings(str(folder), id_column="name")
+
+
+def test_vectors_that_cannot_be_used_are_left_out_and_named(empty, laion):
+    vectors = np.array([angle(0), [0, 0], angle(20)], np.float32)
+    np.save(laion / "img_emb" / "img_emb_000.npy", vectors)
+    np.save(laion / "img_emb" / "img_emb_001.npy", np.array([[np.nan, 1], [np.inf, 1]], np.float16))
+    result = ingest(empty, laion)
+    assert result.n_appended == 2
+    assert set(result.failures) == {"laion/000-10", "laion/001-30", "laion/001-40"}
+    assert "img_emb_000.npy row 1 is zero or not finite" in result.failures["laion/000-10"]
+    assert empty.sql("SELECT count(*) AS n FROM failures")["n"].to_pylist() == [3]
+    assert empty.sql("SELECT state, n_failed FROM jobs").to_pylist() == [{"state": "incomplete", "n_failed": 3}]
+    # Mended, they are passed over until they are asked for.
+    write_shard(laion, "001", [30, 40], NSFW=["UNSURE"] * 2, similarity=[0.5, 0.5])
+    assert (ingest(empty, laion).n_appended, len(ingest(empty, laion).failures)) == (0, 3)
+    again = ingest(empty, laion, retry_failed=True)
+    assert (again.n_appended, set(again.failures)) == (2, {"laion/000-10"})
+
+
+def test_rows_without_an_id_are_left_out_and_named(empty, tmp_path):
+    folder = write_shard(tmp_path / "x", "000", [1, 2], key=pa.array(["a", None]))
+    result = ingest(empty, folder, "x")
+    assert result.n_appended == 1
+    assert "metadata_000.parquet row 1 has no key" in result.failures["x/000/1"]
+    assert ingest(empty, folder, "x").failures == result.failures
+
+
+@pytest.mark.parametrize("part_rows", [1, 100])
+def test_duplicate_ids_are_an_error_and_the_first_is_kept(empty, tmp_path, monkeypatch, part_rows):
+    monkeypatch.setattr(embeddings, "PART_ROWS", part_rows)
+    folder = write_shard(tmp_path / "x", "000", [1, 2, 3], key=["a", "b", "a"])
+    with pytest.raises(InvalidValue, match=r"1 rows of 'x' have the id of an earlier row \(column 'key'\)"):
+        ingest(empty, folder, "x")
+    found = empty.sql("SELECT image_id, uri FROM images ORDER BY 1").to_pylist()
+    assert found == [
+        {"image_id": "x/a", "uri": "https://example.org/000-1"},
+        {"image_id": "x/b", "uri": "https://example.org/000-2"},
+    ]
+
+
+def test_two_imports_of_one_source_at_once(empty, laion):
+    with (
+        embeddings._alone(empty.path, "laion"),
+        pytest.raises(InvalidValue, match="source 'laion' is being imported by another process"),
+    ):
+        ingest(empty, laion)
+
+
+def damaged(laion, how):
+    vectors, metadata = laion / "img_emb" / "img_emb_001.npy", laion / "metadata" / "metadata_001.parquet"
+    rows = pq.read_table(metadata)
+    if how == "row mismatch":
+        pq.write_table(rows.slice(0, 1), metadata)
+    elif how == "truncated":
+        vectors.write_bytes(vectors.read_bytes()[:-3])
+    elif how == "no npy":
+        vectors.write_bytes(b"hello")
+    elif how == "float64":
+        np.save(vectors, np.zeros((2, 2)))
+    elif how == "one-dimensional":
+        np.save(vectors, np.zeros(2, np.float32))
+    elif how == "pickled":
+        np.save(vectors, np.array([{"a": 1}], object), allow_pickle=True)
+    elif how == "dimension":
+        np.save(vectors, np.ones((2, 3), np.float16))
+    elif how == "no metadata":
+        metadata.unlink()
+    elif how == "no vectors":
+        vectors.unlink()
+    else:
+        metadata.write_bytes(b"PAR1")
+
+
+@pytest.mark.parametrize(
+    ("how", "says"),
+    [
+        ("row mismatch", "shard 001 has 2 vectors and 1 rows of metadata; they belong together by position"),
+        ("truncated", r"img_emb_001\.npy has 133 bytes, its header says 136; fetch it again"),
+        ("no npy", r"img_emb_001\.npy is no readable \.npy file"),
+        ("float64", r"img_emb_001\.npy holds float64 of shape \(2, 2\); float16 or float32 of shape"),
+        ("one-dimensional", r"holds float32 of shape \(2,\)"),
+        ("pickled", r"holds object of shape \(1,\)"),
+        ("dimension", r"img_emb_001\.npy has dimension 3, .*img_emb_000\.npy has 2"),
+        ("no metadata", "shard 001 of .* has no metadata file"),
+        ("no vectors", "shard 001 of .* has no vectors file"),
+        ("no parquet", r"metadata_001\.parquet is not a readable Parquet file"),
+    ],
+)
+def test_a_damaged_shard_is_named_before_anything_is_stored(laion, how, says):
+    damaged(laion, how)
+    with pytest.raises(InvalidValue, match=says):
+        open_embeddings(str(laion))
+
+
+def test_a_path_without_embeddings(tmp_path):
+    assert not is_embeddings(str(tmp_path))
+    with pytest.raises(NotFound, match=r"no img_emb/img_emb_<number>\.npy in"):
+        open_embeddings(str(tmp_path / "nowhere"))
