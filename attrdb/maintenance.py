@@ -19,6 +19,7 @@ from attrdb.errors import AttrdbError, InvalidValue
 # Of a fragment. Appends are merged into fragments of this size, and an encoder that is added later writes its features
 # fragment by fragment, so this also bounds how much of them is in memory.
 FRAGMENT_ROWS = 131_072
+SMALL_ROWS = 4_096  # of a fragment that is always merged
 SCALAR_INDICES = {"role": "BITMAP", "image_id": "BTREE", "model_id": "BTREE"}
 ALL_SEGMENTS = 10_000
 
@@ -95,7 +96,27 @@ def _index(db: Database) -> None:
 
 
 def _compact(db: Database, name: str) -> None:
-    db.commit(lambda: _table(db, name).optimize.compact_files(target_rows_per_fragment=FRAGMENT_ROWS))
+    def compact() -> None:
+        table = _table(db, name)
+        large = large_fragments({one.fragment_id: one.physical_rows for one in table.get_fragments()})
+        table.optimize.compact_files(target_rows_per_fragment=FRAGMENT_ROWS, excluded_fragment_ids=large)
+
+    db.commit(compact)
+
+
+def large_fragments(rows: dict[int, int]) -> list[int]:
+    """Fragments that are left as they are: larger than all smaller ones together, twice over.
+
+    So a row is rewritten a logarithmic number of times over the years, and not whenever something is appended after it.
+    rows: fragment id -> rows
+    """
+    smaller = 0
+    ascending = sorted(rows, key=rows.__getitem__)
+    for number, fragment_id in enumerate(ascending):
+        if rows[fragment_id] > max(2 * smaller, SMALL_ROWS):
+            return ascending[number:]
+        smaller += rows[fragment_id]
+    return []
 
 
 def _drop(db: Database, age: timedelta) -> None:

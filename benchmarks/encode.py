@@ -85,26 +85,23 @@ def read(encoded: bytes) -> tuple[str, Image.Image]:
     return picture.sha256, picture.image
 
 
-def ways(encoder: Encoder, pictures: list[bytes]) -> dict[str, Callable[[], object]]:
-    """The bare network, run in the two ways that torch offers, and the whole stream."""
+def ways(encoder: Encoder, pictures: list[bytes]) -> dict[str, Callable[[], int]]:
+    """The bare network, run in the two ways that torch offers, and the whole stream; each returns how many it encoded."""
     prepared = np.stack([encoder.prepare(read(one)[1]) for one in pictures])
     small = [prepared[start : start + SMALL_BATCH] for start in range(0, len(prepared), SMALL_BATCH)]
-    large = [prepared[start : start + LARGE_BATCH] for start in range(0, len(prepared), LARGE_BATCH)]
     threads = torch.get_num_threads()
 
-    def bare_a_batch_a_thread() -> None:
+    def bare_a_batch_a_thread() -> int:
         with closing(ahead(small, encoder.features, threads, 2 * threads, partial(torch.set_num_threads, 1))) as done:
-            for _ in done:
-                pass
+            encoded = sum(map(len, done))
         torch.set_num_threads(threads)
+        return encoded
 
-    def bare_one_batch() -> None:
-        for batch in large:
-            encoder.features(batch)
+    def bare_one_batch() -> int:
+        return len(encoder.features(prepared[:LARGE_BATCH]))
 
-    def stream() -> None:
-        for one in encode_stream([encoder], pictures, read):
-            assert one.error is None
+    def stream() -> int:
+        return sum(one.error is None for one in encode_stream([encoder], pictures, read))
 
     return {"bare": bare_a_batch_a_thread, "bare_one_batch": bare_one_batch, "stream": stream}
 
@@ -120,10 +117,10 @@ def measure(name: str, encoder: Encoder, pictures: list[bytes], rounds: int) -> 
     for done in range(rounds + 1):
         for way, run in each.items():
             start, start_used = time.perf_counter(), time.process_time()
-            run()
+            encoded = run()
             if done:  # the first round warms up
-                rates[way].append(len(pictures) / (time.perf_counter() - start))
-                used[way].append(1000 * (time.process_time() - start_used) / len(pictures))
+                rates[way].append(encoded / (time.perf_counter() - start))
+                used[way].append(1000 * (time.process_time() - start_used) / encoded)
     start_used = time.process_time()
     for one in pictures:
         encoder.prepare(read(one)[1])

@@ -14,8 +14,9 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import duckdb
 import fsspec
@@ -214,11 +215,10 @@ def ingest_embeddings(
         n_seen = 0
         if retry_failed:
             job.mended(list(job.failures))
-        for shard in embeddings.shards:
-            for first, metadata in _metadata_parts(embeddings.files, shard):
-                report(f"import {source}", n_seen, embeddings.n_rows)
-                n_seen += len(metadata)
-                _import_part(db, embeddings, shard, first, metadata, encoder_id, source, job, result)
+        for part in parts(embeddings, source):
+            report(f"import {source}", n_seen, embeddings.n_rows)
+            n_seen += len(part.metadata)
+            _import_part(db, part, encoder_id, job, result)
         report(f"import {source}", n_seen, embeddings.n_rows)
         result.failures = dict(job.failures)
         job.n_done = result.n_appended
@@ -267,76 +267,96 @@ def _count(db: Database, source: str) -> int:
     ].as_py()
 
 
-def _metadata_parts(files: fsspec.AbstractFileSystem, shard: Shard) -> Iterator[tuple[int, pa.Table]]:
-    """The rows of a shard's metadata, a part at a time, each with the position of its first row."""
-    size = max(1, min(PART_ROWS, PART_BYTES // (4 * shard.dimension)))
-    first, waiting, n_waiting = 0, [], 0
-    with files.open(shard.metadata) as file:
-        for batch in pq.ParquetFile(file).iter_batches(size):
-            waiting.append(batch)
-            n_waiting += len(batch)
-            if n_waiting >= size:
-                yield first, pa.Table.from_batches(waiting)
-                first, waiting, n_waiting = first + n_waiting, [], 0
-        if waiting:
-            yield first, pa.Table.from_batches(waiting)
+@dataclass(frozen=True)
+class Part:
+    """Some rows of a shard, from position `first` on. The vectors are read when they are asked for."""
+
+    embeddings: Embeddings
+    source: str
+    shard: Shard
+    first: int
+    metadata: pa.Table
+
+    @cached_property
+    def positions(self) -> pa.Array:
+        """`<source>/<shard>/<position>`"""
+        numbers = pa.array(np.arange(self.first, self.first + len(self.metadata))).cast(pa.string())
+        return pc.binary_join_element_wise(pa.scalar(self.source), pa.scalar(self.shard.number), numbers, "/")
+
+    @cached_property
+    def ids(self) -> pa.Array:
+        """image_id of every row, null where the id column is."""
+        if self.embeddings.id_column is None:
+            return self.positions
+        names = self.metadata[self.embeddings.id_column].combine_chunks().cast(pa.string())
+        return pc.binary_join_element_wise(pa.scalar(self.source), names, "/")
+
+    def images(self, encoder_id: str) -> tuple[pa.Table, np.ndarray]:
+        """The rows as `images` has them, and which of them have a feature that can be used (n,) bool."""
+        with self.embeddings.files.open(self.shard.vectors) as file:
+            features = _unit_features(file, self.shard, self.first, len(self.metadata))
+        once = pa.array(np.zeros(len(self.metadata), np.int8))
+        columns = {
+            "image_id": self.ids,
+            "role": pa.array(["pretraining"]).take(once),
+            "source": pa.array([self.source]).take(once),
+        }
+        for ours, theirs in self.embeddings.columns.items():
+            try:
+                columns[ours] = self.metadata[theirs].cast(IMAGES.field(ours).type)
+            except pa.ArrowException as error:
+                raise InvalidValue(f"column {theirs!r} of the metadata cannot become {ours!r}: {error}") from error
+        taken = {*self.embeddings.columns.values(), self.embeddings.id_column}
+        rest = [name for name in self.metadata.column_names if name not in taken]
+        if rest:
+            columns["metadata"] = _as_json(self.metadata.select(rest))
+        columns[encoder_id] = pa.FixedSizeListArray.from_arrays(pa.array(features.reshape(-1)), self.shard.dimension)
+        return pa.table(columns), ~np.isnan(features[:, 0])
 
 
-def _import_part(
-    db: Database,
-    embeddings: Embeddings,
-    shard: Shard,
-    first: int,
-    metadata: pa.Table,
-    encoder_id: str,
-    source: str,
-    job: jobs.Job,
-    result: EmbeddingsResult,
-) -> None:
-    ids, positions = _ids(embeddings, shard, first, metadata, source)
-    usable = pc.is_valid(ids)
+def parts(embeddings: Embeddings, source: str) -> Iterator[Part]:
+    """All rows, as many at a time as are committed at once."""
+    size = max(1, min(PART_ROWS, PART_BYTES // (4 * embeddings.dimension)))
+    for shard in embeddings.shards:
+        first, waiting, n_waiting = 0, [], 0
+        with embeddings.files.open(shard.metadata) as file:
+            for batch in pq.ParquetFile(file).iter_batches(size):
+                waiting.append(batch)
+                n_waiting += len(batch)
+                if n_waiting >= size:
+                    yield Part(embeddings, source, shard, first, pa.Table.from_batches(waiting))
+                    first, waiting, n_waiting = first + n_waiting, [], 0
+            if waiting:
+                yield Part(embeddings, source, shard, first, pa.Table.from_batches(waiting))
+
+
+def _import_part(db: Database, part: Part, encoder_id: str, job: jobs.Job, result: EmbeddingsResult) -> None:
     failures = {
-        positions[row].as_py(): f"{shard.metadata} row {first + row} has no {embeddings.id_column}"
-        for row in pc.indices_nonzero(pc.invert(usable)).to_pylist()
+        part.positions[row].as_py(): f"{part.shard.metadata} row {part.first + row} has no {part.embeddings.id_column}"
+        for row in pc.indices_nonzero(pc.is_null(part.ids)).to_pylist()
     }
-    usable = pc.and_(usable, _first_of_each(ids))
-    wanted = pc.and_(usable, pc.fill_null(db.absent(ids), False))
+    usable = pc.and_(pc.is_valid(part.ids), _first_of_each(part.ids))
+    wanted = pc.and_(usable, pc.fill_null(db.absent(part.ids), False))
     if job.failures:
-        wanted = pc.and_(wanted, pc.invert(pc.is_in(ids, pa.array(list(job.failures), pa.string()))))
+        wanted = pc.and_(wanted, pc.invert(pc.is_in(part.ids, pa.array(list(job.failures), pa.string()))))
     result.n_stored += pc.sum(pc.and_(usable, pc.invert(wanted))).as_py() or 0
     if pc.any(wanted).as_py():
-        with embeddings.files.open(shard.vectors) as file:
-            features = _unit_features(file, shard, first, len(metadata))
-        unusable = np.isnan(features[:, 0])
+        table, sound = part.images(encoder_id)
         chosen = wanted.to_numpy(zero_copy_only=False)
-        for row in np.flatnonzero(unusable & chosen):
-            failures[ids[row].as_py()] = f"{shard.vectors} row {first + row} is zero or not finite"
-        chosen &= ~unusable
-        table = _rows(embeddings, metadata, ids, source)
-        column = pa.FixedSizeListArray.from_arrays(pa.array(features.reshape(-1)), shard.dimension)
-        table = table.append_column(encoder_id, column)
+        for row in np.flatnonzero(~sound & chosen):
+            reason = f"{part.shard.vectors} row {part.first + row} is zero or not finite"
+            failures[part.ids[row].as_py()] = reason
+        chosen &= sound
         if not chosen.all():
             table = table.filter(pa.array(chosen))
         if len(table):
             result.n_appended += db.append_bulk(table).n_appended
     if len(failures) > LISTED_FAILURES:
         raise InvalidValue(
-            f"{len(failures):,} of {len(metadata):,} rows of shard {shard.number} cannot be used, the first: "
+            f"{len(failures):,} of {len(part.metadata):,} rows of shard {part.shard.number} cannot be used, the first: "
             f"{next(iter(failures.values()))}; is this the right folder?"
         )
     job.failed({item: reason for item, reason in failures.items() if item not in job.failures})
-
-
-def _ids(
-    embeddings: Embeddings, shard: Shard, first: int, metadata: pa.Table, source: str
-) -> tuple[pa.Array, pa.Array]:
-    """The ids of a part's rows, null where the id column is, and their positions as text."""
-    numbers = pa.array(np.arange(first, first + len(metadata))).cast(pa.string())
-    positions = pc.binary_join_element_wise(pa.scalar(source), pa.scalar(shard.number), numbers, "/")
-    if embeddings.id_column is None:
-        return positions, positions
-    names = metadata[embeddings.id_column].combine_chunks().cast(pa.string())
-    return pc.binary_join_element_wise(pa.scalar(source), names, "/"), positions
 
 
 def _first_of_each(ids: pa.Array) -> pa.BooleanArray:
@@ -364,24 +384,6 @@ def _unit_features(file: BinaryIO, shard: Shard, first: int, n_rows: int) -> np.
         norms[~np.isfinite(norms) | (norms == 0)] = np.nan
         features /= norms[:, None]
     return features
-
-
-def _rows(embeddings: Embeddings, metadata: pa.Table, ids: pa.Array, source: str) -> pa.Table:
-    columns: dict[str, Any] = {
-        "image_id": ids,
-        "role": pa.array(["pretraining"]).take(pa.array(np.zeros(len(ids), np.int8))),
-        "source": pa.array([source]).take(pa.array(np.zeros(len(ids), np.int8))),
-    }
-    for ours, theirs in embeddings.columns.items():
-        try:
-            columns[ours] = metadata[theirs].cast(IMAGES.field(ours).type)
-        except pa.ArrowException as error:
-            raise InvalidValue(f"column {theirs!r} of the metadata cannot become {ours!r}: {error}") from error
-    taken = {*embeddings.columns.values(), embeddings.id_column}
-    rest = [name for name in metadata.column_names if name not in taken]
-    if rest:
-        columns["metadata"] = _as_json(metadata.select(rest))
-    return pa.table(columns)
 
 
 def _as_json(table: pa.Table) -> pa.ChunkedArray:

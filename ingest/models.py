@@ -13,9 +13,10 @@ import multiprocessing
 import signal
 import time
 from collections import Counter, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -31,6 +32,7 @@ from attrdb.ingest.prompts import BANKS
 
 SHOWN = 20  # bad lines that an error names
 PAUSE = 0.5  # seconds until a model that another process is making is looked at again
+GRACE = 5.0  # seconds that a worker process has to end by itself
 LIVES = 2  # worker processes that a model may take with it before it counts as failed
 
 
@@ -317,6 +319,7 @@ def _share_out(queue: Queue, db_path: Path, encoder_specs: Sequence[str], n_work
                 try:
                     message = line.recv()
                 except (EOFError, OSError):
+                    line.close()
                     worker.process.join()
                     queue.lost(worker.spec, worker.process.exitcode)
                     del crew[worker.number]
@@ -328,9 +331,18 @@ def _share_out(queue: Queue, db_path: Path, encoder_specs: Sequence[str], n_work
                     stage, done, total = message
                     queue.report(f"worker {worker.number}: {stage}", done, total)
     finally:
-        for worker in crew.values():
-            worker.process.terminate()
-            worker.process.join()
+        _dismiss(crew.values())
+
+
+def _dismiss(crew: Iterable[Worker]) -> None:
+    """End worker processes: each goes by itself when it next says something, or after GRACE it is made to."""
+    deadline = time.monotonic() + GRACE
+    for worker in crew:
+        worker.line.close()
+    for worker in crew:
+        worker.process.join(max(0, deadline - time.monotonic()))
+        worker.process.terminate()
+        worker.process.join()
 
 
 def _start(number: int, db_path: Path, encoder_specs: Sequence[str]) -> Worker:
@@ -347,6 +359,7 @@ def _start(number: int, db_path: Path, encoder_specs: Sequence[str]) -> Worker:
 @contextmanager
 def _no_interrupts() -> Iterator[None]:
     """Processes that are started meanwhile never see Ctrl-C: who started them gets it too, and ends them."""
+    resource_tracker.ensure_running()  # as it starts it lifts the block
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield

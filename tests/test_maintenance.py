@@ -58,6 +58,20 @@ def test_rounds_of_append_and_optimize_leave_one_segment_and_every_row(large):
     assert [one["column"] for one in result.after["indices"]] == ["image_id", "model_id", "role", "toy_2"]
 
 
+@pytest.mark.parametrize(
+    ("rows", "large"),
+    [
+        ({}, []),
+        ({0: 10, 1: 4000}, []),  # small ones are always merged
+        ({0: 131_072, 1: 131_072, 2: 81, 3: 81}, [0, 1]),
+        ({0: 131_072, 1: 9_000, 2: 5_000}, [2, 1, 0]),  # 5,000 alone is not worth 9,000
+        ({0: 131_072, 1: 9_000, 2: 4_096, 3: 500}, [0]),
+    ],
+)
+def test_large_fragments_are_not_rewritten_for_small_ones(rows, large):
+    assert maintenance.large_fragments(rows) == large
+
+
 def test_what_is_appended_is_found_before_it_is_indexed(large):
     maintenance.optimize(large)
     add_model(large, "new", degrees=(1.0, 1.5))
