@@ -218,24 +218,30 @@ class Database:
     # --- appending ----------------------------------------------------------------------------------------------------
 
     def check_encoder(self, spec: str, dimension: int, preprocessing: dict, weights_fingerprint: str) -> bool:
-        """Whether the encoder is registered.
+        """Whether the encoder is registered. What makes it the same is its dimension, preprocessing and weights, not where
+        its checkpoint lies; of features that were imported only the dimension is known.
 
-        raises: InvalidValue if the registered encoder of that id differs in spec, dimension, preprocessing or weights
+        raises: InvalidValue if the registered encoder of that id is another
         """
         row = _encoder_row(spec, dimension, preprocessing, weights_fingerprint)
         stored = self.encoders.get(row["encoder_id"])
-        for what in row if stored else ():
+        if stored is None:
+            return False
+        imported = not stored["weights_fingerprint"]
+        for what in ("dimension",) if imported else ("dimension", "preprocessing", "weights_fingerprint"):
             if stored[what] != row[what]:
                 raise InvalidValue(
                     f"encoder {row['encoder_id']!r} has {what.replace('_', ' ')} {row[what]!r}, its stored features were "
                     f"made with {stored[what]!r}; use that encoder or open another database"
                 )
-        return stored is not None
+        return True
 
     def add_encoder(self, spec: str, dimension: int, preprocessing: dict, weights_fingerprint: str) -> str:
         """Register an encoder and add its column to images, null so far; the id of the encoder.
 
-        One that is registered already is checked instead: raises as `check_encoder`.
+        One that is registered already is checked instead, and where its features were imported its preprocessing and
+        weights are noted: from then on they are checked too.
+        raises: as `check_encoder`
         """
         row = _encoder_row(spec, dimension, preprocessing, weights_fingerprint)
         encoder_id = row["encoder_id"]
@@ -243,6 +249,8 @@ class Database:
         def add() -> None:
             self.refresh()
             if self.check_encoder(spec, dimension, preprocessing, weights_fingerprint):
+                if weights_fingerprint and not self.encoders[encoder_id]["weights_fingerprint"]:
+                    self.upsert("encoders", [row], on="encoder_id")
                 return
             images = self.snapshot.tables["images"]
             columns = feature_columns(images.schema)

@@ -16,7 +16,7 @@ from lance.commit import CommitConflictError
 
 from attrdb import search
 from attrdb.errors import InvalidValue, NotFound, StorageError
-from attrdb.schema import SCHEMA_VERSION, TABLES, feature_matrix
+from attrdb.schema import SCHEMA_VERSION, TABLES, feature_columns, feature_matrix
 
 STAMP = b"attrdb.schema_version"
 
@@ -71,7 +71,9 @@ class Snapshot:
     @cached_property
     def encoders(self) -> dict[str, dict]:
         """The rows of `encoders`, by encoder_id, in the order in which they were added."""
-        return {row["encoder_id"]: row for row in self.tables["encoders"].to_table().to_pylist()}
+        rows = {row["encoder_id"]: row for row in self.tables["encoders"].to_table().to_pylist()}
+        # The columns of images keep that order; rows of a table may move when one is updated.
+        return {name: rows[name] for name in feature_columns(self.tables["images"].schema) if name in rows}
 
     @cached_property
     def hidden_models(self) -> tuple[str, ...]:

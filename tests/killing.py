@@ -9,6 +9,7 @@ end, how many images were visible then, and what was wrong. The exit code is 1 i
 from __future__ import annotations
 
 import multiprocessing
+import os
 import shutil
 import sys
 import tempfile
@@ -34,8 +35,8 @@ from attrdb.errors import AttrdbError, NotFound
 from attrdb.ingest import backfill, corpus, embeddings
 from attrdb.schema import TABLES, feature_array
 
-N_PICTURES = 40
-N_VECTORS = 160  # a shard
+N_PICTURES = 60
+N_VECTORS = 320  # a shard
 N_MODELS = 6
 KEYS = {"images": "image_id", "models": "model_id", "encoders": "encoder_id", "jobs": "job_id", "failures": "failure_id"}
 # What says when, where or for how long something ran, and how much of it the last run did.
@@ -52,6 +53,7 @@ READY = [
     "attrdb.ingest.backfill",
     "attrdb.ingest.corpus",
     "attrdb.ingest.embeddings",
+    "attrdb.ingest.base_model",
     "attrdb.ingest.model",
     "pytest",
 ]
@@ -95,8 +97,9 @@ def append_models(db: Path, inputs: Path) -> None:
 
 
 def ingest_model(db: Path, inputs: Path) -> None:
-    what = ("--category", "vase", "--kind", "object", "--base-model", inputs / "base" / "tiny-sd")
-    attrdb_runs("ingest", "model", db, "--exemplars", inputs / "vase", *what, "--quiet")
+    what = "--category vase --kind object --base-model icon-sd --prompts-per-scheme 2 --samples-per-prompt 1"
+    small = "--steps 3 --batch 2 --solver-steps 2 --quiet"
+    attrdb_runs("ingest", "model", db, "--exemplars", inputs / "vase", *what.split(), *small.split())
 
 
 def encode(db: Path, inputs: Path) -> None:
@@ -146,8 +149,8 @@ WORKLOADS = (
 CUSTOMIZE = Workload("ingest model", ingest_model, corpus_stored)
 
 
-def make_inputs(folder: Path, base_model: bool = False) -> None:
-    """Pictures (one of them broken), vectors (one of them zero) and exemplars; base_model: a tiny pipeline too."""
+def make_inputs(folder: Path) -> None:
+    """Pictures (one of them broken), vectors (two of them zero) and exemplars."""
     chance = np.random.default_rng(0)
     for name, count in (("photos", N_PICTURES), ("vase", 2)):
         (folder / name).mkdir(parents=True)
@@ -164,10 +167,6 @@ def make_inputs(folder: Path, base_model: bool = False) -> None:
         keys = [f"{shard}-{row}" for row in range(N_VECTORS)]
         metadata = pa.table({"key": keys, "caption": [f"picture {key}" for key in keys]})
         pq.write_table(metadata, folder / "vectors" / "metadata" / f"metadata_{shard}.parquet")
-    if base_model:
-        from conftest import make_tiny_base
-
-        make_tiny_base(folder / "base")
 
 
 # --- running and killing ---------------------------------------------------------------------------------------------
@@ -175,9 +174,17 @@ def make_inputs(folder: Path, base_model: bool = False) -> None:
 
 def _child(says: Connection, run: Callable[[Path, Path], None], db: Path, inputs: Path) -> None:
     corpus.CHUNK, embeddings.PART_ROWS, backfill.CHECKPOINT = 8, 32, 4
+    with log_of(db).open("w") as log:
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
     says.send("begins")
     run(db, inputs)
     says.send("ended")
+
+
+def log_of(db: Path) -> Path:
+    """What the last run on a database printed."""
+    return db.with_suffix(".log")
 
 
 def start(run: Callable[[Path, Path], None], db: Path, inputs: Path) -> tuple[multiprocessing.Process, Connection]:
@@ -305,14 +312,14 @@ class Undisturbed:
         self.workload, self.folder, self.inputs = workload, folder, inputs
         self.base = folder / "before.attrdb" if workload.before else None
         if self.base and run_whole(workload.before, self.base, inputs) is None:
-            raise RuntimeError(f"what {workload.name!r} begins with cannot be made")
+            raise RuntimeError(f"{workload.name!r} cannot begin: {log_of(self.base).read_text()}")
         self.before = tables(self.base) if self.base else {name: {} for name in TABLES}
         seconds = []
         for number in range(2):
             db = self.copy(f"undisturbed-{number}.attrdb")
             seconds.append(run_whole(workload.run, db, inputs))
             if seconds[-1] is None:
-                raise RuntimeError(f"{workload.name!r} fails without being killed")
+                raise RuntimeError(f"{workload.name!r} fails without being killed: {log_of(db).read_text()}")
             found = tables(db)
             if number and (different := list(differences(found, self.wanted))):
                 raise RuntimeError(f"two undisturbed runs of {workload.name!r} differ: {different}")
@@ -334,7 +341,7 @@ class Undisturbed:
         try:
             self._look(db, point)
             if run_whole(self.workload.run, db, self.inputs) is None:
-                point.problems.append("given again, it failed")
+                point.problems.append(f"given again, it failed: {log_of(db).read_text()[-2000:]}")
             else:
                 point.problems += differences(tables(db), self.wanted)
                 point.problems += unsound(db)
@@ -370,7 +377,7 @@ def kill_at_random(
     """
     started = time.monotonic()
     inputs = folder / "inputs"
-    make_inputs(inputs, base_model=CUSTOMIZE in workloads)
+    make_inputs(inputs)
     chance = Random(seed)
     undisturbed = []
     for workload in workloads:

@@ -8,8 +8,8 @@ import pytest
 from conftest import TOY, rows
 
 import attrdb
-from attrdb.errors import InvalidValue, NotFound
 from attrdb.conform import conform_images
+from attrdb.errors import InvalidValue, NotFound
 from attrdb.schema import feature_array
 
 
@@ -123,16 +123,28 @@ def test_other_bad_rows_are_refused(toy):
 
 def test_an_encoder_is_its_dimension_preprocessing_and_weights(toy):
     assert toy.add_encoder(**TOY) == "toy_2"
-    for what, value in (
-        ("spec", "toy-2"),
-        ("dimension", 3),
-        ("preprocessing", {"size": 4}),
-        ("weights_fingerprint", "other"),
-    ):
+    for what, value in (("dimension", 3), ("preprocessing", {"size": 4}), ("weights_fingerprint", "other")):
         with pytest.raises(InvalidValue, match=f"encoder 'toy_2' has {what.replace('_', ' ')}"):
             toy.add_encoder(**{**TOY, what: value})
     with pytest.raises(InvalidValue, match="would take the column 'prompt'"):
         toy.add_encoder("prompt", 2, {}, "none")
+
+
+def test_an_encoder_of_imported_features_is_known_once_it_is_used(toy):
+    """Its row is written again then, and stays the second of two."""
+    imported = {"spec": "clip:b", "dimension": 4, "preprocessing": {}, "weights_fingerprint": ""}
+    toy.add_encoder(**imported)
+    toy.add_encoder("third", 2, {}, "none")
+    used = {**imported, "preprocessing": {"size": 224}, "weights_fingerprint": "abc"}
+    assert toy.check_encoder(**used)
+    assert toy.encoders["clip_b"]["weights_fingerprint"] == ""
+    toy.add_encoder(**used)
+    assert toy.encoders["clip_b"]["weights_fingerprint"] == "abc"
+    assert list(toy.encoders) == ["toy_2", "clip_b", "third"]
+    with pytest.raises(InvalidValue, match="encoder 'clip_b' has weights fingerprint 'xyz'"):
+        toy.add_encoder(**{**used, "weights_fingerprint": "xyz"})
+    with pytest.raises(InvalidValue, match="encoder 'clip_b' has dimension 8"):
+        toy.check_encoder(**{**used, "dimension": 8})
 
 
 def test_paths_that_are_no_database(tmp_path):
