@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint docs clean
+.PHONY: demo test lint docs node clean
 
 demo: $(VENV)/.ready
 	$(BIN)/attrdb demo demo
@@ -17,6 +17,11 @@ lint: $(VENV)/.ready
 
 docs: $(VENV)/.ready
 	$(BIN)/python docs/cli.py
+	$(BIN)/python docs/dictionary.py
+
+# LanceDB's client for Node, for examples/node and its test.
+node:
+	npm ci --prefix examples/node --no-audit --no-fund
 
 # Installed again only when what is to be installed has changed.
 $(VENV)/.ready: pyproject.toml constraints.txt

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from attrdb.errors import AttrdbError, InvalidValue, MissingExtra, NotFound, QueryRefused, StorageError
+from attrdb.errors import AttrdbError, Busy, InvalidValue, MissingExtra, NotFound, QueryRefused, StorageError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = [
     "AttrdbError",
+    "Busy",
     "InvalidValue",
     "MissingExtra",
     "NotFound",

@@ -20,8 +20,8 @@ from attrdb import attribution, health, queries, search, sql
 from attrdb.conform import conform_images
 from attrdb.errors import InvalidValue, NotFound, StorageError
 from attrdb.influence import DEFAULT_LAM, DEFAULT_TAU
-from attrdb.schema import SCHEMA_VERSION, TABLES, encoder_id_of, feature_columns, feature_type
-from attrdb.snapshot import STAMP, Snapshot, literal, open_snapshot, storage
+from attrdb.schema import SCHEMA_VERSION, TABLES, encoder_id_of, encoder_name, feature_columns, feature_type
+from attrdb.snapshot import STAMP, Snapshot, literal, made, open_snapshot, storage
 
 CONFLICT_RETRIES = 30  # of a commit that another writer preempted
 DESCRIBED = ["role", "model_id", "source", "category", "creator", "license"]
@@ -34,10 +34,11 @@ def create(path: str | Path) -> Database:
     """
     path = Path(path)
     ours = {f"{name}.lance" for name in TABLES}
-    if path.exists() and (not path.is_dir() or any(entry.name not in ours for entry in path.iterdir())):
-        raise InvalidValue(f"{path} exists and is not an empty directory; choose a path of its own for the database")
-    if (path / "images.lance").exists():
+    if made(path / "images.lance"):
         raise InvalidValue(f"{path} is an attrdb database already; open it")
+    strange = path.exists() and (not path.is_dir() or any(entry.name not in ours for entry in path.iterdir()))
+    if strange or any(path.glob("*.lance/data/*")):
+        raise InvalidValue(f"{path} exists and is not an empty directory; choose a path of its own for the database")
     # 'images' comes last: a directory without it is not a database yet.
     for name in sorted(TABLES, key=lambda name: name == "images"):
         create_table(path, name)
@@ -46,10 +47,16 @@ def create(path: str | Path) -> Database:
 
 def create_table(path: Path, name: str) -> None:
     """An empty table of the schema, unless it is there."""
-    if not (path / f"{name}.lance").exists():
-        stamped = TABLES[name].with_metadata({STAMP.decode(): str(SCHEMA_VERSION)})
+    table = path / f"{name}.lance"
+    if made(table):
+        return
+    stamped = TABLES[name].with_metadata({STAMP.decode(): str(SCHEMA_VERSION)})
+    try:
         with storage(path):
-            lance.write_dataset(stamped.empty_table(), str(path / f"{name}.lance"))
+            lance.write_dataset(stamped.empty_table(), str(table))
+    except StorageError:
+        if not made(table):  # by another process, meanwhile
+            raise
 
 
 def _encoder_row(spec: str, dimension: int, preprocessing: dict, weights_fingerprint: str) -> dict:
@@ -218,18 +225,21 @@ class Database:
     # --- appending ----------------------------------------------------------------------------------------------------
 
     def check_encoder(self, spec: str, dimension: int, preprocessing: dict, weights_fingerprint: str) -> bool:
-        """Whether the encoder is registered. What makes it the same is its dimension, preprocessing and weights, not where
-        its checkpoint lies; of features that were imported only the dimension is known.
+        """Whether the encoder is registered; where its checkpoint lies does not matter.
 
-        raises: InvalidValue if the registered encoder of that id is another
+        Of features that were imported only name and dimension are known, so only those are compared.
+        raises: InvalidValue if the registered encoder of that id differs in name, dimension, preprocessing or weights
         """
         row = _encoder_row(spec, dimension, preprocessing, weights_fingerprint)
         stored = self.encoders.get(row["encoder_id"])
         if stored is None:
             return False
-        imported = not stored["weights_fingerprint"]
-        for what in ("dimension",) if imported else ("dimension", "preprocessing", "weights_fingerprint"):
-            if stored[what] != row[what]:
+        known = ["spec", "dimension"]
+        if stored["weights_fingerprint"]:
+            known += ["preprocessing", "weights_fingerprint"]
+        for what in known:
+            ours, theirs = (encoder_name(one[what]) if what == "spec" else one[what] for one in (row, stored))
+            if ours != theirs:
                 raise InvalidValue(
                     f"encoder {row['encoder_id']!r} has {what.replace('_', ' ')} {row[what]!r}, its stored features were "
                     f"made with {stored[what]!r}; use that encoder or open another database"
@@ -239,8 +249,8 @@ class Database:
     def add_encoder(self, spec: str, dimension: int, preprocessing: dict, weights_fingerprint: str) -> str:
         """Register an encoder and add its column to images, null so far; the id of the encoder.
 
-        One that is registered already is checked instead, and where its features were imported its preprocessing and
-        weights are noted: from then on they are checked too.
+        One that is registered already is checked instead, and what is new about it is noted: where its checkpoint lies
+        now, and the preprocessing and weights behind features that were imported, which are checked from then on.
         raises: as `check_encoder`
         """
         row = _encoder_row(spec, dimension, preprocessing, weights_fingerprint)
@@ -249,7 +259,7 @@ class Database:
         def add() -> None:
             self.refresh()
             if self.check_encoder(spec, dimension, preprocessing, weights_fingerprint):
-                if weights_fingerprint and not self.encoders[encoder_id]["weights_fingerprint"]:
+                if self.encoders[encoder_id] != row and weights_fingerprint:
                     self.upsert("encoders", [row], on="encoder_id")
                 return
             images = self.snapshot.tables["images"]

@@ -17,6 +17,10 @@ class MissingExtra(AttrdbError, ImportError):
     """A part of attrdb that needs `pip install attrdb[ml]`."""
 
 
+class Busy(AttrdbError):
+    """Work that another process is at."""
+
+
 class QueryRefused(AttrdbError):
     """An SQL statement that failed, or that asked for files, the network or other settings."""
 

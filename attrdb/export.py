@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import duckdb
@@ -12,12 +13,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from attrdb import sql
-from attrdb.errors import InvalidValue
+from attrdb.errors import AttrdbError, InvalidValue, StorageError
 from attrdb.schema import feature_columns
 from attrdb.snapshot import Snapshot, storage
 
 FORMATS = ("parquet", "duckdb")
 BATCH_ROWS = 1024
+BATCHES_AHEAD = 2  # that Lance reads before they are asked for; its own choice would hold sixteen batches of pictures
+# A Parquet file's row group: as large as readers like it, but no more bytes than may be held.
+GROUP_ROWS, GROUP_BYTES = 65_536, 64 * 2**20
+DUCKDB_MEMORY = "1GB"  # its own choice, most of the machine's, kept 3.6 GB for a database of 1 GB
 
 Report = Callable[[str, int, int], None]
 
@@ -35,7 +40,8 @@ def export(
 
     target: a folder for 'parquet', which gets a file a table; a file for 'duckdb', which also gets the views by role
     vectors, images: whether features and encoded images go with the rest
-    raises: InvalidValue for another form, or if there is something at the target already
+    raises: InvalidValue for another form, if there is something at the target already, or if it lies in the database;
+            StorageError if the target cannot be written
 
     Rows are streamed. The target appears when it is whole.
     """
@@ -44,56 +50,101 @@ def export(
         raise InvalidValue(f"form is {form!r}; it must be {' or '.join(FORMATS)}")
     if target.exists():
         raise InvalidValue(f"{target} exists already; name a new {'folder' if form == 'parquet' else 'file'}")
-    part = target.with_name(f"{target.name}.part")
-    if part.is_dir():  # left by an export that was interrupted
-        shutil.rmtree(part)
-    part.unlink(missing_ok=True)
-    part.parent.mkdir(parents=True, exist_ok=True)
+    if target.resolve().is_relative_to(snapshot.path.resolve()):
+        raise InvalidValue(f"{target} lies inside the database {snapshot.path}; name a place outside it")
     left_out = (set() if vectors else set(feature_columns(snapshot.tables["images"].schema))) | (
         set() if images else {"image"}
     )
     write = _write_parquet if form == "parquet" else _write_duckdb
-    with storage(snapshot.path):
-        counts = write(snapshot, part, left_out, report)
-    part.replace(target)
-    return counts
+    with _part_of(target) as part:
+        return write(snapshot, part, left_out, report)
 
 
-def _stream(snapshot: Snapshot, name: str, left_out: set[str]) -> pa.RecordBatchReader:
+@contextmanager
+def _part_of(target: Path) -> Iterator[Path]:
+    """A place beside the target that becomes it at the end, and is gone if there is no such end."""
+    part = target.with_name(f"{target.name}.part")
+    try:
+        part.parent.mkdir(parents=True, exist_ok=True)
+        _remove(part)  # left by an export that was killed
+        yield part
+        part.replace(target)
+    except BaseException as error:
+        _remove(part)
+        if isinstance(error, (OSError, pa.ArrowException, duckdb.Error)) and not isinstance(error, AttrdbError):
+            said = str(error).partition("\n")[0]
+            raise StorageError(f"{target} could not be written, and nothing is left there: {said}") from error
+        raise
+
+
+def _remove(part: Path) -> None:
+    if part.is_dir():
+        shutil.rmtree(part)
+    for file in (part, part.with_name(f"{part.name}.wal")):
+        file.unlink(missing_ok=True)
+
+
+def _stream(
+    snapshot: Snapshot, name: str, left_out: set[str], report: Report
+) -> tuple[pa.Schema, Iterator[pa.RecordBatch]]:
+    """The schema of a table without what is left out, and its rows in batches."""
     table: lance.LanceDataset = snapshot.tables[name]
     shown = snapshot.visible("true") if name == "images" and snapshot.hidden_models else None
     columns = [column for column in table.schema.names if column not in left_out]
-    return table.scanner(columns=columns, filter=shown, batch_size=BATCH_ROWS).to_reader()
+    with storage(snapshot.path):
+        total = table.count_rows(shown)
+        scanner = table.scanner(
+            columns=columns, filter=shown, batch_size=BATCH_ROWS, batch_readahead=BATCHES_AHEAD, fragment_readahead=1
+        )
 
+    def batches() -> Iterator[pa.RecordBatch]:
+        done = 0
+        with storage(snapshot.path):
+            for batch in scanner.to_batches():
+                done += len(batch)
+                report(f"export {name}", done, total)
+                yield batch
 
-def _counted(batches: pa.RecordBatchReader, name: str, total: int, report: Report) -> Iterator[pa.RecordBatch]:
-    done = 0
-    for batch in batches:
-        done += len(batch)
-        report(f"export {name}", done, total)
-        yield batch
+    return scanner.projected_schema, batches()
 
 
 def _write_parquet(snapshot: Snapshot, folder: Path, left_out: set[str], report: Report) -> dict[str, int]:
     folder.mkdir()
     counts = {}
-    for name, table in snapshot.tables.items():
-        batches = _stream(snapshot, name, left_out)
-        with pq.ParquetWriter(folder / f"{name}.parquet", batches.schema, compression="zstd") as writer:
-            for batch in _counted(batches, name, table.count_rows(), report):
-                writer.write_batch(batch)
+    for name in snapshot.tables:
+        schema, batches = _stream(snapshot, name, left_out, report)
+        with pq.ParquetWriter(folder / f"{name}.parquet", schema, compression="zstd") as writer:
+            for group in _groups(batches):
+                writer.write_table(pa.Table.from_batches(group, schema), row_group_size=GROUP_ROWS)
         counts[name] = pq.read_metadata(folder / f"{name}.parquet").num_rows
     return counts
 
 
+def _groups(batches: Iterator[pa.RecordBatch]) -> Iterator[list[pa.RecordBatch]]:
+    group: list[pa.RecordBatch] = []
+    for batch in batches:
+        group.append(batch)
+        if sum(map(len, group)) >= GROUP_ROWS or sum(one.nbytes for one in group) >= GROUP_BYTES:
+            yield group
+            group = []
+    if group:
+        yield group
+
+
 def _write_duckdb(snapshot: Snapshot, file: Path, left_out: set[str], report: Report) -> dict[str, int]:
     counts = {}
-    with duckdb.connect(str(file)) as connection:
-        for name, table in snapshot.tables.items():
-            batches = _stream(snapshot, name, left_out)
-            counted = _counted(batches, name, table.count_rows(), report)
-            connection.register("_rows", pa.RecordBatchReader.from_batches(batches.schema, counted))
-            connection.execute(f'CREATE TABLE "{name}" AS FROM _rows')
+    with duckdb.connect(str(file), config={"memory_limit": DUCKDB_MEMORY}) as connection:
+        for name in snapshot.tables:
+            connection.begin()
+            schema, batches = _stream(snapshot, name, left_out, report)
+            connection.register("_none", schema.empty_table())
+            connection.execute(f'CREATE TABLE "{name}" AS FROM _none')
+            # A stream of batches would do, but DuckDB turns a Ctrl-C or an error in one into an error of its own.
+            for group in _groups(batches):
+                connection.register("_rows", pa.Table.from_batches(group, schema))
+                connection.execute(f'INSERT INTO "{name}" FROM _rows')
+            connection.commit()
+            connection.unregister("_none")
             connection.unregister("_rows")
             counts[name] = connection.sql(f'SELECT count(*) FROM "{name}"').fetchall()[0][0]
         for view in sql.RELATIONS:

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import fcntl
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import lance
 
 from attrdb import health
 from attrdb.database import Database
-from attrdb.errors import AttrdbError, InvalidValue
+from attrdb.errors import AttrdbError
+from attrdb.locks import alone
 
 # Of a fragment. Appends are merged into fragments of this size, and an encoder that is added later writes its features
 # fragment by fragment, so this also bounds how much of them is in memory.
@@ -42,11 +40,11 @@ def optimize(
     """Index what is not indexed, merge index segments, merge small fragments, then check the indices.
 
     drop_older_than: also forget versions of that age, and free the disk they take; `at` cannot go back to them
-    raises:          InvalidValue if maintenance runs already, AttrdbError if an index answers wrongly afterwards
+    raises:          Busy if maintenance runs already, AttrdbError if an index answers wrongly afterwards
 
     Readers and writers go on meanwhile. Killed and given again, it goes on from what was done.
     """
-    with _alone(db.path):
+    with alone(db.path / ".maintenance.lock", f"{db.path} is being maintained"):
         db.refresh()
         before = health.status(db.snapshot)
         steps: list[tuple[str, Callable[[], Any]]] = []
@@ -68,16 +66,6 @@ def optimize(
                 f"{wrong[0]['needed']}); drop it with a Lance client and give the command again"
             )
         return Optimized(before, health.status(db.snapshot))
-
-
-@contextmanager
-def _alone(path: Path) -> Iterator[None]:
-    with (path / ".maintenance.lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise InvalidValue(f"{path} is being maintained by another process; wait for it") from error
-        yield
 
 
 def _index(db: Database) -> None:

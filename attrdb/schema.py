@@ -158,13 +158,28 @@ DICTIONARY = {
 TABLES = {name: table.arrow for name, table in DICTIONARY.items()}
 IMAGES, EXEMPLAR_RANKS = TABLES["images"], TABLES["exemplar_ranks"]
 
+CHECKPOINT_SUFFIXES = (".safetensors", ".torchscript", ".pt", ".pth", ".bin", ".tar")
+
+
+def encoder_name(spec: str) -> str:
+    """The spec without the folder and the ending of a checkpoint: a file that has moved is the same encoder."""
+    kind, colon, argument = spec.partition(":")
+    name, mark, settings = argument.partition("?")
+    start, slash, path = name.partition("/")
+    if path.count("/") or (slash and not start):
+        file = path.rpartition("/")[2]
+        while file.endswith(CHECKPOINT_SUFFIXES):
+            file = file.rpartition(".")[0]
+        name = f"{start}/{file}" if start else file
+    return f"{kind}{colon}{name}{mark}{settings}"
+
 
 def encoder_id_of(spec: str) -> str:
-    """The column name that an encoder's spec gives: lower-case words joined by underscores.
+    """The column name that an encoder's spec gives: the lower-case words of its name, joined by underscores.
 
     raises: InvalidValue if that is no name: empty, beginning with a digit, or a column that images has
     """
-    name = re.sub(r"[^a-z0-9]+", "_", spec.lower()).strip("_")
+    name = re.sub(r"[^a-z0-9]+", "_", encoder_name(spec).lower()).strip("_")
     if not re.match(r"[a-z]", name):
         raise InvalidValue(f"encoder {spec!r} gives no usable column name; its spec must begin with a letter")
     if name in IMAGES.names:

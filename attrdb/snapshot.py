@@ -52,6 +52,11 @@ def schema_version(dataset: lance.LanceDataset) -> int:
     return int((dataset.schema.metadata or {}).get(STAMP, b"0"))
 
 
+def made(table: Path) -> bool:
+    """Whether a table is there, whole or damaged; one whose making was killed has neither a version nor data."""
+    return any(next(table.glob(files), None) for files in ("_versions/*.manifest", "data/*"))
+
+
 class Snapshot:
     """The tables of a database as they were at one moment.
 

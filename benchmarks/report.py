@@ -36,7 +36,7 @@ def importing(found: dict) -> str:
     }
     rows = [[says[way], shown(found["seconds"][way]), f"{found['peak_gib'][way]:.2f}"] for way in says]
     return (
-        f"## Importing embeddings\n\n{sizes['rows']:,} x {sizes['dimension']}, float16, {sizes['shards']} shards with metadata; "
+        f"## Importing embeddings\n\n{sizes['rows']:,} x {sizes['dimension']}, float16, {sizes['shards']} shards; "
         f"seed {found['seed']}, {found['ratio']['n']} rounds, every run a process of its own. {machine(found['machine'])}\n"
         + table(["what", "seconds, median (range)", "peak memory, GiB"], rows)
         + f"\nRatio attrdb / lance, round by round: **{shown(found['ratio'])}**; needed: at most 1.5, and under 1.5 GiB.\n"
@@ -74,8 +74,8 @@ def appending(found: dict) -> str:
     left = found["tables"]["left alone"]
     return (
         f"## Appending models\n\n{sizes['models']} models of {sizes['images_a_model']} images each, appended to "
-        f"{sizes['rows']:,} x {sizes['dimension']}; seed {found['seed']}. A new model is seen by the next SQL statement, and no "
-        f"index is built again. {machine(found['machine'])}\n"
+        f"{sizes['rows']:,} x {sizes['dimension']}; seed {found['seed']}. A new model is seen by the next SQL statement, "
+        f"and no index is built again. {machine(found['machine'])}\n"
         + table(head, rows)
         + f"\nLeft alone, images ends with {left['fragments']:,} fragments and {left['versions_kept']:,} versions.\n\n"
         + table(
@@ -107,8 +107,8 @@ def encoding(found: dict) -> str:
         "bound",
     ]
     return (
-        f"## Encoding\n\nFrom encoded bytes to features, against the bare network on preloaded batches; {found['rounds']} rounds, "
-        f"seed {found['seed']}. The bound is what reading and network can reach together where they share the cores. "
+        f"## Encoding\n\nFrom encoded bytes to features, against the bare network on preloaded batches; {found['rounds']} "
+        f"rounds, seed {found['seed']}. The bound is what reading and network can reach together where they share the cores. "
         f"{machine(found['machine'])}\n" + table(head, rows)
     )
 

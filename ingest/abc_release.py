@@ -17,6 +17,7 @@ from datetime import UTC, datetime
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
 
+from attrdb import jobs
 from attrdb.database import Database
 from attrdb.errors import InvalidValue, NotFound
 from attrdb.ingest.corpus import image_rows, register
@@ -203,24 +204,45 @@ def ingest_abc(
         for row in db.sql("SELECT model_id, settings_hash FROM models").to_pylist()
     }
     result = AbcResult()
-    for done, model in enumerate(release.models):
-        report(done, len(release.models))
-        if model.model_id in stored:
-            if stored[model.model_id] == model.settings_hash:
-                result.n_stored += 1
+    with jobs.running(db, "ingest abc", release.name, {"root": str(release.root)}) as job:
+        for done, model in enumerate(release.models):
+            report(done, len(release.models))
+            if reason := _take(db, release, model, encoders, stored, result):
+                job.failed({model.model_id: reason})
             else:
-                what = "stored already, with other samples, another category or another split"
-                result.failed.append((model.model_id, f"{what}; import {release.name} into another database"))
-        elif model.missing:
-            result.incomplete.append((model.model_id, model.missing))
-        else:
-            try:
-                _append(db, release, model, encoders)
-                result.n_appended += 1
-            except InvalidValue as error:
-                result.failed.append((model.model_id, str(error)))
+                job.mended([model.model_id])
+            job.n_done = result.n_appended
     report(len(release.models), len(release.models))
     return result
+
+
+def _take(
+    db: Database,
+    release: Release,
+    model: ReleasedModel,
+    encoders: Sequence[Encoder],
+    stored: dict[str, str],
+    result: AbcResult,
+) -> str | None:
+    """Append a model unless it is stored; why it could not be, or None."""
+    if model.model_id in stored:
+        if stored[model.model_id] == model.settings_hash:
+            result.n_stored += 1
+            return None
+        what = "stored already, with other samples, another category or another split"
+        reason = f"{what}; import {release.name} into another database"
+    elif model.missing:
+        result.incomplete.append((model.model_id, model.missing))
+        return f"{len(model.missing)} files are missing, the first is {model.missing[0]}"
+    else:
+        try:
+            _append(db, release, model, encoders)
+            result.n_appended += 1
+            return None
+        except InvalidValue as error:
+            reason = str(error)
+    result.failed.append((model.model_id, reason))
+    return reason
 
 
 def _append(db: Database, release: Release, model: ReleasedModel, encoders: Sequence[Encoder]) -> None:

@@ -8,11 +8,10 @@ once all of its images are encoded; until then its features wait in the job's fo
 
 from __future__ import annotations
 
-import fcntl
 import shutil
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -27,11 +26,11 @@ from PIL import Image
 
 from attrdb import jobs
 from attrdb.database import Database
-from attrdb.errors import InvalidValue
 from attrdb.ingest.encoders import Encoder
 from attrdb.ingest.encoding import Encoded, encode_stream
 from attrdb.ingest.model_job import write_whole
 from attrdb.ingest.pictures import read_picture
+from attrdb.locks import alone
 from attrdb.schema import feature_array, feature_type
 from attrdb.snapshot import storage
 
@@ -61,11 +60,15 @@ def backfill(
 
     Others may read and append meanwhile; what they append without this encoder is left to the next call. An image that
     cannot be decoded is recorded with its reason and passed over, unless retry_failed.
-    raises: InvalidValue if the database has an encoder of that id that differs, or if another process is at it
+    raises: InvalidValue if the database has an encoder of that id that differs, Busy if another process is at it
     """
     encoder_id = db.add_encoder(encoder.spec, encoder.dimension, encoder.preprocessing, encoder.weights_fingerprint)
     folder = db.path / "jobs" / f"encode-{encoder_id}"
-    with _alone(folder), jobs.running(db, "encode", encoder_id, {"spec": encoder.spec}) as job:
+    folder.mkdir(parents=True, exist_ok=True)
+    with (
+        alone(folder.with_name(f".{folder.name}.lock"), f"{folder.name} is being run"),
+        jobs.running(db, "encode", encoder_id, {"spec": encoder.spec}) as job,
+    ):
         result = BackfillResult(n_without_image=db.snapshot.count(f"`{encoder_id}` IS NULL AND image IS NULL"))
         passed_over = set() if retry_failed else set(job.failures)
         total, done = db.snapshot.count(f"`{encoder_id}` IS NULL AND image IS NOT NULL"), 0
@@ -87,17 +90,6 @@ def backfill(
         result.failures = dict(job.failures)
         shutil.rmtree(folder)
     return result
-
-
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder.parent / f".{folder.name}.lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise InvalidValue(f"{folder.name} runs in another process; wait for it") from error
-        yield
 
 
 @dataclass

@@ -47,6 +47,7 @@ def open_corpus(path: Path, source: str | None = None) -> Corpus:
         raise NotFound(f"no folder or file {path}")
     name = source or path.resolve().name
     if shards(path):
+        name = source or path.resolve().stem
         return Corpus(path, name, count_webdataset(path), partial(webdataset_items, path, name))
     tables = [path] if path.suffix == ".parquet" else sorted(path.glob("*.parquet")) if path.is_dir() else []
     if tables:
@@ -83,7 +84,7 @@ def register(db: Database, encoders: Sequence[Encoder]) -> None:
         raise InvalidValue(
             f"encoder {new[0][0]!r} is new, and the images in {db.path} have no features of it; its encoders are: {known}"
         )
-    for identity in new:
+    for identity in identities:
         db.add_encoder(*identity)
 
 
@@ -133,6 +134,8 @@ def ingest_corpus(
                 job.n_done += appended
                 report(len(chunk))
         job.failed(fresh.failures)
+        # What has failed before and did not come up again: a shard that is whole now, a file that was taken away.
+        job.mended(set(job.failures) - fresh.seen_failing)
         result.n_stored = fresh.n_stored
         result.failures = dict(job.failures)
     return result
@@ -149,6 +152,7 @@ class _Fresh:
         self.n_stored = 0
         self.failures: dict[str, str] = {}
         self.underway: dict[str, Item] = {}  # given out and not committed yet
+        self.seen_failing: set[str] = set()
 
     def items(self) -> Iterator[Item]:
         items = self.corpus.items()
@@ -156,6 +160,7 @@ class _Fresh:
             stored = self.db.stored([item.image_id for item in chunk])
             for item in chunk:
                 if item.image_id in self.passed_over:
+                    self.seen_failing.add(item.image_id)
                     self.report(1)
                 elif known := stored.get(item.image_id) or self.underway.get(item.image_id):
                     self._compare(item, known)
@@ -171,6 +176,7 @@ class _Fresh:
             self.n_stored += 1
         except InvalidValue as error:
             self.failures[item.image_id] = str(error)
+            self.seen_failing.add(item.image_id)
 
 
 def _read(item: Item) -> tuple[dict[str, Any], Image.Image]:
@@ -193,7 +199,9 @@ def _append(db: Database, chunk: list[Encoded], encoders: Sequence[Encoder], fre
         job.mended(one.item.image_id for one in good)
     for one in chunk:
         del fresh.underway[one.item.image_id]
-    job.failed(fresh.failures | {one.item.image_id: str(one.error) for one in chunk if one.error})
+    failures = {one.item.image_id: str(one.error) for one in chunk if one.error}
+    fresh.seen_failing |= failures.keys()
+    job.failed(fresh.failures | failures)
     fresh.failures.clear()
     return n_appended
 

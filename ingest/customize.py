@@ -6,6 +6,7 @@ used, and the new token starts at the mean of the category's token embeddings.
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -161,7 +162,9 @@ def customize(
 
 def save_delta(delta: Delta, path: Path, token: str, base_hash: str) -> None:
     """Write the delta as safetensors, with what it belongs to in the file's metadata."""
-    save_file(delta, path, metadata={"format": "pt", "method": METHOD, "token": token, "base_model_hash": base_hash})
+    made = {"method": METHOD, "token": token, "base_model_hash": base_hash}
+    # One entry: safetensors writes several in any order, and equal weights would have different hashes.
+    save_file(delta, path, metadata={"attrdb": json.dumps(made)})
 
 
 def load_delta(path: Path) -> Delta:

@@ -8,11 +8,9 @@ Only what fits into memory at once is read: a part of a shard, which is also wha
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import re
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -29,6 +27,7 @@ from fsspec.core import url_to_fs
 from attrdb import jobs
 from attrdb.database import Database
 from attrdb.errors import InvalidValue, NotFound
+from attrdb.locks import alone
 from attrdb.schema import IMAGES, encoder_id_of
 
 PART_ROWS = 131_072
@@ -202,8 +201,8 @@ def ingest_embeddings(
     encoder: the spec of the encoder that made them, in the caller's word: vectors do not say it. Its dimension is checked
              against the database's
     source:  name of the data set; ids are `<source>/<key>`
-    raises:  InvalidValue if the database's encoder of that spec has another dimension, if another process imports the same
-             source, or if two rows have the same id
+    raises:  InvalidValue if the database's encoder of that spec has another dimension, or if two rows have the same id; Busy
+             if another process imports the same source
 
     A vector that is zero or not finite, and a row without an id, is left out and recorded with its reason. Vectors are
     brought to unit length. Given again, the import goes on where it was.
@@ -211,7 +210,10 @@ def ingest_embeddings(
     encoder_id = _register(db, encoder, embeddings.dimension)
     result = EmbeddingsResult()
     settings = {"encoder": encoder, "n_rows": embeddings.n_rows, "id_column": embeddings.id_column}
-    with _alone(db.path, source), jobs.running(db, "ingest corpus", source, settings) as job:
+    with (
+        alone(lock_file(db.path, source), f"source {source!r} is being imported"),
+        jobs.running(db, "ingest corpus", source, settings) as job,
+    ):
         n_seen = 0
         if retry_failed:
             job.mended(list(job.failures))
@@ -248,17 +250,9 @@ def _register(db: Database, encoder: str, dimension: int) -> str:
     return encoder_id
 
 
-@contextmanager
-def _alone(path: Path, source: str) -> Iterator[None]:
-    folder = path / "jobs"
-    folder.mkdir(exist_ok=True)
-    name = hashlib.sha256(source.encode()).hexdigest()[:16]
-    with (folder / f".corpus-{name}.lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise InvalidValue(f"source {source!r} is being imported by another process; wait for it") from error
-        yield
+def lock_file(path: Path, source: str) -> Path:
+    """What the import of a source holds."""
+    return path / "jobs" / f".corpus-{hashlib.sha256(source.encode()).hexdigest()[:16]}.lock"
 
 
 def _count(db: Database, source: str) -> int:

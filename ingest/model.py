@@ -139,17 +139,13 @@ def ingest_model(
     prompts = prompts_of(settings)
     record = _record(settings, exemplars, prompts)
     job = db.path / "jobs" / model_id
-    db.refresh()
-    stored = db.sql("SELECT * FROM models WHERE model_id = $id", {"id": model_id}).to_pylist()
-    if stored:
-        check_same(model_id, json.loads(stored[0]["settings"]), record, f"in {db.path}")
-        register(db, encoders)
-        shutil.rmtree(job, ignore_errors=True)
-        return ModelResult(model_id, stored[0]["n_exemplars"], stored[0]["n_samples"], False, db.version)
-
+    if done := _stored(db, model_id, record, encoders, job):
+        return done
     base = load_base_model(settings.base_model)
     register(db, encoders)
     with locked(job):
+        if done := _stored(db, model_id, record, encoders, job):  # by the process that held the lock just now
+            return done
         open_job(job, record)
         images = [exemplar.picture.image for exemplar in exemplars]
         weights = db.path / "weights" / f"{model_id}.safetensors"
@@ -166,6 +162,21 @@ def ingest_model(
         shutil.rmtree(job)
         report("encode", 1, 1)
     return ModelResult(model_id, len(exemplars), len(plans), True, appended.version)
+
+
+def _stored(db: Database, model_id: str, record: dict, encoders: Sequence[Encoder], job: Path) -> ModelResult | None:
+    """What is there of the model already, if it is.
+
+    raises: InvalidValue if it was made with other settings
+    """
+    db.refresh()
+    stored = db.sql("SELECT * FROM models WHERE model_id = $id", {"id": model_id}).to_pylist()
+    if not stored:
+        return None
+    check_same(model_id, json.loads(stored[0]["settings"]), record, f"in {db.path}")
+    register(db, encoders)
+    shutil.rmtree(job, ignore_errors=True)
+    return ModelResult(model_id, stored[0]["n_exemplars"], stored[0]["n_samples"], False, db.version)
 
 
 def check_model(settings: ModelSettings, exemplars: Sequence[Exemplar], model_id: str | None) -> str:

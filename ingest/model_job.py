@@ -6,11 +6,10 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 
@@ -24,6 +23,7 @@ from attrdb.ingest.customize import CustomizeSettings, apply_delta, customize, l
 from attrdb.ingest.pictures import webp
 from attrdb.ingest.prompts import TOKEN
 from attrdb.ingest.synthesize import SamplePlan, SynthesizeSettings, synthesize
+from attrdb.locks import alone
 
 Report = Callable[[str, int, int], None]  # stage, units done, units in all
 
@@ -40,19 +40,10 @@ def check_same(model_id: str, found: dict, wanted: dict, where: str) -> None:
             )
 
 
-@contextmanager
-def locked(job: Path) -> Iterator[None]:
-    """Hold the job's folder, which the system lets go when the process ends, however it ends.
-
-    raises: InvalidValue if another process is at it
-    """
+def locked(job: Path) -> AbstractContextManager[None]:
+    """Hold the job's folder; raises Busy if another process is at it."""
     job.mkdir(parents=True, exist_ok=True)
-    with (job.parent / f".{job.name}.lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise InvalidValue(f"model {job.name!r} is being made by another process; wait for it") from error
-        yield
+    return alone(job.parent / f".{job.name}.lock", f"model {job.name!r} is being made")
 
 
 def open_job(job: Path, record: dict) -> None:

@@ -21,8 +21,9 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+from attrdb import jobs
 from attrdb.database import Database
-from attrdb.errors import AttrdbError, InvalidValue, NotFound
+from attrdb.errors import AttrdbError, Busy, InvalidValue, NotFound
 from attrdb.ingest.corpus import register
 from attrdb.ingest.encoders import Encoder, load_encoder
 from attrdb.ingest.model import Exemplar, ModelSettings, check_model, ingest_model, read_exemplars, settings_for
@@ -210,7 +211,8 @@ class Outcome:
 class Queue:
     """The models that are still to be made, and what became of the others."""
 
-    def __init__(self, specs: Sequence[ModelSpec], report: Report):
+    def __init__(self, specs: Sequence[ModelSpec], job: jobs.Job, report: Report):
+        self.job = job
         self.waiting = deque(specs)
         self.total = len(specs)
         self.report = report
@@ -225,12 +227,14 @@ class Queue:
         if outcome.how == "busy":
             self.waiting.append(spec)
             return
-        if outcome.how == "done":
-            self.result.done += 1
-        elif outcome.how == "stored":
-            self.result.stored_already += 1
-        else:
+        if outcome.how == "failed":
             self.result.failed.append((spec.model_id, outcome.reason))
+            self.job.failed({spec.model_id: outcome.reason})
+        else:
+            self.result.done += outcome.how == "done"
+            self.result.stored_already += outcome.how == "stored"
+            self.job.n_done = self.result.done
+            self.job.mended([spec.model_id])
         settled = self.result.done + self.result.stored_already + len(self.result.failed)
         self.report("models", settled, self.total)
 
@@ -250,8 +254,11 @@ def ingest_models(
     encoder_specs: Sequence[str],
     workers: int = 1,
     report: Report = lambda stage, done, total: None,
+    name: str = "models",
 ) -> QueueResult:
-    """Make every model that is not stored yet; one that fails is listed with its reason and stops no other.
+    """Make every model that is not stored yet; one that fails is recorded with its reason and stops no other.
+
+    name: of the job in the table `jobs`, such as that of the specs' file
 
     With one worker they are made in this process, with more in as many processes of their own. A model that another
     command is making is waited for. Interrupted or killed, it goes on where it was when given again.
@@ -259,15 +266,17 @@ def ingest_models(
     """
     if workers < 1:
         raise InvalidValue(f"workers is {workers}; at least one is needed")
-    queue = Queue(specs, report)
     encoders = [load_encoder(spec) for spec in encoder_specs]
-    register(Database(db_path), encoders)
-    report("models", 0, queue.total)
-    if workers == 1:
-        while spec := queue.take():
-            queue.settle(spec, make(db_path, spec, encoders, report))
-    else:
-        _share_out(queue, db_path, encoder_specs, workers)
+    db = Database(db_path)
+    register(db, encoders)
+    with jobs.running(db, "ingest models", name, {"n_models": len(specs), "workers": workers}) as job:
+        queue = Queue(specs, job, report)
+        report("models", 0, queue.total)
+        if workers == 1:
+            while spec := queue.take():
+                queue.settle(spec, make(db_path, spec, encoders, report))
+        else:
+            _share_out(queue, db_path, encoder_specs, workers)
     return queue.result
 
 
@@ -278,10 +287,10 @@ def make(db_path: Path, spec: ModelSpec, encoders: Sequence[Encoder], report: Re
         with locked(db.path / "jobs" / spec.model_id):
             pass  # a look before the base model is loaded for nothing
         result = ingest_model(db, spec.read_exemplars(), spec.settings, encoders, spec.model_id, report)
+    except Busy:
+        time.sleep(PAUSE)
+        return Outcome("busy")
     except AttrdbError as error:
-        if isinstance(error.__cause__, BlockingIOError):
-            time.sleep(PAUSE)
-            return Outcome("busy")
         return Outcome("failed", str(error))
     except Exception as error:  # whatever a library raises for one model must not end the others
         return Outcome("failed", f"{type(error).__name__}: {error}")

@@ -145,11 +145,17 @@ def all_queries(folders: Sequence[str | Path] = ()) -> dict[str, NamedQuery]:
 
     raises: NotFound for a folder that is not there, InvalidValue for a name that stands twice or a wrong header
     """
-    found = dict(_own())
-    places: list[tuple[str, Traversable]] = [(str(folder), Path(folder)) for folder in folders]
+    found = dict(own_queries())
+    places: dict[str, Traversable] = {str(folder): Path(folder) for folder in folders}
     for point in entry_points(group="attrdb.queries"):
-        places.append((f"entry point {point.name!r}", files(point.value)))
-    for place, folder in places:
+        try:
+            places[f"of entry point {point.name!r}"] = files(point.value)
+        except ImportError as error:
+            raise NotFound(
+                f"entry point {point.name!r} offers queries in {point.value}, which cannot be imported: {error}; mend or "
+                "uninstall its package"
+            ) from error
+    for place, folder in places.items():
         if not folder.is_dir():
             raise NotFound(f"no folder of queries {place}")
         for name, query in _in_folder(folder).items():
@@ -161,7 +167,8 @@ def all_queries(folders: Sequence[str | Path] = ()) -> dict[str, NamedQuery]:
 
 
 @cache
-def _own() -> dict[str, NamedQuery]:
+def own_queries() -> dict[str, NamedQuery]:
+    """attrdb's own, by name."""
     return {name: query for group in _folders(files(__name__)) for name, query in _in_folder(group).items()}
 
 
@@ -171,12 +178,18 @@ def _folders(folder: Traversable) -> list[Traversable]:
 
 def _in_folder(folder: Traversable) -> dict[str, NamedQuery]:
     """The queries of a folder and of the folders in it."""
-    found = {}
+    found: dict[str, NamedQuery] = {}
     for place in (folder, *_folders(folder)):
         for file in place.iterdir():
             if file.name.endswith(".sql"):
                 name = file.name.removesuffix(".sql")
-                found[name] = parse(name, place.name, file.read_text(encoding="utf-8"))
+                if name in found:
+                    raise InvalidValue(f"query {name!r} stands twice in {folder}; rename one of its files")
+                try:
+                    text = file.read_text(encoding="utf-8")
+                except UnicodeDecodeError as error:
+                    raise InvalidValue(f"query {name}: {file} is not UTF-8 text: {error.reason}") from error
+                found[name] = parse(name, place.name, text)
     return found
 
 
@@ -189,6 +202,14 @@ def _check(query: NamedQuery) -> None:
     if len(statements) != 1 or statements[0].type != duckdb.StatementType.SELECT:
         raise InvalidValue(f"query {query.name}: a file holds one SELECT, and nothing else")
     declared, used = {one.name for one in query.parameters}, set(statements[0].named_parameters)
+    if len(declared) < len(query.parameters):
+        raise InvalidValue(f"query {query.name}: its header declares a parameter twice")
+    for parameter in query.parameters:
+        if parameter.default is not None:
+            try:
+                parameter.value(parameter.default)
+            except InvalidValue as error:
+                raise InvalidValue(f"query {query.name}: by default {error}") from error
     if declared != used:
         raise InvalidValue(
             f"query {query.name}: its header declares the parameters {sorted(declared)}, its SQL uses {sorted(used)}; "

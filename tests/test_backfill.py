@@ -8,12 +8,13 @@ from conftest import ToyEncoder, picture
 from test_ingest_corpus import ingest
 
 from attrdb import maintenance
-from attrdb.errors import InvalidValue
+from attrdb.errors import Busy, InvalidValue
 from attrdb.ingest import backfill as module
 from attrdb.ingest import corpus
 from attrdb.ingest.backfill import backfill
 from attrdb.ingest.encoders import Pixels, encode
 from attrdb.ingest.pictures import read_picture_file
+from attrdb.locks import alone
 
 N = 7
 
@@ -188,7 +189,7 @@ def test_another_encoder_of_that_name_is_refused(stored):
 
 def test_two_at_once(stored):
     with (
-        module._alone(stored.path / "jobs" / "encode-pixels_2"),
-        pytest.raises(InvalidValue, match="encode-pixels_2 runs in another process; wait for it"),
+        alone(stored.path / "jobs" / ".encode-pixels_2.lock", "held"),
+        pytest.raises(Busy, match="encode-pixels_2 is being run by another process; wait for it"),
     ):
         backfill(stored, Pixels(2))

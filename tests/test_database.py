@@ -123,11 +123,23 @@ def test_other_bad_rows_are_refused(toy):
 
 def test_an_encoder_is_its_dimension_preprocessing_and_weights(toy):
     assert toy.add_encoder(**TOY) == "toy_2"
-    for what, value in (("dimension", 3), ("preprocessing", {"size": 4}), ("weights_fingerprint", "other")):
+    for what, value in (
+        ("spec", "toy-2"),
+        ("dimension", 3),
+        ("preprocessing", {"size": 4}),
+        ("weights_fingerprint", "other"),
+    ):
         with pytest.raises(InvalidValue, match=f"encoder 'toy_2' has {what.replace('_', ' ')}"):
             toy.add_encoder(**{**TOY, what: value})
     with pytest.raises(InvalidValue, match="would take the column 'prompt'"):
         toy.add_encoder("prompt", 2, {}, "none")
+
+
+def test_an_encoder_whose_checkpoint_has_moved_is_the_same(empty):
+    weights = {"dimension": 2, "preprocessing": {}, "weights_fingerprint": "abc"}
+    assert empty.add_encoder("torchscript:/old/sscd.pt?size=288", **weights) == "torchscript_sscd_size_288"
+    assert empty.add_encoder("torchscript:/new/place/sscd.pt?size=288", **weights) == "torchscript_sscd_size_288"
+    assert [row["spec"] for row in empty.encoders.values()] == ["torchscript:/new/place/sscd.pt?size=288"]
 
 
 def test_an_encoder_of_imported_features_is_known_once_it_is_used(toy):

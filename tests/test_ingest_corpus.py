@@ -233,31 +233,6 @@ def test_links_out_of_a_folder_are_not_followed(empty, folder, toy_encoder, tmp_
 # --- encoders ---------------------------------------------------------------------------------------------------------
 
 
-def test_pixels_by_hand():
-    red = Image.new("RGB", (64, 64), (255, 0, 0))
-    features = Pixels(2).features(Pixels(2).prepare(red)[None])
-    np.testing.assert_allclose(features, [[1.001, -0.999, -0.999] * 4], atol=1e-6)
-    assert encode(Pixels(8), [Image.new("RGB", (64, 64), "white")]).shape == (1, 192)
-    with pytest.raises(InvalidValue, match="N lies between 2 and 64"):
-        Pixels(1)
-
-
-def test_efficientnet_tells_what_is_shown_from_how_it_is_drawn():
-    """Real weights on real icons: the same thing by another vendor is nearer than another thing."""
-    from importlib.resources import files
-
-    rows = pq.read_table(str(files("attrdb") / "assets" / "icons.parquet")).to_pylist()
-    by_name = {row["name"]: row for row in rows}
-    things = ("bicycle", "strawberry", "guitar", "penguin", "umbrella", "rocket", "cactus", "key")
-    names = [f"{vendor}/{thing}" for vendor in ("noto", "twemoji") for thing in things]
-    images = [read_picture(name, by_name[name]["image"]).image for name in names]
-    features = encode(EfficientNetLite0(), images)
-    assert features.shape == (16, 1280)
-    np.testing.assert_allclose(np.linalg.norm(features, axis=1), 1, rtol=1e-5)
-    similarity = features[:8] @ features[8:].T
-    assert (similarity.argmax(axis=1) == np.arange(8)).mean() >= 0.75
-
-
 def test_a_batch_is_encoded_as_its_pictures_are():
     images = [Image.new("RGB", (48, 48), (40 * i, 255 - 30 * i, 90)) for i in range(5)]
     encoder = EfficientNetLite0()

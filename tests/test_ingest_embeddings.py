@@ -9,9 +9,10 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import TOY, angle
 
-from attrdb.errors import InvalidValue, NotFound
+from attrdb.errors import Busy, InvalidValue, NotFound
 from attrdb.ingest import embeddings
 from attrdb.ingest.embeddings import ingest_embeddings, is_embeddings, open_embeddings
+from attrdb.locks import alone
 
 SPEC = TOY["spec"]
 
@@ -176,8 +177,8 @@ def test_duplicate_ids_are_an_error_and_the_first_is_kept(empty, tmp_path, monke
 
 def test_two_imports_of_one_source_at_once(empty, laion):
     with (
-        embeddings._alone(empty.path, "laion"),
-        pytest.raises(InvalidValue, match="source 'laion' is being imported by another process"),
+        alone(embeddings.lock_file(empty.path, "laion"), "held"),
+        pytest.raises(Busy, match="source 'laion' is being imported by another process"),
     ):
         ingest(empty, laion)
 

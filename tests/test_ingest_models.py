@@ -14,6 +14,7 @@ import pytest
 from conftest import picture
 
 import attrdb
+from attrdb import jobs
 from attrdb.errors import InvalidValue, NotFound
 from attrdb.ingest import models
 from attrdb.ingest.customize import load_delta
@@ -185,11 +186,16 @@ def test_a_killed_worker_leaves_its_model_to_another(tmp_path, wanted, whole):
 
 
 def test_a_model_that_takes_its_workers_with_it_is_given_up(tmp_path, wanted):
-    queue = models.Queue(models.read_specs(wanted)[:1], lambda *_: None)
-    for _ in range(models.LIVES):
-        spec = queue.take()
-        queue.lost(spec, -signal.SIGKILL)
+    db = attrdb.create(tmp_path / "queue.attrdb")
+    with jobs.running(db, "ingest models", "wanted", {}) as job:
+        queue = models.Queue(models.read_specs(wanted)[:1], job, lambda *_: None)
+        for _ in range(models.LIVES):
+            spec = queue.take()
+            queue.lost(spec, -signal.SIGKILL)
     assert queue.take() is None
+    assert db.sql("SELECT job_id, item FROM failures").to_pylist() == [
+        {"job_id": "ingest models/wanted", "item": "red"}
+    ]
     assert queue.result.failed == [("red", "2 worker processes ended while making it, the last with signal 9")]
 
 

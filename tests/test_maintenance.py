@@ -13,7 +13,8 @@ from conftest import rows
 import attrdb
 from attrdb import health, jobs, maintenance
 from attrdb.cli import main
-from attrdb.errors import AttrdbError, InvalidValue, NotFound
+from attrdb.errors import AttrdbError, Busy, InvalidValue, NotFound
+from attrdb.locks import alone
 from attrdb.schema import feature_array
 from attrdb.training.evaluation import evaluate
 
@@ -107,8 +108,8 @@ def test_an_empty_database(empty):
 
 def test_two_at_once(toy):
     with (
-        maintenance._alone(toy.path),
-        pytest.raises(InvalidValue, match="is being maintained by another process; wait for it"),
+        alone(toy.path / ".maintenance.lock", "held"),
+        pytest.raises(Busy, match="is being maintained by another process; wait for it"),
     ):
         maintenance.optimize(toy)
 

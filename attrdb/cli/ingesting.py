@@ -88,6 +88,7 @@ def _ingest_embeddings(
 ) -> None:
     from attrdb.ingest.embeddings import ingest_embeddings, open_embeddings
     from attrdb.output import progress
+    from attrdb.snapshot import made
 
     if len(encoders) != 1:
         raise InvalidValue(
@@ -97,7 +98,7 @@ def _ingest_embeddings(
         if "=" not in column:
             raise InvalidValue(f"--column {column!r} is not of the form ours=theirs")
     opened = open_embeddings(path, id_column, dict(column.split("=", 1) for column in columns))
-    database = attrdb.open(db) if db.exists() else attrdb.create(db)
+    database = attrdb.open(db) if made(db / "images.lance") else attrdb.create(db)
     name = source or path.rstrip("/").rsplit("/", 1)[-1]
     with progress(quiet) as advance:
         result = ingest_embeddings(database, opened, encoders[0], name, retry_failed=retry_failed, report=advance)
@@ -187,7 +188,7 @@ def ingest_models(
     read = models.read_specs(specs, base_model)
     _, loaded = open_with_encoders(db, encoders)
     with progress(quiet) as advance:
-        result = models.ingest_models(db, read, [encoder.spec for encoder in loaded], workers, advance)
+        result = models.ingest_models(db, read, [encoder.spec for encoder in loaded], workers, advance, name=specs.stem)
     click.echo(f"{result.done} models appended, {result.stored_already} were stored already", err=True)
     if result.failed:
         for model_id, reason in result.failed[:LISTED]:
@@ -215,13 +216,14 @@ def ingest_abc(db: Path, release: Path, root: Path, encoders: tuple[str, ...], q
             database, read, loaded, lambda done, total: advance(f"ingest {read.name}", done, total)
         )
     click.echo(f"{result.n_appended} models appended, {result.n_stored} were stored already", err=True)
-    for path in read.missing[:LISTED]:
+    missing = [path for _, paths in result.incomplete for path in paths]
+    for path in missing[:LISTED]:
         click.echo(f"missing: {path}", err=True)
     for model_id, reason in result.failed[:LISTED]:
         click.echo(f"left out: {model_id}: {reason}", err=True)
     if result.incomplete or result.failed:
         raise InvalidValue(
-            f"{len(result.incomplete)} models lack {len(read.missing)} files and {len(result.failed)} could not be used, all "
+            f"{len(result.incomplete)} models lack {len(missing)} files and {len(result.failed)} could not be used, all "
             "others are stored; put the files there and give the command again"
         )
 

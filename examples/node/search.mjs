@@ -4,12 +4,19 @@
 //
 // Prints one JSON object. Without a sample's id the first one by image_id is taken, without an encoder the first in `encoders`.
 
+import { existsSync } from "node:fs";
+import { join } from "node:path";
+
 import { connect } from "@lancedb/lancedb";
 
 const [path, wantedSample, k = "5", wantedEncoder] = process.argv.slice(2);
 if (path === undefined || !(Number.parseInt(k) >= 1)) {
   console.error("usage: node search.mjs my.attrdb [SAMPLE_ID] [K >= 1] [ENCODER_ID]");
   process.exit(2);
+}
+if (!existsSync(join(path, "images.lance"))) {
+  console.error(`${path} is not an attrdb database (no images.lance in it)`); // connect() would make a directory there
+  process.exit(1);
 }
 
 const text = (value) => `'${value.replaceAll("'", "''")}'`;

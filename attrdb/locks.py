@@ -1,0 +1,26 @@
+"""Locks between processes, which the system lets go when their process ends, however it ends."""
+
+from __future__ import annotations
+
+import fcntl
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from attrdb.errors import Busy
+
+
+@contextmanager
+def alone(file: Path, doing: str) -> Iterator[None]:
+    """Hold a lock file; its folder is made if there is none.
+
+    doing:  what the holder does, such as "model 'vase-1' is being made"
+    raises: Busy if another process holds it
+    """
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise Busy(f"{doing} by another process; wait for it") from error
+        yield
