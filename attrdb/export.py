@@ -22,7 +22,7 @@ BATCH_ROWS = 1024
 BATCHES_AHEAD = 2  # that Lance reads before they are asked for; its own choice would hold sixteen batches of pictures
 # A Parquet file's row group: as large as readers like it, but no more bytes than may be held.
 GROUP_ROWS, GROUP_BYTES = 65_536, 64 * 2**20
-DUCKDB_MEMORY = "1GB"  # its own choice, most of the machine's, kept 3.6 GB for a database of 1 GB
+DUCKDB_MEMORY = "512MB"  # its own choice, most of the machine's, kept 3.6 GB for a database of 1 GB
 
 Report = Callable[[str, int, int], None]
 
@@ -78,10 +78,10 @@ def _part_of(target: Path) -> Iterator[Path]:
 
 
 def _remove(part: Path) -> None:
-    if part.is_dir():
-        shutil.rmtree(part)
-    for file in (part, part.with_name(f"{part.name}.wal")):
-        file.unlink(missing_ok=True)
+    for place in (part, part.with_name(f"{part.name}.wal"), part.with_name(f"{part.name}.tmp")):
+        if place.is_dir():
+            shutil.rmtree(place)
+        place.unlink(missing_ok=True)
 
 
 def _stream(

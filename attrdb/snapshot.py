@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import lance
@@ -67,6 +68,8 @@ class Snapshot:
     def __init__(self, path: Path, tables: dict[str, lance.LanceDataset]):
         self.path = path
         self.tables = tables
+        self.lock = Lock()
+        self.catalog: Any = None  # what attrdb.sql has made for it
 
     @property
     def version(self) -> int:

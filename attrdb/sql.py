@@ -5,6 +5,7 @@ Views and macros are declared in RELATIONS, from which the data dictionary is ge
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -79,18 +80,36 @@ _SHARE = pa.struct([*_HIT, ("influence", pa.float64()), ("complete", pa.bool_())
 
 
 def connect(snapshot: Snapshot) -> duckdb.DuckDBPyConnection:
-    """A connection that sees the tables of the snapshot, RELATIONS and `features`, and no file, network or setting."""
-    connection = duckdb.connect(config={"enable_external_access": "false", "autoload_known_extensions": "false"})
+    """A connection that sees the tables of the snapshot, RELATIONS and `features`, and no file, network or setting.
+
+    Views, macros and functions are made once for a snapshot, which takes some 20 ms, and shared by its connections.
+    """
+    with snapshot.lock:
+        if snapshot.catalog is None:
+            snapshot.catalog = _catalog(snapshot)
+        connection = snapshot.catalog.cursor()
+    _register(connection, snapshot)  # what is registered is a connection's own
+    return connection
+
+
+def _register(connection: duckdb.DuckDBPyConnection, snapshot: Snapshot) -> None:
     for name, dataset in snapshot.tables.items():
         connection.register(name if name != "images" or not snapshot.hidden_models else "_images", dataset)
+    connection.register("unfinished_models", pa.table({"model_id": pa.array(snapshot.hidden_models, pa.string())}))
+
+
+def _catalog(snapshot: Snapshot) -> duckdb.DuckDBPyConnection:
+    connection = duckdb.connect(config={"enable_external_access": "false", "autoload_known_extensions": "false"})
+    _register(connection, snapshot)
     if snapshot.hidden_models:
         connection.execute(f"CREATE VIEW images AS FROM _images WHERE {snapshot.visible('true')}")
-    connection.register("unfinished_models", pa.table({"model_id": pa.array(snapshot.hidden_models, pa.string())}))
     connection.execute(f"CREATE VIEW features AS {_features(snapshot.tables['images'].schema)}")
+    # The snapshot keeps the catalog; were its functions to keep the snapshot, neither would ever be let go.
+    owner = weakref.ref(snapshot)
     # DuckDB counts the parameters of a function, so that they have to be spelled out here.
     connection.create_function(
         "_nearest",
-        lambda feature, k, encoder_id: _together(partial(_nearest, snapshot), _HIT, feature, k, encoder_id),
+        lambda feature, k, encoder_id: _together(partial(_nearest, owner()), _HIT, feature, k, encoder_id),
         ["FLOAT[]", "BIGINT", "VARCHAR"],
         _sql_type(_HIT),
         type="arrow",
@@ -99,7 +118,7 @@ def connect(snapshot: Snapshot) -> duckdb.DuckDBPyConnection:
     connection.create_function(
         "_attribute",
         lambda sample, k, encoder_id, tau, lam: _together(
-            partial(_attribute, snapshot), _SHARE, sample, k, encoder_id, tau, lam
+            partial(_attribute, owner()), _SHARE, sample, k, encoder_id, tau, lam
         ),
         ["VARCHAR", "BIGINT", "VARCHAR", "DOUBLE", "DOUBLE"],
         _sql_type(_SHARE),
