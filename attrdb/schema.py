@@ -16,7 +16,7 @@ from attrdb.errors import InvalidValue
 SCHEMA_VERSION = 2  # every change has a step in upgrades.py
 
 ROLES = ("exemplar", "sample", "pretraining")
-KINDS = ("object", "style")
+KINDS = ("object", "style", "mixed")
 TEXT, SMALL, WHOLE, NUMBER = pa.string(), pa.int32(), pa.int64(), pa.float64()
 MOMENT = pa.timestamp("us", tz="UTC")
 
@@ -67,7 +67,11 @@ DICTIONARY = {
             Column("split", TEXT, "such as `train`, `val` or `test`"),
             Column("category", TEXT, "what an exemplar shows, or its style; class of a pretraining image"),
             Column("prompt", TEXT, "caption of an image, or the prompt that made a sample"),
-            Column("prompt_scheme", TEXT, "of a sample: `gpt` or `procedural`"),
+            Column(
+                "prompt_scheme",
+                TEXT,
+                "of a sample: `gpt` or `procedural`; `user` from a file of prompts, `caption` of an exemplar",
+            ),
             Column("seed", WHOLE, "of a sample: seed of its starting noise"),
             Column("uri", TEXT, "where the image was read from"),
             Column("sha256", TEXT, "of the encoded bytes; as the data set states it where the bytes are not stored"),
@@ -86,13 +90,17 @@ DICTIONARY = {
             Column("base_model", TEXT, "folder or hub id of the base model"),
             Column("base_model_hash", TEXT, "of the base model's weights"),
             Column("method", TEXT, "of customization, such as `custom-diffusion`"),
-            Column("kind", TEXT, "`object` or `style`"),
+            Column("kind", TEXT, "`object`, `style`, or `mixed`: unrelated images, each with its caption"),
             Column("category", TEXT, "what its exemplars show, or the style's name"),
             Column("split", TEXT, "such as `train`, `val` or `test`"),
-            Column("train_prompt", TEXT, "the prompt it was customized with"),
-            Column("token", TEXT, "the modifier token that names the concept"),
+            Column(
+                "train_prompt",
+                TEXT,
+                "the prompt it was customized with; null for `mixed`, whose exemplars have one each",
+            ),
+            Column("token", TEXT, "the modifier token that names the concept; null for `mixed`"),
             Column("settings", TEXT, "JSON text: all that decides the model and its samples"),
-            Column("settings_hash", TEXT, "sha256 of the settings, file names left out"),
+            Column("settings_hash", TEXT, "sha256 of the settings; file names, and choices of the machine, left out"),
             Column("weights_path", TEXT, "of the trained weights, inside the database directory"),
             Column("weights_hash", TEXT, "sha256 of that file"),
             Column("n_exemplars", SMALL, "how many exemplars it was customized on"),

@@ -21,7 +21,7 @@ from attrdb import jobs
 from attrdb.database import Database
 from attrdb.errors import InvalidValue, NotFound
 from attrdb.ingest.corpus import image_rows, register
-from attrdb.ingest.customize import METHOD
+from attrdb.ingest.customizers import DEFAULT_METHOD
 from attrdb.ingest.encoders import Encoder
 from attrdb.ingest.pictures import read_picture_file
 from attrdb.ingest.prompts import TOKEN, train_prompt
@@ -284,7 +284,7 @@ def _model_row(release: Release, model: ReleasedModel, n_exemplars: int, n_sampl
     return {
         "model_id": model.model_id,
         "base_model": BASE_MODEL,
-        "method": METHOD,
+        "method": DEFAULT_METHOD,
         "kind": model.kind,
         "category": model.category,
         "split": model.split,

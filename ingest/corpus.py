@@ -98,13 +98,22 @@ def picture_fields(picture: Picture) -> dict[str, Any]:
     }
 
 
-def image_rows(rows: list[dict], pictures: list[Picture], encoders: Sequence[Encoder]) -> pa.Table:
-    """Rows for `Database.append_images`: the given fields, with what the pictures and encoders add."""
+def image_rows(
+    rows: list[dict],
+    pictures: list[Picture],
+    encoders: Sequence[Encoder],
+    features: Sequence[np.ndarray] | None = None,
+) -> pa.Table:
+    """Rows for `Database.append_images`: the given fields, with what the pictures and encoders add.
+
+    features: (n, dimension) of every encoder, where they are there already
+    """
     full = [{**row, **picture_fields(picture)} for row, picture in zip(rows, pictures, strict=True)]
     table = pa.Table.from_pylist(full, IMAGES)
     images = [picture.image for picture in pictures]
-    for encoder in encoders:
-        table = table.append_column(encoder_id_of(encoder.spec), feature_array(encode(encoder, images)))
+    for number, encoder in enumerate(encoders):
+        found = encode(encoder, images) if features is None else features[number]
+        table = table.append_column(encoder_id_of(encoder.spec), feature_array(found))
     return table
 
 

@@ -1,7 +1,7 @@
-"""Custom Diffusion: fine-tune the cross-attention K and V and one new token on a few exemplars.
+"""Customization: the training that all methods share, and the delta in which a trained model is kept.
 
-Source: Wang et al. 2023, section 3, after Kumari et al. 2023. Differs from them in that no regularization images are
-used, and the new token starts at the mean of the category's token embeddings.
+What a method trains is in `attrdb.ingest.customizers`. Exemplars and prompts are encoded once, before the first step; of the
+text encoder one row a step is left where the new token is trained, and nothing where it is not.
 """
 
 from __future__ import annotations
@@ -9,23 +9,23 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import DDPMScheduler, StableDiffusionPipeline
 from PIL import Image
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
 from attrdb.errors import InvalidValue
 from attrdb.ingest.base_model import BaseModel
-from attrdb.ingest.pictures import square
+from attrdb.ingest.customizers import DEFAULT_METHOD, Customizer, load_customizer
+from attrdb.ingest.views import Latents, encode_views
 
-METHOD = "custom-diffusion"
 TOKEN_KEY = "text_encoder.token_embedding"
 
 Delta = dict[str, torch.Tensor]
@@ -34,38 +34,34 @@ Report = Callable[[int, int], None]  # steps done, steps in all
 
 @dataclass(frozen=True)
 class CustomizeSettings:
-    """lr and steps are those of Custom Diffusion for Stable Diffusion 1.x; a base model's profile may say otherwise."""
+    """lr and steps are those of Custom Diffusion for Stable Diffusion 1.x; a base model's profile may say otherwise.
+
+    augment:      'none', 'mild' or 'strong', see `views.VIEWS`
+    prior:        where regularization images come from, see `regularization.PRIORS`
+    prior_images: how many of them there are; a batch then has as many again as it has exemplars
+    prior_weight: of their loss beside the exemplars'
+    """
 
     steps: int = 250
     batch: int = 8
     lr: float = 8e-5
     seed: int = 0
+    augment: str = "none"
+    prior: str = "caption"
+    prior_images: int = 0
+    prior_weight: float = 1.0
 
 
-def cross_attention_weights(unet: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
-    """The K and V projections of every cross-attention layer, by parameter name."""
-    return {
-        name: parameter
-        for name, parameter in unet.named_parameters()
-        if name.endswith(("attn2.to_k.weight", "attn2.to_v.weight"))
-    }
+@dataclass(frozen=True)
+class Regularization:
+    """Images that keep the base model's idea of a category (prior preservation): what they are, and a prompt for each.
 
-
-def add_token(pipeline: StableDiffusionPipeline, token: str, category: str) -> int:
-    """Add the modifier token to tokenizer and text encoder; its id. Its embedding starts at the category's mean.
-
-    raises: InvalidValue if the vocabulary has the token already
+    names: image ids of the corpus, or sha256 of the pixels of those that the base model has drawn
     """
-    tokenizer, text_encoder = pipeline.tokenizer, pipeline.text_encoder
-    if not tokenizer.add_tokens(token):
-        raise InvalidValue(f"the base model's vocabulary has {token!r} already; choose another modifier token")
-    token_id = tokenizer.convert_tokens_to_ids(token)
-    like = tokenizer(category, add_special_tokens=False).input_ids or [tokenizer.eos_token_id]
-    text_encoder.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-    text_encoder.requires_grad_(False)
-    weight = text_encoder.get_input_embeddings().weight
-    weight.data[token_id] = weight.data[like].mean(dim=0)
-    return token_id
+
+    images: Sequence[Image.Image]
+    prompts: Sequence[str]
+    names: Sequence[str]
 
 
 def check_prompts(pipeline: StableDiffusionPipeline, prompts: Sequence[str], token: str) -> None:
@@ -77,119 +73,229 @@ def check_prompts(pipeline: StableDiffusionPipeline, prompts: Sequence[str], tok
             raise InvalidValue(f"the base model reads {longest} tokens, and {token} lies beyond them in {prompt!r}")
 
 
+def token_ids(base: BaseModel, prompts: Sequence[str]) -> torch.Tensor:
+    """(n, length) int64, padded."""
+    tokenizer = base.pipeline.tokenizer
+    padding = {"padding": "max_length", "truncation": True, "max_length": tokenizer.model_max_length}
+    return tokenizer(list(prompts), return_tensors="pt", **padding).input_ids.to(base.device)
+
+
 @torch.no_grad()
-def exemplar_latents(base: BaseModel, exemplars: Sequence[Image.Image]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and deviation of the latents, each (n, channels, height, width), scaled as the U-Net sees them."""
-    pixels = np.stack([np.asarray(square(image, base.resolution)) for image in exemplars])
-    x = torch.from_numpy(pixels).permute(0, 3, 1, 2).to(base.device).float() / 127.5 - 1
-    # One at a time: the autoencoder's activations, not its weights, are what fills a card.
-    posteriors = [base.pipeline.vae.encode(one).latent_dist for one in x.split(1)]
-    scale = base.pipeline.vae.config.scaling_factor
-    return torch.cat([one.mean for one in posteriors]) * scale, torch.cat([one.std for one in posteriors]) * scale
+def encode_prompts(base: BaseModel, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
+    """(length, width) float32 of every distinct prompt; one at a time, so that none depends on its company."""
+    encoder = base.pipeline.text_encoder
+    return {prompt: encoder(token_ids(base, [prompt])).last_hidden_state[0] for prompt in dict.fromkeys(prompts)}
 
 
 def customize(
     base: BaseModel,
     exemplars: Sequence[Image.Image],
-    prompt: str,
-    token: str,
+    prompt: str | Sequence[str],
+    token: str | None,
     category: str,
     settings: CustomizeSettings,
     report: Report = lambda done, total: None,
+    *,
+    method: str = DEFAULT_METHOD,
+    regularization: Regularization | None = None,
 ) -> tuple[Delta, dict]:
     """Train a customized model; the delta to the base model in float32, and figures (loss, seconds).
 
-    The base model's pipeline is left customized: load it anew for another model. Nothing but the delta's weights moves.
+    prompt: of all exemplars, or a list with one for each
+    token:  the new token that the prompt names the concept by; None: there is none, and none is trained
+    The base model, a fresh one, is left customized, as by `apply_delta`; `base.restore()` takes that back. If training fails
+    it is as it was.
+    raises: InvalidValue for no such method or augmentation, a prompt that is cut before its token, training that diverges
     """
     started = time.monotonic()
-    pipeline, device = base.pipeline, base.device
-    token_id = add_token(pipeline, token, category)
-    check_prompts(pipeline, [prompt], token)
-    mean, deviation = exemplar_latents(base, exemplars)
-    input_ids = pipeline.tokenizer(
-        prompt,
-        padding="max_length",
-        truncation=True,
-        max_length=pipeline.tokenizer.model_max_length,
-        return_tensors="pt",
-    ).input_ids.to(device)
-    noise_scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
-    n_times = noise_scheduler.config.num_train_timesteps
-    is_v = noise_scheduler.config.prediction_type == "v_prediction"
-
-    weights = cross_attention_weights(pipeline.unet)
-    for parameter in weights.values():
-        parameter.requires_grad_(True)
-    embedding = pipeline.text_encoder.get_input_embeddings()
-    vector = embedding.weight.data[token_id].clone().requires_grad_(True)
-
-    def with_vector(_module: torch.nn.Module, inputs: tuple, output: torch.Tensor) -> torch.Tensor:
-        # Only the new token's row is trained: the table itself never gets a gradient.
-        return torch.where((inputs[0] == token_id).unsqueeze(-1), vector.to(output.dtype), output)
-
-    optimizer = torch.optim.AdamW([vector, *weights.values()], lr=settings.lr, weight_decay=0.01)
-    generator = torch.Generator().manual_seed(settings.seed)
-    losses: list[float] = []
-    hook = embedding.register_forward_hook(with_vector)
+    customizer = load_customizer(method)
+    prompts = [prompt] * len(exemplars) if isinstance(prompt, str) else list(prompt)
+    token_id = base.add_token(token, category) if token else None
     try:
-        for step in range(settings.steps):
-            picks = torch.randint(len(mean), (settings.batch,), generator=generator)
-            shape = (settings.batch, *mean.shape[1:])
-            draw, noise = (torch.randn(shape, generator=generator).to(device) for _ in range(2))
-            t = torch.randint(n_times, (settings.batch,), generator=generator).to(device)
-            x = mean[picks] + deviation[picks] * draw
-            noisy = noise_scheduler.add_noise(x, noise, t)
-            target = noise_scheduler.get_velocity(x, noise, t) if is_v else noise
-            states = pipeline.text_encoder(input_ids).last_hidden_state.expand(settings.batch, -1, -1)
-            loss = F.mse_loss(pipeline.unet(noisy, t, states).sample, target)
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            losses.append(loss.item())
-            if not math.isfinite(losses[-1]):
-                raise InvalidValue(f"training diverged at step {step + 1} (loss {losses[-1]}); lower the learning rate")
-            report(step + 1, settings.steps)
+        if token:
+            check_prompts(base.pipeline, list(dict.fromkeys(prompts)), token)
+        with _attached(customizer, base, settings.seed) as trained:
+            vector = None
+            if customizer.trains_token and token_id is not None:
+                table = base.pipeline.text_encoder.get_input_embeddings().weight.data
+                vector = table[token_id].clone().requires_grad_(True)
+            parameters = [*([] if vector is None else [vector]), *trained.values()]
+            if not parameters:
+                raise InvalidValue(f"method {method!r} trains a token alone, and there is none; choose another method")
+            training = _Training(base, exemplars, prompts, settings, regularization, token_id, vector)
+            with base.lowered():
+                losses = training.run(parameters, report)
+            delta = {f"unet.{name}": weight.detach().cpu().clone() for name, weight in trained.items()}
+        if vector is not None:
+            delta[TOKEN_KEY] = vector.detach().cpu().clone()
     finally:
-        hook.remove()
-    embedding.weight.data[token_id] = vector.detach()
-    delta = {f"unet.{name}": parameter.detach().cpu().clone() for name, parameter in weights.items()}
-    delta[TOKEN_KEY] = vector.detach().cpu().clone()
-    for parameter in weights.values():
-        parameter.requires_grad_(False)
+        base.restore()
+    apply_delta(base, delta, token, category, method)
     last = losses[-max(1, len(losses) // 10) :]
     return delta, {"customize_seconds": time.monotonic() - started, "loss": sum(last) / len(last)}
 
 
-def save_delta(delta: Delta, path: Path, token: str, base_hash: str) -> None:
+@contextmanager
+def _attached(customizer: Customizer, base: BaseModel, seed: int) -> Iterator[dict[str, torch.nn.Parameter]]:
+    """What the method trains in the U-Net; afterwards the U-Net is as it was, bit for bit."""
+    unet = base.pipeline.unet
+    devices = [base.device] if torch.device(base.device).type == "cuda" else []
+    with torch.random.fork_rng(devices):
+        torch.manual_seed(seed)
+        trained = customizer.attach(unet)
+    unet.requires_grad_(False)
+    before = {name: weight.detach().clone() for name, weight in trained.items()}
+    try:
+        for weight in trained.values():
+            weight.requires_grad_(True)
+        yield trained
+    finally:
+        for name, weight in trained.items():
+            weight.requires_grad_(False)
+            weight.grad = None
+            weight.data.copy_(before[name])
+        customizer.detach(unet)
+
+
+class _Training:
+    """The steps of one customization, on latents and prompts that were encoded when it was made."""
+
+    def __init__(
+        self,
+        base: BaseModel,
+        exemplars: Sequence[Image.Image],
+        prompts: Sequence[str],
+        settings: CustomizeSettings,
+        regularization: Regularization | None,
+        token_id: int | None,
+        vector: torch.Tensor | None,
+    ):
+        self.base, self.settings, self.token_id, self.vector = base, settings, token_id, vector
+        self.noise = DDPMScheduler.from_config(base.pipeline.scheduler.config)
+        self.own = encode_views(base, exemplars, settings.augment, settings.seed)
+        self.own_states = self._states(prompts) if vector is None else None
+        self.own_ids = token_ids(base, prompts[:1])  # where a token is trained there is one prompt
+        self.prior = self.prior_states = None
+        if regularization:
+            self.prior = encode_views(base, regularization.images, "none", settings.seed)
+            self.prior_states = self._states(regularization.prompts)
+
+    def _states(self, prompts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        """(n_distinct, length, width), and of every prompt which of them is its own."""
+        encoded = encode_prompts(self.base, prompts)
+        row = {prompt: number for number, prompt in enumerate(encoded)}
+        return torch.stack(list(encoded.values())), torch.tensor([row[prompt] for prompt in prompts])
+
+    def run(self, parameters: list[torch.Tensor], report: Report) -> list[float]:
+        """Take the steps; the loss of each."""
+        fused = torch.device(self.base.device).type == "cuda"
+        optimizer = torch.optim.AdamW(parameters, lr=self.settings.lr, weight_decay=0.01, fused=fused)
+        generator = torch.Generator().manual_seed(self.settings.seed)
+        losses: list[torch.Tensor] = []
+        embedding = self.base.pipeline.text_encoder.get_input_embeddings()
+        hook = embedding.register_forward_hook(self._with_vector)
+        try:
+            for step in range(self.settings.steps):
+                loss = self._loss(generator)
+                loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                losses.append(loss.item())
+                if not math.isfinite(losses[-1]):
+                    raise InvalidValue(
+                        f"training diverged at step {step + 1} (loss {losses[-1]}); lower the learning rate"
+                    )
+                report(step + 1, self.settings.steps)
+        finally:
+            hook.remove()
+        return losses
+
+    def _with_vector(self, _module: torch.nn.Module, inputs: tuple, output: torch.Tensor) -> torch.Tensor:
+        # Only the new token's row is trained: the table itself never gets a gradient.
+        if self.vector is None:
+            return output
+        return torch.where((inputs[0] == self.token_id).unsqueeze(-1), self.vector.to(output.dtype), output)
+
+    def _loss(self, generator: torch.Generator) -> torch.Tensor:
+        batch = self.settings.batch
+        draws = [self._draw(self.own, self.own_states, generator)]
+        if self.prior:
+            draws.append(self._draw(self.prior, self.prior_states, generator))
+        noisy, times, states, target = (torch.cat(parts) for parts in zip(*(one[:4] for one in draws), strict=True))
+        with self.base.autocast():
+            predicted = self.base.pipeline.unet(noisy, times, states).sample.float()
+        seen = draws[0][4]
+        if seen is None:
+            loss = F.mse_loss(predicted[:batch], target[:batch])
+        else:
+            error = ((predicted[:batch] - target[:batch]) ** 2).mean(dim=1, keepdim=True)
+            loss = ((error * seen).sum(dim=(1, 2, 3)) / seen.sum(dim=(1, 2, 3))).mean()
+        if self.prior:
+            loss = loss + self.settings.prior_weight * F.mse_loss(predicted[batch:], target[batch:])
+        return loss
+
+    def _draw(
+        self, latents: Latents, states: tuple[torch.Tensor, torch.Tensor] | None, generator: torch.Generator
+    ) -> tuple:
+        """A batch: noisy latents, times, prompt states (batch, length, width), target, and what of it is seen."""
+        batch, device = self.settings.batch, self.base.device
+        picks = torch.randint(len(latents.mean), (batch,), generator=generator)
+        shape = (batch, *latents.mean.shape[1:])
+        draw, noise = (torch.randn(shape, generator=generator).to(device) for _ in range(2))
+        times = torch.randint(self.noise.config.num_train_timesteps, (batch,), generator=generator).to(device)
+        x = latents.mean[picks] + latents.deviation[picks] * draw
+        noisy = self.noise.add_noise(x, noise, times)
+        is_v = self.noise.config.prediction_type == "v_prediction"
+        target = self.noise.get_velocity(x, noise, times) if is_v else noise
+        if states is None:
+            rows = self.base.pipeline.text_encoder(self.own_ids).last_hidden_state.expand(batch, -1, -1)
+        else:
+            rows = states[0][states[1][picks // latents.n_views]]
+        return noisy, times, rows, target, None if latents.seen is None else latents.seen[picks]
+
+
+def save_delta(delta: Delta, path: Path, token: str | None, base_hash: str, method: str = DEFAULT_METHOD) -> None:
     """Write the delta as safetensors, with what it belongs to in the file's metadata."""
-    made = {"method": METHOD, "token": token, "base_model_hash": base_hash}
+    made = {"method": method, "token": token, "base_model_hash": base_hash}
     # One entry: safetensors writes several in any order, and equal weights would have different hashes.
     save_file(delta, path, metadata={"attrdb": json.dumps(made)})
 
 
-def load_delta(path: Path) -> Delta:
-    """raises: InvalidValue for a file that is no delta"""
+def load_delta(path: Path, method: str = DEFAULT_METHOD) -> Delta:
+    """raises: InvalidValue for a file that is no delta, or was trained by another method"""
     try:
-        delta = load_file(path)
-    except (OSError, SafetensorError) as error:
+        with safe_open(path, framework="pt") as file:
+            made = json.loads((file.metadata() or {}).get("attrdb", "{}"))
+            delta = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no mapping
+    except (OSError, SafetensorError, ValueError) as error:
         raise InvalidValue(f"customized weights {path} cannot be read: {error}") from error
-    if TOKEN_KEY not in delta:
-        raise InvalidValue(f"customized weights {path} have no {TOKEN_KEY!r}; they are not from {METHOD}")
+    if made.get("method") != method:
+        raise InvalidValue(f"customized weights {path} are of method {made.get('method')!r}; needed is {method!r}")
     return delta
 
 
-def apply_delta(base: BaseModel, delta: Delta, token: str, category: str) -> None:
-    """Turn a fresh base model into the customized one.
+def apply_delta(base: BaseModel, delta: Delta, token: str | None, category: str, method: str = DEFAULT_METHOD) -> None:
+    """Turn a fresh base model into the customized one; `base.restore()` takes it back.
 
-    raises: InvalidValue if the delta was made for another architecture
+    raises: InvalidValue if the delta was made for another architecture or is not of this method
     """
-    weights = cross_attention_weights(base.pipeline.unet)
+    customizer = load_customizer(method)
+    weights = dict(base.pipeline.unet.named_parameters())
     given = {name.removeprefix("unet."): value for name, value in delta.items() if name != TOKEN_KEY}
-    if given.keys() != weights.keys() or any(given[name].shape != weights[name].shape for name in given):
+    table = base.pipeline.text_encoder.get_input_embeddings().weight
+    try:
+        values = customizer.changed(base.pipeline.unet, given)
+        fits = all(values[name].shape == weights[name].shape for name in values)
+        if customizer.trains_token and token:
+            fits = fits and delta[TOKEN_KEY].shape == table.shape[1:]
+    except (KeyError, RuntimeError):
+        fits = False
+    if not fits:
         raise InvalidValue(
             f"the customized weights do not fit base model {base.name!r}; name the one they were made from"
         )
-    for name, value in given.items():
-        weights[name].data.copy_(value)
-    token_id = add_token(base.pipeline, token, category)
-    base.pipeline.text_encoder.get_input_embeddings().weight.data[token_id] = delta[TOKEN_KEY].to(base.device)
+    base.replace(values)
+    if token:
+        token_id = base.add_token(token, category)
+        if TOKEN_KEY in delta:
+            base.pipeline.text_encoder.get_input_embeddings().weight.data[token_id] = delta[TOKEN_KEY].to(base.device)

@@ -1,52 +1,69 @@
 """Ingest a model: customize the base model on exemplars, sample it, encode, and append it all at once.
 
-Given again after a crash, the job goes on where it was (`model_job`) and ends in the same rows.
+Given again after a crash, the job goes on where it was (`model_job`) and ends in the same rows. Its samples can be drawn
+again from what is stored (`regenerate`).
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import re
 import shutil
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
+from PIL import Image
 
 from attrdb.database import Database
-from attrdb.errors import InvalidValue
-from attrdb.ingest.base_model import base_model_folder, load_base_model, read_profile, weights_hash
+from attrdb.errors import InvalidValue, NotFound
+from attrdb.ingest.base_model import BaseModel, base_model_folder, load_base_model, resolved_precision, weights_hash
 from attrdb.ingest.corpus import image_rows, register
-from attrdb.ingest.customize import METHOD, CustomizeSettings, check_prompts
+from attrdb.ingest.customize import Regularization, apply_delta, check_prompts, load_delta
 from attrdb.ingest.encoders import Encoder
-from attrdb.ingest.model_job import NOT_COMPARED, Report, check_same, customized, locked, open_job, sampled
-from attrdb.ingest.pictures import Picture, image_files, read_picture, read_picture_file
-from attrdb.ingest.prompts import TOKEN, Prompt, choose_prompts, train_prompt
-from attrdb.ingest.synthesize import SamplePlan, SynthesizeSettings, plan_samples, use_fast_solver
-from attrdb.schema import KINDS
+from attrdb.ingest.model_job import (
+    Made,
+    Report,
+    check_same,
+    customized,
+    essence,
+    locked,
+    note,
+    open_job,
+    record_token,
+    sampled,
+)
+from attrdb.ingest.model_settings import (
+    Exemplar,
+    ModelSettings,
+    captions,
+    check_model,
+    default_model_id,
+    prompts_of,
+    read_exemplar,
+    read_exemplars,
+    settings_for,
+)
+from attrdb.ingest.prompts import TOKEN, Prompt, train_prompt
+from attrdb.ingest.regularization import choose_names, generate, read_corpus
+from attrdb.ingest.synthesize import SamplePlan, SynthesizeSettings, plan_samples, synthesize, use_fast_solver
 
-
-@dataclass(frozen=True)
-class Exemplar:
-    picture: Picture
-    fields: dict = field(default_factory=dict)  # source, creator, license, uri, prompt ... where known
-
-
-@dataclass(frozen=True)
-class ModelSettings:
-    """All that decides a customized model and its samples."""
-
-    kind: str
-    category: str
-    base_model: str
-    split: str | None = None
-    prompts: str = "photo"
-    prompts_per_scheme: int = 4
-    customize: CustomizeSettings = field(default_factory=CustomizeSettings)
-    synthesize: SynthesizeSettings = field(default_factory=SynthesizeSettings)
+__all__ = [
+    "Exemplar",
+    "ModelResult",
+    "ModelSettings",
+    "check_model",
+    "default_model_id",
+    "ingest_model",
+    "prompts_of",
+    "read_exemplar",
+    "read_exemplars",
+    "regenerate",
+    "settings_for",
+]
 
 
 @dataclass(frozen=True)
@@ -58,70 +75,6 @@ class ModelResult:
     version: int
 
 
-def read_exemplars(folder: Path) -> list[Exemplar]:
-    """The images of a folder, in the order of their names.
-
-    raises: NotFound if there is no such folder, InvalidValue if it has no image, or one that cannot be used
-    """
-    files = list(image_files(folder))
-    if not files:
-        raise InvalidValue(f"exemplar folder {folder} has no image; put PNG, JPEG, WebP, BMP or GIF files into it")
-    return [
-        Exemplar(read_picture_file(path), {"source": folder.name, "uri": path.resolve().as_uri()}) for path in files
-    ]
-
-
-def settings_for(
-    base_model: str, kind: str, category: str, given: dict | None = None, split: str | None = None
-) -> ModelSettings:
-    """The base model's own profile over the defaults, and what is given over both (None: not given).
-
-    raises: InvalidValue for an unknown kind or setting, NotFound or InvalidValue for the base model or the prompts
-    """
-    if kind not in KINDS:
-        raise InvalidValue(f"kind is {kind!r}; it must be {' or '.join(KINDS)}")
-    if not category.strip() or TOKEN in category:
-        raise InvalidValue(f"category is {category!r}; it must say what is shown, without the modifier token {TOKEN}")
-    wanted = dict(read_profile(base_model_folder(base_model)))
-    wanted |= {name: value for name, value in (given or {}).items() if value is not None}
-    customize_names, synthesize_names = (
-        {one.name for one in fields(part)} for part in (CustomizeSettings, SynthesizeSettings)
-    )
-    own_names = {"prompts", "prompts_per_scheme"}
-    unknown = wanted.keys() - customize_names - synthesize_names - own_names
-    if unknown:
-        raise InvalidValue(f"unknown settings for base model {base_model}: {', '.join(sorted(unknown))}")
-
-    def only(names: set[str]) -> dict:
-        return {name: value for name, value in wanted.items() if name in names}
-
-    settings = ModelSettings(
-        kind,
-        category,
-        base_model,
-        split,
-        customize=CustomizeSettings(**only(customize_names)),
-        synthesize=SynthesizeSettings(**only(synthesize_names)),
-        **only(own_names),
-    )
-    prompts_of(settings)
-    return settings
-
-
-def prompts_of(settings: ModelSettings) -> list[Prompt]:
-    """The prompts that a model with these settings is sampled with; raises as `choose_prompts`."""
-    return choose_prompts(
-        settings.kind, settings.category, settings.prompts, settings.prompts_per_scheme, settings.synthesize.seed
-    )
-
-
-def default_model_id(settings: ModelSettings, exemplars: Sequence[Exemplar]) -> str:
-    """`<category>-<hash of the exemplars>`: the same exemplars make the same model."""
-    digest = hashlib.sha256("".join(sorted(exemplar.picture.sha256 for exemplar in exemplars)).encode())
-    name = re.sub(r"[^a-z0-9]+", "-", settings.category.lower()).strip("-") or settings.kind
-    return f"{name}-{digest.hexdigest()[:8]}"
-
-
 def ingest_model(
     db: Database,
     exemplars: Sequence[Exemplar],
@@ -129,39 +82,145 @@ def ingest_model(
     encoders: Sequence[Encoder],
     model_id: str | None = None,
     report: Report = lambda stage, done, total: None,
+    load: Callable[[str], BaseModel] = load_base_model,
 ) -> ModelResult:
     """Customize, sample, encode and append one model; nothing is done twice.
 
-    raises: InvalidValue if the model is there with other settings, and for exemplars, prompts, encoders or a base model
-            that cannot be used: all of it before training begins
+    load:   gives a fresh base model by its name, such as `OneBaseModel().load` for many models of one; it is left fresh.
+            Not called for a model that is stored.
+    raises: InvalidValue if the model is there with other settings, and for exemplars, prompts, encoders, regularization
+            images or a base model that cannot be used: all of it before training begins
     """
     model_id = check_model(settings, exemplars, model_id)
-    prompts = prompts_of(settings)
+    prompts = prompts_of(settings, exemplars)
     record = _record(settings, exemplars, prompts)
     job = db.path / "jobs" / model_id
     if done := _stored(db, model_id, record, encoders, job):
         return done
-    base = load_base_model(settings.base_model)
+    base = load(settings.base_model)
     register(db, encoders)
     with locked(job):
         if done := _stored(db, model_id, record, encoders, job):  # by the process that held the lock just now
             return done
-        open_job(job, record)
-        images = [exemplar.picture.image for exemplar in exemplars]
-        weights = db.path / "weights" / f"{model_id}.safetensors"
-        figures = customized(base, job, weights, images, settings.category, settings.customize, record, report)
-        check_prompts(base.pipeline, record["prompts"], TOKEN)
-        use_fast_solver(base)
-        batches = plan_samples(model_id, prompts, settings.synthesize)
-        encoded, figures["synthesize_seconds"] = sampled(base, job, batches, settings.synthesize, report)
-        report("encode", 0, 1)
-        plans = [plan for batch in batches for plan in batch]
-        rows = _image_rows(model_id, settings, exemplars, plans, encoded, encoders)
-        figures |= {"n_exemplars": len(exemplars), "n_samples": len(plans)}
-        appended = db.append_model(rows, _model_row(model_id, settings, record, weights, figures))
-        shutil.rmtree(job)
-        report("encode", 1, 1)
+        record = open_job(job, record)
+        try:
+            return _made(db, base, model_id, exemplars, settings, encoders, prompts, record, report)
+        finally:
+            base.restore()
+
+
+def _made(
+    db: Database,
+    base: BaseModel,
+    model_id: str,
+    exemplars: Sequence[Exemplar],
+    settings: ModelSettings,
+    encoders: Sequence[Encoder],
+    prompts: list[Prompt],
+    record: dict,
+    report: Report,
+) -> ModelResult:
+    """The model, made and appended, from where its job's folder says that an earlier run has left it."""
+    job, weights = db.path / "jobs" / model_id, db.path / "weights" / f"{model_id}.safetensors"
+    base.precision = record.get("computed_in", "float32")
+    images = [exemplar.picture.image for exemplar in exemplars]
+
+    def regularization() -> Regularization | None:
+        if not settings.customize.prior_images:
+            return None
+        found = _regularization(db, base, exemplars, settings, encoders, record, report)
+        record["regularization"] = list(found.names)
+        note(job, record)
+        return found
+
+    figures = customized(
+        base, job, weights, images, settings.category, settings.customize, record, regularization, report
+    )
+    if token := record_token(record):
+        check_prompts(base.pipeline, record["prompts"], token)
+    use_fast_solver(base)
+    batches = plan_samples(model_id, prompts, settings.synthesize)
+    made = sampled(base, job, batches, settings.synthesize, encoders, report)
+    figures["synthesize_seconds"] = sum(one.seconds for one in made)
+    report("encode", 0, 1)
+    plans = [plan for batch in batches for plan in batch]
+    rows = _image_rows(model_id, settings, exemplars, plans, made, encoders)
+    figures |= {"n_exemplars": len(exemplars), "n_samples": len(plans)}
+    appended = db.append_model(rows, _model_row(model_id, settings, record, weights, figures))
+    shutil.rmtree(job)
+    report("encode", 1, 1)
     return ModelResult(model_id, len(exemplars), len(plans), True, appended.version)
+
+
+def _regularization(
+    db: Database,
+    base: BaseModel,
+    exemplars: Sequence[Exemplar],
+    settings: ModelSettings,
+    encoders: Sequence[Encoder],
+    record: dict,
+    report: Report,
+) -> Regularization:
+    """The regularization images, those that an interrupted run has noted if there is one."""
+    plain = [" ".join(text.replace(TOKEN, "").split()) for text in record.get("captions") or [record["train_prompt"]]]
+    if settings.customize.prior == "generated":
+        return generate(base, plain, settings.customize, settings.synthesize, report)
+    names = record.get("regularization")
+    if names is None:
+        pictures = [exemplar.picture for exemplar in exemplars]
+        names = choose_names(db, pictures, settings.category, settings.customize, encoders)
+    return read_corpus(db, names, plain[0])
+
+
+def regenerate(
+    db: Database,
+    model_id: str,
+    image_ids: Sequence[str] | None = None,
+    load: Callable[[str], BaseModel] = load_base_model,
+    base_model: str | None = None,
+) -> Iterator[tuple[str, Image.Image]]:
+    """Samples of a stored model, drawn again from its stored weights: (image_id, picture), in the order they were made in.
+
+    image_ids:  the wanted ones, all of them when left out; a batch with one of them is drawn as a whole, as it was
+    load:       as of `ingest_model`
+    base_model: where the base model is now, if not where its row says
+    raises:     NotFound for an unknown model, sample or base model, InvalidValue if weights are missing or have changed
+    """
+    rows = db.sql("SELECT * FROM models WHERE model_id = $id", {"id": model_id}).to_pylist()
+    if not rows:
+        raise NotFound(f"no customized model {model_id!r} in {db.path}; list them with: attrdb models {db.path}")
+    row = rows[0]
+    if not row["weights_path"]:
+        raise InvalidValue(f"model {model_id!r} was imported without its weights; it cannot draw its samples again")
+    record, weights = json.loads(row["settings"]), db.path / row["weights_path"]
+    name = base_model or row["base_model"]
+    if weights_hash(base_model_folder(name)) != row["base_model_hash"]:
+        raise InvalidValue(f"base model {name!r} is not the one that model {model_id!r} was made from; name that one")
+    delta = load_delta(weights, row["method"])
+    if hashlib.sha256(weights.read_bytes()).hexdigest() != row["weights_hash"]:
+        raise InvalidValue(
+            f"the weights {weights} have changed since model {model_id!r} was stored; put the old ones back"
+        )
+    settings = SynthesizeSettings(**record["synthesize"])
+    prompts = [Prompt(n, "", text) for n, text in enumerate(record["prompts"])]
+    batches = plan_samples(model_id, prompts, settings)
+    known = {plan.image_id for batch in batches for plan in batch}
+    wanted = known if image_ids is None else set(image_ids)
+    if strange := wanted - known:
+        raise NotFound(f"model {model_id!r} has no sample {min(strange)!r}")
+    base, encoded = load(name), {}
+    base.precision = record.get("computed_in", "float32")
+    try:
+        apply_delta(base, delta, row["token"], row["category"], row["method"])
+        use_fast_solver(base)
+        for batch in batches:
+            if wanted.isdisjoint(plan.image_id for plan in batch):
+                continue
+            for plan, image in zip(batch, synthesize(base, batch, settings, encoded=encoded), strict=True):
+                if plan.image_id in wanted:
+                    yield plan.image_id, image
+    finally:
+        base.restore()
 
 
 def _stored(db: Database, model_id: str, record: dict, encoders: Sequence[Encoder], job: Path) -> ModelResult | None:
@@ -179,36 +238,25 @@ def _stored(db: Database, model_id: str, record: dict, encoders: Sequence[Encode
     return ModelResult(model_id, stored[0]["n_exemplars"], stored[0]["n_samples"], False, db.version)
 
 
-def check_model(settings: ModelSettings, exemplars: Sequence[Exemplar], model_id: str | None) -> str:
-    """The model's id, the given one or one made from category and exemplars.
-
-    raises: InvalidValue for an unusable id, no exemplar, or the same exemplar twice
-    """
-    if not exemplars:
-        raise InvalidValue("a model needs at least one exemplar")
-    model_id = model_id or default_model_id(settings, exemplars)
-    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", model_id, re.ASCII):
-        raise InvalidValue(f"model id {model_id!r} is not usable; letters, digits, '.', '_' and '-' are")
-    first_of: dict[str, str] = {}
-    for picture in (exemplar.picture for exemplar in exemplars):
-        if first_of.setdefault(picture.sha256, picture.name) != picture.name:
-            raise InvalidValue(f"exemplars {first_of[picture.sha256]} and {picture.name} are the same file; keep one")
-    return model_id
-
-
 # --- what a model is -------------------------------------------------------------------------------------------------
 
 
 def _record(settings: ModelSettings, exemplars: Sequence[Exemplar], prompts: list[Prompt]) -> dict:
-    """The settings as they are stored and compared: plain JSON, with hashes for files."""
+    """The settings as they are stored and compared: plain JSON, with hashes for files.
+
+    computed_in: the precision that 'auto' means here; `regularization`, once chosen, names the images
+    """
     record = json.loads(json.dumps(asdict(settings)))
-    return record | {
-        "method": METHOD,
+    record |= {
         "base_model_hash": weights_hash(base_model_folder(settings.base_model)),
         "exemplars": [exemplar.picture.sha256 for exemplar in exemplars],
-        "train_prompt": train_prompt(settings.kind, settings.category),
+        "train_prompt": None,
         "prompts": [prompt.text for prompt in prompts],
+        "computed_in": resolved_precision(settings.precision),
     }
+    if settings.kind == "mixed":
+        return record | {"captions": captions(exemplars)}
+    return record | {"train_prompt": train_prompt(settings.kind, settings.category)}
 
 
 def _image_rows(
@@ -216,15 +264,15 @@ def _image_rows(
     settings: ModelSettings,
     exemplars: Sequence[Exemplar],
     plans: list[SamplePlan],
-    encoded: dict[str, bytes],
+    made: list[Made],
     encoders: Sequence[Encoder],
 ) -> pa.Table:
     shared = {"model_id": model_id, "split": settings.split, "category": settings.category}
-    rows = [
+    own = [
         {**shared, "image_id": f"{model_id}/{one.picture.sha256[:16]}", "role": "exemplar", **one.fields}
         for one in exemplars
     ]
-    rows += [
+    drawn = [
         {
             **shared,
             "image_id": plan.image_id,
@@ -236,24 +284,29 @@ def _image_rows(
         }
         for plan in plans
     ]
-    samples = [read_picture(plan.image_id, encoded[plan.image_id]) for plan in plans]
-    return image_rows(rows, [one.picture for one in exemplars] + samples, encoders)
+    pictures = [picture for one in made for picture in one.pictures]
+    features = [np.concatenate(parts) for parts in zip(*(one.features for one in made), strict=True)]
+    return pa.concat_tables(
+        [
+            image_rows(own, [one.picture for one in exemplars], encoders),
+            image_rows(drawn, pictures, encoders, features),
+        ]
+    )
 
 
 def _model_row(model_id: str, settings: ModelSettings, record: dict, weights: Path, figures: dict) -> dict:
-    compared = {name: value for name, value in record.items() if name not in NOT_COMPARED}
     return {
         "model_id": model_id,
         "base_model": settings.base_model,
         "base_model_hash": record["base_model_hash"],
-        "method": METHOD,
+        "method": settings.method,
         "kind": settings.kind,
         "category": settings.category,
         "split": settings.split,
         "train_prompt": record["train_prompt"],
-        "token": TOKEN,
+        "token": record_token(record),
         "settings": json.dumps(record, sort_keys=True),
-        "settings_hash": hashlib.sha256(json.dumps(compared, sort_keys=True).encode()).hexdigest(),
+        "settings_hash": hashlib.sha256(json.dumps(essence(record), sort_keys=True).encode()).hexdigest(),
         "weights_path": f"weights/{weights.name}",
         "weights_hash": hashlib.sha256(weights.read_bytes()).hexdigest(),
         "n_exemplars": figures["n_exemplars"],

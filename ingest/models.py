@@ -24,11 +24,19 @@ from pathlib import Path
 from attrdb import jobs
 from attrdb.database import Database
 from attrdb.errors import AttrdbError, Busy, InvalidValue, NotFound
+from attrdb.ingest.base_model import OneBaseModel
 from attrdb.ingest.corpus import register
 from attrdb.ingest.encoders import Encoder, load_encoder
-from attrdb.ingest.model import Exemplar, ModelSettings, check_model, ingest_model, read_exemplars, settings_for
+from attrdb.ingest.model import (
+    Exemplar,
+    ModelSettings,
+    check_model,
+    ingest_model,
+    read_exemplar,
+    read_exemplars,
+    settings_for,
+)
 from attrdb.ingest.model_job import Report, locked
-from attrdb.ingest.pictures import read_picture_file
 from attrdb.ingest.prompts import BANKS
 
 SHOWN = 20  # bad lines that an error names
@@ -73,6 +81,12 @@ KEYS = {
     "solver_steps": Key(int, 1),
     "guidance": Key(float, 1),
     "seed": Key(int),
+    "method": Key(str),
+    "precision": Key(str),
+    "augment": Key(str),
+    "prior": Key(str),
+    "prior_images": Key(int, 0),
+    "prior_weight": Key(float, 1e-12),
 }
 OF_THE_MODEL = {"exemplars", "category", "kind", "base_model", "model_id", "split"}  # the others are settings
 
@@ -89,10 +103,7 @@ class ModelSpec:
         """raises: NotFound or InvalidValue for a folder or a file that is gone or cannot be used"""
         if isinstance(self.exemplars, Path):
             return read_exemplars(self.exemplars)
-        return [
-            Exemplar(read_picture_file(path), {"source": path.parent.name, "uri": path.resolve().as_uri()})
-            for path in self.exemplars
-        ]
+        return [read_exemplar(path, path.parent.name) for path in self.exemplars]
 
 
 @dataclass
@@ -273,20 +284,21 @@ def ingest_models(
         queue = Queue(specs, job, report)
         report("models", 0, queue.total)
         if workers == 1:
+            kept = OneBaseModel()
             while spec := queue.take():
-                queue.settle(spec, make(db_path, spec, encoders, report))
+                queue.settle(spec, make(db_path, spec, encoders, report, kept))
         else:
             _share_out(queue, db_path, encoder_specs, workers)
     return queue.result
 
 
-def make(db_path: Path, spec: ModelSpec, encoders: Sequence[Encoder], report: Report) -> Outcome:
-    """One attempt at a model."""
+def make(db_path: Path, spec: ModelSpec, encoders: Sequence[Encoder], report: Report, kept: OneBaseModel) -> Outcome:
+    """One attempt at a model, with the base model that an earlier one has loaded if it is the same."""
     try:
         db = Database(db_path)
         with locked(db.path / "jobs" / spec.model_id):
             pass  # a look before the base model is loaded for nothing
-        result = ingest_model(db, spec.read_exemplars(), spec.settings, encoders, spec.model_id, report)
+        result = ingest_model(db, spec.read_exemplars(), spec.settings, encoders, spec.model_id, report, kept.load)
     except Busy:
         time.sleep(PAUSE)
         return Outcome("busy")
@@ -378,13 +390,13 @@ def _no_interrupts() -> Iterator[None]:
 
 def _work(line: Connection, db_path: Path, encoder_specs: Sequence[str]) -> None:
     """A worker process: makes the models that come down the line until it is ended."""
-    encoders = [load_encoder(spec) for spec in encoder_specs]
+    encoders, kept = [load_encoder(spec) for spec in encoder_specs], OneBaseModel()
 
     def report(stage: str, done: int, total: int) -> None:
         line.send((stage, done, total))
 
     try:
         while True:
-            line.send(make(db_path, line.recv(), encoders, report))
+            line.send(make(db_path, line.recv(), encoders, report, kept))
     except (EOFError, OSError):  # who started it is gone
         return

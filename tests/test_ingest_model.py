@@ -139,6 +139,7 @@ def test_delta_reloads_into_a_fresh_base_and_regenerates_the_samples(empty, exem
     record = json.loads(empty.sql("SELECT settings FROM models")["settings"][0].as_py())
     settings = synthesize.SynthesizeSettings(**record["synthesize"])
     base = base_model.load_base_model(str(tiny_base))
+    base.precision = record["computed_in"]
     delta = customize.load_delta(empty.path / "weights" / "vase-1.safetensors")
     customize.apply_delta(base, delta, "V*", "vase")
     synthesize.use_fast_solver(base)

@@ -217,10 +217,10 @@ def test_a_model_that_fails_is_listed_and_stops_no_other(tmp_path, wanted):
 def test_an_unforeseen_error_is_of_its_model_alone(tmp_path, wanted, monkeypatch):
     made = models.ingest_model
 
-    def broken(db, exemplars, settings, encoders, model_id, report):
+    def broken(db, exemplars, settings, encoders, model_id, *given):
         if model_id == "red":
             raise RuntimeError("out of memory")
-        return made(db, exemplars, settings, encoders, model_id, report)
+        return made(db, exemplars, settings, encoders, model_id, *given)
 
     monkeypatch.setattr(models, "ingest_model", broken)
     result = ingest(tmp_path / "some.attrdb", models.read_specs(wanted))

@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 import attrdb
-from attrdb.cli import asking, ingesting, keeping
+from attrdb.cli import asking, ingesting, keeping, models
 from attrdb.cli.common import DB, Commands, ml, quiet_option
 
 
@@ -60,6 +60,7 @@ for command in (
     asking.run_sql,
     asking.run_query,
     asking.queries,
+    models.models,
     keeping.status,
     keeping.optimize,
     keeping.check,

@@ -122,7 +122,7 @@ def _tell_failures(failures: dict[str, str], what: str) -> None:
 @DB
 @click.option("--exemplars", type=click.Path(path_type=Path), required=True, help="Folder of the training images.")
 @click.option("--category", required=True, help="What they show, such as cat; for a style, its name.")
-@click.option("--kind", type=click.Choice(["object", "style"]), required=True)
+@click.option("--kind", type=click.Choice(["object", "style", "mixed"]), required=True)
 @click.option("--base-model", required=True, help="Stable Diffusion 1.x/2.x: a pipeline folder or a hub id.")
 @click.option("--model-id", help="Default: the category and a hash of the exemplars.")
 @click.option("--split", help="Such as train, val or test.")
@@ -135,6 +135,30 @@ def _tell_failures(failures: dict[str, str], what: str) -> None:
 @click.option("--solver-steps", type=click.IntRange(1), help="Sampling steps.")
 @click.option("--guidance", type=click.FloatRange(1), help="Classifier-free guidance.")
 @click.option("--seed", type=int)
+@click.option(
+    "--method", help="custom-diffusion (default), dreambooth-lora, textual-inversion, or one that a package adds."
+)
+@click.option(
+    "--precision",
+    type=click.Choice(["auto", "float32", "bf16"]),
+    help="Of the U-Net. Default: auto, bf16 where the hardware multiplies it.",
+)
+@click.option(
+    "--augment",
+    type=click.Choice(["none", "mild", "strong"]),
+    help="Of the exemplars: nothing (default), mirrored, or mirrored, made smaller and larger.",
+)
+@click.option(
+    "--prior",
+    type=click.Choice(["caption", "image", "generated"]),
+    help="Where regularization images come from: the corpus, by caption (default) or by image, or the base model.",
+)
+@click.option("--prior-images", type=click.IntRange(0), help="How many regularization images; default 0.")
+@click.option(
+    "--prior-weight",
+    type=click.FloatRange(min=0, min_open=True),
+    help="Of their loss beside the exemplars'; default 1.",
+)
 @encoder_option
 @quiet_option
 def ingest_model(
@@ -150,6 +174,9 @@ def ingest_model(
     **given: Any,
 ) -> None:
     """Customize a base model on exemplars, sample it, encode everything, and append it in one commit.
+
+    An object or a style is named by a new token, V*. Of kind mixed the exemplars have nothing in common: each is trained on
+    its own caption, a .txt file beside it, and sampled with it unless --prompts names a file.
 
     Options that are left out come from the base model's customize.json, else from the defaults for Stable Diffusion.
     Given again, the command goes on where it was interrupted, and changes nothing once the model is stored.

@@ -1,0 +1,126 @@
+"""Commands that look at customized models."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+import attrdb
+from attrdb.cli.common import DB, at_option, form_options, ml, print_table, quiet_option
+from attrdb.errors import InvalidValue
+
+
+@click.group()
+def models() -> None:
+    """The customized models: list them, look at one."""
+
+
+@models.command("list")
+@DB
+@at_option
+@form_options
+def list_models(db: Path, at: str | None, form: str | None) -> None:
+    """Every customized model of the database, a row each."""
+    from attrdb.models import list_models
+
+    print_table(list_models(attrdb.open(db, read_only=True, at=at)), form)
+
+
+@models.command("show")
+@DB
+@click.argument("model_id", metavar="ID")
+@at_option
+@click.option("--json", "as_json", is_flag=True, help="JSON instead of lines for reading.")
+@click.option(
+    "--html",
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="Write a page with its pictures and its loss curve, in one file.",
+)
+@click.option(
+    "--regenerate",
+    "n_regenerated",
+    type=click.IntRange(1),
+    metavar="N",
+    help="Make N of its samples again from the stored weights, and compare.",
+)
+@click.option("--base-model", help="With --regenerate: where the base model is now, if it was moved.")
+@quiet_option
+def show(
+    db: Path,
+    model_id: str,
+    at: str | None,
+    as_json: bool,
+    html: Path | None,
+    n_regenerated: int | None,
+    base_model: str | None,
+    quiet: bool,
+) -> None:
+    """All that is known of the model ID: settings, figures, exemplars, prompts.
+
+    Samples that are made again are equal on the kind of machine that made them; others round otherwise.
+    """
+    from attrdb.models import describe
+
+    if as_json and html:
+        raise InvalidValue("--html writes a page and --json prints: give one of them")
+    if base_model and not n_regenerated:
+        raise InvalidValue("--base-model is for --regenerate; say how many samples to make again")
+    database = attrdb.open(db, read_only=True, at=at)
+    found = describe(database, model_id)
+    if html:
+        html.write_text(ml("model_page").render(database, model_id), encoding="utf-8")
+        click.echo(f"wrote {html}", err=True)
+    again = _regenerated(database, model_id, n_regenerated, base_model, quiet) if n_regenerated else None
+    if as_json:
+        click.echo(json.dumps(found | ({"regenerated": again.to_pylist()} if again else {}), indent=2))
+        return
+    if not html and again is None:
+        _print_model(found)
+    if again is not None:
+        print_table(again, "table")
+        n_equal = sum(again["equal"].to_pylist())
+        click.echo(f"{n_equal} of {len(again)} samples made again are equal to those stored", err=True)
+
+
+def _regenerated(database: Any, model_id: str, n_samples: int, base_model: str | None, quiet: bool) -> Any:
+    from attrdb.output import progress
+
+    compare = ml("ingest.regenerated").compare
+    with progress(quiet) as advance:
+        return compare(
+            database, model_id, n_samples, base_model, lambda done, total: advance("regenerate", done, total)
+        )
+
+
+def _print_model(model: dict[str, Any]) -> None:
+    from attrdb.models import settings_by_group
+    from attrdb.output import shown
+
+    def line(name: str, value: Any, indent: str = "  ") -> None:
+        click.echo(f"{indent}{name.replace('_', ' ')}: {shown(value)}")
+
+    click.echo(f"{model['model_id']}: customized {model['kind'] or ''} model")
+    for name, value in model.items():
+        if not isinstance(value, (dict, list)) and value is not None and name not in ("model_id", "kind"):
+            line(name, value)
+    losses = model["training"].get("losses", [])
+    if losses:
+        last = losses[-max(1, len(losses) // 10) :]
+        click.echo(f"  loss: {losses[0]:.4g} at first, {sum(last) / len(last):.4g} over the last {len(last)} steps")
+    elif "problem" in model["training"]:
+        click.echo(f"  loss: not known, {model['training']['problem']}")
+    for group, values in settings_by_group(model).items():
+        click.echo(f"  settings, {group.replace('_', ' ')}")
+        for name, value in values.items():
+            line(name, value, "    ")
+    counts: dict[tuple[str, str], int] = {}
+    for sample in model["samples"]:
+        key = (sample["prompt_scheme"] or "-", sample["prompt"] or "-")
+        counts[key] = counts.get(key, 0) + 1
+    click.echo("  prompts, with their samples")
+    for (scheme, prompt), n_samples in counts.items():
+        click.echo(f"    {scheme}, {n_samples}: {prompt}")

@@ -1,0 +1,113 @@
+"""The customized models of a database: their list, and all that is known of one."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from attrdb.database import Database
+from attrdb.errors import NotFound
+
+LIST = """\
+SELECT
+    model_id,
+    kind,
+    category,
+    split,
+    n_exemplars,
+    n_samples,
+    method,
+    customize_seconds + synthesize_seconds AS seconds
+FROM models
+ORDER BY model_id
+"""
+SHOWN_ELSEWHERE = ("exemplars", "prompts", "captions")  # settings that `describe` has apart
+
+
+def list_models(db: Database) -> pa.Table:
+    """A row per model; seconds: of training and sampling, null where they were not measured."""
+    return db.sql(LIST)
+
+
+def describe(db: Database, model_id: str) -> dict[str, Any]:
+    """All that is known of one model, but for pictures and features, as JSON can hold it.
+
+    returns: the columns of `models`, with settings as an object, and
+             training   what was noted while it was trained, see `training_record`
+             exemplars  image_id, source, category, prompt (caption), creator, license of each
+             samples    image_id, prompt, prompt_scheme, seed of each, by scheme and prompt
+    raises:  NotFound, with the nearest ids
+    """
+    found = db.sql("SELECT * FROM models WHERE model_id = $id", {"id": model_id}).to_pylist()
+    if not found:
+        raise NotFound(_no_such_model(db, model_id))
+    [model] = found
+    settings = json.loads(model.pop("settings") or "{}")
+    model["created_at"] = model["created_at"] and model["created_at"].isoformat()
+    own = {"id": model_id}
+    exemplars = db.sql(
+        "SELECT image_id, source, category, prompt, creator, license FROM exemplars WHERE model_id = $id ORDER BY image_id",
+        own,
+    )
+    samples = db.sql("SELECT image_id, prompt, prompt_scheme, seed FROM samples WHERE model_id = $id", own)
+    return {
+        **model,
+        "settings": settings,
+        "training": training_record(db.path, model["weights_path"]),
+        "exemplars": exemplars.to_pylist(),
+        "samples": sorted(samples.to_pylist(), key=lambda row: _place(row, settings.get("prompts") or [])),
+    }
+
+
+def training_record(path: Path, weights_path: str | None) -> dict[str, Any]:
+    """What was noted while a model was trained: `losses`, one a step, and figures such as `customize_seconds`.
+
+    It is a JSON object beside the weights, `weights/<model_id>.json`; empty where there is none. One that cannot be read
+    is told as `problem`: the model can be used without it.
+    """
+    if not weights_path:
+        return {}
+    file = (path / weights_path).with_suffix(".json")
+    if not file.exists():
+        return {}
+    try:
+        record = json.loads(file.read_text(encoding="utf-8"))
+        record["losses"] = [float(loss) for loss in record.get("losses", []) if math.isfinite(loss)]
+    except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
+        return {"problem": f"{file} is not a training record: {error}"}
+    return record
+
+
+def settings_by_group(model: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The settings of a described model, those of the model itself first; what the description has apart is left out."""
+    groups: dict[str, dict[str, Any]] = {"model": {}}
+    for name, value in model["settings"].items():
+        if isinstance(value, dict):
+            groups[name] = value
+        elif name not in SHOWN_ELSEWHERE and model.get(name) != value:
+            groups["model"][name] = value
+    return {group: values for group, values in groups.items() if values}
+
+
+def _place(sample: dict[str, Any], prompts: list[str]) -> tuple:
+    """Samples come by scheme, then in the order in which the model's prompts were drawn, then by id."""
+    prompt = sample["prompt"] or ""
+    number = prompts.index(prompt) if prompt in prompts else len(prompts)
+    return (sample["prompt_scheme"] or "", number, prompt, sample["image_id"])
+
+
+def _no_such_model(db: Database, model_id: str) -> str:
+    known = db.sql("SELECT model_id FROM models ORDER BY model_id")["model_id"].to_pylist()
+    if not known:
+        return f"no customized model {model_id!r}: {db.path} has none yet; make one with: attrdb ingest model {db.path}"
+    near = sorted(difflib.get_close_matches(model_id, known, 3, 0)) if len(known) > 3 else known
+    which = ", ".join(map(repr, near))
+    is_or_are = "is" if len(near) == 1 else "are"
+    return (
+        f"no customized model {model_id!r}; nearest {is_or_are} {which} (list them with: attrdb models list {db.path})"
+    )

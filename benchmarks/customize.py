@@ -1,0 +1,306 @@
+"""Customizing and sampling a model, beside a plain training loop that does the same work: python benchmarks/customize.py
+
+One concept, 100 steps of batch 8, 16 samples, features, one append; rounds in turn, every run a process of its own, the base
+model loaded before the clock starts. The peer is written as public training scripts are: on every step the autoencoder and
+the text encoder run on the whole batch, attention is fused; samples are drawn by the pipeline, one prompt at a time. Both
+train K and V and one new token, and draw with the same solver, steps, guidance and sizes.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import resource
+import tempfile
+import time
+from pathlib import Path
+
+import click
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.models.attention_processor import AttnProcessor2_0
+from machine import describe, spread
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import CLIPTextConfig, CLIPTextModel
+
+import attrdb
+from attrdb.demo import bundled_exemplars
+from attrdb.ingest.base_model import BaseModel, default_device, load_base_model, quiet_libraries, resolved_precision
+from attrdb.ingest.corpus import image_rows, register
+from attrdb.ingest.customize import CustomizeSettings, customize
+from attrdb.ingest.customizers import BUILT_IN, DEFAULT_METHOD
+from attrdb.ingest.encoders import load_encoder
+from attrdb.ingest.model import ModelSettings, ingest_model, prompts_of, settings_for
+from attrdb.ingest.pictures import read_picture, square, webp
+from attrdb.ingest.prompts import train_prompt
+from attrdb.ingest.synthesize import plan_samples, synthesize, use_fast_solver
+
+CONCEPT = "bell-by-fxemoji"
+ENCODER = "efficientnet-lite0"
+WAYS = ("attrdb", "attrdb, float32", "peer")
+
+
+# --- the two sides ----------------------------------------------------------------------------------------------------
+
+
+def settings_of(steps: int, batch: int, precision: str) -> ModelSettings:
+    _, kind, category = bundled_exemplars(CONCEPT)
+    return settings_for("icon-sd", kind, category, {"steps": steps, "batch": batch, "precision": precision})
+
+
+def ours(base: BaseModel, settings: ModelSettings, path: Path) -> dict:
+    exemplars, _, _ = bundled_exemplars(CONCEPT)
+    db, encoder = attrdb.create(path), load_encoder(ENCODER)
+    started = time.perf_counter()
+    result = ingest_model(db, exemplars, settings, [encoder], "m", load=lambda name: base)
+    seconds = time.perf_counter() - started
+    row = db.sql("SELECT customize_seconds, synthesize_seconds FROM models").to_pylist()[0]
+    return {"seconds": seconds, "n_samples": result.n_samples, **row}
+
+
+def peer(base: BaseModel, settings: ModelSettings, path: Path) -> dict:
+    """The straightforward way, in float32; nothing of attrdb but its data set, its encoder and its append."""
+    exemplars, _, category = bundled_exemplars(CONCEPT)
+    db, encoder = attrdb.create(path), load_encoder(ENCODER)
+    pipeline, given, device = base.pipeline, settings.customize, base.device
+    pipeline.unet.set_attn_processor(AttnProcessor2_0())
+    started = time.perf_counter()
+    register(db, [encoder])
+    tokenizer, text = pipeline.tokenizer, pipeline.text_encoder
+    tokenizer.add_tokens("V*")
+    token_id = tokenizer.convert_tokens_to_ids("V*")
+    text.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    table = text.get_input_embeddings().weight
+    like = tokenizer(category, add_special_tokens=False).input_ids
+    table.data[token_id] = table.data[like].mean(dim=0)
+    table.requires_grad_(True)
+    before = table.detach().clone()
+    trained = [
+        p for name, p in pipeline.unet.named_parameters() if name.endswith(("attn2.to_k.weight", "attn2.to_v.weight"))
+    ]
+    for weight in trained:
+        weight.requires_grad_(True)
+    pixels = np.stack([np.asarray(square(one.picture.image, base.resolution)) for one in exemplars])
+    images = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
+    prompt = train_prompt(settings.kind, category)
+    ids = tokenizer(
+        [prompt] * given.batch,
+        padding="max_length",
+        truncation=True,
+        max_length=tokenizer.model_max_length,
+        return_tensors="pt",
+    ).input_ids.to(device)
+    noise_scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
+    optimizer = torch.optim.AdamW([table, *trained], lr=given.lr, weight_decay=0.01)
+    torch.manual_seed(given.seed)
+    for _ in range(given.steps):
+        batch = images[torch.randint(len(images), (given.batch,))].to(device)
+        with torch.no_grad():
+            latents = pipeline.vae.encode(batch).latent_dist.sample() * pipeline.vae.config.scaling_factor
+        noise = torch.randn_like(latents)
+        times = torch.randint(noise_scheduler.config.num_train_timesteps, (given.batch,), device=device)
+        noisy = noise_scheduler.add_noise(latents, noise, times)
+        is_v = noise_scheduler.config.prediction_type == "v_prediction"
+        target = noise_scheduler.get_velocity(latents, noise, times) if is_v else noise
+        loss = F.mse_loss(pipeline.unet(noisy, times, text(ids)[0]).sample, target)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        with torch.no_grad():  # all other tokens stay as they were
+            others = torch.arange(len(table), device=device) != token_id
+            table[others] = before[others]
+        loss.item()
+    trained_at = time.perf_counter()
+    use_fast_solver(base)
+    sampling, pictures, rows = settings.synthesize, [], []
+    plans = [plan for batch in plan_samples("m", prompts_of(settings, exemplars), sampling) for plan in batch]
+    for prompt in dict.fromkeys(plan.prompt for plan in plans):
+        own = [plan for plan in plans if plan.prompt == prompt]
+        found = pipeline(
+            prompt.text,
+            num_images_per_prompt=len(own),
+            generator=[torch.Generator().manual_seed(plan.seed) for plan in own],
+            num_inference_steps=sampling.solver_steps,
+            guidance_scale=sampling.guidance,
+        ).images
+        rows += [{"image_id": plan.image_id, "role": "sample", "model_id": "m", "seed": plan.seed} for plan in own]
+        pictures += [read_picture(plan.image_id, webp(image)) for plan, image in zip(own, found, strict=True)]
+    sampled_at = time.perf_counter()
+    rows += [{"image_id": f"m/{n}", "role": "exemplar", "model_id": "m"} for n, _ in enumerate(exemplars)]
+    db.append_model(image_rows(rows, pictures + [one.picture for one in exemplars], [encoder]), {"model_id": "m"})
+    return {
+        "seconds": time.perf_counter() - started,
+        "n_samples": len(plans),
+        "customize_seconds": trained_at - started,
+        "synthesize_seconds": sampled_at - trained_at,
+    }
+
+
+def one_run(way: str, steps: int, batch: int) -> dict:
+    """A run of one side, with its peak memory in GiB: of the device, or of the process on a CPU."""
+    settings = settings_of(steps, batch, "float32" if way == "attrdb, float32" else "auto")
+    base = load_base_model("icon-sd")
+    before = time.process_time()
+    with tempfile.TemporaryDirectory() as folder:
+        found = (peer if way == "peer" else ours)(base, settings, Path(folder) / "some.attrdb")
+    used = (
+        time.process_time() - before
+    )  # of all threads; where other work shares the machine it says more than the clock
+    return found | {"processor_seconds": used, "peak_gib": peak_gib(base.device)}
+
+
+def peak_gib(device: str) -> float:
+    if device != "cpu":
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+# --- one shape, closely -----------------------------------------------------------------------------------------------
+
+
+def sd15() -> BaseModel:
+    """Stable Diffusion 1.5's shape with random weights, for timing alone; the tokenizer is icon-sd's."""
+    quiet_libraries()
+    torch.manual_seed(0)
+    small = load_base_model("icon-sd", "cpu").pipeline
+    tokenizer = small.tokenizer
+    tokenizer.model_max_length = 77
+    text = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=49408,
+            hidden_size=768,
+            intermediate_size=3072,
+            num_hidden_layers=12,
+            num_attention_heads=12,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+        )
+    )
+    vae = AutoencoderKL(
+        block_out_channels=(128, 256, 512, 512),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        layers_per_block=2,
+        sample_size=512,
+    )
+    unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768)
+    parts = {"vae": vae, "text_encoder": text, "unet": unet}
+    for part in parts.values():
+        part.requires_grad_(False).eval()
+    pipeline = StableDiffusionPipeline(
+        **parts,
+        tokenizer=tokenizer,
+        scheduler=DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    device = default_device()
+    return BaseModel("sd15", pipeline.to(device), device)
+
+
+def closely(base: BaseModel, method: str, steps: int, settings: ModelSettings) -> dict:
+    """Steps and images a second of one method, and their share of the device's matrix products.
+
+    Operations are those of torch's own count of one step more, divided by the seconds that a step takes.
+    """
+    exemplars, _, category = bundled_exemplars(CONCEPT)
+    images = [one.picture.image for one in exemplars]
+    given = settings.customize
+    prompt = train_prompt("object", category)
+    base.precision = resolved_precision(settings.precision, base.device)
+    marks: list[float] = []
+
+    def customized(n: int) -> None:
+        marks.clear()
+        fresh = CustomizeSettings(steps=n, batch=given.batch, lr=given.lr)
+        customize(
+            base, images, prompt, "V*", category, fresh, lambda *_: marks.append(time.perf_counter()), method=method
+        )
+
+    with FlopCounterMode(display=False) as one:
+        customized(1)
+    base.restore()
+    with FlopCounterMode(display=False) as two:
+        customized(2)
+    base.restore()
+    a_step = two.get_total_flops() - one.get_total_flops()
+    customized(steps + 1)  # the first step warms up
+    seconds_a_step = (marks[-1] - marks[0]) / steps
+    use_fast_solver(base)
+    [batch, *_] = plan_samples("m", prompts_of(settings, exemplars), settings.synthesize)
+    with FlopCounterMode(display=False) as sampling:
+        synthesize(base, batch, settings.synthesize)
+    started = time.perf_counter()
+    synthesize(base, batch, settings.synthesize)
+    sample_seconds = time.perf_counter() - started
+    base.restore()
+    peak = matrix_products(base.device, base.precision)
+    return {
+        "method": method,
+        "precision": base.precision,
+        "batch": given.batch,
+        "sample_batch": len(batch),
+        "steps_a_second": 1 / seconds_a_step,
+        "images_a_second": len(batch) / sample_seconds,
+        "peak_gflops": peak / 1e9,
+        "training_share": a_step / seconds_a_step / peak,
+        "sampling_share": sampling.get_total_flops() / sample_seconds / peak,
+        "peak_gib": peak_gib(base.device),
+    }
+
+
+def matrix_products(device: str, precision: str) -> float:
+    """Operations a second of large square matrix products, the best of five."""
+    side = 2048 if device == "cpu" else 8192
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
+    best = float("inf")
+    for _ in range(6):
+        started = time.perf_counter()
+        product = a @ b
+        product[0, 0].item()  # waits for the device
+        best = min(best, time.perf_counter() - started)
+    return 2 * side**3 / best
+
+
+@click.command()
+@click.option("--shape", type=click.Choice(["icon-sd", "sd15"]), default="icon-sd", show_default=True)
+@click.option("--rounds", type=click.IntRange(0), default=3, show_default=True, help="Of the comparison; icon-sd only.")
+@click.option("--steps", type=click.IntRange(1), default=100, show_default=True)
+@click.option("--batch", type=click.IntRange(1), default=8, show_default=True)
+@click.option("--json", "out", type=click.Path(path_type=Path))
+def main(shape: str, rounds: int, steps: int, batch: int, out: Path | None) -> None:
+    """Compare, then look closely at every method."""
+    found: dict = {"machine": describe("torch", "diffusers", "peft"), "shape": shape, "steps": steps, "batch": batch}
+    found["threads"] = torch.get_num_threads()
+    runs: dict[str, list[dict]] = {way: [] for way in WAYS}
+    context = multiprocessing.get_context("spawn")
+    for number in range(rounds if shape == "icon-sd" else 0):
+        for way in WAYS[number % 3 :] + WAYS[: number % 3]:
+            with context.Pool(1) as pool:
+                runs[way].append(pool.apply(one_run, (way, steps, batch)))
+            click.echo(f"round {number + 1}  {way:16} " + json.dumps(runs[way][-1]))
+    if runs["peer"]:
+        for way in WAYS:
+            found[way] = {name: spread([run[name] for run in runs[way]]) for name in runs[way][0]}
+        for way in WAYS[:2]:
+            pairs = list(zip(runs["peer"], runs[way], strict=True))
+            for what in ("seconds", "processor_seconds"):
+                ratio = spread([theirs[what] / own[what] for theirs, own in pairs])
+                found[f"{what}, peer / {way}"] = ratio
+                click.echo(f"{what}, peer / {way}: {ratio}")
+    base = sd15() if shape == "sd15" else load_base_model("icon-sd")
+    settings = settings_of(steps, batch, "auto")
+    found["methods"] = []
+    for method in BUILT_IN if shape == "icon-sd" else [DEFAULT_METHOD]:
+        found["methods"].append(closely(base, method, min(steps, 20), settings))
+        click.echo(json.dumps(found["methods"][-1]))
+    if out:
+        out.write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

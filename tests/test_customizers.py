@@ -1,0 +1,524 @@
+"""Methods of customization: each moves what it says and nothing else, and its delta brings the same model back."""
+
+import json
+import random
+
+import numpy as np
+import pytest
+import torch
+from conftest import picture
+from PIL import Image
+from safetensors.torch import save_file
+from test_ingest_model import images, ingest
+
+import attrdb
+from attrdb.errors import InvalidValue, NotFound
+from attrdb.ingest import base_model, customize, customizers, model, synthesize, views
+from attrdb.ingest.corpus import ingest_corpus, open_corpus
+from attrdb.ingest.encoders import Pixels
+from attrdb.ingest.pictures import webp
+from attrdb.schema import KINDS
+
+METHODS = tuple(customizers.BUILT_IN)
+RED = Image.new("RGB", (32, 32), (200, 30, 30))
+
+
+@pytest.fixture
+def base(tiny_base):
+    return base_model.load_base_model(str(tiny_base))
+
+
+def weights_of(base):
+    """Every weight and buffer of the three networks, copied, by name."""
+    parts = {name: getattr(base.pipeline, name) for name in base_model.WEIGHTED}
+    return {f"{part}.{name}": value.clone() for part, net in parts.items() for name, value in net.state_dict().items()}
+
+
+def same(one, other):
+    return one.keys() == other.keys() and all(value.equal(other[name]) for name, value in one.items())
+
+
+def train(base, method, **given):
+    settings = customize.CustomizeSettings(**{"steps": 3, "batch": 2, "lr": 0.01} | given)
+    return customize.customize(base, [RED], "V* vase", "V*", "vase", settings, method=method)
+
+
+ENDINGS = {
+    "custom-diffusion": ("attn2.to_k.weight", "attn2.to_v.weight"),
+    "dreambooth-lora": ("to_q.weight", "to_k.weight", "to_v.weight", "to_out.0.weight"),
+    "textual-inversion": (),
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_method_moves_what_it_trains_and_nothing_else(base, method):
+    before, n_tokens = weights_of(base), len(base.pipeline.tokenizer)
+    vase = base.pipeline.tokenizer("vase", add_special_tokens=False).input_ids
+    start = base.pipeline.text_encoder.get_input_embeddings().weight[vase].mean(dim=0)
+    delta, figures = train(base, method)
+    after = weights_of(base)
+    table = "text_encoder.embeddings.token_embedding.weight"
+    [table] = [name for name in after if name.endswith("token_embedding.weight")] or [table]
+    assert after.keys() == before.keys()
+    assert after[table][:n_tokens].equal(before[table])
+    moved = {name for name in before if name != table and not after[name].equal(before[name])}
+    assert moved == {name for name in before if name.startswith("unet.") and name.endswith(ENDINGS[method])}
+    assert after[table][n_tokens].equal(start) == (method == "dreambooth-lora")
+    assert (customize.TOKEN_KEY in delta) == (method != "dreambooth-lora")
+    assert figures["loss"] > 0
+    assert not any(weight.requires_grad for weight in base.pipeline.unet.parameters())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_delta_brings_the_same_model_back(base, tiny_base, tmp_path, method):
+    delta, _ = train(base, method)
+    customize.save_delta(delta, tmp_path / "delta.safetensors", "V*", "hash", method)
+    fresh = base_model.load_base_model(str(tiny_base))
+    loaded = customize.load_delta(tmp_path / "delta.safetensors", method)
+    customize.apply_delta(fresh, loaded, "V*", "vase", method)
+    assert same(weights_of(fresh), weights_of(base))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_base_model_is_given_back_bit_for_bit(base, tiny_base, method):
+    fresh = base_model.load_base_model(str(tiny_base))
+    train(base, method)
+    synthesize.use_fast_solver(base)
+    base.restore()
+    assert same(weights_of(base), weights_of(fresh))
+    assert len(base.pipeline.tokenizer) == len(fresh.pipeline.tokenizer)
+    assert type(base.pipeline.scheduler) is type(fresh.pipeline.scheduler)
+    assert [name for name, _ in base.pipeline.unet.named_modules()] == [
+        name for name, _ in fresh.pipeline.unet.named_modules()
+    ]
+    again, _ = train(base, method)
+    assert same(again, train(fresh, method)[0])
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_training_that_fails_leaves_the_base_model_as_it_was(base, method):
+    before = weights_of(base)
+    with pytest.raises(InvalidValue, match="training diverged"):
+        train(base, method, lr=1e30, steps=5)
+    assert same(weights_of(base), before)
+
+
+@pytest.mark.parametrize("prediction", base_model.PREDICTIONS)
+@pytest.mark.parametrize("method", METHODS)
+def test_both_predictions_learn(base, method, prediction):
+    """The loss on one picture falls, so targets and predictions are of one kind."""
+    base.pipeline.scheduler.register_to_config(prediction_type=prediction)
+    losses = []
+
+    def loss_after(steps):
+        base.restore()
+        settings = customize.CustomizeSettings(steps=steps, batch=8, lr=0.02)
+        return customize.customize(base, [RED], "V* vase", "V*", "vase", settings, method=method)[1]["loss"]
+
+    losses = [loss_after(1), loss_after(40)]
+    if method == "textual-inversion":  # one vector cannot bend a random network far
+        assert np.isfinite(losses).all()
+    else:
+        assert losses[1] < losses[0]
+
+
+def test_a_folded_lora_computes_what_its_layers_did(base):
+    unet, method = base.pipeline.unet, customizers.load_customizer("dreambooth-lora")
+    given = (torch.randn(2, 4, 8, 8), torch.tensor([5, 500]), torch.randn(2, 32, 32))
+    trained = method.attach(unet)
+    torch.manual_seed(1)
+    for weight in trained.values():
+        weight.data.normal_(std=0.3)
+    delta = {name: weight.detach().clone() for name, weight in trained.items()}
+    with torch.no_grad():
+        slow = unet(*given).sample
+        method.detach(unet)
+        plain = unet(*given).sample
+        base.replace(method.changed(unet, delta))
+        folded = unet(*given).sample
+    assert torch.allclose(folded, slow, atol=1e-4)
+    assert not torch.allclose(plain, slow, atol=1e-2)
+
+
+def test_a_delta_of_another_method_is_refused(base, tmp_path):
+    delta, _ = train(base, "textual-inversion")
+    customize.save_delta(delta, tmp_path / "delta.safetensors", "V*", "hash", "textual-inversion")
+    with pytest.raises(InvalidValue, match="are of method 'textual-inversion'; needed is 'custom-diffusion'"):
+        customize.load_delta(tmp_path / "delta.safetensors", "custom-diffusion")
+    save_file(delta, tmp_path / "nameless.safetensors")
+    with pytest.raises(InvalidValue, match="are of method None"):
+        customize.load_delta(tmp_path / "nameless.safetensors", "textual-inversion")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_delta_of_another_architecture_is_refused(base, method):
+    delta, _ = train(base, method)
+    other = base_model.load_base_model("icon-sd")
+    before = weights_of(other)
+    with pytest.raises(InvalidValue, match="do not fit base model 'icon-sd'"):
+        customize.apply_delta(other, delta, "V*", "vase", method)
+    assert same(weights_of(other), before)
+
+
+# --- the registry -----------------------------------------------------------------------------------------------------
+
+
+class Bias:
+    """Trains the last layer's bias; here for a package that adds a method."""
+
+    name, steps, lr, trains_token = "bias", 2, 0.01, False
+
+    def attach(self, unet):
+        return {"conv_out.bias": unet.conv_out.bias}
+
+    def detach(self, unet):
+        pass
+
+    def changed(self, unet, delta):
+        return {"conv_out.bias": delta["conv_out.bias"]}
+
+
+def install(tmp_path, monkeypatch, name, *packages, target="Bias"):
+    for package in packages:
+        folder = tmp_path / f"{package}-1.dist-info"
+        folder.mkdir()
+        (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: 1\n")
+        (folder / "entry_points.txt").write_text(f"[{customizers.GROUP}]\n{name} = test_customizers:{target}\n")
+    monkeypatch.syspath_prepend(tmp_path)
+
+
+def test_a_package_adds_a_method(tmp_path, monkeypatch, empty, exemplar_folder, tiny_base, toy_encoder):
+    install(tmp_path, monkeypatch, "bias", "biased")
+    assert customizers.names() == [*METHODS, "bias"]
+    ingest(empty, exemplar_folder, tiny_base, toy_encoder, method="bias")
+    assert empty.sql("SELECT method FROM models")["method"].to_pylist() == ["bias"]
+    made = dict(model.regenerate(empty, "vase-1"))
+    assert {name: webp(image) for name, image in made.items()} == samples(empty)
+
+
+def test_two_packages_with_one_method(tmp_path, monkeypatch):
+    install(tmp_path, monkeypatch, "bias", "one", "two")
+    with pytest.raises(InvalidValue, match="packages one and two both add a method 'bias'"):
+        customizers.load_customizer("bias")
+
+
+def test_a_package_with_a_method_of_attrdb(tmp_path, monkeypatch):
+    install(tmp_path, monkeypatch, "custom-diffusion", "grab")
+    with pytest.raises(InvalidValue, match="package grab adds a method 'custom-diffusion', which attrdb has itself"):
+        customizers.load_customizer("custom-diffusion")
+
+
+def test_a_package_whose_method_is_none(tmp_path, monkeypatch):
+    install(tmp_path, monkeypatch, "bias", "broken", target="RED")
+    with pytest.raises(InvalidValue, match=r"method 'bias' of package broken fails with TypeError"):
+        customizers.load_customizer("bias")
+
+
+def test_an_unknown_method(tiny_base):
+    with pytest.raises(InvalidValue, match="no method 'hypernetwork'; there are: custom-diffusion, dreambooth-lora"):
+        model.settings_for(str(tiny_base), "object", "vase", {"method": "hypernetwork"})
+
+
+def test_the_profile_is_of_the_default_method(tiny_base, tmp_path):
+    assert model.settings_for(str(tiny_base), "object", "vase").customize.lr == 0.01
+    other = model.settings_for(str(tiny_base), "object", "vase", {"method": "textual-inversion", "batch": 4})
+    assert (other.customize.steps, other.customize.lr, other.customize.batch) == (3000, 4e-3, 4)
+    assert other.synthesize.solver_steps == 2
+
+
+# --- whole jobs -------------------------------------------------------------------------------------------------------
+
+
+def samples(db):
+    return {row["image_id"]: row["image"] for row in images(db) if row["role"] == "sample"}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_regenerates_the_stored_samples(empty, exemplar_folder, tiny_base, method):
+    ingest(empty, exemplar_folder, tiny_base, Pixels(4), method=method, steps=3, lr=0.01)
+    stored = samples(empty)
+    assert {name: webp(image) for name, image in model.regenerate(empty, "vase-1")} == stored
+    wanted = sorted(stored)[-1]
+    assert [(name, webp(image)) for name, image in model.regenerate(empty, "vase-1", [wanted])] == [
+        (wanted, stored[wanted])
+    ]
+
+
+def test_what_cannot_be_regenerated(empty, exemplar_folder, tiny_base, toy_encoder, toy):
+    with pytest.raises(NotFound, match="no customized model 'vase-9'"):
+        next(model.regenerate(toy, "vase-9"))
+    with pytest.raises(InvalidValue, match="'m' was imported without its weights"):
+        next(model.regenerate(toy, "m"))
+    ingest(toy, exemplar_folder, tiny_base, toy_encoder)
+    with pytest.raises(NotFound, match="'vase-1' has no sample 'x'"):
+        next(model.regenerate(toy, "vase-1", ["x"]))
+    with pytest.raises(InvalidValue, match="is not the one that model 'vase-1' was made from"):
+        next(model.regenerate(toy, "vase-1", base_model="icon-sd"))
+    file = toy.path / "weights" / "vase-1.safetensors"
+    delta = customize.load_delta(file)
+    delta[customize.TOKEN_KEY] += 1
+    customize.save_delta(delta, file, "V*", "hash")
+    with pytest.raises(InvalidValue, match="have changed since model 'vase-1' was stored"):
+        next(model.regenerate(toy, "vase-1"))
+
+
+def test_one_loaded_base_model_makes_the_models_of_fresh_ones(tmp_path, exemplar_folder, tiny_base, toy_encoder):
+    found, kept = {}, base_model.OneBaseModel()
+    settings = {
+        method: model.settings_for(str(tiny_base), "object", "vase", {"method": method, "steps": 3})
+        for method in METHODS
+    }
+    exemplars = model.read_exemplars(exemplar_folder)
+    for name, load in (("fresh", base_model.load_base_model), ("kept", kept.load)):
+        db = attrdb.create(tmp_path / f"{name}.attrdb")
+        for method in METHODS:
+            model.ingest_model(db, exemplars, settings[method], [toy_encoder], method, load=load)
+        found[name] = images(db)
+    assert found["kept"] == found["fresh"]
+    assert kept.load(str(tiny_base)) is kept.load(str(tiny_base))
+
+
+def test_rows_of_an_earlier_attrdb_are_the_same_model(empty, exemplar_folder, tiny_base, toy_encoder):
+    ingest(empty, exemplar_folder, tiny_base, toy_encoder)
+    row = empty.sql("SELECT * FROM models").to_pylist()[0]
+    record = json.loads(row["settings"])
+    for name in ("precision", "computed_in"):
+        del record[name]
+    for name in ("augment", "prior", "prior_images", "prior_weight"):
+        del record["customize"][name]
+    empty.upsert("models", [{**row, "settings": json.dumps(record)}], on="model_id")
+    assert ingest(empty, exemplar_folder, tiny_base, toy_encoder).appended is False
+    for given, name in (
+        ({"augment": "mild"}, "customize"),
+        ({"prior_images": 2}, "customize"),
+        ({"precision": "float32"}, "precision"),
+        ({"method": "dreambooth-lora", "steps": 3, "lr": 0.01}, "method"),
+    ):
+        with pytest.raises(InvalidValue, match=f"'vase-1' is in .* with {name} = "):
+            ingest(empty, exemplar_folder, tiny_base, toy_encoder, **given)
+
+
+def test_the_hash_of_a_base_model_is_read_once_and_again_when_a_file_changes(tiny_base, tmp_path, monkeypatch):
+    import hashlib
+    import shutil
+
+    folder, read = tmp_path / "base", []
+    shutil.copytree(tiny_base, folder)
+    real = hashlib.file_digest
+    monkeypatch.setattr(hashlib, "file_digest", lambda *given: read.append(1) or real(*given))
+    first = base_model.weights_hash(folder)
+    assert base_model.weights_hash(folder) == first
+    n_files = len(read)
+    (folder / "scheduler" / "scheduler_config.json").write_text("{}")
+    assert base_model.weights_hash(folder) != first
+    assert len(read) == 2 * n_files
+
+
+# --- sampling ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("guidance", [1.0, 4.0])
+def test_samples_are_those_of_the_pipeline(base, guidance):
+    settings = synthesize.SynthesizeSettings(samples_per_prompt=2, solver_steps=4, guidance=guidance, sample_batch=3)
+    prompts = [model.Prompt(0, "gpt", "a vase"), model.Prompt(1, "gpt", "a picture of art")]
+    synthesize.use_fast_solver(base)
+    for batch in synthesize.plan_samples("m", prompts, settings):
+        slow = base.pipeline(
+            prompt=[plan.prompt.text for plan in batch],
+            generator=[torch.Generator().manual_seed(plan.seed) for plan in batch],
+            num_inference_steps=4,
+            guidance_scale=guidance,
+        ).images
+        for one, other in zip(synthesize.synthesize(base, batch, settings), slow, strict=True):
+            assert np.abs(np.asarray(one, int) - np.asarray(other, int)).max() <= 1
+
+
+def test_auto_precision_is_what_the_device_multiplies(monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": False}, raising=False)
+    assert base_model.resolved_precision("auto", "cpu") == "float32"
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True}, raising=False)
+    assert base_model.resolved_precision("auto", "cpu") == "bf16"
+    with pytest.raises(InvalidValue, match="precision is 'fp8'; it must be auto, float32 or bf16"):
+        base_model.resolved_precision("fp8")
+
+
+# --- augmentation -----------------------------------------------------------------------------------------------------
+
+
+def test_views_of_a_picture():
+    half = Image.new("RGB", (32, 32), (255, 0, 0))
+    half.paste((0, 0, 255), (16, 0, 32, 32))
+    [(plain, box)] = views.views(half, "none", 32, random.Random(0))
+    assert (np.asarray(plain) == np.asarray(half)).all()
+    assert box == (0, 0, 32, 32)
+    [(first, _), (second, _)] = views.views(half, "mild", 32, random.Random(0))
+    assert (np.asarray(second) == np.asarray(first)[:, ::-1]).all()
+    strong = views.views(half, "strong", 32, random.Random(0))
+    assert len(strong) == views.VIEWS["strong"]
+    for view, (left, top, right, bottom) in strong:
+        grey = np.ones((32, 32), bool)
+        grey[top:bottom, left:right] = False
+        assert view.size == (32, 32)
+        assert (np.asarray(view)[grey] == 128).all()
+    assert any(right - left < 32 for _, (left, _, right, _) in strong)
+    assert [np.asarray(v).tobytes() for v, _ in strong] == [
+        np.asarray(v).tobytes() for v, _ in views.views(half, "strong", 32, random.Random(0))
+    ]
+
+
+def test_grey_around_a_small_view_is_not_learned(base):
+    latents = views.encode_views(base, [RED], "strong", 0)
+    n, side = views.VIEWS["strong"], latents.mean.shape[-1]
+    assert latents.seen.shape == (n, 1, side, side)
+    assert set(latents.seen.unique().tolist()) == {0.0, 1.0}
+    assert (latents.seen.sum(dim=(1, 2, 3)) > 0).all()
+    assert views.encode_views(base, [RED], "none", 0).seen is None
+    delta, _ = train(base, "custom-diffusion", augment="strong")
+    base.restore()
+    assert same(delta, train(base, "custom-diffusion", augment="strong")[0])
+
+
+# --- regularization images --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def stocked(tmp_path):
+    """A corpus of eight captioned pictures, four of a vase, one of which is the exemplar itself."""
+    db, folder = attrdb.create(tmp_path / "stocked.attrdb"), tmp_path / "corpus"
+    for number in range(4):
+        picture(folder / f"vase{number}.png", (200, 30 + 40 * number, 30))
+        (folder / f"vase{number}.txt").write_text(f"A Vase, number {number}")
+        picture(folder / f"tree{number}.png", (30, 200, 30 + 40 * number))
+        (folder / f"tree{number}.txt").write_text("a tree, vaseline")
+    ingest_corpus(db, open_corpus(folder), [Pixels(4)])
+    return db
+
+
+def noted(db):
+    return json.loads(db.sql("SELECT settings FROM models")["settings"][0].as_py())["regularization"]
+
+
+def test_regularization_images_by_caption(stocked, exemplar_folder, tiny_base):
+    ingest(stocked, exemplar_folder, tiny_base, Pixels(4), prior_images=3)
+    assert sorted(noted(stocked)) == ["corpus/vase1.png", "corpus/vase2.png", "corpus/vase3.png"]
+    assert ingest(stocked, exemplar_folder, tiny_base, Pixels(4), prior_images=3).appended is False
+
+
+def test_regularization_images_by_image(stocked, exemplar_folder, tiny_base):
+    ingest(stocked, exemplar_folder, tiny_base, Pixels(4), prior="image", prior_images=2)
+    assert noted(stocked) == ["corpus/vase1.png", "corpus/vase2.png"]
+
+
+def test_regularization_images_that_the_base_model_draws(empty, exemplar_folder, tiny_base):
+    ingest(empty, exemplar_folder, tiny_base, Pixels(4), prior="generated", prior_images=3)
+    assert len(set(noted(empty))) == 3
+    assert {name: webp(image) for name, image in model.regenerate(empty, "vase-1")} == samples(empty)
+
+
+def test_too_few_regularization_images(stocked, exemplar_folder, tiny_base):
+    before = stocked.version
+    with pytest.raises(InvalidValue, match=r"4 regularization images wanted, .* has 3 pretraining images with 'vase'"):
+        ingest(stocked, exemplar_folder, tiny_base, Pixels(4), prior_images=4)
+    assert stocked.version == before
+
+
+def test_regularization_images_stay_the_same_for_a_rerun(stocked, exemplar_folder, tiny_base, tmp_path):
+    def kill(stage, done, _total):
+        if (stage, done) == ("customize", 1):
+            raise KeyboardInterrupt
+
+    given = {"prior_images": 2, "prior": "image"}
+    with pytest.raises(KeyboardInterrupt):
+        ingest(stocked, exemplar_folder, tiny_base, Pixels(4), report=kill, **given)
+    picture(tmp_path / "more" / "nearer.png", (200, 40, 30))
+    ingest_corpus(stocked, open_corpus(tmp_path / "more"), [Pixels(4)])
+    ingest(stocked, exemplar_folder, tiny_base, Pixels(4), **given)
+    assert noted(stocked) == ["corpus/vase1.png", "corpus/vase2.png"]
+
+
+def test_prior_weight_counts(base):
+    """Regularization images change what is learned, and more so with more weight."""
+    blue = customize.Regularization([Image.new("RGB", (32, 32), "blue")], ["vase"], ["b"])
+    found = []
+    for weight, prior in ((1.0, None), (1.0, blue), (100.0, blue)):
+        settings = customize.CustomizeSettings(steps=2, batch=2, lr=0.01, prior_weight=weight, prior_images=1)
+        found.append(customize.customize(base, [RED], "V* vase", "V*", "vase", settings, regularization=prior)[0])
+        base.restore()
+    assert not same(found[0], found[1])
+    assert not same(found[1], found[2])
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"prior": "dream"}, "prior is 'dream'; it must be caption, image or generated"),
+        ({"prior_weight": 0.0}, "prior_weight is 0.0; it must be above 0"),
+        ({"prior_images": -1}, "prior_images is -1"),
+        ({"augment": "wild"}, "augment is 'wild'; it must be none or mild or strong"),
+    ],
+)
+def test_settings_that_mean_nothing(tiny_base, given, words):
+    with pytest.raises(InvalidValue, match=words):
+        model.settings_for(str(tiny_base), "object", "vase", given)
+
+
+# --- kind mixed -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def mixed_folder(tmp_path):
+    folder = tmp_path / "mixed"
+    for name, colour in (("a", (200, 30, 30)), ("b", (30, 200, 30)), ("c", (30, 30, 200))):
+        picture(folder / f"{name}.png", colour)
+        (folder / f"{name}.txt").write_text(f"a picture of {name}\n")
+    return folder
+
+
+def mixed(db, folder, base, **given):
+    settings = model.settings_for(str(base), "mixed", "anything", given)
+    return model.ingest_model(db, model.read_exemplars(folder), settings, [Pixels(4)], "mixed-3")
+
+
+@pytest.mark.parametrize("method", ["custom-diffusion", "dreambooth-lora"])
+def test_unrelated_images_are_trained_on_and_sampled_with_their_captions(empty, mixed_folder, tiny_base, method):
+    assert "mixed" in KINDS
+    result = mixed(empty, mixed_folder, tiny_base, method=method, steps=3)
+    assert (result.n_exemplars, result.n_samples) == (3, 3)
+    stored = empty.sql("SELECT kind, token, train_prompt FROM models").to_pylist()
+    assert stored == [{"kind": "mixed", "token": None, "train_prompt": None}]
+    rows = empty.sql("SELECT prompt, prompt_scheme FROM samples ORDER BY image_id").to_pylist()
+    assert rows == [{"prompt": f"a picture of {name}", "prompt_scheme": "caption"} for name in "abc"]
+    assert {name: webp(image) for name, image in model.regenerate(empty, "mixed-3")} == samples(empty)
+
+
+def test_each_exemplar_is_trained_on_its_own_caption(base):
+    """Two pictures and two captions: with the captions exchanged another model comes out, with equal ones a third."""
+    blue, found = Image.new("RGB", (32, 32), "blue"), []
+    settings = customize.CustomizeSettings(steps=2, batch=2, lr=0.01)
+    for prompts in (["a vase", "art"], ["art", "a vase"], ["art", "art"]):
+        found.append(customize.customize(base, [RED, blue], prompts, None, "x", settings)[0])
+        base.restore()
+    assert customize.TOKEN_KEY not in found[0]
+    assert not same(found[0], found[1])
+    assert not same(found[1], found[2])
+
+
+def test_unrelated_images_sampled_with_a_file(empty, mixed_folder, tiny_base, tmp_path):
+    file = tmp_path / "prompts.txt"
+    file.write_text("a vase\n\nart\n")
+    assert mixed(empty, mixed_folder, tiny_base, prompts=str(file)).n_samples == 2
+    file.write_text("a V* vase\n")
+    with pytest.raises(InvalidValue, match="line 1 has V\\*, and models of kind 'mixed' have no token"):
+        model.settings_for(str(tiny_base), "mixed", "anything", {"prompts": str(file)})
+
+
+def test_an_unrelated_image_without_a_caption(empty, mixed_folder, tiny_base):
+    (mixed_folder / "b.txt").unlink()
+    with pytest.raises(InvalidValue, match=r"b\.png has no caption, which kind 'mixed' needs"):
+        mixed(empty, mixed_folder, tiny_base)
+    assert not (empty.path / "jobs").exists()
+
+
+def test_a_token_alone_cannot_learn_unrelated_images(tiny_base):
+    with pytest.raises(InvalidValue, match="'textual-inversion' trains a token alone, and models of kind 'mixed' have"):
+        model.settings_for(str(tiny_base), "mixed", "anything", {"method": "textual-inversion"})
