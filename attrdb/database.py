@@ -45,6 +45,19 @@ def create(path: str | Path) -> Database:
     return Database(path)
 
 
+def open_or_create(path: str | Path) -> Database:
+    """The database at a path, made if there is none yet or its making was killed; another process may make it too.
+
+    raises: InvalidValue if there is something else at the path, NotFound and InvalidValue as `Database`
+    """
+    try:
+        return create(path)
+    except InvalidValue:
+        if not made(Path(path) / "images.lance"):
+            raise
+        return Database(path)
+
+
 def create_table(path: Path, name: str) -> None:
     """An empty table of the schema, unless it is there."""
     table = path / f"{name}.lance"
@@ -137,13 +150,14 @@ class Database:
     def sql(self, statement: str, parameters: dict[str, Any] | None = None) -> pa.Table:
         """The result of one SELECT over the pinned tables; its schema metadata names the images version.
 
-        raises: QueryRefused with DuckDB's words, or if the statement is not one SELECT or asks for files or the network
+        raises: QueryRefused with DuckDB's words, or if the statement is not one SELECT or asks for files or the network,
+                StorageError for a damaged file
         """
-        snapshot = self._snapshot
-        with sql.connect(snapshot) as connection:
-            result = sql.run(connection, statement, parameters)
-        metadata = {**(result.schema.metadata or {}), b"attrdb.images_version": str(snapshot.version).encode()}
-        return result.replace_schema_metadata(metadata)
+        return self._select(self._snapshot, statement, parameters)
+
+    def _select(self, snapshot: Snapshot, statement: str, parameters: dict[str, Any] | None) -> pa.Table:
+        with storage(self.path), sql.connect(snapshot) as connection:
+            return _versioned(sql.run(connection, statement, parameters), snapshot)
 
     def query(self, name: str, **parameters: Any) -> pa.Table:
         """The result of a named query, such as `db.query("recall_at_k", k=10)`.
@@ -152,12 +166,13 @@ class Database:
         raises: NotFound for an unknown query, encoder or image, InvalidValue for a wrong parameter
         """
         query = queries.load(name, self.query_folders)
+        snapshot = self._snapshot
         names = {parameter.name for parameter in query.parameters}
         if "encoder_id" in names:
-            parameters["encoder_id"] = self.encoder_id(parameters.get("encoder_id"))
+            parameters["encoder_id"] = snapshot.encoder_id(parameters.get("encoder_id"))
         if {"encoder_id", "image_id"} <= names and "image_id" in parameters:
-            self.feature(parameters["image_id"], parameters["encoder_id"])
-        return self.sql(query.sql, query.bind(parameters))
+            snapshot.feature(parameters["image_id"], parameters["encoder_id"])
+        return self._select(snapshot, query.sql, query.bind(parameters))
 
     # --- attribution --------------------------------------------------------------------------------------------------
 
@@ -216,7 +231,7 @@ class Database:
             ("missing_influence", [found.missing_influence] * n),
         ):
             answer = answer.append_column(name, pa.array(values))
-        return answer
+        return _versioned(answer, snapshot)
 
     def status(self) -> dict[str, Any]:
         """What the database holds and how well it is kept, see `health.status`."""
@@ -397,6 +412,11 @@ class Database:
     def _check_writable(self) -> None:
         if self.read_only:
             raise InvalidValue(f"{self.path} was opened read-only; open it without read_only and at to change it")
+
+
+def _versioned(answer: pa.Table, snapshot: Snapshot) -> pa.Table:
+    """The table with the images version that it came from in its schema metadata."""
+    return answer.replace_schema_metadata({b"attrdb.images_version": str(snapshot.version).encode()})
 
 
 def _unit(feature: np.ndarray, encoder_id: str, dimension: int) -> np.ndarray:

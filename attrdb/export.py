@@ -22,7 +22,7 @@ BATCH_ROWS = 1024
 BATCHES_AHEAD = 2  # that Lance reads before they are asked for; its own choice would hold sixteen batches of pictures
 # A Parquet file's row group: as large as readers like it, but no more bytes than may be held.
 GROUP_ROWS, GROUP_BYTES = 65_536, 64 * 2**20
-DUCKDB_MEMORY = "512MB"  # its own choice, most of the machine's, kept 3.6 GB for a database of 1 GB
+DUCKDB_MEMORY = "512MB"  # its own choice is most of the machine's
 
 Report = Callable[[str, int, int], None]
 
@@ -70,7 +70,8 @@ def _part_of(target: Path) -> Iterator[Path]:
         yield part
         part.replace(target)
     except BaseException as error:
-        _remove(part)
+        if part.parent.is_dir():
+            _remove(part)
         if isinstance(error, (OSError, pa.ArrowException, duckdb.Error)) and not isinstance(error, AttrdbError):
             said = str(error).partition("\n")[0]
             raise StorageError(f"{target} could not be written, and nothing is left there: {said}") from error
@@ -135,19 +136,30 @@ def _write_duckdb(snapshot: Snapshot, file: Path, left_out: set[str], report: Re
     counts = {}
     with duckdb.connect(str(file), config={"memory_limit": DUCKDB_MEMORY}) as connection:
         for name in snapshot.tables:
-            connection.begin()
             schema, batches = _stream(snapshot, name, left_out, report)
-            connection.register("_none", schema.empty_table())
-            connection.execute(f'CREATE TABLE "{name}" AS FROM _none')
-            # A stream of batches would do, but DuckDB turns a Ctrl-C or an error in one into an error of its own.
-            for group in _groups(batches):
-                connection.register("_rows", pa.Table.from_batches(group, schema))
-                connection.execute(f'INSERT INTO "{name}" FROM _rows')
-            connection.commit()
-            connection.unregister("_none")
+            raised: list[BaseException] = []
+            connection.register("_rows", pa.RecordBatchReader.from_batches(schema, _watched(batches, raised)))
+            try:
+                connection.execute(f'CREATE TABLE "{name}" AS FROM _rows')
+            except duckdb.Error:
+                # What is raised while DuckDB reads the stream, Ctrl-C too, comes back as an error of its own.
+                if raised:
+                    raise raised[0] from None
+                raise
             connection.unregister("_rows")
             counts[name] = connection.sql(f'SELECT count(*) FROM "{name}"').fetchall()[0][0]
         for view in sql.RELATIONS:
             if not view.arguments:
                 connection.execute(f"CREATE VIEW {view.name} AS {view.sql}")
     return counts
+
+
+def _watched(batches: Iterator[pa.RecordBatch], raised: list[BaseException]) -> Iterator[pa.RecordBatch]:
+    """The batches; what they raise is kept."""
+    try:
+        yield from batches
+    except GeneratorExit:  # DuckDB let go of them
+        raise
+    except BaseException as error:
+        raised.append(error)
+        raise

@@ -14,7 +14,7 @@ import pyarrow as pa
 
 from attrdb import queries, sql
 from attrdb.schema import SCHEMA_VERSION, feature_columns, feature_matrix
-from attrdb.snapshot import Snapshot, literal, storage
+from attrdb.snapshot import Snapshot, literal, storage, words_of
 
 PROBES = 20  # ids and features that the index self-test asks for
 RECALL_NEEDED = 0.9  # recall@10 of a vector index against an exact scan below which it is reported
@@ -163,6 +163,11 @@ def check(snapshot: Snapshot, report: Report = lambda stage, done, total: None) 
 
 
 def _damaged(snapshot: Snapshot, report: Report) -> Iterator[dict]:
+    for name, table in snapshot.tables.items():
+        try:
+            table.versions()
+        except Exception as error:  # names the manifest of an older version
+            yield {"table": name, "files": f"{name}.lance/_versions", "error": words_of(error)}
     fragments = [(name, one) for name, table in snapshot.tables.items() for one in table.get_fragments()]
     for number, (name, fragment) in enumerate(fragments):
         report("files", number, len(fragments))
@@ -171,7 +176,7 @@ def _damaged(snapshot: Snapshot, report: Report) -> Iterator[dict]:
                 pass
         except Exception as error:  # a damaged file makes Lance raise many kinds, down to ValueError
             files = ", ".join(one.path for one in fragment.data_files())
-            yield {"table": name, "files": files, "error": str(error).splitlines()[0]}
+            yield {"table": name, "files": files, "error": words_of(error)}
     report("files", len(fragments), len(fragments))
 
 

@@ -5,6 +5,7 @@ Views and macros are declared in RELATIONS, from which the data dictionary is ge
 
 from __future__ import annotations
 
+import re
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -220,7 +221,7 @@ def _share_rows(found: Attribution) -> list[dict]:
 def run(connection: duckdb.DuckDBPyConnection, statement: str, parameters: Mapping[str, Any] | None = None) -> pa.Table:
     """The result of one SELECT; a column name that stands twice gets a number, so that no format loses one.
 
-    raises: QueryRefused with DuckDB's own words, or for anything but one SELECT
+    raises: QueryRefused with DuckDB's own words, or for anything but one SELECT; OSError for a damaged file
     """
     try:
         parsed = connection.extract_statements(statement)
@@ -233,6 +234,8 @@ def run(connection: duckdb.DuckDBPyConnection, statement: str, parameters: Mappi
             f"SQL in attrdb reads the database's own tables, not files or the network: {_first_line(error)}"
         ) from error
     except duckdb.Error as error:
+        if damaged := re.search(r"reading the stream registered as '_?(\w+)' failed: (.*)", str(error)):
+            raise OSError(f"table {damaged[1]}: {damaged[2]}") from error
         if "No match for FieldRef" in str(error):
             raise QueryRefused('Lance cannot filter on a vector column: write "column"::FLOAT[] IS NOT NULL') from error
         # An error of attrdb's own, raised inside nearest() or attribute(), comes back wrapped in DuckDB's words.

@@ -12,7 +12,7 @@ from conftest import TOY, rows
 import attrdb
 from attrdb import export as exporting
 from attrdb.cli import main
-from attrdb.errors import InvalidValue
+from attrdb.errors import InvalidValue, StorageError
 from attrdb.export import export
 from attrdb.schema import TABLES, feature_array
 
@@ -142,6 +142,14 @@ def test_an_interrupted_export_leaves_nothing_at_the_target(toy, tmp_path, form)
     assert not (tmp_path / "out").exists()
     assert [entry.name for entry in tmp_path.iterdir()] == ["toy.attrdb"]
     assert export(toy.snapshot, tmp_path / "out", form=form)["images"] == 7
+
+
+@pytest.mark.parametrize("form", exporting.FORMATS)
+def test_a_target_that_cannot_be_written(toy, tmp_path, form):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(StorageError, match="out could not be written, and nothing is left there"):
+        export(toy.snapshot, tmp_path / "file" / "out", form=form)
+    assert (tmp_path / "file").read_text() == "mine"
 
 
 @pytest.mark.parametrize("form", exporting.FORMATS)

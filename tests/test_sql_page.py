@@ -106,7 +106,7 @@ def test_filters_that_reach_lance(toy, statement, pushed):
     filters = found.partition("Filters:")[2]
     assert all(one in filters for one in pushed), found
     assert "Expression:" not in found
-    assert found.rstrip().endswith("row") and "Projections: image_id ~" in found
+    assert "Projections: image_id ~" in found
 
 
 @pytest.mark.parametrize("test", ["lower(source) = 'x'", "image_id LIKE '%p'", "starts_with(image_id, 'm/')"])

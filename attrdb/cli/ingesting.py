@@ -86,9 +86,9 @@ def _ingest_embeddings(
     retry_failed: bool,
     quiet: bool,
 ) -> None:
+    from attrdb.database import open_or_create
     from attrdb.ingest.embeddings import ingest_embeddings, open_embeddings
     from attrdb.output import progress
-    from attrdb.snapshot import made
 
     if len(encoders) != 1:
         raise InvalidValue(
@@ -98,7 +98,7 @@ def _ingest_embeddings(
         if "=" not in column:
             raise InvalidValue(f"--column {column!r} is not of the form ours=theirs")
     opened = open_embeddings(path, id_column, dict(column.split("=", 1) for column in columns))
-    database = attrdb.open(db) if made(db / "images.lance") else attrdb.create(db)
+    database = open_or_create(db)
     name = source or path.rstrip("/").rsplit("/", 1)[-1]
     with progress(quiet) as advance:
         result = ingest_embeddings(database, opened, encoders[0], name, retry_failed=retry_failed, report=advance)
