@@ -125,7 +125,7 @@ def test_four_writers_and_a_reader(tmp_path):
 
 
 @pytest.mark.parametrize("round_", range(3))
-def test_two_that_make_the_same_database(tmp_path, round_):
+def test_three_that_make_the_same_database(tmp_path, round_):
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["attrdb.maintenance", "attrdb.ingest.corpus", "pytest"])
     go = context.Event()

@@ -1,5 +1,6 @@
 """Disks and files that fail: clear words, nothing lost, and the same command goes on once the disk has room."""
 
+import os
 import shutil
 import subprocess
 
@@ -153,16 +154,56 @@ def test_optimize_and_encode_on_a_full_disk(disk, photos):
     assert attrdb.open(db).sql("SELECT * FROM images ORDER BY image_id").select(before.column_names).equals(before)
 
 
+def without_versions(table):
+    """What a kill leaves while the table is made."""
+    for file in (table / "_versions").iterdir():
+        file.unlink()
+
+
+@pytest.mark.parametrize("n_made", range(6))
+def test_a_database_whose_making_was_killed_is_completed_by_the_same_command(tmp_path, photos, n_made):
+    tables = sorted(attrdb.create(tmp_path / "db").path.iterdir(), key=lambda table: table.name == "images.lance")
+    without_versions(tables[n_made])
+    for table in tables[n_made + 1 :]:
+        shutil.rmtree(table)
+    run("ingest", "corpus", tmp_path / "db", photos, "--encoder", "pixels:2", "--quiet")
+    assert len(ids(tmp_path / "db")) == N_PICTURES
+
+
+def test_a_database_that_lost_its_versions_is_not_taken_for_a_new_one(toy, photos):
+    without_versions(toy.path / "images.lance")
+    command = ["ingest", "corpus", toy.path, photos, "--encoder", "pixels:2", "--quiet"]
+    assert "its table images cannot be opened" in run(*command, code=1).output
+    shutil.rmtree(toy.path / "images.lance")
+    assert "is not an empty directory; choose a path of its own" in run(*command, code=1).output
+    with pytest.raises(InvalidValue, match="is not an empty directory"):
+        attrdb.create(toy.path)
+
+
 # --- a read-only directory -------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
-def read_only(disk, photos):
-    db = disk.path / "db"
-    disk.change("size=20m")
-    run("ingest", "corpus", db, photos, "--encoder", "pixels:2", "--quiet")
-    disk.change("ro")
-    return db
+def read_only(tmp_path, photos, request):
+    """A database that cannot be written: on a disk that is read-only; without the rights to mount one, by its mode."""
+    if os.geteuid():
+        parent = tmp_path / "shut"
+        parent.mkdir()
+    else:
+        disk = request.getfixturevalue("disk")
+        disk.change("size=20m")
+        parent = disk.path
+    run("ingest", "corpus", parent / "db", photos, "--encoder", "pixels:2", "--quiet")
+    if not os.geteuid():
+        disk.change("ro")
+        yield parent / "db"
+        return
+    folders = [parent, *(path for path in parent.rglob("*") if path.is_dir())]
+    for folder in folders:
+        folder.chmod(0o555)
+    yield parent / "db"
+    for folder in folders:
+        folder.chmod(0o755)
 
 
 def test_a_read_only_directory_is_read(read_only):
@@ -196,7 +237,7 @@ def test_a_read_only_directory_is_not_written(read_only, photos, vectors):
     ):
         output = run(*command, code=1).output
         assert "cannot be written" in output, command
-        assert "Read-only file system" in output, command
+        assert "Read-only file system" in output or "Permission denied" in output, command
     assert len(ids(read_only)) == N_PICTURES
 
 
