@@ -178,7 +178,11 @@ def _nearest(
             raise QueryRefused(f"nearest: a feature of length {len(feature)}, encoder {encoder_id!r} makes {dimension}")
     if k is None or k < 1:
         raise QueryRefused(f"nearest: k is {k}; at least one candidate must be asked for")
-    hits = search.top_k(snapshot.features(encoder_id, CANDIDATES), np.array(features, dtype=np.float32), k)
+    queries = np.array(features, dtype=np.float32)
+    norms = np.linalg.norm(queries, axis=1, keepdims=True)
+    if not (np.isfinite(norms) & (norms > 0)).all():
+        raise QueryRefused("nearest: a feature that is zero or not finite; it must point somewhere")
+    hits = search.top_k(snapshot.features(encoder_id, CANDIDATES), queries / norms, k)
     return [
         [
             {"rank": rank, "image_id": image_id, "similarity": similarity}
