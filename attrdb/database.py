@@ -15,6 +15,7 @@ import lance
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from lance.commit import CommitConflictError
 
 from attrdb import attribution, health, queries, search, sql
 from attrdb.conform import conform_images
@@ -170,7 +171,7 @@ class Database:
         names = {parameter.name for parameter in query.parameters}
         if "encoder_id" in names:
             parameters["encoder_id"] = snapshot.encoder_id(parameters.get("encoder_id"))
-        if {"encoder_id", "image_id"} <= names and "image_id" in parameters:
+        if {"encoder_id", "image_id"} <= names and isinstance(parameters.get("image_id"), str):
             snapshot.feature(parameters["image_id"], parameters["encoder_id"])
         return self._select(snapshot, query.sql, query.bind(parameters))
 
@@ -326,6 +327,8 @@ class Database:
         self.refresh()
         images = self.snapshot.tables["images"]
         ends = pc.min_max(ids)
+        if not ends["min"].is_valid:
+            return pa.array(np.ones(len(ids), bool))
         where = f"image_id >= {literal(ends['min'].as_py())} AND image_id <= {literal(ends['max'].as_py())}"
         with storage(self.path):
             stored = images.to_table(columns=["image_id"], filter=where)["image_id"]
@@ -353,10 +356,24 @@ class Database:
         if strangers:
             raise InvalidValue(f"images of model {strangers.pop()!r} among those of model {model['model_id']!r}")
         roles = rows["role"].to_pylist()
+        self._drop_abandoned(rows, model["model_id"])
         appended = self.append_images(rows)
         counted = {"n_exemplars": roles.count("exemplar"), "n_samples": roles.count("sample")}
         self.upsert("models", [{**model, **counted}], on="model_id", update=False)
         return appended
+
+    def _drop_abandoned(self, rows: pa.Table, model_id: str) -> None:
+        """Take out what an earlier attempt at a model left that never got its row, unless it is what is given now."""
+        self.refresh()
+        if model_id not in self.snapshot.hidden_models:
+            return
+        said = ["image_id", "sha256", "prompt", "seed"]
+        where = f"model_id = {literal(model_id)}"
+        with storage(self.path):
+            stored = self.snapshot.tables["images"].to_table(columns=said, filter=where)
+        given = conform_images(rows, self.snapshot.tables["images"].schema).select(said)
+        if {tuple(row.values()) for row in stored.to_pylist()} != {tuple(row.values()) for row in given.to_pylist()}:
+            self.delete("images", where)
 
     def replace_exemplar_ranks(self, rows: pa.Table, encoder_id: str, gallery: str) -> None:
         """Store the ranks of one encoder, without a mapper, and gallery in place of those there are."""
@@ -401,7 +418,8 @@ class Database:
                     result = write()
                     break
                 except OSError as error:  # CommitConflictError is one
-                    if "conflict" not in str(error).lower():
+                    # merge_insert gives up with words of its own after its retries.
+                    if not isinstance(error, CommitConflictError) and "concurrent" not in str(error).lower():
                         raise
                     if attempt == CONFLICT_RETRIES - 1:
                         raise StorageError(f"too many others write to {self.path}; give the command again") from error

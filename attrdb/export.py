@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import duckdb
 import lance
@@ -63,26 +63,16 @@ def export(
 @contextmanager
 def _part_of(target: Path) -> Iterator[Path]:
     """A place beside the target that becomes it at the end, and is gone if there is no such end."""
-    part = target.with_name(f"{target.name}.part")
     try:
-        part.parent.mkdir(parents=True, exist_ok=True)
-        _remove(part)  # left by an export that was killed
-        yield part
-        part.replace(target)
-    except BaseException as error:
-        if part.parent.is_dir():
-            _remove(part)
-        if isinstance(error, (OSError, pa.ArrowException, duckdb.Error)) and not isinstance(error, AttrdbError):
-            said = str(error).partition("\n")[0]
-            raise StorageError(f"{target} could not be written, and nothing is left there: {said}") from error
-        raise
-
-
-def _remove(part: Path) -> None:
-    for place in (part, part.with_name(f"{part.name}.wal"), part.with_name(f"{part.name}.tmp")):
-        if place.is_dir():
-            shutil.rmtree(place)
-        place.unlink(missing_ok=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as folder:
+            yield Path(folder) / target.name
+            (Path(folder) / target.name).replace(target)
+    except (OSError, pa.ArrowException, duckdb.Error) as error:
+        if isinstance(error, AttrdbError):
+            raise
+        said = str(error).partition("\n")[0]
+        raise StorageError(f"{target} could not be written, and nothing is left there: {said}") from error
 
 
 def _stream(

@@ -165,10 +165,10 @@ def open_snapshot(path: Path, at: int | str | datetime | None = None) -> Snapsho
     if not (path / "images.lance").is_dir():
         what = "is not an attrdb database (no images.lance in it)" if path.exists() else "does not exist"
         raise NotFound(f"{path} {what}; make one with: attrdb init {path}")
-    check_schema_version(path, schema_version(_dataset(path, "images")))
+    check_schema_version(path, schema_version(open_table(path, "images")))
     # models before images: a model that is seen has its images, as they are committed first.
     names = sorted(TABLES, key=lambda name: name == "images")
-    tables = {name: _dataset(path, name) for name in names}
+    tables = {name: open_table(path, name) for name in names}
     if at is not None:
         tables = _older(path, tables, at)
     return Snapshot(path, tables)
@@ -179,13 +179,15 @@ def check_schema_version(path: Path, found: int) -> None:
         raise InvalidValue(
             f"{path} has schema version {found}, this attrdb reads {SCHEMA_VERSION}; install a newer attrdb"
         )
+    if found == 0:
+        raise NotFound(f"{path} has an images table that attrdb did not make; make a database with: attrdb init PATH")
     if found < SCHEMA_VERSION:
         raise InvalidValue(
             f"{path} has schema version {found}, this attrdb reads {SCHEMA_VERSION}; bring it up with: attrdb upgrade {path}"
         )
 
 
-def _dataset(path: Path, name: str, **options: Any) -> lance.LanceDataset:
+def open_table(path: Path, name: str, **options: Any) -> lance.LanceDataset:
     try:
         return lance.dataset(str(path / f"{name}.lance"), **options)
     except BaseException as error:
@@ -223,9 +225,14 @@ def _older(
             raise NotFound(
                 f"{path} has no version as old as {moment.isoformat()}; its oldest is of {images[0][1].isoformat()}"
             )
+    for name, found in history.items():
+        if not chosen[name] and found[0][0] > 1:
+            raise NotFound(
+                f"{path} has dropped what {name} held then; its oldest version is of {found[0][1].isoformat()}"
+            )
     # A table that is younger than the moment was empty then, as its first version is.
-    versions = {name: max(chosen[name], default=history[name][0][0]) for name in tables}
-    return {name: _dataset(path, name, version=version) for name, version in versions.items()}
+    versions = {name: max(chosen[name], default=1) for name in tables}
+    return {name: open_table(path, name, version=version) for name, version in versions.items()}
 
 
 def _moment(at: str | datetime) -> datetime:

@@ -100,7 +100,9 @@ def _register(connection: duckdb.DuckDBPyConnection, snapshot: Snapshot) -> None
 
 
 def _catalog(snapshot: Snapshot) -> duckdb.DuckDBPyConnection:
-    connection = duckdb.connect(config={"enable_external_access": "false", "autoload_known_extensions": "false"})
+    # Without the last, DuckDB lets SQL read and write in its temporary folder, and a CTE may hold a COPY.
+    closed = {"enable_external_access": "false", "autoload_known_extensions": "false", "temp_directory": ""}
+    connection = duckdb.connect(config=closed)
     _register(connection, snapshot)
     if snapshot.hidden_models:
         connection.execute(f"CREATE VIEW images AS FROM _images WHERE {snapshot.visible('true')}")

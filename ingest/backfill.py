@@ -1,6 +1,6 @@
 """Backfill: give an encoder's column to the images of an existing database.
 
-<database>/jobs/encode-<encoder_id>/   features of images whose fragment is not finished, in Parquet files that appear whole
+<database>/jobs/.encode-<encoder_id>/  features of images whose fragment is not finished, in Parquet files that appear whole
 
 Lance keeps a table in fragments, and a column of one can be replaced without touching the others. A fragment is committed
 once all of its images are encoded; until then its features wait in the job's folder, from where a rerun takes them.
@@ -63,9 +63,9 @@ def backfill(
     raises: InvalidValue if the database has an encoder of that id that differs, Busy if another process is at it
     """
     encoder_id = db.add_encoder(encoder.spec, encoder.dimension, encoder.preprocessing, encoder.weights_fingerprint)
-    folder = db.path / "jobs" / f"encode-{encoder_id}"
+    folder = db.path / "jobs" / f".encode-{encoder_id}"
     with (
-        alone(folder.with_name(f".{folder.name}.lock"), f"{folder.name} is being run"),
+        alone(folder.with_name(f"{folder.name}.lock"), f"encode-{encoder_id} is being run"),
         jobs.running(db, "encode", encoder_id, {"spec": encoder.spec}) as job,
     ):
         folder.mkdir(exist_ok=True)

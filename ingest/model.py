@@ -159,7 +159,7 @@ def ingest_model(
         rows = _image_rows(model_id, settings, exemplars, plans, encoded, encoders)
         figures |= {"n_exemplars": len(exemplars), "n_samples": len(plans)}
         appended = db.append_model(rows, _model_row(model_id, settings, record, weights, figures))
-        shutil.rmtree(job)
+        shutil.rmtree(job, ignore_errors=True)
         report("encode", 1, 1)
     return ModelResult(model_id, len(exemplars), len(plans), True, appended.version)
 

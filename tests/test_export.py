@@ -153,11 +153,12 @@ def test_a_target_that_cannot_be_written(toy, tmp_path, form):
 
 
 @pytest.mark.parametrize("form", exporting.FORMATS)
-def test_what_a_killed_export_left_is_no_hindrance(toy, tmp_path, form):
-    (tmp_path / "out.part").mkdir()
-    (tmp_path / "out.part" / "images.parquet").write_bytes(b"half")
+def test_nothing_of_others_is_touched(toy, tmp_path, form):
+    for name in ("out.part", ".out.part"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "images.parquet").write_bytes(b"mine")
     assert export(toy.snapshot, tmp_path / "out", form=form)["images"] == 7
-    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["out", "toy.attrdb"]
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == [".out.part", "out", "out.part", "toy.attrdb"]
 
 
 @pytest.mark.parametrize("form", exporting.FORMATS)

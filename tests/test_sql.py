@@ -55,10 +55,17 @@ def test_parameters_are_values_not_text(toy):
         "SELECT 1; SELECT 2",
         "EXPLAIN ANALYZE DROP VIEW samples",
         "SELECT * FROM toy",
+        "WITH x AS (COPY (SELECT 42 AS a) TO '.tmp/stolen.csv') SELECT * FROM x",
+        "SELECT * FROM glob('.tmp/*')",
+        "SELECT * FROM read_text('.tmp/kept.txt')",
+        "WITH x AS (INSERT INTO models SELECT 1) SELECT * FROM x",
         "",
     ],
 )
-def test_statements_that_are_refused(toy, statement):
+def test_statements_that_are_refused(toy, statement, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / ".tmp").mkdir()  # the folder that DuckDB would take for its own
+    (tmp_path / ".tmp" / "kept.txt").write_text("mine")
     with pytest.raises(QueryRefused):
         toy.sql(statement)
 

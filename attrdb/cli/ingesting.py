@@ -188,7 +188,9 @@ def ingest_models(
     read = models.read_specs(specs, base_model)
     _, loaded = open_with_encoders(db, encoders)
     with progress(quiet) as advance:
-        result = models.ingest_models(db, read, [encoder.spec for encoder in loaded], workers, advance, name=specs.stem)
+        result = models.ingest_models(
+            db, read, [encoder.spec for encoder in loaded], workers, advance, name=str(specs.resolve())
+        )
     click.echo(f"{result.done} models appended, {result.stored_already} were stored already", err=True)
     if result.failed:
         for model_id, reason in result.failed[:LISTED]:
