@@ -15,6 +15,7 @@ import lance
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from lance.commit import CommitConflictError
 
 from attrdb import attribution, health, queries, search, sql
 from attrdb.conform import conform_images
@@ -43,6 +44,19 @@ def create(path: str | Path) -> Database:
     for name in sorted(TABLES, key=lambda name: name == "images"):
         create_table(path, name)
     return Database(path)
+
+
+def open_or_create(path: str | Path) -> Database:
+    """The database at a path, made if there is none yet or its making was killed; another process may make it too.
+
+    raises: InvalidValue if there is something else at the path, NotFound and InvalidValue as `Database`
+    """
+    try:
+        return create(path)
+    except InvalidValue:
+        if not made(Path(path) / "images.lance"):
+            raise
+        return Database(path)
 
 
 def create_table(path: Path, name: str) -> None:
@@ -137,13 +151,14 @@ class Database:
     def sql(self, statement: str, parameters: dict[str, Any] | None = None) -> pa.Table:
         """The result of one SELECT over the pinned tables; its schema metadata names the images version.
 
-        raises: QueryRefused with DuckDB's words, or if the statement is not one SELECT or asks for files or the network
+        raises: QueryRefused with DuckDB's words, or if the statement is not one SELECT or asks for files or the network,
+                StorageError for a damaged file
         """
-        snapshot = self._snapshot
-        with sql.connect(snapshot) as connection:
-            result = sql.run(connection, statement, parameters)
-        metadata = {**(result.schema.metadata or {}), b"attrdb.images_version": str(snapshot.version).encode()}
-        return result.replace_schema_metadata(metadata)
+        return self._select(self._snapshot, statement, parameters)
+
+    def _select(self, snapshot: Snapshot, statement: str, parameters: dict[str, Any] | None) -> pa.Table:
+        with storage(self.path), sql.connect(snapshot) as connection:
+            return _versioned(sql.run(connection, statement, parameters), snapshot)
 
     def query(self, name: str, **parameters: Any) -> pa.Table:
         """The result of a named query, such as `db.query("recall_at_k", k=10)`.
@@ -152,12 +167,13 @@ class Database:
         raises: NotFound for an unknown query, encoder or image, InvalidValue for a wrong parameter
         """
         query = queries.load(name, self.query_folders)
+        snapshot = self._snapshot
         names = {parameter.name for parameter in query.parameters}
         if "encoder_id" in names:
-            parameters["encoder_id"] = self.encoder_id(parameters.get("encoder_id"))
-        if {"encoder_id", "image_id"} <= names and "image_id" in parameters:
-            self.feature(parameters["image_id"], parameters["encoder_id"])
-        return self.sql(query.sql, query.bind(parameters))
+            parameters["encoder_id"] = snapshot.encoder_id(parameters.get("encoder_id"))
+        if {"encoder_id", "image_id"} <= names and isinstance(parameters.get("image_id"), str):
+            snapshot.feature(parameters["image_id"], parameters["encoder_id"])
+        return self._select(snapshot, query.sql, query.bind(parameters))
 
     # --- attribution --------------------------------------------------------------------------------------------------
 
@@ -216,7 +232,7 @@ class Database:
             ("missing_influence", [found.missing_influence] * n),
         ):
             answer = answer.append_column(name, pa.array(values))
-        return answer
+        return _versioned(answer, snapshot)
 
     def status(self) -> dict[str, Any]:
         """What the database holds and how well it is kept, see `health.status`."""
@@ -311,6 +327,8 @@ class Database:
         self.refresh()
         images = self.snapshot.tables["images"]
         ends = pc.min_max(ids)
+        if not ends["min"].is_valid:
+            return pa.array(np.ones(len(ids), bool))
         where = f"image_id >= {literal(ends['min'].as_py())} AND image_id <= {literal(ends['max'].as_py())}"
         with storage(self.path):
             stored = images.to_table(columns=["image_id"], filter=where)["image_id"]
@@ -338,10 +356,24 @@ class Database:
         if strangers:
             raise InvalidValue(f"images of model {strangers.pop()!r} among those of model {model['model_id']!r}")
         roles = rows["role"].to_pylist()
+        self._drop_abandoned(rows, model["model_id"])
         appended = self.append_images(rows)
         counted = {"n_exemplars": roles.count("exemplar"), "n_samples": roles.count("sample")}
         self.upsert("models", [{**model, **counted}], on="model_id", update=False)
         return appended
+
+    def _drop_abandoned(self, rows: pa.Table, model_id: str) -> None:
+        """Take out what an earlier attempt at a model left that never got its row, unless it is what is given now."""
+        self.refresh()
+        if model_id not in self.snapshot.hidden_models:
+            return
+        said = ["image_id", "sha256", "prompt", "seed"]
+        where = f"model_id = {literal(model_id)}"
+        with storage(self.path):
+            stored = self.snapshot.tables["images"].to_table(columns=said, filter=where)
+        given = conform_images(rows, self.snapshot.tables["images"].schema).select(said)
+        if {tuple(row.values()) for row in stored.to_pylist()} != {tuple(row.values()) for row in given.to_pylist()}:
+            self.delete("images", where)
 
     def replace_exemplar_ranks(self, rows: pa.Table, encoder_id: str, gallery: str) -> None:
         """Store the ranks of one encoder, without a mapper, and gallery in place of those there are."""
@@ -386,7 +418,8 @@ class Database:
                     result = write()
                     break
                 except OSError as error:  # CommitConflictError is one
-                    if "conflict" not in str(error).lower():
+                    # merge_insert gives up with words of its own after its retries.
+                    if not isinstance(error, CommitConflictError) and "concurrent" not in str(error).lower():
                         raise
                     if attempt == CONFLICT_RETRIES - 1:
                         raise StorageError(f"too many others write to {self.path}; give the command again") from error
@@ -397,6 +430,11 @@ class Database:
     def _check_writable(self) -> None:
         if self.read_only:
             raise InvalidValue(f"{self.path} was opened read-only; open it without read_only and at to change it")
+
+
+def _versioned(answer: pa.Table, snapshot: Snapshot) -> pa.Table:
+    """The table with the images version that it came from in its schema metadata."""
+    return answer.replace_schema_metadata({b"attrdb.images_version": str(snapshot.version).encode()})
 
 
 def _unit(feature: np.ndarray, encoder_id: str, dimension: int) -> np.ndarray:

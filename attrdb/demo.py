@@ -13,7 +13,7 @@ import jinja2
 import pyarrow.parquet as pq
 
 import attrdb
-from attrdb.database import Database
+from attrdb.database import Database, open_or_create
 from attrdb.errors import InvalidValue
 from attrdb.influence import DEFAULT_LAM, DEFAULT_TAU
 from attrdb.ingest.base_model import BUNDLED, base_model_folder, weights_hash
@@ -21,7 +21,6 @@ from attrdb.ingest.corpus import ingest_corpus, open_corpus
 from attrdb.ingest.encoders import DEFAULT_ENCODERS, load_encoder
 from attrdb.ingest.model import Exemplar, ingest_model, settings_for
 from attrdb.ingest.pictures import read_picture
-from attrdb.snapshot import made
 from attrdb.training.evaluation import evaluate
 
 CONCEPTS = ("bell-by-fxemoji", "lemon-by-streamline-emojis", "streamline-kameleon-color", "streamline-cyber-color")
@@ -70,7 +69,7 @@ def build(folder: Path, report: Report, corpus: Path | None = None, concepts: tu
     """
     corpus = corpus or bundled_icons()
     path = folder / "icons.attrdb"
-    db = attrdb.open(path) if made(path / "images.lance") else attrdb.create(path)
+    db = open_or_create(path)
     made_with = set(db.sql("SELECT base_model_hash FROM models")["base_model_hash"].to_pylist())
     if made_with - {weights_hash(base_model_folder(BUNDLED))}:
         raise InvalidValue(f"{folder} holds a demo of another icon-sd; remove it, or name another folder")

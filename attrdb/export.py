@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import duckdb
 import lance
@@ -22,7 +22,7 @@ BATCH_ROWS = 1024
 BATCHES_AHEAD = 2  # that Lance reads before they are asked for; its own choice would hold sixteen batches of pictures
 # A Parquet file's row group: as large as readers like it, but no more bytes than may be held.
 GROUP_ROWS, GROUP_BYTES = 65_536, 64 * 2**20
-DUCKDB_MEMORY = "512MB"  # its own choice, most of the machine's, kept 3.6 GB for a database of 1 GB
+DUCKDB_MEMORY = "512MB"  # its own choice is most of the machine's
 
 Report = Callable[[str, int, int], None]
 
@@ -63,25 +63,16 @@ def export(
 @contextmanager
 def _part_of(target: Path) -> Iterator[Path]:
     """A place beside the target that becomes it at the end, and is gone if there is no such end."""
-    part = target.with_name(f"{target.name}.part")
     try:
-        part.parent.mkdir(parents=True, exist_ok=True)
-        _remove(part)  # left by an export that was killed
-        yield part
-        part.replace(target)
-    except BaseException as error:
-        _remove(part)
-        if isinstance(error, (OSError, pa.ArrowException, duckdb.Error)) and not isinstance(error, AttrdbError):
-            said = str(error).partition("\n")[0]
-            raise StorageError(f"{target} could not be written, and nothing is left there: {said}") from error
-        raise
-
-
-def _remove(part: Path) -> None:
-    for place in (part, part.with_name(f"{part.name}.wal"), part.with_name(f"{part.name}.tmp")):
-        if place.is_dir():
-            shutil.rmtree(place)
-        place.unlink(missing_ok=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as folder:
+            yield Path(folder) / target.name
+            (Path(folder) / target.name).replace(target)
+    except (OSError, pa.ArrowException, duckdb.Error) as error:
+        if isinstance(error, AttrdbError):
+            raise
+        said = str(error).partition("\n")[0]
+        raise StorageError(f"{target} could not be written, and nothing is left there: {said}") from error
 
 
 def _stream(
@@ -135,19 +126,30 @@ def _write_duckdb(snapshot: Snapshot, file: Path, left_out: set[str], report: Re
     counts = {}
     with duckdb.connect(str(file), config={"memory_limit": DUCKDB_MEMORY}) as connection:
         for name in snapshot.tables:
-            connection.begin()
             schema, batches = _stream(snapshot, name, left_out, report)
-            connection.register("_none", schema.empty_table())
-            connection.execute(f'CREATE TABLE "{name}" AS FROM _none')
-            # A stream of batches would do, but DuckDB turns a Ctrl-C or an error in one into an error of its own.
-            for group in _groups(batches):
-                connection.register("_rows", pa.Table.from_batches(group, schema))
-                connection.execute(f'INSERT INTO "{name}" FROM _rows')
-            connection.commit()
-            connection.unregister("_none")
+            raised: list[BaseException] = []
+            connection.register("_rows", pa.RecordBatchReader.from_batches(schema, _watched(batches, raised)))
+            try:
+                connection.execute(f'CREATE TABLE "{name}" AS FROM _rows')
+            except duckdb.Error:
+                # What is raised while DuckDB reads the stream, Ctrl-C too, comes back as an error of its own.
+                if raised:
+                    raise raised[0] from None
+                raise
             connection.unregister("_rows")
             counts[name] = connection.sql(f'SELECT count(*) FROM "{name}"').fetchall()[0][0]
         for view in sql.RELATIONS:
             if not view.arguments:
                 connection.execute(f"CREATE VIEW {view.name} AS {view.sql}")
     return counts
+
+
+def _watched(batches: Iterator[pa.RecordBatch], raised: list[BaseException]) -> Iterator[pa.RecordBatch]:
+    """The batches; what they raise is kept."""
+    try:
+        yield from batches
+    except GeneratorExit:  # DuckDB let go of them
+        raise
+    except BaseException as error:
+        raised.append(error)
+        raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import socket
 from collections.abc import Callable, Iterator
@@ -14,7 +15,7 @@ import pyarrow as pa
 
 from attrdb import queries, sql
 from attrdb.schema import SCHEMA_VERSION, feature_columns, feature_matrix
-from attrdb.snapshot import Snapshot, literal, storage
+from attrdb.snapshot import Snapshot, literal, storage, words_of
 
 PROBES = 20  # ids and features that the index self-test asks for
 RECALL_NEEDED = 0.9  # recall@10 of a vector index against an exact scan below which it is reported
@@ -139,14 +140,17 @@ class Finding:
 def check(snapshot: Snapshot, report: Report = lambda stage, done, total: None) -> list[Finding]:
     """What does not hold together: damaged files, rows that contradict each other, indices that answer wrongly.
 
-    Every stored byte is read, then every query of the group `checks` runs, then the indices are asked for things whose
-    answers are known. An empty list means that nothing was found.
+    Every stored byte is read, and images and weights are compared with their sha256; then every query of the group
+    `checks` runs, and the indices are asked for things whose answers are known. An empty list: nothing was found.
     """
-    damaged = list(_damaged(snapshot, report))
+    damaged, changed = _read_everything(snapshot, report)
     if damaged:  # queries over damaged files only fail
         rows = pa.Table.from_pylist(damaged)
         return [Finding("damaged_files", "Files that cannot be read; restore them from a copy of the directory.", rows)]
     found = []
+    if changed:
+        meaning = "Stored images and weights whose bytes are not those that were written; restore them from a copy."
+        found.append(Finding("changed_bytes", meaning, pa.Table.from_pylist(changed)))
     checks = [query for query in queries.all_queries().values() if query.group == "checks"]
     with storage(snapshot.path), sql.connect(snapshot) as connection:
         for number, query in enumerate(checks):
@@ -162,17 +166,44 @@ def check(snapshot: Snapshot, report: Report = lambda stage, done, total: None) 
     return found
 
 
-def _damaged(snapshot: Snapshot, report: Report) -> Iterator[dict]:
+def _read_everything(snapshot: Snapshot, report: Report) -> tuple[list[dict], list[dict]]:
+    """The files that cannot be read, and the images and weights whose bytes do not have their sha256."""
+    damaged, changed = [], []
+    for name, table in snapshot.tables.items():
+        try:
+            table.versions()
+        except Exception as error:  # names the manifest of an older version
+            damaged.append({"table": name, "files": f"{name}.lance/_versions", "error": words_of(error)})
     fragments = [(name, one) for name, table in snapshot.tables.items() for one in table.get_fragments()]
     for number, (name, fragment) in enumerate(fragments):
         report("files", number, len(fragments))
         try:
-            for _ in fragment.to_batches(batch_size=1024):
-                pass
+            for batch in fragment.to_batches(batch_size=1024):
+                if name == "images":
+                    changed += _changed_images(batch)
+                elif name == "models":
+                    changed += _changed_weights(snapshot, batch)
         except Exception as error:  # a damaged file makes Lance raise many kinds, down to ValueError
             files = ", ".join(one.path for one in fragment.data_files())
-            yield {"table": name, "files": files, "error": str(error).splitlines()[0]}
+            damaged.append({"table": name, "files": files, "error": words_of(error)})
     report("files", len(fragments), len(fragments))
+    return damaged, changed
+
+
+def _changed_images(batch: pa.RecordBatch) -> Iterator[dict]:
+    for image_id, wanted, image in zip(batch["image_id"], batch["sha256"], batch["image"], strict=True):
+        if wanted.is_valid and image.is_valid and hashlib.sha256(image.as_buffer()).hexdigest() != wanted.as_py():
+            yield {"table": "images", "id": image_id.as_py(), "needed": wanted.as_py()}
+
+
+def _changed_weights(snapshot: Snapshot, batch: pa.RecordBatch) -> Iterator[dict]:
+    for row in batch.select(["model_id", "weights_path", "weights_hash"]).to_pylist():
+        if row["weights_path"] is None or row["weights_hash"] is None:
+            continue
+        file = (snapshot.path / row["weights_path"]).resolve()
+        inside = file.is_relative_to(snapshot.path.resolve())
+        if not (inside and file.is_file() and hashlib.sha256(file.read_bytes()).hexdigest() == row["weights_hash"]):
+            yield {"table": "models", "id": row["model_id"], "needed": row["weights_hash"]}
 
 
 def index_self_test(snapshot: Snapshot) -> Iterator[dict]:

@@ -16,9 +16,9 @@ DEFAULT_LAM = 0.05
 
 def check_calibration(tau: float, lam: float) -> None:
     """raises: InvalidValue unless tau > 0 and 0 <= lam < 1"""
-    if not (tau > 0 and math.isfinite(tau)):
+    if tau is None or not (tau > 0 and math.isfinite(tau)):
         raise InvalidValue(f"tau is {tau}; it must be a positive number")
-    if not 0 <= lam < 1:
+    if lam is None or not 0 <= lam < 1:
         raise InvalidValue(f"lambda is {lam}; it must be at least 0 and below 1")
 
 

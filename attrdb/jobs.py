@@ -12,7 +12,7 @@ from typing import Any
 
 from attrdb.database import Database
 from attrdb.errors import AttrdbError
-from attrdb.snapshot import literal
+from attrdb.snapshot import literal, storage
 
 
 class Job:
@@ -22,10 +22,9 @@ class Job:
         self.db = db
         self.job_id = job_id
         self.n_done = 0
-        self.failures: dict[str, str] = {
-            row["item"]: row["reason"]
-            for row in db.snapshot.tables["failures"].to_table(filter=f"job_id = {literal(job_id)}").to_pylist()
-        }
+        with storage(db.path):
+            rows = db.snapshot.tables["failures"].to_table(filter=f"job_id = {literal(job_id)}").to_pylist()
+        self.failures: dict[str, str] = {row["item"]: row["reason"] for row in rows}
 
     def failed(self, reasons: Mapping[str, str]) -> None:
         """Store items with the reasons why they failed."""

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from attrdb.errors import Busy
+from attrdb.snapshot import storage
 
 
 @contextmanager
@@ -15,10 +16,12 @@ def alone(file: Path, doing: str) -> Iterator[None]:
     """Hold a lock file; its folder is made if there is none.
 
     doing:  what the holder does, such as "model 'vase-1' is being made"
-    raises: Busy if another process holds it
+    raises: Busy if another process holds it, StorageError for a full or read-only disk
     """
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with file.open("w") as lock:
+    with storage(file.parent):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        lock = file.open("w")
+    with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:

@@ -13,6 +13,7 @@ from attrdb import health
 from attrdb.database import Database
 from attrdb.errors import AttrdbError
 from attrdb.locks import alone
+from attrdb.snapshot import storage
 
 # Of a fragment. Appends are merged into fragments of this size, and an encoder that is added later writes its features
 # fragment by fragment, so this also bounds how much of them is in memory.
@@ -44,7 +45,7 @@ def optimize(
 
     Readers and writers go on meanwhile. Killed and given again, it goes on from what was done.
     """
-    with alone(db.path / ".maintenance.lock", f"{db.path} is being maintained"):
+    with alone(db.path / ".maintenance.lock", f"{db.path} is being maintained"), storage(db.path):
         db.refresh()
         before = health.status(db.snapshot)
         steps: list[tuple[str, Callable[[], Any]]] = []

@@ -77,7 +77,7 @@ def _print_grid(table: pa.Table, rows: list[dict]) -> None:
     Console(width=width, markup=False, highlight=False).print(grid)
 
 
-Advance = Callable[[str, int, int], None]
+Advance = Callable[[str, int, int | None], None]  # stage, done, in all where that is known
 
 
 @contextmanager
@@ -106,7 +106,7 @@ def progress(quiet: bool) -> Iterator[Advance]:
     )
     tasks: dict[str, Any] = {}
 
-    def advance(stage: str, done: int, total: int) -> None:
+    def advance(stage: str, done: int, total: int | None) -> None:
         if stage not in tasks:
             tasks[stage] = bars.add_task(stage, total=total, rate="")
         task = bars.tasks[[one.id for one in bars.tasks].index(tasks[stage])]

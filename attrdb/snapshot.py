@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -27,16 +28,26 @@ def literal(text: str) -> str:
     return "'" + text.replace("'", "''") + "'"
 
 
+def by_lance(error: BaseException) -> bool:
+    """Whether it may be Lance's word on a disk or a file; a panic inside Lance is no Exception and has no public class."""
+    return isinstance(error, (OSError, pa.ArrowException, RuntimeError)) or type(error).__name__ == "PanicException"
+
+
+def words_of(error: BaseException) -> str:
+    """The first line of what Lance says, without the places in its own source."""
+    lines = re.sub(r",? /\S+\.rs:\d+(:\d+)?", "", str(error)).splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
 @contextmanager
 def storage(path: Path) -> Iterator[None]:
     """Turns what Lance says about a disk or a file into a StorageError; a commit conflict is passed on."""
     try:
         yield
-    except (OSError, pa.ArrowException) as error:
-        if isinstance(error, (StorageError, CommitConflictError)):
+    except BaseException as error:
+        if isinstance(error, (StorageError, CommitConflictError)) or not by_lance(error):
             raise
-        text = str(error)
-        said = text.splitlines()[0] if text else type(error).__name__
+        text, said = str(error), words_of(error)
         if "No space left" in text or "os error 28" in text:
             raise StorageError(
                 f"the disk of {path} is full; what was committed before is kept: free some space, then give the command again"
@@ -79,7 +90,8 @@ class Snapshot:
     @cached_property
     def encoders(self) -> dict[str, dict]:
         """The rows of `encoders`, by encoder_id, in the order in which they were added."""
-        rows = {row["encoder_id"]: row for row in self.tables["encoders"].to_table().to_pylist()}
+        with storage(self.path):
+            rows = {row["encoder_id"]: row for row in self.tables["encoders"].to_table().to_pylist()}
         # The columns of images keep that order; rows of a table may move when one is updated.
         return {name: rows[name] for name in feature_columns(self.tables["images"].schema) if name in rows}
 
@@ -153,10 +165,10 @@ def open_snapshot(path: Path, at: int | str | datetime | None = None) -> Snapsho
     if not (path / "images.lance").is_dir():
         what = "is not an attrdb database (no images.lance in it)" if path.exists() else "does not exist"
         raise NotFound(f"{path} {what}; make one with: attrdb init {path}")
-    check_schema_version(path, schema_version(_dataset(path, "images")))
+    check_schema_version(path, schema_version(open_table(path, "images")))
     # models before images: a model that is seen has its images, as they are committed first.
     names = sorted(TABLES, key=lambda name: name == "images")
-    tables = {name: _dataset(path, name) for name in names}
+    tables = {name: open_table(path, name) for name in names}
     if at is not None:
         tables = _older(path, tables, at)
     return Snapshot(path, tables)
@@ -167,18 +179,25 @@ def check_schema_version(path: Path, found: int) -> None:
         raise InvalidValue(
             f"{path} has schema version {found}, this attrdb reads {SCHEMA_VERSION}; install a newer attrdb"
         )
+    if found == 0:
+        raise NotFound(f"{path} has an images table that attrdb did not make; make a database with: attrdb init PATH")
     if found < SCHEMA_VERSION:
         raise InvalidValue(
             f"{path} has schema version {found}, this attrdb reads {SCHEMA_VERSION}; bring it up with: attrdb upgrade {path}"
         )
 
 
-def _dataset(path: Path, name: str, **options: Any) -> lance.LanceDataset:
+def open_table(path: Path, name: str, **options: Any) -> lance.LanceDataset:
     try:
         return lance.dataset(str(path / f"{name}.lance"), **options)
-    except (ValueError, OSError) as error:
+    except BaseException as error:
+        if not (isinstance(error, ValueError) or by_lance(error)):
+            raise
+        # Lance counts the names of its manifests down.
+        newest = min((path / f"{name}.lance" / "_versions").glob("*.manifest"), default=None)
+        cure = f"; restore {newest} from a copy of the directory" if newest else ""
         raise NotFound(
-            f"{path} is not a whole attrdb database: its table {name} cannot be opened ({str(error).splitlines()[0]})"
+            f"{path} is not a whole attrdb database: its table {name} cannot be opened ({words_of(error)}){cure}"
         ) from error
 
 
@@ -191,7 +210,7 @@ def _older(
     images = history["images"]
     if isinstance(at, str) and at.isdecimal():
         at = int(at)
-    if isinstance(at, int):
+    if isinstance(at, int) and not isinstance(at, bool):
         kept = [version for version, _ in images]
         if at not in kept:
             raise NotFound(f"{path} has no version {at}; it keeps {len(kept)} versions, {kept[0]} to {kept[-1]}")
@@ -206,16 +225,23 @@ def _older(
             raise NotFound(
                 f"{path} has no version as old as {moment.isoformat()}; its oldest is of {images[0][1].isoformat()}"
             )
+    for name, found in history.items():
+        if not chosen[name] and found[0][0] > 1:
+            raise NotFound(
+                f"{path} has dropped what {name} held then; its oldest version is of {found[0][1].isoformat()}"
+            )
     # A table that is younger than the moment was empty then, as its first version is.
-    versions = {name: max(chosen[name], default=history[name][0][0]) for name in tables}
-    return {name: _dataset(path, name, version=version) for name, version in versions.items()}
+    versions = {name: max(chosen[name], default=1) for name in tables}
+    return {name: open_table(path, name, version=version) for name, version in versions.items()}
 
 
 def _moment(at: str | datetime) -> datetime:
     try:
         moment = datetime.fromisoformat(at) if isinstance(at, str) else at
-    except ValueError as error:
-        raise InvalidValue(f"{at!r} is neither a version nor a time such as 2026-11-23T12:00:00") from error
+    except ValueError:
+        moment = None
+    if not isinstance(moment, datetime):
+        raise InvalidValue(f"{at!r} is neither a version nor a time such as 2026-11-23T12:00:00")
     return moment if moment.tzinfo else moment.replace(tzinfo=UTC)
 
 

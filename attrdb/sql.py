@@ -5,6 +5,7 @@ Views and macros are declared in RELATIONS, from which the data dictionary is ge
 
 from __future__ import annotations
 
+import re
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -99,7 +100,9 @@ def _register(connection: duckdb.DuckDBPyConnection, snapshot: Snapshot) -> None
 
 
 def _catalog(snapshot: Snapshot) -> duckdb.DuckDBPyConnection:
-    connection = duckdb.connect(config={"enable_external_access": "false", "autoload_known_extensions": "false"})
+    # Without the last, DuckDB lets SQL read and write in its temporary folder, and a CTE may hold a COPY.
+    closed = {"enable_external_access": "false", "autoload_known_extensions": "false", "temp_directory": ""}
+    connection = duckdb.connect(config=closed)
     _register(connection, snapshot)
     if snapshot.hidden_models:
         connection.execute(f"CREATE VIEW images AS FROM _images WHERE {snapshot.visible('true')}")
@@ -177,7 +180,11 @@ def _nearest(
             raise QueryRefused(f"nearest: a feature of length {len(feature)}, encoder {encoder_id!r} makes {dimension}")
     if k is None or k < 1:
         raise QueryRefused(f"nearest: k is {k}; at least one candidate must be asked for")
-    hits = search.top_k(snapshot.features(encoder_id, CANDIDATES), np.array(features, dtype=np.float32), k)
+    queries = np.array(features, dtype=np.float32)
+    norms = np.linalg.norm(queries, axis=1, keepdims=True)
+    if not (np.isfinite(norms) & (norms > 0)).all():
+        raise QueryRefused("nearest: a feature that is zero or not finite; it must point somewhere")
+    hits = search.top_k(snapshot.features(encoder_id, CANDIDATES), queries / norms, k)
     return [
         [
             {"rank": rank, "image_id": image_id, "similarity": similarity}
@@ -220,7 +227,7 @@ def _share_rows(found: Attribution) -> list[dict]:
 def run(connection: duckdb.DuckDBPyConnection, statement: str, parameters: Mapping[str, Any] | None = None) -> pa.Table:
     """The result of one SELECT; a column name that stands twice gets a number, so that no format loses one.
 
-    raises: QueryRefused with DuckDB's own words, or for anything but one SELECT
+    raises: QueryRefused with DuckDB's own words, or for anything but one SELECT; OSError for a damaged file
     """
     try:
         parsed = connection.extract_statements(statement)
@@ -233,6 +240,8 @@ def run(connection: duckdb.DuckDBPyConnection, statement: str, parameters: Mappi
             f"SQL in attrdb reads the database's own tables, not files or the network: {_first_line(error)}"
         ) from error
     except duckdb.Error as error:
+        if damaged := re.search(r"reading the stream registered as '_?(\w+)' failed: (.*)", str(error)):
+            raise OSError(f"table {damaged[1]}: {damaged[2]}") from error
         if "No match for FieldRef" in str(error):
             raise QueryRefused('Lance cannot filter on a vector column: write "column"::FLOAT[] IS NOT NULL') from error
         # An error of attrdb's own, raised inside nearest() or attribute(), comes back wrapped in DuckDB's words.

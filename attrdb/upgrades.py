@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import lance
-
 from attrdb.database import create_table
 from attrdb.errors import NotFound
 from attrdb.schema import SCHEMA_VERSION, TABLES
-from attrdb.snapshot import STAMP, check_schema_version, schema_version, storage
+from attrdb.snapshot import STAMP, check_schema_version, open_table, schema_version, storage
 
 
 def _to_2(path: Path) -> None:
@@ -31,14 +29,14 @@ def upgrade(path: str | Path) -> tuple[int, int]:
     if not (path / "images.lance").is_dir():
         raise NotFound(f"{path} is not an attrdb database (no images.lance in it)")
     with storage(path):
-        found = schema_version(lance.dataset(str(path / "images.lance")))
-        if found > SCHEMA_VERSION:
+        found = schema_version(open_table(path, "images"))
+        if not 0 < found <= SCHEMA_VERSION:
             check_schema_version(path, found)
         for version in range(found + 1, SCHEMA_VERSION + 1):
             STEPS[version](path)
             # 'images' is stamped last: it says which version the directory has.
             for name in sorted(TABLES, key=lambda name: name == "images"):
-                table = lance.dataset(str(path / f"{name}.lance"))
+                table = open_table(path, name)
                 if schema_version(table) != version:
                     table.update_schema_metadata({STAMP.decode(): str(version)})
     return found, SCHEMA_VERSION

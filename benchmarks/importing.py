@@ -9,7 +9,6 @@ checks ids and features, commits every part for itself, and keeps a job. `read` 
 from __future__ import annotations
 
 import json
-import resource
 import shutil
 import subprocess
 import sys
@@ -22,7 +21,7 @@ import lance
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from machine import describe, spread
+from machine import describe, peak_gib, spread
 
 import attrdb
 from attrdb.ingest.embeddings import ingest_embeddings, open_embeddings, parts
@@ -83,8 +82,7 @@ def run(way: str, shards: Path, target: Path) -> None:
         for _ in stream(shards):
             pass
     seconds = time.perf_counter() - started
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    click.echo(json.dumps({"seconds": seconds, "peak_gib": peak}))
+    click.echo(json.dumps({"seconds": seconds, "peak_gib": peak_gib()}))
 
 
 @click.command()

@@ -27,5 +27,11 @@ def _lines(path: str) -> list[str]:
     return file.read_text().splitlines() if file.exists() else []
 
 
+def peak_gib() -> float:
+    """Peak memory of this process. Not `ru_maxrss`: that begins with what the parent process had."""
+    [line] = [line for line in _lines("/proc/self/status") if line.startswith("VmHWM")]
+    return int(line.split()[1]) / 2**20
+
+
 def spread(values: list[float]) -> dict:
     return {"min": min(values), "median": median(values), "max": max(values), "n": len(values)}

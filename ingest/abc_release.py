@@ -204,7 +204,7 @@ def ingest_abc(
         for row in db.sql("SELECT model_id, settings_hash FROM models").to_pylist()
     }
     result = AbcResult()
-    with jobs.running(db, "ingest abc", release.name, {"root": str(release.root)}) as job:
+    with jobs.running(db, "ingest abc", f"{release.name} in {release.root.resolve()}", {}) as job:
         for done, model in enumerate(release.models):
             report(done, len(release.models))
             if reason := _take(db, release, model, encoders, stored, result):

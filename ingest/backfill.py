@@ -1,6 +1,6 @@
 """Backfill: give an encoder's column to the images of an existing database.
 
-<database>/jobs/encode-<encoder_id>/   features of images whose fragment is not finished, in Parquet files that appear whole
+<database>/jobs/.encode-<encoder_id>/  features of images whose fragment is not finished, in Parquet files that appear whole
 
 Lance keeps a table in fragments, and a column of one can be replaced without touching the others. A fragment is committed
 once all of its images are encoded; until then its features wait in the job's folder, from where a rerun takes them.
@@ -63,12 +63,12 @@ def backfill(
     raises: InvalidValue if the database has an encoder of that id that differs, Busy if another process is at it
     """
     encoder_id = db.add_encoder(encoder.spec, encoder.dimension, encoder.preprocessing, encoder.weights_fingerprint)
-    folder = db.path / "jobs" / f"encode-{encoder_id}"
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = db.path / "jobs" / f".encode-{encoder_id}"
     with (
-        alone(folder.with_name(f".{folder.name}.lock"), f"{folder.name} is being run"),
+        alone(folder.with_name(f"{folder.name}.lock"), f"encode-{encoder_id} is being run"),
         jobs.running(db, "encode", encoder_id, {"spec": encoder.spec}) as job,
     ):
+        folder.mkdir(exist_ok=True)
         result = BackfillResult(n_without_image=db.snapshot.count(f"`{encoder_id}` IS NULL AND image IS NULL"))
         passed_over = set() if retry_failed else set(job.failures)
         total, done = db.snapshot.count(f"`{encoder_id}` IS NULL AND image IS NOT NULL"), 0
@@ -115,9 +115,9 @@ class _Work:
         None if another writer changed the fragment meanwhile: then nothing is committed, and nothing has to be encoded
         again.
         """
-        wanted = {
-            i for batch in fragment.to_batches(columns=["image_id"], filter=self.missing) for i in batch[0].to_pylist()
-        }
+        with storage(self.db.path):
+            batches = fragment.to_batches(columns=["image_id"], filter=self.missing)
+            wanted = {image_id for batch in batches for image_id in batch["image_id"].to_pylist()}
         known = self._checkpointed(wanted)
         parts = list(known.values())
         have = {image_id for part in parts for image_id in part["image_id"].to_pylist()}

@@ -25,6 +25,7 @@ from attrdb.ingest.webdataset import count_webdataset, shards, webdataset_items
 from attrdb.schema import IMAGES, encoder_id_of, feature_array
 
 CHUNK = 1024  # images a commit
+CHUNK_BYTES = 128 * 2**20  # of encoded images, beyond which a commit is closed early: Arrow takes 2 GiB at most
 
 
 @dataclass(frozen=True)
@@ -133,11 +134,15 @@ def ingest_corpus(
     """
     register(db, encoders)
     result = CorpusResult()
-    settings = {"path": str(corpus.path), "encoders": [encoder.spec for encoder in encoders]}
-    with jobs.running(db, "ingest corpus", corpus.source, settings) as job:
+    settings = {
+        "source": corpus.source,
+        "path": str(corpus.path.resolve()),
+        "encoders": [encoder.spec for encoder in encoders],
+    }
+    with jobs.running(db, "ingest corpus", f"{corpus.source} from {corpus.path.resolve()}", settings) as job:
         fresh = _Fresh(db, corpus, set() if retry_failed else set(job.failures), report)
         with closing(encode_stream(encoders, fresh.items(), _read)) as encoded:
-            while chunk := list(islice(encoded, CHUNK)):
+            while chunk := _chunk(encoded):
                 appended = _append(db, chunk, encoders, fresh, job)
                 result.n_appended += appended
                 job.n_done += appended
@@ -148,6 +153,16 @@ def ingest_corpus(
         result.n_stored = fresh.n_stored
         result.failures = dict(job.failures)
     return result
+
+
+def _chunk(encoded: Iterator[Encoded]) -> list[Encoded]:
+    """The next images that are committed together."""
+    chunk: list[Encoded] = []
+    size = 0
+    while len(chunk) < CHUNK and size < CHUNK_BYTES and (one := next(encoded, None)):
+        chunk.append(one)
+        size += len(one.kept["image"]) if one.kept else 0
+    return chunk
 
 
 class _Fresh:

@@ -132,7 +132,8 @@ def customize(
         base.restore()
     apply_delta(base, delta, token, category, method)
     last = losses[-max(1, len(losses) // 10) :]
-    return delta, {"customize_seconds": time.monotonic() - started, "loss": sum(last) / len(last)}
+    figures = {"customize_seconds": time.monotonic() - started, "loss": sum(last) / len(last), "losses": losses}
+    return delta, figures
 
 
 @contextmanager

@@ -45,6 +45,7 @@ COLUMNS = {
     "license": ("license", "LICENSE"),
 }
 ID_COLUMNS = ("key", "image_path")
+VECTORS = r"img_emb_(\d+)\.npy"
 
 Report = Callable[[str, int, int], None]
 
@@ -60,12 +61,14 @@ class Shard:
     dimension: int
     dtype: np.dtype
     offset: int
+    columns: tuple[str, ...]  # of the metadata
 
 
 @dataclass(frozen=True)
 class Embeddings:
     """A folder of embeddings whose headers have been checked, and which of its columns become ours."""
 
+    root: str
     files: fsspec.AbstractFileSystem
     shards: tuple[Shard, ...]
     id_column: str | None  # None: shard and position
@@ -90,7 +93,7 @@ class EmbeddingsResult:
 def is_embeddings(path: str) -> bool:
     """Whether a path (local, or a URL that fsspec opens) is a folder of embeddings."""
     files, root = _file_system(path)
-    return bool(files.glob(f"{root}/img_emb/*.npy"))
+    return bool(_numbered(files, f"{root}/img_emb", VECTORS))
 
 
 def open_embeddings(path: str, id_column: str | None = None, columns: Mapping[str, str] | None = None) -> Embeddings:
@@ -101,7 +104,7 @@ def open_embeddings(path: str, id_column: str | None = None, columns: Mapping[st
              rows than its other half, a truncated file, another dtype or dimension, or a column that is not there
     """
     files, root = _file_system(path)
-    vectors = _numbered(files, f"{root}/img_emb", r"img_emb_(\d+)\.npy")
+    vectors = _numbered(files, f"{root}/img_emb", VECTORS)
     metadata = _numbered(files, f"{root}/metadata", r"metadata_(\d+)\.parquet")
     if not vectors:
         raise NotFound(f"no img_emb/img_emb_<number>.npy in {path}")
@@ -118,13 +121,14 @@ def open_embeddings(path: str, id_column: str | None = None, columns: Mapping[st
                 f"{shard.vectors} has dimension {shard.dimension}, {shards[0].vectors} has {shards[0].dimension}; "
                 "one folder holds the features of one encoder"
             )
-    with files.open(shards[0].metadata) as file:
-        theirs = pq.ParquetFile(file).schema_arrow.names
-    chosen = _columns(theirs, columns or {}, shards[0].metadata)
-    if id_column is not None and id_column not in theirs:
-        raise InvalidValue(f"{shards[0].metadata} has no column {id_column!r}; it has: {', '.join(theirs)}")
+    theirs = shards[0].columns
+    chosen = _columns(list(theirs), columns or {}, shards[0].metadata)
     id_column = id_column or next((name for name in ID_COLUMNS if name in theirs), None)
-    return Embeddings(files, tuple(shards), id_column, chosen)
+    for shard in shards:
+        for name in [*chosen.values(), *([id_column] if id_column else [])]:
+            if name not in shard.columns:
+                raise InvalidValue(f"{shard.metadata} has no column {name!r}; it has: {', '.join(shard.columns)}")
+    return Embeddings(files.unstrip_protocol(root), files, tuple(shards), id_column, chosen)
 
 
 def _file_system(path: str) -> tuple[fsspec.AbstractFileSystem, str]:
@@ -162,7 +166,8 @@ def _shard(files: fsspec.AbstractFileSystem, number: str, vectors: str, metadata
         raise InvalidValue(f"{vectors} has {found:,} bytes, its header says {needed:,}; fetch it again")
     with files.open(metadata) as file:
         try:
-            n_rows = pq.ParquetFile(file).metadata.num_rows
+            parquet = pq.ParquetFile(file)
+            n_rows, columns = parquet.metadata.num_rows, tuple(parquet.schema_arrow.names)
         except (pa.ArrowException, OSError) as error:
             raise InvalidValue(f"{metadata} is not a readable Parquet file: {error}") from error
     if n_rows != shape[0]:
@@ -170,7 +175,7 @@ def _shard(files: fsspec.AbstractFileSystem, number: str, vectors: str, metadata
             f"shard {number} has {shape[0]:,} vectors and {n_rows:,} rows of metadata; they belong together by position, "
             "so both files are needed as they were written"
         )
-    return Shard(number, vectors, metadata, n_rows, shape[1], dtype, offset)
+    return Shard(number, vectors, metadata, n_rows, shape[1], dtype, offset, columns)
 
 
 def _columns(theirs: list[str], given: Mapping[str, str], where: str) -> dict[str, str]:
@@ -201,40 +206,38 @@ def ingest_embeddings(
     encoder: the spec of the encoder that made them, in the caller's word: vectors do not say it. Its dimension is checked
              against the database's
     source:  name of the data set; ids are `<source>/<key>`
-    raises:  InvalidValue if the database's encoder of that spec has another dimension, or if two rows have the same id; Busy
-             if another process imports the same source
+    raises:  InvalidValue if the database's encoder of that spec has another dimension, Busy if another process imports the
+             same source
 
-    A vector that is zero or not finite, and a row without an id, is left out and recorded with its reason. Vectors are
-    brought to unit length. Given again, the import goes on where it was.
+    A vector that is zero or not finite, a row without an id, and a row whose id an earlier row has, is left out and
+    recorded with its reason. Vectors are brought to unit length. Given again, the import goes on where it was.
     """
     encoder_id = _register(db, encoder, embeddings.dimension)
     result = EmbeddingsResult()
-    settings = {"encoder": encoder, "n_rows": embeddings.n_rows, "id_column": embeddings.id_column}
+    settings = {"encoder": encoder, "source": source, "path": embeddings.root, "id_column": embeddings.id_column}
     with (
         alone(lock_file(db.path, source), f"source {source!r} is being imported"),
-        jobs.running(db, "ingest corpus", source, settings) as job,
+        jobs.running(db, "ingest corpus", f"{source} from {embeddings.root}", settings) as job,
     ):
-        n_seen = 0
+        db.refresh()
+        before, n_seen = Database(db.path, at=db.version), 0
         if retry_failed:
-            job.mended(list(job.failures))
+            # A row whose id came before was not stored, and would look as if it were.
+            job.mended([item for item, reason in job.failures.items() if not reason.endswith(_twice(embeddings))])
         for part in parts(embeddings, source):
             report(f"import {source}", n_seen, embeddings.n_rows)
             n_seen += len(part.metadata)
-            _import_part(db, part, encoder_id, job, result)
+            _import_part(db, before, part, encoder_id, job, result)
+            job.n_done = result.n_appended
         report(f"import {source}", n_seen, embeddings.n_rows)
         result.failures = dict(job.failures)
-        job.n_done = result.n_appended
-        n_twice = n_seen - len(result.failures) - _count(db, source)
-        if n_twice > 0:
-            raise InvalidValue(
-                f"{n_twice:,} rows of {source!r} have the id of an earlier row ({_named(embeddings)}) and were left out; "
-                "name a column that tells them apart with --id-column, under another --source"
-            )
     return result
 
 
-def _named(embeddings: Embeddings) -> str:
-    return f"column {embeddings.id_column!r}" if embeddings.id_column else "shard and position"
+def _twice(embeddings: Embeddings) -> str:
+    """The end of the reason of a row whose id an earlier row has."""
+    named = f"column {embeddings.id_column!r}" if embeddings.id_column else "shard and position"
+    return f"has the id of an earlier row ({named}); name a column that tells them apart with --id-column"
 
 
 def _register(db: Database, encoder: str, dimension: int) -> str:
@@ -253,12 +256,6 @@ def _register(db: Database, encoder: str, dimension: int) -> str:
 def lock_file(path: Path, source: str) -> Path:
     """What the import of a source holds."""
     return path / "jobs" / f".corpus-{hashlib.sha256(source.encode()).hexdigest()[:16]}.lock"
-
-
-def _count(db: Database, source: str) -> int:
-    return db.sql("SELECT count(*) AS n FROM pretraining_images WHERE source = $source", {"source": source})["n"][
-        0
-    ].as_py()
 
 
 @dataclass(frozen=True)
@@ -314,7 +311,7 @@ def parts(embeddings: Embeddings, source: str) -> Iterator[Part]:
     for shard in embeddings.shards:
         first, waiting, n_waiting = 0, [], 0
         with embeddings.files.open(shard.metadata) as file:
-            for batch in pq.ParquetFile(file).iter_batches(size):
+            for batch in _batches(file, size, shard.metadata):
                 waiting.append(batch)
                 n_waiting += len(batch)
                 if n_waiting >= size:
@@ -324,42 +321,57 @@ def parts(embeddings: Embeddings, source: str) -> Iterator[Part]:
                 yield Part(embeddings, source, shard, first, pa.Table.from_batches(waiting))
 
 
-def _import_part(db: Database, part: Part, encoder_id: str, job: jobs.Job, result: EmbeddingsResult) -> None:
-    failures = {
-        part.positions[row].as_py(): f"{part.shard.metadata} row {part.first + row} has no {part.embeddings.id_column}"
-        for row in pc.indices_nonzero(pc.is_null(part.ids)).to_pylist()
+def _batches(file: BinaryIO, size: int, where: str) -> Iterator[pa.RecordBatch]:
+    try:
+        yield from pq.ParquetFile(file).iter_batches(size)
+    except (pa.ArrowException, OSError) as error:
+        raise InvalidValue(f"{where} cannot be read: {str(error).splitlines()[0]}; fetch it again") from error
+
+
+def _import_part(
+    db: Database, before: Database, part: Part, encoder_id: str, job: jobs.Job, result: EmbeddingsResult
+) -> None:
+    """Append what is not stored of a part. before: the database as it was when the import began."""
+    has_id, first = pc.is_valid(part.ids).to_numpy(zero_copy_only=False), _first_of_each(part.ids)
+    absent = pc.fill_null(db.absent(part.ids), False).to_numpy(zero_copy_only=False)
+    failed = pc.is_in(part.ids, pa.array(list(job.failures), pa.string())).to_numpy(zero_copy_only=False)
+    wanted = has_id & first & absent & ~failed
+    twice = has_id & ~first
+    known = has_id & first & ~absent
+    if known.any():
+        # Unless it was there when this import began, an earlier row of it has the id.
+        twice |= known & before.absent(part.ids).to_numpy(zero_copy_only=False)
+    failures = dict.fromkeys(np.flatnonzero(~has_id), f"has no {part.embeddings.id_column}")
+    failures |= {row: _twice(part.embeddings) for row in np.flatnonzero(twice)}
+    reasons = {
+        part.positions[row].as_py(): f"{part.shard.metadata} row {part.first + row} {why}"
+        for row, why in failures.items()
     }
-    usable = pc.and_(pc.is_valid(part.ids), _first_of_each(part.ids))
-    wanted = pc.and_(usable, pc.fill_null(db.absent(part.ids), False))
-    if job.failures:
-        wanted = pc.and_(wanted, pc.invert(pc.is_in(part.ids, pa.array(list(job.failures), pa.string()))))
-    result.n_stored += pc.sum(pc.and_(usable, pc.invert(wanted))).as_py() or 0
-    if pc.any(wanted).as_py():
+    result.n_stored += int((known & ~twice).sum())
+    if wanted.any():
         table, sound = part.images(encoder_id)
-        chosen = wanted.to_numpy(zero_copy_only=False)
-        for row in np.flatnonzero(~sound & chosen):
-            reason = f"{part.shard.vectors} row {part.first + row} is zero or not finite"
-            failures[part.ids[row].as_py()] = reason
-        chosen &= sound
-        if not chosen.all():
-            table = table.filter(pa.array(chosen))
+        for row in np.flatnonzero(~sound & wanted):
+            reasons[part.ids[row].as_py()] = f"{part.shard.vectors} row {part.first + row} is zero or not finite"
+        wanted &= sound
+        if not wanted.all():
+            table = table.filter(pa.array(wanted))
         if len(table):
             result.n_appended += db.append_bulk(table).n_appended
-    if len(failures) > LISTED_FAILURES:
+    if len(reasons) > LISTED_FAILURES:
         raise InvalidValue(
-            f"{len(failures):,} of {len(part.metadata):,} rows of shard {part.shard.number} cannot be used, the first: "
-            f"{next(iter(failures.values()))}; is this the right folder?"
+            f"{len(reasons):,} of {len(part.metadata):,} rows of shard {part.shard.number} cannot be used, the first: "
+            f"{next(iter(reasons.values()))}; is this the right folder?"
         )
-    job.failed({item: reason for item, reason in failures.items() if item not in job.failures})
+    job.failed({item: reason for item, reason in reasons.items() if item not in job.failures})
 
 
-def _first_of_each(ids: pa.Array) -> pa.BooleanArray:
-    """True where an id stands for the first time."""
+def _first_of_each(ids: pa.Array) -> np.ndarray:
+    """(n,) bool: where an id stands for the first time."""
     numbers = pa.table({"id": ids, "row": pa.array(np.arange(len(ids)))})
     firsts = numbers.group_by("id").aggregate([("row", "min")])["row_min"].to_numpy()
     mask = np.zeros(len(ids), bool)
     mask[firsts] = True
-    return pa.array(mask)
+    return mask
 
 
 def _unit_features(file: BinaryIO, shard: Shard, first: int, n_rows: int) -> np.ndarray:
@@ -382,6 +394,7 @@ def _unit_features(file: BinaryIO, shard: Shard, first: int, n_rows: int) -> np.
 
 def _as_json(table: pa.Table) -> pa.ChunkedArray:
     """Every row as JSON text."""
+    rows = pa.table({"row": table.to_struct_array()})
     with duckdb.connect() as connection:
-        connection.register("rows", table)
-        return connection.sql("SELECT to_json(rows)::VARCHAR AS line FROM rows").to_arrow_table()["line"]
+        connection.register("metadata", rows)
+        return connection.sql('SELECT to_json("row")::VARCHAR AS line FROM metadata').to_arrow_table()["line"]

@@ -1,7 +1,7 @@
 """Encoding a long stream of pictures: reading, preparing and the networks at the same time, in order, in constant memory.
 
 On a CPU every core takes whole batches, with one thread for each inside torch. Two threads sharing one batch wait for each
-other after every layer, and the picture that is being decoded meanwhile takes one of them away: benchmarks/encode.py.
+other after every layer, and the picture that is being decoded meanwhile takes one of them away: benchmarks/encoding.py.
 """
 
 from __future__ import annotations

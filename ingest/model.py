@@ -147,7 +147,7 @@ def _made(
     rows = _image_rows(model_id, settings, exemplars, plans, made, encoders)
     figures |= {"n_exemplars": len(exemplars), "n_samples": len(plans)}
     appended = db.append_model(rows, _model_row(model_id, settings, record, weights, figures))
-    shutil.rmtree(job)
+    shutil.rmtree(job, ignore_errors=True)
     report("encode", 1, 1)
     return ModelResult(model_id, len(exemplars), len(plans), True, appended.version)
 
@@ -188,7 +188,7 @@ def regenerate(
     """
     rows = db.sql("SELECT * FROM models WHERE model_id = $id", {"id": model_id}).to_pylist()
     if not rows:
-        raise NotFound(f"no customized model {model_id!r} in {db.path}; list them with: attrdb models {db.path}")
+        raise NotFound(f"no customized model {model_id!r} in {db.path}; list them with: attrdb models list {db.path}")
     row = rows[0]
     if not row["weights_path"]:
         raise InvalidValue(f"model {model_id!r} was imported without its weights; it cannot draw its samples again")

@@ -135,7 +135,8 @@ def customized(
     )
     weights.parent.mkdir(exist_ok=True)
     write_whole(weights, lambda part: save_delta(delta, part, token, record["base_model_hash"], method))
-    write_whole(figures_file, lambda part: part.write_text(json.dumps(figures)))
+    for file in (weights.with_suffix(".json"), figures_file):  # one to keep beside the weights, one to go on from
+        write_whole(file, lambda part: part.write_text(json.dumps(figures)))
     return figures
 
 

@@ -13,11 +13,14 @@ from attrdb.ingest.base_model import base_model_folder, read_profile, resolved_p
 from attrdb.ingest.customize import CustomizeSettings
 from attrdb.ingest.customizers import DEFAULT_METHOD, load_customizer
 from attrdb.ingest.pictures import Picture, image_files, read_picture_file, read_text
-from attrdb.ingest.prompts import BANKS, TOKEN, Prompt, choose_prompts
+from attrdb.ingest.prompts import BANKS, TOKEN, Prompt, choose_prompts, paper_counts
 from attrdb.ingest.regularization import check_prior
 from attrdb.ingest.synthesize import SynthesizeSettings
 from attrdb.ingest.views import VIEWS
 from attrdb.schema import KINDS
+
+
+PROFILES = ("paper",)
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,7 @@ class ModelSettings:
     base_model: str
     split: str | None = None
     prompts: str = "photo"
-    prompts_per_scheme: int = 4
+    prompts_per_scheme: int | dict[str, int] = 4  # of every scheme alike, or by scheme
     method: str = DEFAULT_METHOD
     precision: str = "auto"
     customize: CustomizeSettings = field(default_factory=CustomizeSettings)
@@ -67,10 +70,16 @@ def read_exemplar(path: Path, source: str) -> Exemplar:
 
 
 def settings_for(
-    base_model: str, kind: str, category: str, given: dict | None = None, split: str | None = None
+    base_model: str,
+    kind: str,
+    category: str,
+    given: dict | None = None,
+    split: str | None = None,
+    profile: str | None = None,
 ) -> ModelSettings:
     """What is given (None: not given), over the base model's own profile, over the method's and attrdb's defaults.
 
+    profile: 'paper' for the numbers of prompts and samples of the paper's Table 1, before what the base model says
     Of the profile, steps and lr are for the default method; what suits another stands in it under "methods", by its name.
     raises: InvalidValue for an unknown kind, method or setting, NotFound or InvalidValue for the base model or the prompts
     """
@@ -78,7 +87,13 @@ def settings_for(
         raise InvalidValue(f"kind is {kind!r}; it must be {' or '.join(KINDS)}")
     if not category.strip() or TOKEN in category:
         raise InvalidValue(f"category is {category!r}; it must say what is shown, without the modifier token {TOKEN}")
-    wanted = _wanted(base_model, {name: value for name, value in (given or {}).items() if value is not None})
+    if profile not in (None, *PROFILES):
+        raise InvalidValue(f"profile is {profile!r}; it must be {' or '.join(PROFILES)}")
+    chosen = {name: value for name, value in (given or {}).items() if value is not None}
+    if profile == "paper":
+        per_scheme, samples = paper_counts(kind, split)
+        chosen = {"prompts_per_scheme": per_scheme, "samples_per_prompt": samples} | chosen
+    wanted = _wanted(base_model, chosen)
     customize_names, synthesize_names = (
         {one.name for one in fields(part)} for part in (CustomizeSettings, SynthesizeSettings)
     )

@@ -73,6 +73,7 @@ KEYS = {
     "model_id": Key(str),
     "split": Key(str),
     "prompts": Key(str),
+    "profile": Key(str),
     "prompts_per_scheme": Key(int, 1),
     "samples_per_prompt": Key(int, 1),
     "steps": Key(int, 1),
@@ -88,7 +89,7 @@ KEYS = {
     "prior_images": Key(int, 0),
     "prior_weight": Key(float, 1e-12),
 }
-OF_THE_MODEL = {"exemplars", "category", "kind", "base_model", "model_id", "split"}  # the others are settings
+OF_THE_MODEL = {"exemplars", "category", "kind", "base_model", "model_id", "split", "profile"}  # the others are settings
 
 
 @dataclass(frozen=True)
@@ -176,7 +177,7 @@ def _spec(line: bytes, folder: Path, base_model: str | None) -> tuple[ModelSpec,
     options = {name: value for name, value in given.items() if name not in OF_THE_MODEL}
     if options.get("prompts", BANKS[0]) not in BANKS:
         options["prompts"] = str(folder / options["prompts"])
-    settings = settings_for(base, given["kind"], given["category"], options, given.get("split"))
+    settings = settings_for(base, given["kind"], given["category"], options, given.get("split"), given.get("profile"))
     draft = ModelSpec("", exemplars, settings)
     read = draft.read_exemplars()
     model_id = check_model(settings, read, given.get("model_id"))

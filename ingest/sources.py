@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import NoReturn
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -30,7 +31,12 @@ class Item:
 def folder_items(folder: Path, source: str) -> Iterator[Item]:
     """Images below a folder; a `.txt` of the same name is the caption."""
     for path in image_files(folder):
-        inside, uri = path.relative_to(folder).as_posix(), path.resolve().as_uri()
+        inside = path.relative_to(folder).as_posix()
+        shown = inside.encode("utf-8", "replace").decode("utf-8")
+        if shown != inside:
+            yield refused(f"{source}/{shown}", InvalidValue(f"{folder / shown}: its name is not UTF-8; rename it"))
+            continue
+        uri = path.resolve().as_uri()
 
         def fields(path: Path = path, uri: str = uri) -> dict:
             caption = path.with_suffix(".txt")
@@ -46,11 +52,24 @@ def parquet_items(path: Path, source: str | None) -> Iterator[Item]:
     A source that is given replaces the rows' own, and goes before their names.
     """
     first = 0
-    for batch in pq.ParquetFile(path).iter_batches(BATCH_ROWS):
+    for batch in batches_of(path):
         for number, row in enumerate(batch.to_pylist(), first):
             if row.get("role", "pretraining") == "pretraining":
-                yield _parquet_item(f"{path} row {number}", row, source)
+                where = f"{path} row {number}"
+                try:
+                    yield _parquet_item(where, row, source)
+                except InvalidValue as error:
+                    yield refused(where, error)
         first += len(batch)
+
+
+def refused(image_id: str, error: InvalidValue) -> Item:
+    """An item that cannot be read, and why."""
+
+    def read() -> NoReturn:
+        raise error
+
+    return Item(image_id, read, dict, None)
 
 
 def _parquet_item(where: str, row: dict, source: str | None) -> Item:
@@ -64,6 +83,14 @@ def _parquet_item(where: str, row: dict, source: str | None) -> Item:
     if source:
         name, fields["source"] = f"{source}/{name}", source
     return Item(name, partial(read_picture, name, encoded), lambda: fields, fields.get("uri"))
+
+
+def batches_of(path: Path) -> Iterator[pa.RecordBatch]:
+    """raises: InvalidValue for a damaged file"""
+    try:
+        yield from pq.ParquetFile(path).iter_batches(BATCH_ROWS)
+    except (pa.ArrowException, OSError) as error:
+        raise InvalidValue(f"{path} cannot be read: {str(error).splitlines()[0]}; fetch it again") from error
 
 
 def count_rows(path: Path) -> int:

@@ -14,12 +14,11 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import NoReturn
 from urllib.parse import quote
 
 from attrdb.errors import InvalidValue, NotFound
 from attrdb.ingest.pictures import MAX_BYTES, SUFFIXES, Picture, read_picture
-from attrdb.ingest.sources import Item
+from attrdb.ingest.sources import Item, refused
 
 IMAGES = tuple(suffix.removeprefix(".") for suffix in SUFFIXES)
 TEXTS = ("txt", "json")
@@ -106,13 +105,13 @@ def webdataset_items(path: Path, source: str) -> Iterator[Item]:
                 if isinstance(found, Sample):
                     found = _repeated(keys, found.key, tar) or found
                 if isinstance(found, Trouble):
-                    yield _refused(f"{source}/{found.where}", found.error)
+                    yield refused(f"{source}/{found.where}", found.error)
                     continue
                 image_id = f"{source}/{found.key}"
                 try:
                     yield _item(found, tar, source, image_id)
                 except InvalidValue as error:
-                    yield _refused(image_id, error)
+                    yield refused(image_id, error)
 
 
 def _repeated(keys: sqlite3.Connection, key: str, tar: Path) -> Trouble | None:
@@ -124,13 +123,6 @@ def _repeated(keys: sqlite3.Connection, key: str, tar: Path) -> Trouble | None:
         f"{tar.name}/{key}",  # not the id of the first, which is stored
         InvalidValue(f"{said}; the members of a key must stand together, and no key may come twice"),
     )
-
-
-def _refused(image_id: str, error: InvalidValue) -> Item:
-    def read() -> NoReturn:
-        raise error
-
-    return Item(image_id, read, dict, None)
 
 
 # --- a sample ---------------------------------------------------------------------------------------------------------

@@ -46,13 +46,16 @@ class Parameter:
         raises: InvalidValue if it is of another type, or outside what the header says
         """
         refused = InvalidValue(f"parameter {self.name} is {given!r}; it must be {self.type} ({self.meaning})")
+        if given is None:
+            raise refused
         try:
             value = _CASTS[self.type](given)
         except (TypeError, ValueError) as error:
             raise refused from error
         if isinstance(given, float) and value != given:  # 2.5 for an INTEGER, or NaN
             raise refused
-        for sign, bound in re.findall(r"(>=|<=|>|<)\s*(-?[\d.]+)", self.meaning):
+        bounds = () if isinstance(value, str) else re.findall(r"(>=|<=|>|<)\s*(-?[\d.]+)", self.meaning)
+        for sign, bound in bounds:
             if not _HOLDS[sign](value, float(bound)):
                 raise refused
         return value

@@ -64,7 +64,7 @@ def test_every_image_gets_its_feature(stored, photos):
         "n_encoded": N,
         "n_to_encode": 0,
     }
-    assert not (stored.path / "jobs" / "encode-pixels_2").exists()
+    assert not (stored.path / "jobs" / ".encode-pixels_2").exists()
 
 
 def test_the_other_columns_and_rows_stay_as_they_are(stored):
@@ -113,7 +113,7 @@ def test_interrupted_anywhere_nothing_is_encoded_twice(stored, photos, monkeypat
         backfill(stored, Counting(until))
     stored.refresh()
     n_left = stored.status()["encoders"]["pixels_2"]["n_to_encode"]
-    kept = sum(1 for _ in (stored.path / "jobs" / "encode-pixels_2").glob("*.parquet"))
+    kept = sum(1 for _ in (stored.path / "jobs" / ".encode-pixels_2").glob("*.parquet"))
     rest = Counting(N)
     assert backfill(stored, rest).n_encoded == n_left
     assert rest.seen == n_left - kept
@@ -190,6 +190,6 @@ def test_another_encoder_of_that_name_is_refused(stored):
 def test_two_at_once(stored):
     with (
         alone(stored.path / "jobs" / ".encode-pixels_2.lock", "held"),
-        pytest.raises(Busy, match="encode-pixels_2 is being run by another process; wait for it"),
+        pytest.raises(Busy, match=r"encode-pixels_2 is being run by another process; wait for it"),
     ):
         backfill(stored, Pixels(2))

@@ -105,7 +105,7 @@ def test_init_status_query_and_queries(tmp_path, toy):
     [row] = json.loads(run("query", toy.path, "recall_at_k", "-p", "k=1", "--json").stdout)
     assert row["recall_at_k"] == 0.5
     listed = {row["name"] for row in json.loads(run("queries", "list", "--json").stdout)}
-    assert listed == {"recall_at_k", "mean_average_precision", "top_candidates", "influence"}
+    assert {"recall_at_k", "mean_average_precision", "influence_by_creator", "model_counts"} < listed
     assert run("queries", "show", "influence").stdout.startswith("-- Who influenced one image")
 
 

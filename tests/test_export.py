@@ -12,7 +12,7 @@ from conftest import TOY, rows
 import attrdb
 from attrdb import export as exporting
 from attrdb.cli import main
-from attrdb.errors import InvalidValue
+from attrdb.errors import InvalidValue, StorageError
 from attrdb.export import export
 from attrdb.schema import TABLES, feature_array
 
@@ -145,11 +145,20 @@ def test_an_interrupted_export_leaves_nothing_at_the_target(toy, tmp_path, form)
 
 
 @pytest.mark.parametrize("form", exporting.FORMATS)
-def test_what_a_killed_export_left_is_no_hindrance(toy, tmp_path, form):
-    (tmp_path / "out.part").mkdir()
-    (tmp_path / "out.part" / "images.parquet").write_bytes(b"half")
+def test_a_target_that_cannot_be_written(toy, tmp_path, form):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(StorageError, match="out could not be written, and nothing is left there"):
+        export(toy.snapshot, tmp_path / "file" / "out", form=form)
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.mark.parametrize("form", exporting.FORMATS)
+def test_nothing_of_others_is_touched(toy, tmp_path, form):
+    for name in ("out.part", ".out.part"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "images.parquet").write_bytes(b"mine")
     assert export(toy.snapshot, tmp_path / "out", form=form)["images"] == 7
-    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["out", "toy.attrdb"]
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == [".out.part", "out", "out.part", "toy.attrdb"]
 
 
 @pytest.mark.parametrize("form", exporting.FORMATS)

@@ -1,6 +1,7 @@
 """Corpora: folders and Parquet files, resumed, with what cannot be read left out and named."""
 
 import io
+import re
 import struct
 import zlib
 
@@ -147,10 +148,52 @@ def test_two_rows_of_one_name(empty, tmp_path, toy_encoder):
         ({"name": "a", "image": b"x", "category": 3}, "row 0: category must be text, found 3"),
     ],
 )
-def test_rows_of_the_wrong_type(empty, tmp_path, toy_encoder, row, says):
+def test_rows_of_the_wrong_type_are_left_out_and_named(empty, tmp_path, toy_encoder, row, says):
     pq.write_table(pa.Table.from_pylist([row]), tmp_path / "x.parquet")
-    with pytest.raises(InvalidValue, match=says):
+    result = ingest(empty, tmp_path / "x.parquet", [toy_encoder])
+    assert re.search(says, first(result.failures))
+    assert result.n_appended == 0
+
+
+def test_a_row_without_an_image_stops_no_other(empty, tmp_path, toy_encoder):
+    encoded = webp(Image.new("RGB", (32, 32), (9, 99, 1)))
+    pq.write_table(pa.table({"name": ["a", "b", "c"], "image": [encoded, None, encoded]}), tmp_path / "x.parquet")
+    result = ingest(empty, tmp_path / "x.parquet", [toy_encoder])
+    assert (result.n_appended, len(result.failures)) == (2, 1)
+
+
+def test_a_damaged_parquet_file_is_named(empty, tmp_path, toy_encoder):
+    encoded = [np.random.default_rng(n).bytes(20_000) for n in range(20)]
+    pq.write_table(pa.table({"name": [str(n) for n in range(20)], "image": encoded}), tmp_path / "x.parquet")
+    whole = bytearray((tmp_path / "x.parquet").read_bytes())
+    whole[100:120_000] = bytes(119_900)
+    (tmp_path / "x.parquet").write_bytes(whole)
+    with pytest.raises(InvalidValue, match=r"x\.parquet cannot be read: .*; fetch it again"):
         ingest(empty, tmp_path / "x.parquet", [toy_encoder])
+
+
+def test_a_file_name_that_is_not_text_stops_no_other(empty, folder, toy_encoder):
+    picture(folder / "ok.png", (1, 1, 1)).rename(folder / "bad\udcff.png")
+    result = ingest(empty, folder, [toy_encoder])
+    assert result.n_appended == 2
+    assert "bad?.png: its name is not UTF-8; rename it" in first(result.failures)
+
+
+def test_large_images_are_committed_a_few_at_a_time(empty, folder, toy_encoder, monkeypatch):
+    monkeypatch.setattr(corpus, "CHUNK_BYTES", 1)
+    assert ingest(empty, folder, [toy_encoder]).n_appended == 2
+    assert len(empty.snapshot.tables["images"].get_fragments()) == 2
+
+
+def test_two_folders_of_one_source_keep_their_failures_apart(empty, tmp_path, toy_encoder):
+    picture(tmp_path / "one" / "a.png", (1, 1, 1))
+    (tmp_path / "one" / "broken.png").write_bytes(b"no")
+    picture(tmp_path / "two" / "b.png", (2, 2, 2))
+    ingest(empty, tmp_path / "one", [toy_encoder], source="s")
+    assert ingest(empty, tmp_path / "two", [toy_encoder], source="s").failures == {}
+    assert empty.sql("SELECT item FROM failures")["item"].to_pylist() == ["s/broken.png"]
+    (tmp_path / "one" / "broken.png").unlink()
+    assert ingest(empty, tmp_path / "one", [toy_encoder], source="s").failures == {}
 
 
 def test_a_caption_that_is_not_text_is_named(empty, folder, toy_encoder):

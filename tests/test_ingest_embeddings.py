@@ -96,7 +96,7 @@ def test_interrupted_it_goes_on_where_it_was(empty, laion, monkeypatch):
     assert (result.n_appended, result.n_stored) == (2, 3)
     assert empty.sql("SELECT count(DISTINCT image_id) AS n FROM images")["n"].to_pylist() == [5]
     assert empty.sql("SELECT job_id, state, n_done FROM jobs").to_pylist() == [
-        {"job_id": "ingest corpus/laion", "state": "done", "n_done": 2}
+        {"job_id": f"ingest corpus/laion from file://{laion}", "state": "done", "n_done": 2}
     ]
 
 
@@ -163,16 +163,34 @@ def test_rows_without_an_id_are_left_out_and_named(empty, tmp_path):
 
 
 @pytest.mark.parametrize("part_rows", [1, 100])
-def test_duplicate_ids_are_an_error_and_the_first_is_kept(empty, tmp_path, monkeypatch, part_rows):
+def test_rows_with_the_id_of_an_earlier_row_are_recorded_and_the_first_is_kept(empty, tmp_path, monkeypatch, part_rows):
     monkeypatch.setattr(embeddings, "PART_ROWS", part_rows)
+    write_shard(tmp_path / "other", "000", [7], key=["z"])
+    ingest(empty, tmp_path / "other", "x")
     folder = write_shard(tmp_path / "x", "000", [1, 2, 3], key=["a", "b", "a"])
-    with pytest.raises(InvalidValue, match=r"1 rows of 'x' have the id of an earlier row \(column 'key'\)"):
-        ingest(empty, folder, "x")
+    for how in ({}, {}, {"retry_failed": True}):
+        failures = ingest(empty, folder, "x", **how).failures
+        assert list(failures) == ["x/000/2"]
+        assert "metadata_000.parquet row 2 has the id of an earlier row (column 'key')" in failures["x/000/2"]
     found = empty.sql("SELECT image_id, uri FROM images ORDER BY 1").to_pylist()
     assert found == [
         {"image_id": "x/a", "uri": "https://example.org/000-1"},
         {"image_id": "x/b", "uri": "https://example.org/000-2"},
+        {"image_id": "x/z", "uri": "https://example.org/000-7"},
     ]
+
+
+def test_no_row_has_an_id(empty, tmp_path):
+    folder = write_shard(tmp_path / "x", "000", [1, 2], key=pa.array([None, None], pa.string()))
+    result = ingest(empty, folder, "x")
+    assert (result.n_appended, result.n_stored, len(result.failures)) == (0, 0, 2)
+
+
+def test_odd_folders_and_columns(empty, tmp_path):
+    folder = write_shard(tmp_path / "br[1]*", "000", [1], metadata=["m"], row=["r"])
+    assert is_embeddings(str(folder))
+    ingest(empty, folder, "x")
+    assert json.loads(empty.sql("SELECT metadata FROM images")["metadata"][0].as_py()) == {"metadata": "m", "row": "r"}
 
 
 def test_two_imports_of_one_source_at_once(empty, laion):
@@ -204,6 +222,8 @@ def damaged(laion, how):
         metadata.unlink()
     elif how == "no vectors":
         vectors.unlink()
+    elif how == "no caption":
+        pq.write_table(rows.drop_columns("caption"), metadata)
     else:
         metadata.write_bytes(b"PAR1")
 
@@ -220,6 +240,7 @@ def damaged(laion, how):
         ("dimension", r"img_emb_001\.npy has dimension 3, .*img_emb_000\.npy has 2"),
         ("no metadata", "shard 001 of .* has no metadata file"),
         ("no vectors", "shard 001 of .* has no vectors file"),
+        ("no caption", r"metadata_001\.parquet has no column 'caption'; it has: key, url"),
         ("no parquet", r"metadata_001\.parquet is not a readable Parquet file"),
     ],
 )

@@ -1,7 +1,8 @@
 """Upkeep: optimize keeps every row and every answer, check finds what is wrong, status counts."""
 
+import hashlib
 import json
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 
 import lance
 import numpy as np
@@ -92,6 +93,14 @@ def test_old_versions_stay_until_they_are_dropped(toy):
     assert after["bytes"] < kept["bytes"]
     with pytest.raises(NotFound, match=f"has no version {first}; it keeps 1 versions"):
         attrdb.open(toy.path, at=first)
+
+
+def test_a_moment_whose_rows_were_dropped_is_not_made_up(toy):
+    moment = datetime.now(UTC)
+    toy.upsert("failures", [{"failure_id": "x", "job_id": "j", "item": "i", "reason": "r"}], on="failure_id")
+    lance.dataset(str(toy.path / "failures.lance")).cleanup_old_versions(older_than=timedelta(0))
+    with pytest.raises(NotFound, match="has dropped what failures held then; its oldest version is of"):
+        attrdb.open(toy.path, at=moment)
 
 
 def test_a_reader_goes_on_while_it_is_compacted(toy):
@@ -231,6 +240,37 @@ def test_it_is_told_and_completed_by_its_command(half):
     assert half.sql("SELECT n_exemplars, n_samples FROM models WHERE model_id = 'h'").to_pylist() == [
         {"n_exemplars": 1, "n_samples": 1}
     ]
+
+
+def test_an_abandoned_attempt_is_not_taken_for_the_new_one(half):
+    """Its job was deleted, and the model is made again with other samples."""
+    new = rows([("h/e", "exemplar", "h", 2.0), ("h/1/7", "sample", "h", 3.0)])
+    half.append_model(new, {"model_id": "h"})
+    found = half.sql("SELECT image_id FROM images WHERE model_id = 'h' ORDER BY 1")["image_id"].to_pylist()
+    assert found == ["h/1/7", "h/e"]
+    assert health.check(half.snapshot) == []
+
+
+def test_bytes_that_are_not_those_that_were_written(toy):
+    stored = {"image_id": ["a", "b"], "role": ["pretraining"] * 2, "image": [b"one", b"two"]}
+    hashes = [hashlib.sha256(b"one").hexdigest(), hashlib.sha256(b"other").hexdigest()]
+    toy.append_images(pa.table({**stored, "sha256": hashes}))
+    weights = toy.path / "weights"
+    weights.mkdir()
+    for name in ("kept", "lost"):
+        (weights / name).write_bytes(b"weights")
+        right = hashlib.sha256(b"weights").hexdigest()
+        row = {
+            "model_id": name,
+            "weights_path": f"weights/{name}",
+            "weights_hash": right,
+            "n_exemplars": 0,
+            "n_samples": 0,
+        }
+        toy.upsert("models", [row], on="model_id")
+    (weights / "lost").write_bytes(b"weight")
+    changed = found(toy)["changed_bytes"]
+    assert [(row["table"], row["id"]) for row in changed] == [("models", "lost"), ("images", "b")]
 
 
 # --- status and jobs --------------------------------------------------------------------------------------------------

@@ -55,10 +55,17 @@ def test_parameters_are_values_not_text(toy):
         "SELECT 1; SELECT 2",
         "EXPLAIN ANALYZE DROP VIEW samples",
         "SELECT * FROM toy",
+        "WITH x AS (COPY (SELECT 42 AS a) TO '.tmp/stolen.csv') SELECT * FROM x",
+        "SELECT * FROM glob('.tmp/*')",
+        "SELECT * FROM read_text('.tmp/kept.txt')",
+        "WITH x AS (INSERT INTO models SELECT 1) SELECT * FROM x",
         "",
     ],
 )
-def test_statements_that_are_refused(toy, statement):
+def test_statements_that_are_refused(toy, statement, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / ".tmp").mkdir()  # the folder that DuckDB would take for its own
+    (tmp_path / ".tmp" / "kept.txt").write_text("mine")
     with pytest.raises(QueryRefused):
         toy.sql(statement)
 
@@ -246,3 +253,48 @@ def test_an_older_snapshot_is_what_an_open_database_sees(toy):
     other = attrdb.open(toy.path)
     toy.append_images(pa.table({"image_id": ["new"], "role": ["pretraining"]}))
     assert other.sql("SELECT count(*) AS n FROM images")["n"][0].as_py() == 7
+
+
+def test_nearest_gives_cosines_whatever_the_length_of_the_feature(toy):
+    found = toy.sql("SELECT image_id, similarity FROM nearest([0.0, 3.0], k := 2)").to_pylist()
+    assert [row["image_id"] for row in found] == ["p90", "m/e40"]
+    np.testing.assert_allclose([row["similarity"] for row in found], [1, np.sin(np.radians(40))], atol=1e-6)
+    for feature, says in (
+        ("[0.0, 0.0]", "zero or not finite"),
+        ("[1.0]", "a feature of length 1, encoder 'toy_2' makes 2"),
+        ("[1.0, NULL]", "makes 2"),
+    ):
+        with pytest.raises(QueryRefused, match=says):
+            toy.sql(f"FROM nearest({feature})")
+    with pytest.raises(QueryRefused, match="k is 0; at least one candidate"):
+        toy.sql("FROM nearest([1.0, 0.0], k := 0)")
+
+
+def test_attribute_of_every_sample_in_one_statement(toy):
+    statement = """
+        SELECT samples.image_id AS sample_id, found.rank, found.image_id, found.influence
+        FROM samples, attribute(samples.image_id, k := NULL) AS found
+        ORDER BY sample_id, rank
+    """
+    found = toy.sql(statement).to_pylist()
+    for sample_id in ("m/0/1", "m/0/2"):
+        rows = [row for row in found if row["sample_id"] == sample_id]
+        alone = [row for row in toy.attribute(sample_id).to_pylist() if row["influence"] > 0]
+        assert [(row["image_id"], row["influence"]) for row in rows] == [
+            (row["image_id"], row["influence"]) for row in alone
+        ]
+        assert sum(row["influence"] for row in rows) == pytest.approx(1)
+    assert toy.sql("FROM attribute('nobody')").num_rows == 0
+    assert toy.sql("FROM attribute(NULL)").num_rows == 0
+
+
+def test_influence_is_shared_out(toy):
+    rows = toy.query("influence_by_model", image_id="m/0/1").to_pylist()
+    whole = toy.query("influence", image_id="m/0/1").to_pylist()
+    assert {row["model_id"]: row["influence"] for row in rows} == {
+        model_id: pytest.approx(sum(row["influence"] for row in whole if row["model_id"] == model_id))
+        for model_id in ("m", None)
+    }
+    for by in ("creator", "license", "source"):
+        [row] = toy.query(f"influence_by_{by}", image_id="m/0/1").to_pylist()
+        assert (row[by], row["n_candidates"], row["influence"]) == (None, len(whole), pytest.approx(1))

@@ -4,6 +4,7 @@ import shutil
 from pathlib import Path
 
 import lance
+import pyarrow as pa
 import pytest
 from click.testing import CliRunner
 from conftest import rows
@@ -95,6 +96,19 @@ def test_a_newer_database_is_left_alone(oldest):
         upgrades.upgrade(oldest)
     with pytest.raises(NotFound, match="is not an attrdb database"):
         upgrades.upgrade(oldest / "nowhere")
+
+
+def test_a_folder_of_another_lance_program(tmp_path):
+    lance.write_dataset(pa.table({"a": [1]}), str(tmp_path / "images.lance"))
+    for opens in (attrdb.open, upgrades.upgrade):
+        with pytest.raises(NotFound, match="has an images table that attrdb did not make"):
+            opens(tmp_path)
+
+
+def test_a_table_that_is_gone(oldest):
+    shutil.rmtree(oldest / "models.lance")
+    with pytest.raises(NotFound, match="its table models cannot be opened"):
+        upgrades.upgrade(oldest)
 
 
 def test_the_command(oldest):

@@ -101,10 +101,11 @@ def encoder_option(command: Any) -> Any:
 
 def open_with_encoders(path: Path, specs: tuple[str, ...]) -> tuple[Any, list]:
     """The database at the path, made if there is none, and the encoders; nothing is made when an encoder is unknown."""
+    from attrdb.database import open_or_create
     from attrdb.snapshot import made
 
     encoders = ml("ingest.encoders")
     db = attrdb.open(path) if made(path / "images.lance") else None
     stored = tuple(row["spec"] for row in db.encoders.values()) if db else ()
     loaded = [encoders.load_encoder(spec) for spec in specs or stored or encoders.DEFAULT_ENCODERS]
-    return db or attrdb.create(path), loaded
+    return db or open_or_create(path), loaded

@@ -86,9 +86,9 @@ def _ingest_embeddings(
     retry_failed: bool,
     quiet: bool,
 ) -> None:
+    from attrdb.database import open_or_create
     from attrdb.ingest.embeddings import ingest_embeddings, open_embeddings
     from attrdb.output import progress
-    from attrdb.snapshot import made
 
     if len(encoders) != 1:
         raise InvalidValue(
@@ -98,7 +98,7 @@ def _ingest_embeddings(
         if "=" not in column:
             raise InvalidValue(f"--column {column!r} is not of the form ours=theirs")
     opened = open_embeddings(path, id_column, dict(column.split("=", 1) for column in columns))
-    database = attrdb.open(db) if made(db / "images.lance") else attrdb.create(db)
+    database = open_or_create(db)
     name = source or path.rstrip("/").rsplit("/", 1)[-1]
     with progress(quiet) as advance:
         result = ingest_embeddings(database, opened, encoders[0], name, retry_failed=retry_failed, report=advance)
@@ -126,7 +126,10 @@ def _tell_failures(failures: dict[str, str], what: str) -> None:
 @click.option("--base-model", required=True, help="Stable Diffusion 1.x/2.x: a pipeline folder or a hub id.")
 @click.option("--model-id", help="Default: the category and a hash of the exemplars.")
 @click.option("--split", help="Such as train, val or test.")
-@click.option("--prompts", help="A prompt bank (photo, icon) or a text file, one prompt with V* a line.")
+@click.option(
+    "--prompts", help="A prompt bank (photo, icon), a folder of one, or a text file, one prompt with V* a line."
+)
+@click.option("--profile", type=click.Choice(["paper"]), help="As many prompts and samples as in the paper's Table 1.")
 @click.option("--prompts-per-scheme", type=click.IntRange(1))
 @click.option("--samples-per-prompt", type=click.IntRange(1))
 @click.option("--steps", type=click.IntRange(1), help="Training steps.")
@@ -169,6 +172,7 @@ def ingest_model(
     base_model: str,
     model_id: str | None,
     split: str | None,
+    profile: str | None,
     encoders: tuple[str, ...],
     quiet: bool,
     **given: Any,
@@ -185,7 +189,7 @@ def ingest_model(
     from attrdb.output import progress
 
     images = model.read_exemplars(exemplars)
-    settings = model.settings_for(base_model, kind, category, given, split)
+    settings = model.settings_for(base_model, kind, category, given, split, profile)
     model.check_model(settings, images, model_id)
     database, loaded = open_with_encoders(db, encoders)
     with progress(quiet) as advance:
@@ -215,7 +219,9 @@ def ingest_models(
     read = models.read_specs(specs, base_model)
     _, loaded = open_with_encoders(db, encoders)
     with progress(quiet) as advance:
-        result = models.ingest_models(db, read, [encoder.spec for encoder in loaded], workers, advance, name=specs.stem)
+        result = models.ingest_models(
+            db, read, [encoder.spec for encoder in loaded], workers, advance, name=str(specs.resolve())
+        )
     click.echo(f"{result.done} models appended, {result.stored_already} were stored already", err=True)
     if result.failed:
         for model_id, reason in result.failed[:LISTED]:

@@ -1,6 +1,6 @@
 """How fast pictures become features: from encoded bytes through the stream, against the bare network on preloaded batches.
 
-    python benchmarks/encode.py --images 512 --json encode.json
+    python benchmarks/encoding.py --images 512 --json encoding.json
 
 Weights are random where none come in a package: the time does not depend on them. Each round runs every way once, so that
 what else the machine does falls on all of them.
@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
-import platform
 import tempfile
 import time
 from collections.abc import Callable
@@ -25,6 +23,7 @@ import click
 import numpy as np
 import pyarrow.parquet as pq
 import torch
+from machine import describe
 from PIL import Image
 
 from attrdb.ingest.encoders import Encoder, load_encoder
@@ -166,14 +165,7 @@ def main(images: int, rounds: int, seed: int, names: tuple[str, ...], out: Path 
             times = "  ".join(f"{what} {value:.2f}" for what, value in result["processor_ms_a_picture"].items())
             shares = f"ratio {result['processor_ratio']:.3f}  bound {result['bound_on_cpu']:.3f}"
             click.echo(f"{name:28} {'processor ms':16} {times}  {shares}")
-    machine = {
-        "processor": platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
-        "load": os.getloadavg(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "torch": torch.__version__,
-        "torch_threads": torch.get_num_threads(),
-    }
+    machine = describe("torch", "timm", "open_clip_torch")
     if out:
         report = {"machine": machine, "seed": seed, "rounds": rounds, "jpeg_side": JPEG_SIDE, "results": results}
         out.write_text(json.dumps(report, indent=1) + "\n")
