@@ -19,7 +19,6 @@ from attrdb.ingest.synthesize import SynthesizeSettings
 from attrdb.ingest.views import VIEWS
 from attrdb.schema import KINDS
 
-
 PROFILES = ("paper",)
 
 

@@ -89,7 +89,15 @@ KEYS = {
     "prior_images": Key(int, 0),
     "prior_weight": Key(float, 1e-12),
 }
-OF_THE_MODEL = {"exemplars", "category", "kind", "base_model", "model_id", "split", "profile"}  # the others are settings
+OF_THE_MODEL = {
+    "exemplars",
+    "category",
+    "kind",
+    "base_model",
+    "model_id",
+    "split",
+    "profile",
+}  # the others are settings
 
 
 @dataclass(frozen=True)
