@@ -24,6 +24,8 @@ class Commands(click.Group):
     def invoke(self, context: click.Context) -> Any:
         try:
             return super().invoke(context)
+        except BrokenPipeError:
+            raise  # the reader of a pipe has gone: click ends quietly
         except (AttrdbError, OSError) as error:  # OSError: a full disk, a file that went away
             raise click.ClickException(str(error)) from error
         except KeyboardInterrupt:
