@@ -5,6 +5,7 @@ import time
 
 import pytest
 from conftest import TOY, ToyEncoder, picture, rows
+from killing import READY
 
 import attrdb
 from attrdb import health, maintenance
@@ -81,7 +82,7 @@ def test_four_writers_and_a_reader(tmp_path):
             if kept:
                 picture(tmp_path / folder / f"{number:02d}.png", (9 * number, 200, 40))
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["attrdb.maintenance", "attrdb.ingest.corpus", "pytest"])
+    context.set_forkserver_preload(READY)  # one server serves all tests
     go, done = context.Event(), context.Event()
     hears, says = context.Pipe(duplex=False)
     jobs = [
@@ -128,7 +129,7 @@ def test_four_writers_and_a_reader(tmp_path):
 @pytest.mark.parametrize("round_", range(3))
 def test_three_that_make_the_same_database(tmp_path, round_):
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["attrdb.maintenance", "attrdb.ingest.corpus", "pytest"])
+    context.set_forkserver_preload(READY)  # one server serves all tests
     go = context.Event()
     makers = [context.Process(target=make, args=(tmp_path / "db", name, go)) for name in ("a", "b", "c")]
     for process in makers:
