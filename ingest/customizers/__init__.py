@@ -10,12 +10,13 @@ The training itself is the same for all and lies in `attrdb.ingest.customize`.
 
 from __future__ import annotations
 
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import entry_points
 from typing import Protocol
 
 import torch
 
-from attrdb.errors import AttrdbError, InvalidValue
+from attrdb.errors import InvalidValue
+from attrdb.ingest import plugins
 from attrdb.ingest.customizers.custom_diffusion import CustomDiffusion
 from attrdb.ingest.customizers.dreambooth_lora import DreamBoothLora
 from attrdb.ingest.customizers.textual_inversion import TextualInversion
@@ -64,42 +65,16 @@ def load_customizer(name: str) -> Customizer:
     raises: InvalidValue for no such method, one that attrdb and a package or two packages have, and with the package named
             if its own fails or is not what `Customizer` says
     """
-    points = list(entry_points(group=GROUP, name=name))
-    packages = sorted({_package(point) for point in points})
-    if points and name in BUILT_IN:
-        raise InvalidValue(f"package {packages[0]} adds a method {name!r}, which attrdb has itself; uninstall it")
-    if len(packages) > 1:
-        raise InvalidValue(f"the packages {' and '.join(packages)} both add a method {name!r}; uninstall one of them")
+    plugins.check_clash(GROUP, name, BUILT_IN, "a method")
     if name in BUILT_IN:
         return BUILT_IN[name]()
-    if not points:
-        raise InvalidValue(f"no method {name!r}; there are: {', '.join(names())}")
-    try:
-        customizer = points[0].load()()
-        _check(customizer, name)
-    except AttrdbError:
-        raise
-    except Exception as error:  # whatever code of others raises
-        raise InvalidValue(
-            f"method {name!r} of package {packages[0]} fails with {type(error).__name__}: {error}"
-        ) from error
-    return customizer
-
-
-def _package(point: EntryPoint) -> str:
-    return point.dist.name if point.dist else point.value
+    for point in entry_points(group=GROUP, name=name):
+        return plugins.make(point, lambda loaded: loaded(), lambda made: _check(made, name), f"method {name!r}")
+    raise InvalidValue(f"no method {name!r}; there are: {', '.join(names())}")
 
 
 def _check(customizer: Customizer, name: str) -> None:
-    """raises: TypeError or ValueError, for `load_customizer` to complete"""
-    for attribute, kinds in ATTRIBUTES.items():
-        if not isinstance(getattr(customizer, attribute, None), kinds):
-            wanted = " or ".join(kind.__name__ for kind in kinds)
-            raise TypeError(
-                f"it needs the attribute {attribute}, of type {wanted}; see attrdb.ingest.customizers.Customizer"
-            )
-    for method in METHODS:
-        if not callable(getattr(customizer, method, None)):
-            raise TypeError(f"it needs the method {method}; see attrdb.ingest.customizers.Customizer")
+    """raises: TypeError or ValueError, for `plugins.make` to complete"""
+    plugins.check_members(customizer, ATTRIBUTES, METHODS, "attrdb.ingest.customizers.Customizer")
     if customizer.name != name:
         raise ValueError(f"it calls itself {customizer.name!r}; its name has to load it again")

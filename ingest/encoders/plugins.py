@@ -7,19 +7,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import entry_points
 from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
 
-from attrdb.errors import AttrdbError, InvalidValue
+from attrdb.ingest import plugins
 
 if TYPE_CHECKING:
     from attrdb.ingest.encoders import Encoder
 
 GROUP = "attrdb.encoders"
-ATTRIBUTES = {"spec": str, "dimension": int, "preprocessing": dict, "weights_fingerprint": str}
+ATTRIBUTES = {"spec": (str,), "dimension": (int,), "preprocessing": (dict,), "weights_fingerprint": (str,)}
 
 
 def names() -> list[str]:
@@ -28,13 +28,7 @@ def names() -> list[str]:
 
 def check_clash(prefix: str, own: Iterable[str]) -> None:
     """raises: InvalidValue if a package claims a prefix that attrdb or another package has"""
-    packages = sorted({_package(point) for point in entry_points(group=GROUP, name=prefix)})
-    if packages and prefix in own:
-        raise InvalidValue(f"package {packages[0]} adds an encoder {prefix!r}, which attrdb has itself; uninstall it")
-    if len(packages) > 1:
-        raise InvalidValue(
-            f"the packages {' and '.join(packages)} both add an encoder {prefix!r}; uninstall one of them"
-        )
+    plugins.check_clash(GROUP, prefix, own, "an encoder")
 
 
 def load(spec: str, prefix: str, argument: str) -> Encoder | None:
@@ -44,33 +38,15 @@ def load(spec: str, prefix: str, argument: str) -> Encoder | None:
             AttrdbError is passed on
     """
     for point in entry_points(group=GROUP, name=prefix):
-        try:
-            encoder = point.load()(argument)
-            _check(encoder, spec)
-        except AttrdbError:
-            raise
-        except Exception as error:  # whatever code of others raises
-            raise InvalidValue(
-                f"encoder {spec!r} of package {_package(point)} fails with {type(error).__name__}: {error}"
-            ) from error
-        return encoder
+        return plugins.make(
+            point, lambda loaded: loaded(argument), lambda made: _check(made, spec), f"encoder {spec!r}"
+        )
     return None
 
 
-def _package(point: EntryPoint) -> str:
-    return point.dist.name if point.dist else point.value
-
-
 def _check(encoder: Encoder, spec: str) -> None:
-    """raises: TypeError or ValueError, for `load` to complete"""
-    for name, kind in ATTRIBUTES.items():
-        if not isinstance(getattr(encoder, name, None), kind):
-            raise TypeError(
-                f"it needs the attribute {name}, of type {kind.__name__}; see attrdb.ingest.encoders.Encoder"
-            )
-    for name in ("prepare", "features"):
-        if not callable(getattr(encoder, name, None)):
-            raise TypeError(f"it needs the method {name}; see attrdb.ingest.encoders.Encoder")
+    """raises: TypeError or ValueError, for `plugins.make` to complete"""
+    plugins.check_members(encoder, ATTRIBUTES, ("prepare", "features"), "attrdb.ingest.encoders.Encoder")
     if encoder.spec != spec:
         raise ValueError(f"it calls itself {encoder.spec!r}; its spec has to load it again")
     json.dumps(encoder.preprocessing)
