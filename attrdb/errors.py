@@ -17,6 +17,10 @@ class MissingExtra(AttrdbError, ImportError):
     """A part of attrdb that needs `pip install attrdb[ml]`."""
 
 
+class OutOfMemory(AttrdbError, MemoryError):
+    """Work that does not fit into the memory of a GPU, or of the machine."""
+
+
 class Busy(AttrdbError):
     """Work that another process is at."""
 

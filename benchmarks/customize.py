@@ -27,10 +27,11 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 import attrdb
 from attrdb.demo import bundled_exemplars
-from attrdb.ingest.base_model import BaseModel, default_device, load_base_model, quiet_libraries, resolved_precision
+from attrdb.ingest.base_model import BaseModel, load_base_model, quiet_libraries
 from attrdb.ingest.corpus import image_rows, register
 from attrdb.ingest.customize import CustomizeSettings, customize
 from attrdb.ingest.customizers import BUILT_IN, DEFAULT_METHOD
+from attrdb.ingest.devices import default_device, resolved_precision
 from attrdb.ingest.encoders import load_encoder
 from attrdb.ingest.model import ModelSettings, ingest_model, prompts_of, settings_for
 from attrdb.ingest.pictures import read_picture, square, webp

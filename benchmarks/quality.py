@@ -18,9 +18,10 @@ from machine import describe
 from PIL import Image
 
 from attrdb.demo import bundled_exemplars, bundled_icons
-from attrdb.ingest.base_model import BaseModel, load_base_model, resolved_precision
+from attrdb.ingest.base_model import BaseModel, load_base_model
 from attrdb.ingest.customize import customize
 from attrdb.ingest.customizers import BUILT_IN, DEFAULT_METHOD
+from attrdb.ingest.devices import resolved_precision
 from attrdb.ingest.encoders import Encoder, encode, load_encoder
 from attrdb.ingest.model import prompts_of, settings_for
 from attrdb.ingest.prompts import TOKEN, Prompt, train_prompt

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -24,9 +25,13 @@ from safetensors.torch import save_file
 from attrdb.errors import InvalidValue
 from attrdb.ingest.base_model import BaseModel
 from attrdb.ingest.customizers import DEFAULT_METHOD, Customizer, load_customizer
+from attrdb.ingest.devices import enough_memory, is_cpu
 from attrdb.ingest.views import Latents, encode_views
 
+SMALLER = "give --gradient-checkpointing, or a smaller --batch, which makes another model"
 TOKEN_KEY = "text_encoder.token_embedding"
+
+LOOKED_AT = 10  # steps between two looks at the losses: on a GPU a look waits for all that was asked of it
 
 Delta = dict[str, torch.Tensor]
 Report = Callable[[int, int], None]  # steps done, steps in all
@@ -50,6 +55,20 @@ class CustomizeSettings:
     prior: str = "caption"
     prior_images: int = 0
     prior_weight: float = 1.0
+
+
+class Diverged(InvalidValue):
+    """Training whose loss or weights are no longer finite.
+
+    delta:   of the last step that is known to be good
+    n_steps: how many steps that delta has taken
+    losses:  finite ones, of each step until then
+    """
+
+    def __init__(self, problem: str, losses: list[float], n_steps: int):
+        super().__init__(problem)
+        self.delta: Delta = {}
+        self.n_steps, self.losses = n_steps, losses
 
 
 @dataclass(frozen=True)
@@ -98,14 +117,16 @@ def customize(
     *,
     method: str = DEFAULT_METHOD,
     regularization: Regularization | None = None,
+    gradient_checkpointing: bool = False,
 ) -> tuple[Delta, dict]:
     """Train a customized model; the delta to the base model in float32, and figures (loss, seconds).
 
     prompt: of all exemplars, or a list with one for each
     token:  the new token that the prompt names the concept by; None: there is none, and none is trained
+    gradient_checkpointing: for small cards: activations are computed again in the backward pass, the delta is the same
     The base model, a fresh one, is left customized, as by `apply_delta`; `base.restore()` takes that back. If training fails
     it is as it was.
-    raises: InvalidValue for no such method or augmentation, a prompt that is cut before its token, training that diverges
+    raises: InvalidValue for no such method or augmentation, or a prompt that is cut before its token; Diverged; OutOfMemory
     """
     started = time.monotonic()
     customizer = load_customizer(method)
@@ -114,20 +135,27 @@ def customize(
     try:
         if token:
             check_prompts(base.pipeline, list(dict.fromkeys(prompts)), token)
-        with _attached(customizer, base, settings.seed) as trained:
+        with (
+            enough_memory(base.device, _doing(base, settings), SMALLER),
+            _attached(customizer, base, settings.seed) as trained,
+            _checkpointed(base, gradient_checkpointing),
+        ):
             vector = None
             if customizer.trains_token and token_id is not None:
                 table = base.pipeline.text_encoder.get_input_embeddings().weight.data
                 vector = table[token_id].clone().requires_grad_(True)
-            parameters = [*([] if vector is None else [vector]), *trained.values()]
+            parameters = {} if vector is None else {TOKEN_KEY: vector}
+            parameters |= {f"unet.{name}": weight for name, weight in trained.items()}
             if not parameters:
                 raise InvalidValue(f"method {method!r} trains a token alone, and there is none; choose another method")
             training = _Training(base, exemplars, prompts, settings, regularization, token_id, vector)
-            with base.lowered():
-                losses = training.run(parameters, report)
-            delta = {f"unet.{name}": weight.detach().cpu().clone() for name, weight in trained.items()}
-        if vector is not None:
-            delta[TOKEN_KEY] = vector.detach().cpu().clone()
+            try:
+                with base.lowered():
+                    losses = training.run(list(parameters.values()), report)
+            except Diverged as error:
+                error.delta = _taken(parameters)
+                raise
+            delta = _taken(parameters)
     finally:
         base.restore()
     apply_delta(base, delta, token, category, method)
@@ -136,11 +164,33 @@ def customize(
     return delta, figures
 
 
+def _taken(parameters: dict[str, torch.Tensor]) -> Delta:
+    return {name: weight.detach().cpu().clone() for name, weight in parameters.items()}
+
+
+def _doing(base: BaseModel, settings: CustomizeSettings) -> str:
+    n_pictures = settings.batch * (2 if settings.prior_images else 1)
+    return f"training {n_pictures} pictures of {base.resolution} pixels a side at a time"
+
+
+@contextmanager
+def _checkpointed(base: BaseModel, wanted: bool) -> Iterator[None]:
+    """In it the U-Net keeps few activations for the backward pass, if that is wanted."""
+    if not wanted:
+        yield
+        return
+    base.pipeline.unet.enable_gradient_checkpointing()
+    try:
+        yield
+    finally:
+        base.pipeline.unet.disable_gradient_checkpointing()
+
+
 @contextmanager
 def _attached(customizer: Customizer, base: BaseModel, seed: int) -> Iterator[dict[str, torch.nn.Parameter]]:
     """What the method trains in the U-Net; afterwards the U-Net is as it was, bit for bit."""
     unet = base.pipeline.unet
-    devices = [base.device] if torch.device(base.device).type == "cuda" else []
+    devices = [] if is_cpu(base.device) else [base.device]
     with torch.random.fork_rng(devices):
         torch.manual_seed(seed)
         trained = customizer.attach(unet)
@@ -156,6 +206,44 @@ def _attached(customizer: Customizer, base: BaseModel, seed: int) -> Iterator[di
             weight.grad = None
             weight.data.copy_(before[name])
         customizer.detach(unet)
+
+
+class _Watch:
+    """Looks at the losses every LOOKED_AT steps, and keeps the parameters that the last finite one was computed with."""
+
+    def __init__(self, parameters: list[torch.Tensor], settings: CustomizeSettings):
+        self.parameters, self.settings = parameters, settings
+        self.good, self.n_good = [one.detach().clone() for one in parameters], 0
+        self.losses: list[float] = []
+        self.unseen: list[torch.Tensor] = []
+
+    def see(self, loss: torch.Tensor) -> None:
+        """Note the loss of a step that is still to be taken."""
+        self.unseen.append(loss)
+        if len(self.unseen) == LOOKED_AT:
+            self._look()
+            self.good, self.n_good = [one.detach().clone() for one in self.parameters], len(self.losses) - 1
+
+    def end(self) -> list[float]:
+        """All losses, after the last step."""
+        if self.unseen:
+            self._look()
+        if not all(one.isfinite().all() for one in self.parameters):
+            self._stop("in the last step (weights that are not finite)")
+        return self.losses
+
+    def _look(self) -> None:
+        for loss in torch.stack(self.unseen).tolist():
+            if not math.isfinite(loss):
+                self._stop(f"at step {len(self.losses) + 1} (loss {loss})")
+            self.losses.append(loss)
+        self.unseen.clear()
+
+    def _stop(self, where: str) -> NoReturn:
+        for one, good in zip(self.parameters, self.good, strict=True):
+            one.data.copy_(good)
+        problem = f"training diverged {where}; lower the learning rate ({self.settings.lr:g} now)"
+        raise Diverged(problem, self.losses[: self.n_good], self.n_good)
 
 
 class _Training:
@@ -188,28 +276,26 @@ class _Training:
         return torch.stack(list(encoded.values())), torch.tensor([row[prompt] for prompt in prompts])
 
     def run(self, parameters: list[torch.Tensor], report: Report) -> list[float]:
-        """Take the steps; the loss of each."""
-        fused = torch.device(self.base.device).type == "cuda"
-        optimizer = torch.optim.AdamW(parameters, lr=self.settings.lr, weight_decay=0.01, fused=fused)
+        """Take the steps; the loss of each.
+
+        raises: Diverged, with the parameters put back to the last that are known to be good
+        """
+        optimizer = torch.optim.AdamW(parameters, lr=self.settings.lr, weight_decay=0.01, fused=True)
         generator = torch.Generator().manual_seed(self.settings.seed)
-        losses: list[torch.Tensor] = []
+        watch = _Watch(parameters, self.settings)
         embedding = self.base.pipeline.text_encoder.get_input_embeddings()
         hook = embedding.register_forward_hook(self._with_vector)
         try:
             for step in range(self.settings.steps):
                 loss = self._loss(generator)
                 loss.backward()
+                watch.see(loss.detach())
                 optimizer.step()
                 optimizer.zero_grad()
-                losses.append(loss.item())
-                if not math.isfinite(losses[-1]):
-                    raise InvalidValue(
-                        f"training diverged at step {step + 1} (loss {losses[-1]}); lower the learning rate"
-                    )
                 report(step + 1, self.settings.steps)
         finally:
             hook.remove()
-        return losses
+        return watch.end()
 
     def _with_vector(self, _module: torch.nn.Module, inputs: tuple, output: torch.Tensor) -> torch.Tensor:
         # Only the new token's row is trained: the table itself never gets a gradient.
@@ -223,8 +309,7 @@ class _Training:
         if self.prior:
             draws.append(self._draw(self.prior, self.prior_states, generator))
         noisy, times, states, target = (torch.cat(parts) for parts in zip(*(one[:4] for one in draws), strict=True))
-        with self.base.autocast():
-            predicted = self.base.pipeline.unet(noisy, times, states).sample.float()
+        predicted = self.base.predict(noisy, times, states)
         seen = draws[0][4]
         if seen is None:
             loss = F.mse_loss(predicted[:batch], target[:batch])

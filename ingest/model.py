@@ -20,9 +20,10 @@ from PIL import Image
 
 from attrdb.database import Database
 from attrdb.errors import InvalidValue, NotFound
-from attrdb.ingest.base_model import BaseModel, base_model_folder, load_base_model, resolved_precision, weights_hash
+from attrdb.ingest.base_model import BaseModel, base_model_folder, load_base_model, weights_hash
 from attrdb.ingest.corpus import image_rows, register
 from attrdb.ingest.customize import Regularization, apply_delta, check_prompts, load_delta
+from attrdb.ingest.devices import resolved_precision
 from attrdb.ingest.encoders import Encoder
 from attrdb.ingest.model_job import (
     Made,

@@ -22,7 +22,17 @@ from PIL import Image
 
 from attrdb.errors import InvalidValue
 from attrdb.ingest.base_model import BaseModel
-from attrdb.ingest.customize import CustomizeSettings, Regularization, apply_delta, customize, load_delta, save_delta
+from attrdb.ingest.customize import (
+    CustomizeSettings,
+    Delta,
+    Diverged,
+    Regularization,
+    apply_delta,
+    customize,
+    load_delta,
+    save_delta,
+)
+from attrdb.ingest.devices import is_cpu
 from attrdb.ingest.encoders import Encoder, encode
 from attrdb.ingest.encoding import ahead
 from attrdb.ingest.pictures import Picture, read_picture, webp
@@ -34,7 +44,9 @@ Report = Callable[[str, int, int], None]  # stage, units done, units in all
 
 # The base model's folder may change, what it holds is compared by its hash. What the model was computed in and which
 # regularization images it had follow from the settings, the machine and the corpus of that day, and are kept as they were.
-NOT_COMPARED = {"base_model", "computed_in", "regularization"}
+# Gradient checkpointing changes no number.
+NOTED = ("computed_in", "regularization")
+NOT_COMPARED = {"base_model", "gradient_checkpointing", *NOTED}
 # Settings that records of attrdb 0.1 lack, and what they were then.
 SINCE = {
     "precision": "auto",
@@ -87,7 +99,7 @@ def open_job(job: Path, record: dict) -> dict:
             where = f"half done in {job} (delete that folder to begin anew)"
             check_same(job.name, found, record, where)
         if essence(found) == essence(record):
-            return found
+            record |= {name: found[name] for name in NOTED if name in found}
     note(job, record)
     return record
 
@@ -122,19 +134,29 @@ def customized(
     if figures_file.exists():
         apply_delta(base, load_delta(weights, method), token, category, method)
         return json.loads(figures_file.read_text())
-    delta, figures = customize(
-        base,
-        images,
-        record["train_prompt"] or record["captions"],
-        token,
-        category,
-        settings,
-        lambda done, total: report("customize", done, total),
-        method=method,
-        regularization=regularization(),
-    )
+
+    def save(delta: Delta, path: Path) -> None:
+        write_whole(path, lambda part: save_delta(delta, part, token, record["base_model_hash"], method))
+
+    try:
+        delta, figures = customize(
+            base,
+            images,
+            record["train_prompt"] or record["captions"],
+            token,
+            category,
+            settings,
+            lambda done, total: report("customize", done, total),
+            method=method,
+            regularization=regularization(),
+            gradient_checkpointing=record["gradient_checkpointing"],
+        )
+    except Diverged as error:
+        last = job / "diverged.safetensors"
+        save(error.delta, last)
+        raise InvalidValue(f"{error}; what it was after {error.n_steps} steps is kept in {last}") from error
     weights.parent.mkdir(exist_ok=True)
-    write_whole(weights, lambda part: save_delta(delta, part, token, record["base_model_hash"], method))
+    save(delta, weights)
     for file in (weights.with_suffix(".json"), figures_file):  # one to keep beside the weights, one to go on from
         write_whole(file, lambda part: part.write_text(json.dumps(figures)))
     return figures
@@ -169,7 +191,7 @@ def sampled(
     """
     work = partial(_finish, job=job, encoders=encoders)
     drawn = _drawn(base, job, batches, settings, report)
-    if torch.device(base.device).type == "cpu":
+    if is_cpu(base.device):
         return [work(one) for one in drawn]
     with closing(ahead(drawn, work, 1, 2)) as finished:
         return list(finished)

@@ -9,9 +9,10 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from attrdb.errors import InvalidValue, NotFound
-from attrdb.ingest.base_model import base_model_folder, read_profile, resolved_precision
+from attrdb.ingest.base_model import base_model_folder, read_profile
 from attrdb.ingest.customize import CustomizeSettings
 from attrdb.ingest.customizers import DEFAULT_METHOD, load_customizer
+from attrdb.ingest.devices import resolved_precision
 from attrdb.ingest.pictures import Picture, image_files, read_picture_file, read_text
 from attrdb.ingest.prompts import BANKS, TOKEN, Prompt, choose_prompts, paper_counts
 from attrdb.ingest.regularization import check_prior
@@ -33,7 +34,7 @@ class ModelSettings:
     """All that decides a customized model and its samples.
 
     method:    of customization, see `attrdb.ingest.customizers`
-    precision: what the U-Net computes in, see `base_model.resolved_precision`
+    precision: what the U-Net computes in, see `devices.resolved_precision`
     """
 
     kind: str
@@ -44,6 +45,7 @@ class ModelSettings:
     prompts_per_scheme: int | dict[str, int] = 4  # of every scheme alike, or by scheme
     method: str = DEFAULT_METHOD
     precision: str = "auto"
+    gradient_checkpointing: bool = False
     customize: CustomizeSettings = field(default_factory=CustomizeSettings)
     synthesize: SynthesizeSettings = field(default_factory=SynthesizeSettings)
 
@@ -96,7 +98,7 @@ def settings_for(
     customize_names, synthesize_names = (
         {one.name for one in fields(part)} for part in (CustomizeSettings, SynthesizeSettings)
     )
-    own_names = {"prompts", "prompts_per_scheme", "method", "precision"}
+    own_names = {"prompts", "prompts_per_scheme", "method", "precision", "gradient_checkpointing"}
     unknown = wanted.keys() - customize_names - synthesize_names - own_names
     if unknown:
         raise InvalidValue(f"unknown settings for base model {base_model}: {', '.join(sorted(unknown))}")

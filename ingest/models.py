@@ -56,8 +56,8 @@ class Key:
     def problem(self, value: object) -> str | None:
         """Why a value cannot be used."""
         wanted = (int, float) if self.type is float else self.type
-        if not isinstance(value, wanted) or isinstance(value, bool):
-            what = {str: "text", int: "a whole number", float: "a number"}[self.type]
+        if not isinstance(value, wanted) or isinstance(value, bool) != (self.type is bool):
+            what = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}[self.type]
             return f"must be {what}, found {json.dumps(value)}"
         if self.least is not None and not (self.least <= value < math.inf):
             return f"must be at least {self.least}, found {json.dumps(value)}"
@@ -81,9 +81,11 @@ KEYS = {
     "lr": Key(float, 1e-12),
     "solver_steps": Key(int, 1),
     "guidance": Key(float, 1),
+    "sample_batch": Key(int, 1),
     "seed": Key(int),
     "method": Key(str),
     "precision": Key(str),
+    "gradient_checkpointing": Key(bool),
     "augment": Key(str),
     "prior": Key(str),
     "prior_images": Key(int, 0),

@@ -12,6 +12,7 @@ from PIL import Image
 
 from attrdb.ingest.base_model import BaseModel
 from attrdb.ingest.customize import encode_prompts
+from attrdb.ingest.devices import enough_memory
 from attrdb.ingest.prompts import Prompt
 
 DECODED = 4  # pictures that the autoencoder decodes at a time: its activations are what fills a card
@@ -77,18 +78,19 @@ def synthesize(
     noise = [torch.randn(shape, generator=torch.Generator().manual_seed(plan.seed)) for plan in batch]
     solver.set_timesteps(settings.solver_steps, device=base.device)
     latents = torch.cat(noise).to(base.device) * solver.init_noise_sigma  # (n, channels, height, width)
-    with base.lowered():
-        for step, time in enumerate(solver.timesteps, 1):
-            given = solver.scale_model_input(torch.cat([latents] * 2) if guided else latents, time)
-            with base.autocast():
-                predicted = pipeline.unet(given, time, states, return_dict=False)[0].float()
-            if guided:
-                plain, asked = predicted.chunk(2)
-                predicted = plain + settings.guidance * (asked - plain)
-            latents = solver.step(predicted, time, latents, return_dict=False)[0]
-            report(step, settings.solver_steps)
-    pictures = []
-    for part in (latents / pipeline.vae.config.scaling_factor).split(DECODED):
-        pixels = pipeline.vae.decode(part, return_dict=False)[0]
-        pictures += pipeline.image_processor.postprocess(pixels, output_type="pil")
+    doing = f"drawing {len(batch)} pictures of {base.resolution} pixels a side at a time"
+    with enough_memory(base.device, doing, "give a smaller --sample-batch"):
+        with base.lowered():
+            for step, time in enumerate(solver.timesteps, 1):
+                given = solver.scale_model_input(torch.cat([latents] * 2) if guided else latents, time)
+                predicted = base.predict(given, time, states)
+                if guided:
+                    plain, asked = predicted.chunk(2)
+                    predicted = plain + settings.guidance * (asked - plain)
+                latents = solver.step(predicted, time, latents, return_dict=False)[0]
+                report(step, settings.solver_steps)
+        pictures = []
+        for part in (latents / pipeline.vae.config.scaling_factor).split(DECODED):
+            pixels = pipeline.vae.decode(part, return_dict=False)[0]
+            pictures += pipeline.image_processor.postprocess(pixels, output_type="pil")
     return pictures

@@ -13,7 +13,7 @@ from test_ingest_model import images, ingest
 
 import attrdb
 from attrdb.errors import InvalidValue, NotFound
-from attrdb.ingest import base_model, customize, customizers, model, synthesize, views
+from attrdb.ingest import base_model, customize, customizers, devices, model, synthesize, views
 from attrdb.ingest.corpus import ingest_corpus, open_corpus
 from attrdb.ingest.encoders import Pixels
 from attrdb.ingest.pictures import webp
@@ -335,11 +335,11 @@ def test_samples_are_those_of_the_pipeline(base, guidance):
 
 def test_auto_precision_is_what_the_device_multiplies(monkeypatch):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": False}, raising=False)
-    assert base_model.resolved_precision("auto", "cpu") == "float32"
+    assert devices.resolved_precision("auto", "cpu") == "float32"
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True}, raising=False)
-    assert base_model.resolved_precision("auto", "cpu") == "bf16"
+    assert devices.resolved_precision("auto", "cpu") == "bf16"
     with pytest.raises(InvalidValue, match="precision is 'fp8'; it must be auto, float32 or bf16"):
-        base_model.resolved_precision("fp8")
+        devices.resolved_precision("fp8")
 
 
 # --- augmentation -----------------------------------------------------------------------------------------------------

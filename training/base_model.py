@@ -37,6 +37,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from attrdb.errors import InvalidValue
+from attrdb.ingest.devices import resolved_precision
 from attrdb.training.base_architecture import (
     BaseModelSettings,
     export,
@@ -119,7 +120,7 @@ def train_vae(pixels: torch.Tensor, settings: BaseModelSettings, run: Run, devic
         x = pixels[picks].to(device).float() / 127.5 - 1
         if torch.rand((), generator=generator) < 0.5:
             x = x.flip(-1)
-        with torch.autocast(device, torch.bfloat16):
+        with torch.autocast(device, torch.bfloat16, enabled=resolved_precision("auto", device) == "bf16"):
             posterior = vae.encode(x).latent_dist
             decoded = vae.decode(posterior.sample(generator)).sample.float()
         loss = F.l1_loss(decoded, x) + F.l1_loss(F.avg_pool2d(decoded, 4), F.avg_pool2d(x, 4))
@@ -165,8 +166,12 @@ def train_unet(
     run: Run,
     device: str,
     minutes: float,
+    compiled: bool = False,
 ) -> tuple[UNet2DConditionModel, CLIPTextModel, dict]:
-    """The EMA weights of U-Net and text encoder after `minutes` more minutes, with the figures so far."""
+    """The EMA weights of U-Net and text encoder after `minutes` more minutes, with the figures so far.
+
+    compiled: by torch.compile; on a CPU that multiplies float32 only, 105 images/s instead of 66 (two cores, batch 128)
+    """
     torch.manual_seed(settings.seed)
     unet = new_unet(settings).to(device)
     text_encoder = new_text_encoder(tokenizer, settings).to(device)
@@ -188,6 +193,8 @@ def train_unet(
         ema = {name: value.to(device) for name, value in state["ema"].items()}
         step, seconds, loss_now = state["step"], state["seconds"], state["loss"]
 
+    predict = torch.compile(unet) if compiled else unet
+    autocast = partial(torch.autocast, device, torch.bfloat16, enabled=resolved_precision("auto", device) == "bf16")
     alphas = new_scheduler().alphas_cumprod.to(device)
     losses: list[float] = []
     deadline = time.monotonic() + 60 * minutes
@@ -205,9 +212,9 @@ def train_unet(
         noise = torch.randn(x.shape, generator=generator).to(device)
         signal = alphas[t].sqrt().view(-1, 1, 1, 1)
         sigma = (1 - alphas[t]).sqrt().view(-1, 1, 1, 1)
-        with torch.autocast(device, torch.bfloat16), attention():
+        with autocast(), attention():
             states = text_encoder(tokens).last_hidden_state
-            v = unet(signal * x + sigma * noise, t, states).sample.float()
+            v = predict(signal * x + sigma * noise, t, states).sample.float()
         loss = F.mse_loss(v, signal * noise - sigma * x)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(both.parameters(), 1.0)
@@ -287,9 +294,19 @@ def check_settings(settings: BaseModelSettings, folder: Path) -> None:
 @click.option(
     "--start-from", "start", type=click.Path(exists=True, file_okay=False, path_type=Path), help="Exported pipeline."
 )
+@click.option(
+    "--compile/--no-compile", "compiled", default=False, show_default=True, help="The U-Net, by torch.compile."
+)
 @click.option("--device", default="cuda" if torch.cuda.is_available() else "cpu", show_default=True)
 def main(
-    corpus: Path, run_folder: Path, out: Path, minutes: float, vae_images: int, start: Path | None, device: str
+    corpus: Path,
+    run_folder: Path,
+    out: Path,
+    minutes: float,
+    vae_images: int,
+    start: Path | None,
+    compiled: bool,
+    device: str,
 ) -> None:
     """Train the tiny base model, or go on training it, and export it as a pipeline folder."""
     settings = replace(BaseModelSettings(), vae_images=vae_images)
@@ -303,7 +320,7 @@ def main(
     vae = train_vae(pixels, settings, Run(run_folder, "vae"), device)
     latents = encode_corpus(vae, pixels, device)
     unet, text_encoder, figures = train_unet(
-        latents, categories, styles, tokenizer, settings, Run(run_folder, "unet"), device, minutes
+        latents, categories, styles, tokenizer, settings, Run(run_folder, "unet"), device, minutes, compiled
     )
     hardware = torch.cuda.get_device_name() if device == "cuda" else f"{platform.machine()} CPU"
     figures |= {

@@ -137,6 +137,9 @@ def _tell_failures(failures: dict[str, str], what: str) -> None:
 @click.option("--lr", type=click.FloatRange(min=0, min_open=True), help="Learning rate.")
 @click.option("--solver-steps", type=click.IntRange(1), help="Sampling steps.")
 @click.option("--guidance", type=click.FloatRange(1), help="Classifier-free guidance.")
+@click.option(
+    "--sample-batch", type=click.IntRange(1), help="Samples that are drawn together; fewer take less memory. Default 16."
+)
 @click.option("--seed", type=int)
 @click.option(
     "--method", help="custom-diffusion (default), dreambooth-lora, textual-inversion, or one that a package adds."
@@ -145,6 +148,12 @@ def _tell_failures(failures: dict[str, str], what: str) -> None:
     "--precision",
     type=click.Choice(["auto", "float32", "bf16"]),
     help="Of the U-Net. Default: auto, bf16 where the hardware multiplies it.",
+)
+@click.option(
+    "--gradient-checkpointing",
+    is_flag=True,
+    default=None,
+    help="Train with less memory, and longer. The model is the same.",
 )
 @click.option(
     "--augment",

@@ -47,6 +47,7 @@ class EfficientNetLite0:
         import timm
         import torch
 
+        from attrdb.ingest.devices import default_device, is_cpu
         from attrdb.ingest.encoders.weights import file_fingerprint
 
         self._torch = torch
@@ -57,8 +58,8 @@ class EfficientNetLite0:
         network = timm.create_model("tf_efficientnet_lite0", pretrained=False)
         given = torch.load(path, weights_only=True)
         network.load_state_dict(dict(zip(network.state_dict(), given.values(), strict=True)))
-        self._device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.concurrent = self._device == "cpu"
+        self._device = default_device()
+        self.concurrent = is_cpu(self._device)
         self._network = network.eval().to(self._device, memory_format=torch.channels_last)
 
     def prepare(self, image: Image.Image) -> np.ndarray:

@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 
 from attrdb.errors import InvalidValue, MissingExtra
+from attrdb.ingest.devices import default_device, is_cpu
 from attrdb.ingest.encoders.preprocessing import STATISTICS, Preprocessing
 from attrdb.ingest.encoders.spec import file_spec, nearest, split_settings
 from attrdb.ingest.encoders.weights import file_fingerprint, fill, fingerprint, read_weights
@@ -29,8 +30,8 @@ class NetworkEncoder:
         self.preprocessing = preprocessing.identity()
         self.weights_fingerprint = weights_fingerprint
         self._preprocessing = preprocessing
-        self._device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.concurrent = self._device == "cpu"
+        self._device = default_device()
+        self.concurrent = is_cpu(self._device)
         self._network = network.eval().to(self._device)
         self._mean, self._std = (
             torch.tensor(values, device=self._device).view(3, 1, 1)
