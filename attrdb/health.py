@@ -7,6 +7,7 @@ import os
 import socket
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import lance
@@ -14,6 +15,8 @@ import numpy as np
 import pyarrow as pa
 
 from attrdb import queries, sql
+from attrdb.leases import holder
+from attrdb.locks import alive
 from attrdb.schema import SCHEMA_VERSION, feature_columns, feature_matrix
 from attrdb.snapshot import Snapshot, literal, storage, words_of
 
@@ -31,7 +34,7 @@ def status(snapshot: Snapshot) -> dict[str, Any]:
 
     Rows by role, models by kind, every encoder with how many images it has encoded and how many it still could, indices
     with their segments and the rows they do not cover yet, fragments, versions and bytes of every table, jobs that are
-    not done.
+    not done, models that are being made and how far they are.
     """
     with storage(snapshot.path), sql.connect(snapshot) as connection:
         roles, kinds, jobs = (
@@ -55,6 +58,7 @@ def status(snapshot: Snapshot) -> dict[str, Any]:
             "indices": [_index(snapshot.tables["images"], one) for one in _indices(snapshot)],
             "tables": {name: _table(snapshot, name) for name in snapshot.tables},
             "open_jobs": [_job(row) for row in jobs],
+            "in_progress": _in_progress(snapshot.path),
             "bytes": _bytes(snapshot.path),
         }
 
@@ -97,21 +101,17 @@ def _table(snapshot: Snapshot, name: str) -> dict[str, Any]:
     }
 
 
+def _in_progress(path: Path) -> list[dict[str, Any]]:
+    files = sorted((path / "jobs").glob(".*.lock"))
+    held = ((file.name[1:].removesuffix(".lock"), holder(file)) for file in files)
+    return [{"model_id": model_id, **who} for model_id, who in held if who]
+
+
 def _job(row: dict[str, Any]) -> dict[str, Any]:
     """A job's row; one that says it runs and whose process is gone was killed."""
-    if row["state"] == "running" and row["host"] == socket.gethostname() and not _alive(row["pid"]):
+    if row["state"] == "running" and row["host"] == socket.gethostname() and not alive(row["pid"]):
         row = row | {"state": "killed"}
     return row
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True
 
 
 def _bytes(folder: Any) -> int:

@@ -7,9 +7,9 @@ import io
 import json
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import click
 import pyarrow as pa
@@ -77,7 +77,19 @@ def _print_grid(table: pa.Table, rows: list[dict]) -> None:
     Console(width=width, markup=False, highlight=False).print(grid)
 
 
-Advance = Callable[[str, int, int | None], None]  # stage, done, in all where that is known
+class Advance(Protocol):
+    """Takes a stage, units done, units in all where that is known, and what else there is to say of them."""
+
+    def __call__(self, stage: str, done: int, total: int | None, note: str = "") -> None: ...
+
+
+SPEED_SECONDS = 3600  # that rate and ETA look back: a unit may be a model, which takes minutes
+
+
+def per_time(speed: float) -> str:
+    """A rate as a person reads it, from units a second."""
+    unit, seconds = ("s", 1) if speed >= 1 else ("min", 60) if speed >= 1 / 60 else ("h", 3600)
+    return f"{speed * seconds:.1f}/{unit}"
 
 
 @contextmanager
@@ -98,20 +110,22 @@ def progress(quiet: bool) -> Iterator[Advance]:
         BarColumn(),
         MofNCompleteColumn(),
         TextColumn("{task.fields[rate]}"),
+        TextColumn("{task.fields[note]}"),
         TimeElapsedColumn(),
         TextColumn("ETA"),
         TimeRemainingColumn(),
         console=Console(stderr=True),
+        speed_estimate_period=SPEED_SECONDS,
         disable=quiet or not sys.stderr.isatty(),
     )
     tasks: dict[str, Any] = {}
 
-    def advance(stage: str, done: int, total: int | None) -> None:
+    def advance(stage: str, done: int, total: int | None, note: str = "") -> None:
         if stage not in tasks:
-            tasks[stage] = bars.add_task(stage, total=total, rate="")
+            tasks[stage] = bars.add_task(stage, total=total, rate="", note=note)
         task = bars.tasks[[one.id for one in bars.tasks].index(tasks[stage])]
-        rate = f"{task.speed:.1f}/s" if task.speed else ""
-        bars.update(tasks[stage], completed=done, total=total, rate=rate)
+        rate = per_time(task.speed) if task.speed else ""
+        bars.update(tasks[stage], completed=done, total=total, rate=rate, note=note)
 
     with bars:
         yield advance

@@ -31,7 +31,7 @@ from attrdb.ingest.model_job import (
     check_same,
     customized,
     essence,
-    locked,
+    leased_job,
     note,
     open_job,
     record_token,
@@ -51,6 +51,7 @@ from attrdb.ingest.model_settings import (
 from attrdb.ingest.prompts import TOKEN, Prompt, train_prompt
 from attrdb.ingest.regularization import choose_names, generate, read_corpus
 from attrdb.ingest.synthesize import SamplePlan, SynthesizeSettings, plan_samples, synthesize, use_fast_solver
+from attrdb.leases import LEASE_MINUTES
 
 __all__ = [
     "Exemplar",
@@ -84,13 +85,16 @@ def ingest_model(
     model_id: str | None = None,
     report: Report = lambda stage, done, total: None,
     load: Callable[[str], BaseModel] = load_base_model,
+    lease_minutes: float = LEASE_MINUTES,
 ) -> ModelResult:
     """Customize, sample, encode and append one model; nothing is done twice.
 
-    load:   gives a fresh base model by its name, such as `OneBaseModel().load` for many models of one; it is left fresh.
-            Not called for a model that is stored.
-    raises: InvalidValue if the model is there with other settings, and for exemplars, prompts, encoders, regularization
-            images or a base model that cannot be used: all of it before training begins
+    load:          gives a fresh base model by its name, such as `OneBaseModel().load` for many models of one; it is left
+                   fresh. Not called for a model that is stored.
+    lease_minutes: after which another process that says nothing more counts as stuck, and its model is taken over
+    raises:        InvalidValue if the model is there with other settings, and for exemplars, prompts, encoders,
+                   regularization images or a base model that cannot be used: all of it before training begins; and
+                   for training that diverges; OutOfMemory; Busy if another process is at it
     """
     model_id = check_model(settings, exemplars, model_id)
     prompts = prompts_of(settings, exemplars)
@@ -100,12 +104,17 @@ def ingest_model(
         return done
     base = load(settings.base_model)
     register(db, encoders)
-    with locked(job):
+    with leased_job(job, lease_minutes) as lease:
         if done := _stored(db, model_id, record, encoders, job):  # by the process that held the lock just now
             return done
         record = open_job(job, record)
+
+        def beating(stage: str, done: int, total: int) -> None:
+            lease.beat(stage, done, total)
+            report(stage, done, total)
+
         try:
-            return _made(db, base, model_id, exemplars, settings, encoders, prompts, record, report)
+            return _made(db, base, model_id, exemplars, settings, encoders, prompts, record, beating)
         finally:
             base.restore()
 

@@ -38,7 +38,7 @@ from attrdb.ingest.encoding import ahead
 from attrdb.ingest.pictures import Picture, read_picture, webp
 from attrdb.ingest.prompts import TOKEN
 from attrdb.ingest.synthesize import SamplePlan, SynthesizeSettings, synthesize
-from attrdb.locks import alone
+from attrdb.leases import LEASE_MINUTES, Lease, leased
 
 Report = Callable[[str, int, int], None]  # stage, units done, units in all
 
@@ -81,10 +81,14 @@ def check_same(model_id: str, found: dict, wanted: dict, where: str) -> None:
             )
 
 
-def locked(job: Path) -> AbstractContextManager[None]:
+def lease_file(job: Path) -> Path:
+    return job.parent / f".{job.name}.lock"
+
+
+def leased_job(job: Path, minutes: float = LEASE_MINUTES) -> AbstractContextManager[Lease]:
     """Hold the job's folder; raises Busy if another process is at it."""
     job.mkdir(parents=True, exist_ok=True)
-    return alone(job.parent / f".{job.name}.lock", f"model {job.name!r} is being made")
+    return leased(lease_file(job), f"model {job.name!r} is being made", minutes)
 
 
 def open_job(job: Path, record: dict) -> dict:

@@ -1,7 +1,7 @@
 """Many customized models from one file of specs: a queue that several worker processes, and several commands, share.
 
-The file is the queue. A model that is stored is done, one that is locked is being made, and any other may be taken; the
-system lets go of a lock when the process that holds it ends, however it ends, so that a rerun needs nothing else.
+The file is the queue. A model that is stored is done, one whose lease is held is being made, and any other may be taken. A
+lease ends with its process, however that ends, or when it has been silent for too long, so that a rerun needs nothing else.
 """
 
 from __future__ import annotations
@@ -13,19 +13,23 @@ import multiprocessing
 import signal
 import time
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Protocol
+
+import torch
 
 from attrdb import jobs
 from attrdb.database import Database
 from attrdb.errors import AttrdbError, Busy, InvalidValue, NotFound
 from attrdb.ingest.base_model import OneBaseModel
 from attrdb.ingest.corpus import register
+from attrdb.ingest.devices import gpu_of_worker
 from attrdb.ingest.encoders import Encoder, load_encoder
 from attrdb.ingest.model import (
     Exemplar,
@@ -36,13 +40,15 @@ from attrdb.ingest.model import (
     read_exemplars,
     settings_for,
 )
-from attrdb.ingest.model_job import Report, locked
+from attrdb.ingest.model_job import lease_file
 from attrdb.ingest.prompts import BANKS
+from attrdb.leases import LEASE_MINUTES, holder
 
 SHOWN = 20  # bad lines that an error names
 PAUSE = 0.5  # seconds until a model that another process is making is looked at again
+LOOK = 5.0  # seconds until worker processes that say nothing are looked at
 GRACE = 5.0  # seconds that a worker process has to end by itself
-LIVES = 2  # worker processes that a model may take with it before it counts as failed
+RETRIES = 1  # further attempts at a model after one that a library, the system or a lost process has ended
 
 
 @dataclass(frozen=True)
@@ -224,50 +230,70 @@ def _checked(line: bytes) -> dict:
 @dataclass(frozen=True)
 class Outcome:
     """How an attempt at a model ended: 'done', 'stored' (it was there already), 'busy' (another process is at it),
-    or 'failed' for a reason."""
+    'refused' (it would be again) or 'failed', for a reason."""
 
     how: str
     reason: str = ""
 
 
+class Report(Protocol):
+    """What is told of a queue: stage, units done, units in all, and what else there is to say of them."""
+
+    def __call__(self, stage: str, done: int, total: int, note: str = "") -> None: ...
+
+
 class Queue:
     """The models that are still to be made, and what became of the others."""
 
-    def __init__(self, specs: Sequence[ModelSpec], job: jobs.Job, report: Report):
+    def __init__(self, specs: Sequence[ModelSpec], job: jobs.Job, report: Report, retries: int = RETRIES):
         self.job = job
         self.waiting = deque(specs)
         self.total = len(specs)
         self.report = report
-        self.deaths: Counter[str] = Counter()
+        self.retries = retries
+        self.attempts: Counter[str] = Counter()
         self.result = QueueResult()
 
     def take(self) -> ModelSpec | None:
         return self.waiting.popleft() if self.waiting else None
 
+    def take_all(self, model_ids: Container[str]) -> list[ModelSpec]:
+        """The models of these ids."""
+        taken = [spec for spec in self.waiting if spec.model_id in model_ids]
+        self.waiting = deque(spec for spec in self.waiting if spec.model_id not in model_ids)
+        return taken
+
     def settle(self, spec: ModelSpec, outcome: Outcome) -> None:
-        """Note how an attempt ended; a model that another process is making is looked at again later."""
+        """Note how an attempt ended; one that another process is making, or that may succeed yet, comes up again later."""
         if outcome.how == "busy":
             self.waiting.append(spec)
             return
-        if outcome.how == "failed":
-            self.result.failed.append((spec.model_id, outcome.reason))
-            self.job.failed({spec.model_id: outcome.reason})
+        self.attempts[spec.model_id] += 1
+        n_attempts = self.attempts[spec.model_id]
+        if outcome.how == "failed" and n_attempts <= self.retries:
+            self.waiting.append(spec)
+            return
+        if outcome.how in ("failed", "refused"):
+            reason = outcome.reason + (f" (attempt {n_attempts})" if n_attempts > 1 else "")
+            self.result.failed.append((spec.model_id, reason))
+            self.job.failed({spec.model_id: reason})
         else:
             self.result.done += outcome.how == "done"
             self.result.stored_already += outcome.how == "stored"
             self.job.n_done = self.result.done
             self.job.mended([spec.model_id])
-        settled = self.result.done + self.result.stored_already + len(self.result.failed)
-        self.report("models", settled, self.total)
+        if outcome.how != "stored":  # they come in bursts, which would pass for the rate at which models are made
+            self.tell()
+
+    def tell(self) -> None:
+        n_failed = len(self.result.failed)
+        settled = self.result.done + self.result.stored_already + n_failed
+        self.report("models", settled, self.total, f"{n_failed} failed" if n_failed else "")
 
     def lost(self, spec: ModelSpec, exit_code: int | None) -> None:
-        """Put a model back whose worker process ended under it; after LIVES of them it counts as failed."""
-        self.deaths[spec.model_id] += 1
-        if self.deaths[spec.model_id] < LIVES:
-            self.waiting.appendleft(spec)
-            return
+        """Note that a worker process ended under a model."""
         how = f"signal {-exit_code}" if (exit_code or 0) < 0 else f"exit code {exit_code}"
-        self.settle(spec, Outcome("failed", f"{LIVES} worker processes ended while making it, the last with {how}"))
+        self.settle(spec, Outcome("failed", f"the worker process that made it ended with {how}"))
 
 
 def ingest_models(
@@ -275,44 +301,68 @@ def ingest_models(
     specs: Sequence[ModelSpec],
     encoder_specs: Sequence[str],
     workers: int = 1,
-    report: Report = lambda stage, done, total: None,
+    report: Report = lambda stage, done, total, note="": None,
     name: str = "models",
+    retries: int = RETRIES,
+    lease_minutes: float = LEASE_MINUTES,
 ) -> QueueResult:
     """Make every model that is not stored yet; one that fails is recorded with its reason and stops no other.
 
-    name: of the job in the table `jobs`, such as that of the specs' file
+    name:          of the job in the table `jobs`, such as that of the specs' file
+    retries:       further attempts at a model, after errors that may not come again
+    lease_minutes: after which a process that says nothing more counts as stuck; a worker of this call is then ended
 
-    With one worker they are made in this process, with more in as many processes of their own. A model that another
-    command is making is waited for. Interrupted or killed, it goes on where it was when given again.
-    raises: InvalidValue for workers < 1, or an encoder as `register`
+    With one worker they are made in this process, with more in as many processes of their own, each with a GPU of its own
+    where there are as many. A model that another command is making is waited for. Interrupted or killed, it goes on where
+    it was when given again.
+    raises: InvalidValue for workers < 1, retries < 0 or lease_minutes <= 0, or an encoder as `register`
     """
     if workers < 1:
         raise InvalidValue(f"workers is {workers}; at least one is needed")
+    if retries < 0:
+        raise InvalidValue(f"retries is {retries}; 0 is the least")
+    if not lease_minutes > 0:
+        raise InvalidValue(f"lease_minutes is {lease_minutes}; it must be above 0")
     encoders = [load_encoder(spec) for spec in encoder_specs]
     db = Database(db_path)
     register(db, encoders)
     with jobs.running(db, "ingest models", name, {"n_models": len(specs), "workers": workers}) as job:
-        queue = Queue(specs, job, report)
-        report("models", 0, queue.total)
+        queue, kept = Queue(specs, job, report, retries), OneBaseModel()
+        stored = set(db.sql("SELECT model_id FROM models")["model_id"].to_pylist())
+        for spec in queue.take_all(stored):
+            queue.settle(spec, make(db_path, spec, encoders, report, kept, lease_minutes))
+        queue.tell()
         if workers == 1:
-            kept = OneBaseModel()
             while spec := queue.take():
-                queue.settle(spec, make(db_path, spec, encoders, report, kept))
+                queue.settle(spec, make(db_path, spec, encoders, report, kept, lease_minutes))
         else:
-            _share_out(queue, db_path, encoder_specs, workers)
+            _share_out(queue, db_path, encoder_specs, workers, lease_minutes)
+        queue.tell()
     return queue.result
 
 
-def make(db_path: Path, spec: ModelSpec, encoders: Sequence[Encoder], report: Report, kept: OneBaseModel) -> Outcome:
+def make(
+    db_path: Path,
+    spec: ModelSpec,
+    encoders: Sequence[Encoder],
+    report: Report,
+    kept: OneBaseModel,
+    lease_minutes: float = LEASE_MINUTES,
+) -> Outcome:
     """One attempt at a model, with the base model that an earlier one has loaded if it is the same."""
     try:
         db = Database(db_path)
-        with locked(db.path / "jobs" / spec.model_id):
-            pass  # a look before the base model is loaded for nothing
-        result = ingest_model(db, spec.read_exemplars(), spec.settings, encoders, spec.model_id, report, kept.load)
+        other = holder(lease_file(db.path / "jobs" / spec.model_id))
+        if other and other["silent_seconds"] < 60 * lease_minutes:
+            raise Busy(spec.model_id)  # before the base model is loaded for nothing
+        result = ingest_model(
+            db, spec.read_exemplars(), spec.settings, encoders, spec.model_id, report, kept.load, lease_minutes
+        )
     except Busy:
         time.sleep(PAUSE)
         return Outcome("busy")
+    except (InvalidValue, NotFound) as error:
+        return Outcome("refused", str(error))
     except AttrdbError as error:
         return Outcome("failed", str(error))
     except Exception as error:  # whatever a library raises for one model must not end the others
@@ -329,25 +379,30 @@ class Worker:
     process: BaseProcess
     line: Connection
     spec: ModelSpec | None = None  # that it is making
+    heard: float = 0.0  # when it last said something
 
 
-def _share_out(queue: Queue, db_path: Path, encoder_specs: Sequence[str], n_workers: int) -> None:
-    """Hand the queue's models to worker processes, a new one in the place of each that ends."""
+def _share_out(queue: Queue, db_path: Path, encoder_specs: Sequence[str], n_workers: int, lease_minutes: float) -> None:
+    """Hand the queue's models to worker processes, a new one in the place of each that ends or is stuck."""
     crew: dict[int, Worker] = {}
     try:
         while True:
             for number in range(1, n_workers + 1):
                 if queue.waiting and (number not in crew or crew[number].spec is None):
-                    worker = crew.get(number) or _start(number, db_path, encoder_specs)
+                    worker = crew.get(number) or _start(number, db_path, encoder_specs, lease_minutes)
                     crew[number] = worker
-                    worker.spec = queue.take()
+                    worker.spec, worker.heard = queue.take(), time.monotonic()
                     with suppress(OSError):  # it may have ended; its line says so below
                         worker.line.send(worker.spec)
             busy = {worker.line: worker for worker in crew.values() if worker.spec}
             if not busy:
                 return
-            for line in wait(list(busy)):
+            for worker in busy.values():
+                if time.monotonic() - worker.heard > 60 * lease_minutes:
+                    worker.process.kill()  # its line ends, and says so below
+            for line in wait(list(busy), LOOK):
                 worker = busy[line]
+                worker.heard = time.monotonic()
                 try:
                     message = line.recv()
                 except (EOFError, OSError):
@@ -377,11 +432,12 @@ def _dismiss(crew: Iterable[Worker]) -> None:
         worker.process.join()
 
 
-def _start(number: int, db_path: Path, encoder_specs: Sequence[str]) -> Worker:
+def _start(number: int, db_path: Path, encoder_specs: Sequence[str], lease_minutes: float) -> Worker:
     # Not forked: neither CUDA nor Lance outlives a fork.
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe()
-    process = context.Process(target=_work, args=(there, db_path, tuple(encoder_specs)), daemon=True)
+    given = (there, number, db_path, tuple(encoder_specs), lease_minutes)
+    process = context.Process(target=_work, args=given, daemon=True)
     with _no_interrupts():
         process.start()
     there.close()  # so that `here` ends with the process
@@ -399,8 +455,10 @@ def _no_interrupts() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _work(line: Connection, db_path: Path, encoder_specs: Sequence[str]) -> None:
+def _work(line: Connection, number: int, db_path: Path, encoder_specs: Sequence[str], lease_minutes: float) -> None:
     """A worker process: makes the models that come down the line until it is ended."""
+    if (gpu := gpu_of_worker(number)) is not None:
+        torch.cuda.set_device(gpu)
     encoders, kept = [load_encoder(spec) for spec in encoder_specs], OneBaseModel()
 
     def report(stage: str, done: int, total: int) -> None:
@@ -408,6 +466,6 @@ def _work(line: Connection, db_path: Path, encoder_specs: Sequence[str]) -> None
 
     try:
         while True:
-            line.send(make(db_path, line.recv(), encoders, report, kept))
+            line.send(make(db_path, line.recv(), encoders, report, kept, lease_minutes))
     except (EOFError, OSError):  # who started it is gone
         return

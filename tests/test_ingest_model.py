@@ -9,10 +9,11 @@ import time
 
 import numpy as np
 import pytest
+import torch
 from conftest import picture
 
 import attrdb
-from attrdb.errors import Busy, InvalidValue, NotFound
+from attrdb.errors import Busy, InvalidValue, NotFound, OutOfMemory
 from attrdb.ingest import base_model, customize, model, model_job, synthesize
 from attrdb.ingest.encoders import Pixels
 from attrdb.ingest.pictures import webp
@@ -187,8 +188,8 @@ def test_killed_outright_and_rerun_is_run_once(tmp_path, exemplar_folder, tiny_b
 
 def test_two_processes_do_not_make_the_same_model(empty, exemplar_folder, tiny_base, toy_encoder):
     with (
-        model_job.locked(empty.path / "jobs" / "vase-1"),
-        pytest.raises(Busy, match="'vase-1' is being made by another process"),
+        model_job.leased_job(empty.path / "jobs" / "vase-1"),
+        pytest.raises(Busy, match=r"'vase-1' is being made by another process \(\d+ on .*\); wait for it"),
     ):
         ingest(empty, exemplar_folder, tiny_base, toy_encoder)
 
@@ -258,11 +259,73 @@ def test_a_base_model_with_broken_weights_leaves_nothing(empty, exemplar_folder,
     assert ingest(empty, exemplar_folder, copy, toy_encoder).appended
 
 
-def test_training_that_diverges_is_not_stored(empty, exemplar_folder, tiny_base, toy_encoder):
-    with pytest.raises(InvalidValue, match=r"training diverged at step .*; lower the learning rate"):
-        ingest(empty, exemplar_folder, tiny_base, toy_encoder, lr=1e30, steps=5)
+def test_training_that_diverges_is_not_stored_and_its_last_good_step_is_kept(
+    empty, exemplar_folder, tiny_base, toy_encoder, monkeypatch
+):
+    loss_of = customize._Training._loss
+    steps = []
+
+    def loss(self, generator):
+        steps.append(1)
+        return loss_of(self, generator) * (float("nan") if len(steps) == 24 else 1)
+
+    monkeypatch.setattr(customize._Training, "_loss", loss)
+    kept = empty.path / "jobs" / "vase-1" / "diverged.safetensors"
+    says = rf"diverged at step 24 \(loss nan\); lower the .* \(0.01 now\); what it was after 19 steps is kept in {kept}"
+    with pytest.raises(InvalidValue, match=says):
+        ingest(empty, exemplar_folder, tiny_base, toy_encoder, steps=30)
     assert images(empty) == []
+    monkeypatch.undo()
+    base = base_model.load_base_model(str(tiny_base))
+    settings = customize.CustomizeSettings(steps=19, batch=2, lr=0.01)
+    wanted, _ = customize.customize(base, [picture_image((200, 30, 30))], "V* vase", "V*", "vase", settings)
+    found = customize.load_delta(kept)
+    assert found.keys() == wanted.keys()
+    assert all(found[name].equal(wanted[name]) for name in wanted)
     assert ingest(empty, exemplar_folder, tiny_base, toy_encoder).appended
+    assert not kept.exists()
+
+
+def test_weights_that_the_last_step_has_spoiled_are_not_stored(empty, exemplar_folder, tiny_base, toy_encoder):
+    with pytest.raises(InvalidValue, match=r"training diverged .*lower the learning rate"):
+        ingest(empty, exemplar_folder, tiny_base, toy_encoder, lr=1e38, steps=1)
+    assert images(empty) == []
+
+
+def test_gradient_checkpointing_makes_the_same_model(empty, exemplar_folder, tiny_base, toy_encoder):
+    """And is no other setting: a model that ran out of memory goes on with it."""
+
+    def kill(stage, _done, _total):
+        if stage == "sample":
+            raise KeyboardInterrupt
+
+    ingest(empty, exemplar_folder, tiny_base, toy_encoder)
+    base = base_model.load_base_model(str(tiny_base))
+    settings = customize.CustomizeSettings(steps=3, batch=2, lr=0.01)
+    given = (base, [picture_image((200, 30, 30))], "V* vase", "V*", "vase", settings)
+    plain, _ = customize.customize(*given)
+    base.restore()
+    again, _ = customize.customize(*given, gradient_checkpointing=True)
+    assert all(again[name].equal(plain[name]) for name in plain)
+    assert not base.pipeline.unet.is_gradient_checkpointing
+    assert not ingest(empty, exemplar_folder, tiny_base, toy_encoder, gradient_checkpointing=True).appended
+
+
+def test_more_than_the_memory_holds_is_told_with_advice(empty, exemplar_folder, tiny_base, toy_encoder):
+    with pytest.raises(
+        OutOfMemory, match=r"training 10000000000 pictures of 32 pixels .* give --gradient-checkpointing, or"
+    ):
+        ingest(empty, exemplar_folder, tiny_base, toy_encoder, batch=10**10)
+    prompts = [model.Prompt(0, "gpt", "a vase")]
+    base, many = base_model.load_base_model(str(tiny_base)), synthesize.SynthesizeSettings(1)
+    [[plan]] = synthesize.plan_samples("m", prompts, many)
+    base.predict = lambda *given: torch.empty(10**13)
+    synthesize.use_fast_solver(base)
+    with pytest.raises(
+        OutOfMemory, match=r"out of memory while drawing 1 pictures of 32 pixels .* a smaller --sample-batch"
+    ):
+        synthesize.synthesize(base, [plan], many)
+    assert images(empty) == []
 
 
 def test_a_prompt_whose_token_is_never_read(empty, exemplar_folder, tiny_base, toy_encoder, tmp_path):

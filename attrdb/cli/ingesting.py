@@ -138,7 +138,9 @@ def _tell_failures(failures: dict[str, str], what: str) -> None:
 @click.option("--solver-steps", type=click.IntRange(1), help="Sampling steps.")
 @click.option("--guidance", type=click.FloatRange(1), help="Classifier-free guidance.")
 @click.option(
-    "--sample-batch", type=click.IntRange(1), help="Samples that are drawn together; fewer take less memory. Default 16."
+    "--sample-batch",
+    type=click.IntRange(1),
+    help="Samples that are drawn together; fewer take less memory. Default 16.",
 )
 @click.option("--seed", type=int)
 @click.option(
@@ -212,15 +214,36 @@ def ingest_model(
 @click.argument("specs", type=click.Path(path_type=Path))
 @click.option("--base-model", help="For lines that name none.")
 @click.option("--workers", type=click.IntRange(1), default=1, show_default=True, help="Processes that share the work.")
+@click.option(
+    "--retries",
+    type=click.IntRange(0),
+    default=1,
+    show_default=True,
+    help="Further attempts at a model after an error that may not come again.",
+)
+@click.option(
+    "--lease-minutes",
+    type=click.FloatRange(min=0, min_open=True),
+    default=10,
+    show_default=True,
+    help="After which a process that says nothing more counts as stuck.",
+)
 @encoder_option
 @quiet_option
 def ingest_models(
-    db: Path, specs: Path, base_model: str | None, workers: int, encoders: tuple[str, ...], quiet: bool
+    db: Path,
+    specs: Path,
+    base_model: str | None,
+    workers: int,
+    retries: int,
+    lease_minutes: float,
+    encoders: tuple[str, ...],
+    quiet: bool,
 ) -> None:
     """Customize many models: SPECS has a JSON object a line, with the option names of `ingest model`.
 
-    Every line is checked first. Several commands may work on one file and database at once. Given again, the command goes
-    on where it was; a model that failed is tried again.
+    Every line is checked first. Workers take a GPU each, in turn. Several commands may work on one file and database at
+    once. Given again, the command goes on where it was; a model that failed is tried again.
     """
     models = ml("ingest.models")
     from attrdb.output import progress
@@ -229,7 +252,14 @@ def ingest_models(
     _, loaded = open_with_encoders(db, encoders)
     with progress(quiet) as advance:
         result = models.ingest_models(
-            db, read, [encoder.spec for encoder in loaded], workers, advance, name=str(specs.resolve())
+            db,
+            read,
+            [encoder.spec for encoder in loaded],
+            workers,
+            advance,
+            str(specs.resolve()),
+            retries,
+            lease_minutes,
         )
     click.echo(f"{result.done} models appended, {result.stored_already} were stored already", err=True)
     if result.failed:

@@ -35,6 +35,10 @@ def status(db: Path, at: str | None, as_json: bool) -> None:
     _print_upkeep(found, "  ")
     for model_id in found["unfinished_models"]:
         click.echo(f"  model {model_id} is unfinished and not shown; give its ingest command again")
+    for one in found["in_progress"]:
+        how_far = f"{one['stage']} {one['done']:,} of {one['total']:,}" if one["total"] else one["stage"]
+        said = f"by process {one['pid']} on {one['host']}, {one['silent_seconds']:.0f} s ago"
+        click.echo(f"  model {one['model_id']} is being made: {how_far}, {said}")
     for job in found["open_jobs"]:
         done = f"{job['n_done'] or 0:,} done, {job['n_failed'] or 0:,} failed"
         click.echo(f"  job {job['job_id']}: {job['state']}, {done}{': ' + job['message'] if job['message'] else ''}")
