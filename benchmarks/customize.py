@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-import resource
 import tempfile
 import time
 from pathlib import Path
@@ -21,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor2_0
-from machine import describe, spread
+from machine import describe, peak_gib, spread
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPTextConfig, CLIPTextModel
 
@@ -31,11 +30,11 @@ from attrdb.ingest.base_model import BaseModel, load_base_model, quiet_libraries
 from attrdb.ingest.corpus import image_rows, register
 from attrdb.ingest.customize import CustomizeSettings, customize
 from attrdb.ingest.customizers import BUILT_IN, DEFAULT_METHOD
-from attrdb.ingest.devices import default_device, resolved_precision
+from attrdb.ingest.devices import default_device, is_cpu, resolved_precision
 from attrdb.ingest.encoders import load_encoder
 from attrdb.ingest.model import ModelSettings, ingest_model, prompts_of, settings_for
 from attrdb.ingest.pictures import read_picture, square, webp
-from attrdb.ingest.prompts import train_prompt
+from attrdb.ingest.prompts import TOKEN, train_prompt
 from attrdb.ingest.synthesize import plan_samples, synthesize, use_fast_solver
 
 CONCEPT = "bell-by-fxemoji"
@@ -146,16 +145,14 @@ def one_run(way: str, steps: int, batch: int) -> dict:
     before = time.process_time()
     with tempfile.TemporaryDirectory() as folder:
         found = (peer if way == "peer" else ours)(base, settings, Path(folder) / "some.attrdb")
-    used = (
-        time.process_time() - before
-    )  # of all threads; where other work shares the machine it says more than the clock
-    return found | {"processor_seconds": used, "peak_gib": peak_gib(base.device)}
+    # Of all threads: where other work shares the machine it says more than the clock.
+    used = time.process_time() - before
+    return found | {"processor_seconds": used, "peak_gib": peak(base.device)}
 
 
-def peak_gib(device: str) -> float:
-    if device != "cpu":
-        return torch.cuda.max_memory_allocated() / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+def peak(device: str) -> float:
+    """Peak memory in GiB: of the device, or of this process on a CPU."""
+    return peak_gib() if is_cpu(device) else torch.cuda.max_memory_allocated(device) / 2**30
 
 
 # --- one shape, closely -----------------------------------------------------------------------------------------------
@@ -199,63 +196,85 @@ def sd15() -> BaseModel:
         requires_safety_checker=False,
     )
     device = default_device()
+    unet.to(memory_format=torch.channels_last)  # as load_base_model does
     return BaseModel("sd15", pipeline.to(device), device)
 
 
-def closely(base: BaseModel, method: str, steps: int, settings: ModelSettings) -> dict:
-    """Steps and images a second of one method, and their share of the device's matrix products.
+def closely(
+    shape: str, method: str, steps: int, batch: int, sample_batch: int, solver_steps: int, checkpointing: bool
+) -> dict:
+    """One method at one shape: what a step and a sample take, their share of the device's matrix products, and memory.
 
-    Operations are those of torch's own count of one step more, divided by the seconds that a step takes.
+    Operations are those of torch's own count, divided by the seconds that they take. Memory is that of training, which
+    comes first.
     """
-    exemplars, _, category = bundled_exemplars(CONCEPT)
+    base = sd15() if shape == "sd15" else load_base_model("icon-sd")
+    exemplars, kind, category = bundled_exemplars(CONCEPT)
+    given = {"batch": batch, "sample_batch": sample_batch, "solver_steps": solver_steps, "method": method}
+    settings = settings_for("icon-sd", kind, category, given)
     images = [one.picture.image for one in exemplars]
-    given = settings.customize
-    prompt = train_prompt("object", category)
+    prompt = train_prompt(kind, category)
     base.precision = resolved_precision(settings.precision, base.device)
-    marks: list[float] = []
+    before = peak(base.device)
 
-    def customized(n: int) -> None:
-        marks.clear()
-        fresh = CustomizeSettings(steps=n, batch=given.batch, lr=given.lr)
-        customize(
-            base, images, prompt, "V*", category, fresh, lambda *_: marks.append(time.perf_counter()), method=method
+    def customized(n: int) -> tuple[float, float, dict]:
+        """Seconds of n steps, of the whole customization, and the delta."""
+        marks: list[float] = []
+
+        def mark(_done: int, _total: int) -> None:
+            if not is_cpu(base.device):
+                torch.cuda.synchronize(base.device)
+            marks.append(time.perf_counter())
+
+        fresh = CustomizeSettings(steps=n + 1, batch=batch, lr=settings.customize.lr)  # the first step warms up
+        started = time.perf_counter()
+        delta, _ = customize(
+            base, images, prompt, TOKEN, category, fresh, mark, method=method, gradient_checkpointing=checkpointing
         )
+        base.restore()
+        return marks[-1] - marks[0], time.perf_counter() - started, delta
 
-    with FlopCounterMode(display=False) as one:
-        customized(1)
-    base.restore()
-    with FlopCounterMode(display=False) as two:
-        customized(2)
-    base.restore()
-    a_step = two.get_total_flops() - one.get_total_flops()
-    customized(steps + 1)  # the first step warms up
-    seconds_a_step = (marks[-1] - marks[0]) / steps
+    counts = []
+    for n in (0, 1):
+        with FlopCounterMode(display=False) as counter:
+            customized(n)
+        counts.append(counter.get_total_flops())
+    seconds, seconds_in_all, delta = customized(steps)
+    memory = peak(base.device)
     use_fast_solver(base)
-    [batch, *_] = plan_samples("m", prompts_of(settings, exemplars), settings.synthesize)
-    with FlopCounterMode(display=False) as sampling:
-        synthesize(base, batch, settings.synthesize)
+    [some, *_] = plan_samples("m", prompts_of(settings, exemplars), settings.synthesize)
+    encoded: dict[str, torch.Tensor] = {}
+    with FlopCounterMode(display=False) as counter:
+        synthesize(base, some, settings.synthesize, encoded=encoded)  # warms up, too
     started = time.perf_counter()
-    synthesize(base, batch, settings.synthesize)
+    synthesize(base, some, settings.synthesize, encoded=encoded)
     sample_seconds = time.perf_counter() - started
-    base.restore()
-    peak = matrix_products(base.device, base.precision)
+    rate = matrix_products(base.device, base.precision)
     return {
         "method": method,
+        "gradient_checkpointing": checkpointing,
         "precision": base.precision,
-        "batch": given.batch,
-        "sample_batch": len(batch),
-        "steps_a_second": 1 / seconds_a_step,
-        "images_a_second": len(batch) / sample_seconds,
-        "peak_gflops": peak / 1e9,
-        "training_share": a_step / seconds_a_step / peak,
-        "sampling_share": sampling.get_total_flops() / sample_seconds / peak,
-        "peak_gib": peak_gib(base.device),
+        "batch": batch,
+        "sample_batch": len(some),
+        "solver_steps": settings.synthesize.solver_steps,
+        "guidance": settings.synthesize.guidance,
+        "resolution": base.resolution,
+        "steps": steps,
+        "steps_a_second": steps / seconds,
+        "customize_seconds": seconds_in_all,
+        "samples_a_second": len(some) / sample_seconds,
+        "peak_gflops": rate / 1e9,
+        "training_share": (counts[1] - counts[0]) * steps / seconds / rate,
+        "sampling_share": counter.get_total_flops() / sample_seconds / rate,
+        "memory_gib": memory,
+        "memory_before_gib": before,
+        "delta_mb": sum(one.numel() * one.element_size() for one in delta.values()) / 1e6,
     }
 
 
 def matrix_products(device: str, precision: str) -> float:
     """Operations a second of large square matrix products, the best of five."""
-    side = 2048 if device == "cpu" else 8192
+    side = 2048 if is_cpu(device) else 8192
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
     best = float("inf")
@@ -272,11 +291,17 @@ def matrix_products(device: str, precision: str) -> float:
 @click.option("--rounds", type=click.IntRange(0), default=3, show_default=True, help="Of the comparison; icon-sd only.")
 @click.option("--steps", type=click.IntRange(1), default=100, show_default=True)
 @click.option("--batch", type=click.IntRange(1), default=8, show_default=True)
+@click.option("--sample-batch", type=click.IntRange(1), default=16, show_default=True)
+@click.option("--solver-steps", type=click.IntRange(1), default=20, show_default=True)
 @click.option("--json", "out", type=click.Path(path_type=Path))
-def main(shape: str, rounds: int, steps: int, batch: int, out: Path | None) -> None:
-    """Compare, then look closely at every method."""
-    found: dict = {"machine": describe("torch", "diffusers", "peft"), "shape": shape, "steps": steps, "batch": batch}
-    found["threads"] = torch.get_num_threads()
+def main(
+    shape: str, rounds: int, steps: int, batch: int, sample_batch: int, solver_steps: int, out: Path | None
+) -> None:
+    """Compare, then look closely at every method, with and without gradient checkpointing."""
+    found: dict = {"machine": describe("torch", "diffusers", "peft"), "device": default_device(), "shape": shape}
+    if not is_cpu(found["device"]):
+        found["device"] = torch.cuda.get_device_name(found["device"])
+    found |= {"steps": steps, "batch": batch, "threads": torch.get_num_threads()}
     runs: dict[str, list[dict]] = {way: [] for way in WAYS}
     context = multiprocessing.get_context("spawn")
     for number in range(rounds if shape == "icon-sd" else 0):
@@ -293,11 +318,12 @@ def main(shape: str, rounds: int, steps: int, batch: int, out: Path | None) -> N
                 ratio = spread([theirs[what] / own[what] for theirs, own in pairs])
                 found[f"{what}, peer / {way}"] = ratio
                 click.echo(f"{what}, peer / {way}: {ratio}")
-    base = sd15() if shape == "sd15" else load_base_model("icon-sd")
-    settings = settings_of(steps, batch, "auto")
+    methods = BUILT_IN if shape == "icon-sd" else [DEFAULT_METHOD]
     found["methods"] = []
-    for method in BUILT_IN if shape == "icon-sd" else [DEFAULT_METHOD]:
-        found["methods"].append(closely(base, method, min(steps, 20), settings))
+    for method, checkpointing in [(method, False) for method in methods] + [(DEFAULT_METHOD, True)]:
+        with context.Pool(1) as pool:
+            given = (shape, method, steps, batch, sample_batch, solver_steps, checkpointing)
+            found["methods"].append(pool.apply(closely, given))
         click.echo(json.dumps(found["methods"][-1]))
     if out:
         out.write_text(json.dumps(found, indent=1) + "\n")

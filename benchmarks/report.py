@@ -113,17 +113,116 @@ def encoding(found: dict) -> str:
     )
 
 
-SECTIONS = {"importing": importing, "appending": appending, "encoding": encoding}
+def customizing(found: dict) -> str:
+    ways = {
+        "attrdb": "`attrdb ingest model`, precision auto",
+        "attrdb, float32": "the same, float32",
+        "peer": "plain loop, float32",
+    }
+    seconds = ("seconds", "customize_seconds", "synthesize_seconds", "processor_seconds")
+    runs = [
+        [says, *(shown(found[way][what], 1) for what in seconds), f"{found[way]['peak_gib']['max']:.2f}"]
+        for way, says in ways.items()
+    ]
+    ratios = [
+        [ways[way], *(shown(found[f"{what}, peer / {way}"]) for what in ("seconds", "processor_seconds"))]
+        for way in list(ways)[:2]
+    ]
+    n_samples = round(found["attrdb"]["n_samples"]["median"])
+    return (
+        f"## Customizing\n\nOne model of icon-sd: {found['steps']} steps of batch {found['batch']}, {n_samples} samples, "
+        f"features, one append; {found['attrdb']['seconds']['n']} rounds, every run a process of its own, seed 0. The plain "
+        "loop is written as public training scripts are: autoencoder and text encoder run on every step, samples are drawn "
+        f"one prompt at a time. {found['threads']} threads. {machine(found['machine'])}\n"
+        + table(["what", "seconds", "training", "sampling", "processor seconds", "peak memory, GiB"], runs)
+        + "\n"
+        + table(["plain loop / attrdb, round by round; needed: at least 1.5", "seconds", "processor seconds"], ratios)
+        + "\n"
+        + closely(found)
+    )
+
+
+def closely(found: dict) -> str:
+    """What a step and a sample take, method by method."""
+    rows = [
+        [
+            f"`{one['method']}`" + (", gradient checkpointing" if one["gradient_checkpointing"] else ""),
+            one["precision"],
+            f"{one['steps_a_second']:.3g}",
+            f"{one['customize_seconds']:.1f}",
+            f"{one['training_share']:.2f}",
+            f"{one['samples_a_second']:.3g}",
+            f"{one['sampling_share']:.2f}",
+            f"{one['memory_before_gib']:.2f} -> {one['memory_gib']:.2f}",
+            f"{one['delta_mb']:.1f}",
+        ]
+        for one in found["methods"]
+    ]
+    one = found["methods"][0]
+    head = [
+        "method",
+        "precision",
+        "steps/s",
+        "seconds",
+        "share of peak",
+        "samples/s",
+        "share of peak",
+        "memory, GiB",
+        "delta, MB",
+    ]
+    return (
+        f"{one['steps']} steps of batch {one['batch']}, and {one['sample_batch']} samples of {one['solver_steps']} solver "
+        f"steps with guidance, {one['resolution']} pixels a side, on {found['device']}. Shares are of the rate of large "
+        f"matrix products there in the same precision, {one['peak_gflops']:,.0f} GFLOP/s in the first row; memory is that of "
+        "the process, loaded and at the peak of training.\n\n" + table(head, rows)
+    )
+
+
+def sd15(found: dict) -> str:
+    return (
+        "## Stable Diffusion 1.5's shape\n\nThe architecture of SD 1.5 with random weights, for time and memory alone. No "
+        "accelerator was at hand: these figures are of a CPU, at a smaller batch, and say nothing of a GPU's speed. "
+        f"{machine(found['machine'])}\n{closely(found)}"
+    )
+
+
+def quality(found: dict) -> str:
+    def with_interval(one: dict) -> str:
+        return f"{one['mean']:.3f} ({one['interval'][0]:.3f} to {one['interval'][1]:.3f})"
+
+    rows = [
+        [kind, str(of_kind["n_models"]), f"{of_kind['n_samples']:,}"]
+        + [with_interval(of_kind[what]) for what in ("customized", "base", "difference")]
+        + [f"{of_kind['chance']:.3f}"]
+        for kind, of_kind in found["kinds"].items()
+    ]
+    n_gallery = next(iter(found["kinds"].values()))["n_gallery"]
+    head = ["kind", "models", "samples", "customized", "base model, same prompts", "difference", "chance"]
+    return (
+        "## Quality of customization\n\nThe share of samples whose nearest exemplar is one of their own model's, among the "
+        f"{n_gallery} exemplars of all bundled concepts, by {found['encoder']}; icon-sd with the settings of its profile, "
+        f"{found['precision']}. Mean over models, with the 95 % interval of a bootstrap over models. The base model drew the "
+        f"same prompts, the token left out, from the same seeds. {machine(found['machine'])}\n" + table(head, rows)
+    )
+
+
+# The section of each file of figures, and the command that makes it again.
+SECTIONS = {
+    "importing": (importing, "benchmarks/importing.py --json importing.json"),
+    "appending": (appending, "benchmarks/appending.py --json appending.json"),
+    "encoding": (encoding, "benchmarks/encoding.py --json encoding.json"),
+    "customizing": (customizing, "benchmarks/customize.py --json customizing.json"),
+    "sd15": (sd15, "benchmarks/customize.py --shape sd15 --steps 250 --json sd15.json"),
+    "quality": (quality, "benchmarks/quality.py --json quality.json"),
+}
 
 
 def page() -> str:
     parts = ["# Results\n\nGenerated by `python benchmarks/report.py` from benchmarks/results; do not edit.\n"]
-    for name, section in SECTIONS.items():
+    for name, (section, command) in SECTIONS.items():
         file = RESULTS / f"{name}.json"
         if file.exists():
-            parts.append(
-                f"{section(json.loads(file.read_text()))}\nAgain: `python benchmarks/{name}.py --json {name}.json`\n"
-            )
+            parts.append(f"{section(json.loads(file.read_text()))}\nAgain: `python {command}`\n")
     return "\n".join(parts)
 
 

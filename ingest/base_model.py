@@ -23,6 +23,7 @@ from attrdb.errors import InvalidValue, NotFound
 from attrdb.ingest.devices import default_device, is_cpu
 
 WEIGHTED = ("unet", "vae", "text_encoder")
+PICKLED = (".bin", ".ckpt", ".pt", ".pth")
 NEEDED = (*WEIGHTED, "tokenizer", "scheduler")
 BUNDLED = "icon-sd"  # the tiny base model that comes with attrdb
 # Up to this many latent positions a side, plain attention beats the fused one on a CPU: a training step at 8 x 8 takes
@@ -161,6 +162,12 @@ def base_model_folder(name: str) -> Path:
         if part not in missing and not any((folder / part).glob("*.safetensors"))
     ]
     if missing:
+        pickled = sorted(file for part in WEIGHTED for end in PICKLED for file in (folder / part).glob(f"*{end}"))
+        if pickled:
+            raise InvalidValue(
+                f"base model {folder} lacks {', '.join(missing)}; {pickled[0].relative_to(folder)} is a pickle, which attrdb "
+                "never reads: load the pipeline where you trust it and save it with save_pretrained(safe_serialization=True)"
+            )
         raise InvalidValue(f"base model {folder} lacks {', '.join(missing)}; fetch the whole pipeline folder")
     return folder
 

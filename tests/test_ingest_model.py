@@ -228,6 +228,36 @@ def test_base_model_with_weights_missing(tiny_base, tmp_path):
         model.settings_for(str(copy), "object", "vase")
 
 
+def test_a_base_model_whose_weights_are_pickled(tiny_base, tmp_path):
+    copy = tmp_path / "base"
+    shutil.copytree(tiny_base, copy)
+    weights = copy / "unet" / "diffusion_pytorch_model.safetensors"
+    weights.rename(weights.with_suffix(".bin"))
+    says = (
+        r"lacks unet/\*\.safetensors; unet/diffusion_pytorch_model\.bin is a pickle, which attrdb never reads: load the"
+    )
+    with pytest.raises(InvalidValue, match=says):
+        model.settings_for(str(copy), "object", "vase")
+
+
+def test_customized_weights_that_are_pickled_are_never_unpickled(tmp_path):
+    class Trap:
+        def __reduce__(self):
+            return (tmp_path.joinpath("sprung").mkdir, ())
+
+    torch.save({"unet.x": Trap()}, tmp_path / "delta.safetensors")
+    with pytest.raises(InvalidValue, match=r"customized weights .*delta\.safetensors cannot be read"):
+        customize.load_delta(tmp_path / "delta.safetensors")
+    assert not (tmp_path / "sprung").exists()
+
+
+def test_a_token_that_the_vocabulary_has_already(tiny_base, exemplar_folder):
+    base = base_model.load_base_model(str(tiny_base))
+    settings = customize.CustomizeSettings(steps=1, batch=1)
+    with pytest.raises(InvalidValue, match="vocabulary has 'vase</w>' already; choose another modifier token"):
+        customize.customize(base, [picture_image((9, 9, 9))], "vase</w>", "vase</w>", "vase", settings)
+
+
 def test_no_such_base_model():
     with pytest.raises(NotFound, match="neither a folder nor a hub id"):
         model.settings_for("nowhere", "object", "vase")

@@ -217,8 +217,8 @@ def test_a_worker_that_is_stuck_is_ended_and_its_model_made_by_another(tmp_path,
             stuck.extend(children()[:1])
             os.kill(stuck[0], signal.SIGSTOP)
 
-    # Long enough for a worker to start in, on a machine that has other things to do.
-    result = ingest(path, models.read_specs(wanted), workers=2, report=report, lease_minutes=0.5)
+    # A worker has to start within the lease, on a machine that may have other things to do.
+    result = ingest(path, models.read_specs(wanted), workers=2, report=report, retries=5, lease_minutes=0.25)
     assert (result.done, result.failed) == (3, [])
     assert stuck
     assert rows(path) == whole
