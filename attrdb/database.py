@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import random
 import time
@@ -21,6 +22,7 @@ from attrdb import attribution, health, queries, search, sql
 from attrdb.conform import conform_images
 from attrdb.errors import InvalidValue, NotFound, StorageError
 from attrdb.influence import DEFAULT_LAM, DEFAULT_TAU
+from attrdb.mapper import Mapper
 from attrdb.schema import SCHEMA_VERSION, TABLES, encoder_id_of, encoder_name, feature_columns, feature_type
 from attrdb.snapshot import STAMP, Snapshot, literal, made, open_snapshot, storage
 
@@ -166,14 +168,28 @@ class Database:
         A query's encoder_id is the database's first encoder where none is given.
         raises: NotFound for an unknown query, encoder or image, InvalidValue for a wrong parameter
         """
-        query = queries.load(name, self.query_folders)
         snapshot = self._snapshot
+        query, given = self._named(snapshot, name, parameters)
+        return self._select(snapshot, query.sql, given)
+
+    def stream_query(self, name: str, rows: int = 8192, **parameters: Any) -> Iterator[pa.RecordBatch]:
+        """The result of a named query in batches of some rows, in constant memory; raises as `query`."""
+        snapshot = self._snapshot
+        query, given = self._named(snapshot, name, parameters)
+        with storage(self.path), sql.connect(snapshot) as connection:
+            yield from sql.stream(connection, query.sql, given, rows)
+
+    def _named(
+        self, snapshot: Snapshot, name: str, parameters: dict[str, Any]
+    ) -> tuple[queries.NamedQuery, dict[str, Any]]:
+        """A named query, and all its parameters."""
+        query = queries.load(name, self.query_folders)
         names = {parameter.name for parameter in query.parameters}
         if "encoder_id" in names:
             parameters["encoder_id"] = snapshot.encoder_id(parameters.get("encoder_id"))
         if {"encoder_id", "image_id"} <= names and isinstance(parameters.get("image_id"), str):
             snapshot.feature(parameters["image_id"], parameters["encoder_id"])
-        return self._select(snapshot, query.sql, query.bind(parameters))
+        return query, query.bind(parameters)
 
     # --- attribution --------------------------------------------------------------------------------------------------
 
@@ -233,6 +249,23 @@ class Database:
         ):
             answer = answer.append_column(name, pa.array(values))
         return _versioned(answer, snapshot)
+
+    def mapper(self, mapper_id: str) -> Mapper:
+        """A stored mapper.
+
+        raises: NotFound, with the nearest ids
+        """
+        with storage(self.path):
+            table = self._snapshot.tables["mappers"]
+            rows = table.to_table(filter=f"mapper_id = {literal(mapper_id)}").to_pylist()
+            known = [] if rows else table.to_table(columns=["mapper_id"])["mapper_id"].to_pylist()
+        if not rows:
+            near = difflib.get_close_matches(mapper_id, known, 3, 0)
+            nearest = (
+                f"; nearest: {', '.join(map(repr, near))}" if near else ", it has none yet: attrdb train makes them"
+            )
+            raise NotFound(f"no mapper {mapper_id!r} in {self.path}{nearest}")
+        return Mapper.of_row(rows[0])
 
     def status(self) -> dict[str, Any]:
         """What the database holds and how well it is kept, see `health.status`."""
@@ -375,9 +408,12 @@ class Database:
         if {tuple(row.values()) for row in stored.to_pylist()} != {tuple(row.values()) for row in given.to_pylist()}:
             self.delete("images", where)
 
-    def replace_exemplar_ranks(self, rows: pa.Table, encoder_id: str, gallery: str) -> None:
-        """Store the ranks of one encoder, without a mapper, and gallery in place of those there are."""
-        scope = f"encoder_id = {literal(encoder_id)} AND mapper_id = '' AND gallery = {literal(gallery)}"
+    def replace_exemplar_ranks(self, rows: pa.Table, encoder_id: str, mapper_id: str, gallery: str) -> None:
+        """Store the ranks of one encoder, mapper (empty: none) and gallery in place of those there are."""
+        scope = " AND ".join(
+            f"{name} = {literal(value)}"
+            for name, value in (("encoder_id", encoder_id), ("mapper_id", mapper_id), ("gallery", gallery))
+        )
         key = ["encoder_id", "mapper_id", "gallery", "sample_id", "exemplar_id"]
         table = rows.select(TABLES["exemplar_ranks"].names).cast(TABLES["exemplar_ranks"])
         self.commit(

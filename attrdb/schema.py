@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from attrdb.errors import InvalidValue
 
-SCHEMA_VERSION = 2  # every change has a step in upgrades.py
+SCHEMA_VERSION = 3  # every change has a step in upgrades.py
 
 ROLES = ("exemplar", "sample", "pretraining")
 KINDS = ("object", "style", "mixed")
@@ -118,6 +118,26 @@ DICTIONARY = {
             Column("dimension", SMALL, "length of its features"),
             Column("preprocessing", TEXT, "JSON text: what is done to a picture before the network sees it"),
             Column("weights_fingerprint", TEXT, "of its weights; empty while all its features were imported"),
+        ),
+    ),
+    "mappers": TableSchema(
+        "one row per mapper: a learned pair of maps on an encoder's features, one for training images and one for samples",
+        (
+            _key("mapper_id", "id of the mapper"),
+            Column("encoder_id", TEXT, "whose features it maps", required=True),
+            Column("form", TEXT, "`affine`, `gain` or `mlp`", required=True),
+            Column("trained_on", TEXT, "kind of the models: `object`, `style` or `both`"),
+            Column(
+                "parameters",
+                pa.list_(pa.struct([("name", TEXT), ("shape", pa.list_(SMALL)), ("values", pa.list_(pa.float32()))])),
+                "its arrays, row by row: `exemplar.weight` is W and `exemplar.bias` b, for exemplars and pretraining images; "
+                "`sample.weight` and `sample.bias` are those for samples",
+            ),
+            Column("settings", TEXT, "JSON text: all that it was trained with"),
+            Column("images_version", WHOLE, "version of images that it was trained on"),
+            Column("curves", TEXT, "JSON text: a list with an object an epoch, such as loss and validation recall"),
+            Column("metrics", TEXT, "JSON text: of the epoch that was kept"),
+            Column("created_at", MOMENT, "when its row was written"),
         ),
     ),
     "exemplar_ranks": TableSchema(

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import re
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -229,12 +230,34 @@ def run(connection: duckdb.DuckDBPyConnection, statement: str, parameters: Mappi
 
     raises: QueryRefused with DuckDB's own words, or for anything but one SELECT; OSError for a damaged file
     """
+    with _refused():
+        result = _asked(connection, statement, parameters).to_arrow_table()
+    return result.rename_columns(_distinct(result.column_names))
+
+
+def stream(
+    connection: duckdb.DuckDBPyConnection, statement: str, parameters: Mapping[str, Any], rows: int
+) -> Iterator[pa.RecordBatch]:
+    """The result of one SELECT in batches of some rows, in constant memory; raises as `run`."""
+    with _refused():
+        yield from _asked(connection, statement, parameters).to_arrow_reader(rows)
+
+
+def _asked(
+    connection: duckdb.DuckDBPyConnection, statement: str, parameters: Mapping[str, Any] | None
+) -> duckdb.DuckDBPyRelation:
+    parsed = connection.extract_statements(statement)
+    if len(parsed) != 1 or parsed[0].type != duckdb.StatementType.SELECT:
+        found = ", ".join(one.type.name for one in parsed) or "nothing"
+        raise QueryRefused(f"one SELECT is needed, found: {found}; attrdb's tables change through attrdb ingest")
+    return connection.sql(statement, params=dict(parameters or {}))
+
+
+@contextmanager
+def _refused() -> Iterator[None]:
+    """Turns what DuckDB says into QueryRefused, or OSError for a damaged file."""
     try:
-        parsed = connection.extract_statements(statement)
-        if len(parsed) != 1 or parsed[0].type != duckdb.StatementType.SELECT:
-            found = ", ".join(one.type.name for one in parsed) or "nothing"
-            raise QueryRefused(f"one SELECT is needed, found: {found}; attrdb's tables change through attrdb ingest")
-        result = connection.sql(statement, params=dict(parameters or {})).to_arrow_table()
+        yield
     except duckdb.PermissionException as error:
         raise QueryRefused(
             f"SQL in attrdb reads the database's own tables, not files or the network: {_first_line(error)}"
@@ -247,7 +270,6 @@ def run(connection: duckdb.DuckDBPyConnection, statement: str, parameters: Mappi
         # An error of attrdb's own, raised inside nearest() or attribute(), comes back wrapped in DuckDB's words.
         _, _, own = str(error).partition("while executing the UDF: ")
         raise QueryRefused(own.partition(": ")[2] or str(error)) from error
-    return result.rename_columns(_distinct(result.column_names))
 
 
 def _distinct(names: list[str]) -> list[str]:

@@ -16,7 +16,13 @@ def _to_2(path: Path) -> None:
     create_table(path, "failures")
 
 
-STEPS = {2: _to_2}
+def _to_3(path: Path) -> None:
+    """Mappers are kept."""
+    create_table(path, "mappers")
+
+
+STEPS = {2: _to_2, 3: _to_3}
+BEGAN = {"jobs": 2, "failures": 2, "mappers": 3}  # the version that made a table, where it was not the first
 
 
 def upgrade(path: str | Path) -> tuple[int, int]:
@@ -35,7 +41,8 @@ def upgrade(path: str | Path) -> tuple[int, int]:
         for version in range(found + 1, SCHEMA_VERSION + 1):
             STEPS[version](path)
             # 'images' is stamped last: it says which version the directory has.
-            for name in sorted(TABLES, key=lambda name: name == "images"):
+            there = [name for name in TABLES if BEGAN.get(name, 1) <= version]
+            for name in sorted(there, key=lambda name: name == "images"):
                 table = open_table(path, name)
                 if schema_version(table) != version:
                     table.update_schema_metadata({STAMP.decode(): str(version)})

@@ -77,14 +77,14 @@ WRITES = {
     "append_images": lambda db: db.append_images(rows([("x", "pretraining", None, 1)])),
     "append_bulk": lambda db: db.append_bulk(rows([("x", "pretraining", None, 1)])),
     "append_model": lambda db: db.append_model(rows([("n/0/1", "sample", "n", 1)]), {"model_id": "n"}),
-    "replace_exemplar_ranks": lambda db: db.replace_exemplar_ranks(ranks([("m/0/1", "m/e0", 1)]), "toy_2", "own"),
+    "replace_exemplar_ranks": lambda db: db.replace_exemplar_ranks(ranks([("m/0/1", "m/e0", 1)]), "toy_2", "", "own"),
     "upsert": lambda db: db.upsert("models", [{"model_id": "n"}], on="model_id"),
     "delete": lambda db: db.delete("models", "true"),
     "commit": lambda db: db.commit(lambda: None),
 }
 READS = {
-    "absent", "attribute", "check_encoder", "encoder_id", "feature", "features", "images", "query", "refresh", "sql",
-    "status", "stored",
+    "absent", "attribute", "check_encoder", "encoder_id", "feature", "features", "images", "mapper", "query", "refresh",
+    "sql", "status", "stored", "stream_query",
 }  # fmt: skip
 
 

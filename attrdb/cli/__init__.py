@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
 from pathlib import Path
 
 import click
 
 import attrdb
-from attrdb.cli import asking, ingesting, keeping, models
+from attrdb.cli import asking, ingesting, keeping, learning, models
 from attrdb.cli.common import DB, Commands, ml, quiet_option
 
 
@@ -32,28 +31,8 @@ def init(db: Path) -> None:
 main.add_command(ingesting.ingest)
 main.add_command(ingesting.encode)
 main.add_command(asking.attribute)
-
-
-@main.command()
-@DB
-@click.option("--encoder", "encoder_ids", multiple=True, help="encoder_id, repeatable; all when left out.")
-@click.option("--gallery", type=click.Choice(["own", "all"]), default="own", show_default=True)
-@quiet_option
-def evaluate(db: Path, encoder_ids: tuple[str, ...], gallery: str, quiet: bool) -> None:
-    """Rank every sample's exemplars exactly; the metrics are queries over these ranks."""
-    evaluation = importlib.import_module("attrdb.training.evaluation")
-    from attrdb.output import progress
-
-    database = attrdb.open(db)
-    with progress(quiet) as advance:
-        for encoder_id in encoder_ids or [database.encoder_id(), *list(database.encoders)[1:]]:
-            n_ranks = evaluation.evaluate(
-                database,
-                encoder_id,
-                gallery,
-                lambda done, total, stage=encoder_id: advance(f"evaluate {stage}", done, total),
-            )
-            click.echo(f"{n_ranks} ranks of {encoder_id}, gallery {gallery}", err=True)
+main.add_command(learning.train)
+main.add_command(learning.evaluate)
 
 
 for command in (

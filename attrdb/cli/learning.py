@@ -1,0 +1,86 @@
+"""Commands that learn from the models of a database: train and evaluate."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import Any
+
+import click
+
+import attrdb
+from attrdb.cli.common import DB, ml, quiet_option
+
+
+@click.command()
+@DB
+@click.option("--encoder", "encoder_id", help="encoder_id; the database's first when left out.")
+@click.option("--kind", type=click.Choice(["object", "style", "both"]), help="Of the models; default both.")
+@click.option("--form", type=click.Choice(["affine", "gain", "mlp"]), help="Of the maps; default affine.")
+@click.option("--prompt-scheme", type=click.Choice(["gpt", "procedural", "both"]), help="Of the samples; default both.")
+@click.option("--split", help="Of the models it learns from; default train.")
+@click.option("--val-split", help="Of the models that say when to stop; default val.")
+@click.option("--temperature", type=click.FloatRange(min=0, min_open=True), help="v of the loss; default 0.1.")
+@click.option("--lambda-reg", type=click.FloatRange(0), help="Weight of the regularizer; default 0.05.")
+@click.option("--lr", type=click.FloatRange(min=0, min_open=True), help="Learning rate; default 1e-4.")
+@click.option("--batch", type=click.IntRange(2), help="Pairs of as many models; default 256.")
+@click.option("--epochs", type=click.IntRange(1), help="At most; default 100.")
+@click.option("--patience", type=click.IntRange(1), help="Epochs without a better recall until it ends; default 10.")
+@click.option("--n-candidates", type=click.IntRange(1), help="Pretraining images in validation; default 10000.")
+@click.option("--seed", type=int)
+@click.option("--mapper-id", help="Default: encoder, kind and a hash of the settings.")
+@quiet_option
+def train(db: Path, encoder_id: str | None, mapper_id: str | None, quiet: bool, **given: Any) -> None:
+    """Train a mapper on pairs of exemplars and samples, and keep the epoch with the best validation recall.
+
+    Interrupted or killed, the command goes on at the epoch it had reached when it is given again.
+    """
+    training = ml("training.train")
+    from attrdb.output import progress
+
+    settings = training.TrainSettings(**{name: value for name, value in given.items() if value is not None})
+    with progress(quiet) as advance:
+        result = training.train(
+            attrdb.open(db),
+            encoder_id,
+            settings,
+            mapper_id,
+            lambda done, total, note: advance("train", done, total, note),
+        )
+    if not result.trained:
+        click.echo(f"mapper {result.mapper_id} was trained already, nothing to do", err=True)
+    click.echo(
+        f"mapper {result.mapper_id}: recall@{training.K} on validation models {result.recall:.3f} in epoch "
+        f"{result.best_epoch}, {result.recall_before:.3f} without it",
+        err=True,
+    )
+
+
+@click.command()
+@DB
+@click.option("--encoder", "encoder_ids", multiple=True, help="encoder_id, repeatable; all when left out.")
+@click.option("--mapper", "mapper_ids", multiple=True, help="mapper_id, repeatable, in place of encoders.")
+@click.option("--gallery", type=click.Choice(["own", "all"]), default="own", show_default=True)
+@quiet_option
+def evaluate(db: Path, encoder_ids: tuple[str, ...], mapper_ids: tuple[str, ...], gallery: str, quiet: bool) -> None:
+    """Rank every sample's exemplars exactly; the metrics are queries over these ranks."""
+    evaluation = importlib.import_module("attrdb.training.evaluation")
+    from attrdb.output import progress
+
+    database = attrdb.open(db)
+    wanted = [(encoder_id, None) for encoder_id in encoder_ids]
+    wanted += [(None, mapper_id) for mapper_id in mapper_ids]
+    if not wanted:
+        wanted = [(encoder_id, None) for encoder_id in [database.encoder_id(), *list(database.encoders)[1:]]]
+    with progress(quiet) as advance:
+        for encoder_id, mapper_id in wanted:
+            stage = f"evaluate {mapper_id or encoder_id}"
+            n_ranks = evaluation.evaluate(
+                database,
+                encoder_id,
+                gallery,
+                lambda done, total, stage=stage: advance(stage, done, total),
+                mapper_id,
+            )
+            of = f"{database.mapper(mapper_id).encoder_id} with mapper {mapper_id}" if mapper_id else encoder_id
+            click.echo(f"{n_ranks} ranks of {of}, gallery {gallery}", err=True)

@@ -1,0 +1,86 @@
+"""A mapper: the learned pair of maps that turns an encoder's features into features for attribution.
+
+It is trained in attrdb.training and applied here, without torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from attrdb.errors import InvalidValue
+
+FORMS = ("affine", "gain", "mlp")
+SIDES = ("exemplar", "sample")  # h for training images (exemplars and pretraining images), h~ for samples
+ARRAYS = {"affine": ("weight", "bias"), "gain": ("gain", "bias"), "mlp": ("weight", "bias", "up", "up_bias", "down")}
+
+
+@dataclass(frozen=True)
+class Mapper:
+    """h and h~ on the features of one encoder; `parameters` has an array by `<side>.<name>`, see ARRAYS.
+
+        affine   h(x) = W x + b                          weight (d, d), bias (d,)
+        gain     h(x) = g * x + b                        gain (d,), bias (d,)
+        mlp      h(x) = W x + b + D max(0, U x + c)      besides: up (m, d), up_bias (m,), down (d, m)
+
+    source: Wang et al. 2023, section 4 (affine); the forms of the other two, which are ablations there, are ours
+    """
+
+    mapper_id: str
+    encoder_id: str
+    form: str
+    parameters: Mapping[str, np.ndarray]
+
+    def __post_init__(self) -> None:
+        if self.form not in FORMS:
+            raise InvalidValue(f"mapper {self.mapper_id!r} has form {self.form!r}; it must be {', '.join(FORMS)}")
+        wanted = {f"{side}.{name}" for side in SIDES for name in ARRAYS[self.form]}
+        if strange := wanted ^ self.parameters.keys():
+            raise InvalidValue(f"mapper {self.mapper_id!r} of form {self.form!r} does not fit: {min(strange)!r}")
+
+    @classmethod
+    def of_row(cls, row: Mapping[str, Any]) -> Mapper:
+        """The mapper that a row of `mappers` holds."""
+        arrays = {
+            one["name"]: np.asarray(one["values"], dtype=np.float32).reshape(one["shape"]) for one in row["parameters"]
+        }
+        return cls(row["mapper_id"], row["encoder_id"], row["form"], arrays)
+
+    def row(self) -> dict[str, Any]:
+        """The columns of `mappers` that hold it."""
+        arrays = [
+            {"name": name, "shape": list(array.shape), "values": array.ravel()}
+            for name, array in sorted(self.parameters.items())
+        ]
+        return {
+            "mapper_id": self.mapper_id,
+            "encoder_id": self.encoder_id,
+            "form": self.form,
+            "parameters": arrays,
+        }
+
+    def exemplars(self, features: np.ndarray) -> np.ndarray:
+        """F(x) / |F(x)| of training images: (n, dimension) float32 in and out."""
+        return self._mapped("exemplar", features)
+
+    def samples(self, features: np.ndarray) -> np.ndarray:
+        """F~(x) / |F~(x)| of samples: (n, dimension) float32 in and out."""
+        return self._mapped("sample", features)
+
+    def candidates(self, gallery: Iterable[tuple[np.ndarray, np.ndarray]]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """The blocks of a gallery, ids and features, with their features mapped as those of training images."""
+        for ids, features in gallery:
+            yield ids, self.exemplars(features)
+
+    def _mapped(self, side: str, features: np.ndarray) -> np.ndarray:
+        own = {name: self.parameters[f"{side}.{name}"] for name in ARRAYS[self.form]}
+        mapped = (features * own["gain"] if self.form == "gain" else features @ own["weight"].T) + own["bias"]
+        if self.form == "mlp":
+            mapped = mapped + np.maximum(features @ own["up"].T + own["up_bias"], 0) @ own["down"].T
+        norms = np.linalg.norm(mapped, axis=1, keepdims=True)
+        if not (np.isfinite(norms) & (norms > 0)).all():
+            raise InvalidValue(f"mapper {self.mapper_id!r} makes a feature that is zero or not finite; train it again")
+        return mapped / norms

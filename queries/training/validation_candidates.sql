@@ -1,0 +1,16 @@
+-- A fixed random part of the pretraining images, with their features: the gallery that training is validated against.
+-- source Wang et al. 2023, section 5 (a fixed random subset of the pretraining images)
+-- grain  one row per image
+-- param  $encoder_id VARCHAR whose features
+-- param  $n          INTEGER = 10000 how many, fewer where there are fewer, >= 1
+-- param  $seed       INTEGER = 0 of the choice
+-- reads  features
+-- column image_id    VARCHAR
+-- column feature     FLOAT[] of unit length
+SELECT
+    image_id,
+    feature
+FROM features
+WHERE encoder_id = $encoder_id AND role = 'pretraining'
+ORDER BY md5(image_id || '/' || $seed), image_id
+LIMIT $n

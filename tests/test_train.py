@@ -1,0 +1,298 @@
+"""Training a mapper: pairs chosen by SQL, killed and resumed to the same mapper, and what cannot be learned from."""
+
+import json
+import shutil
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from click.testing import CliRunner
+
+import attrdb
+from attrdb.cli import main
+from attrdb.errors import InvalidValue, NotFound
+from attrdb.schema import feature_array
+from attrdb.training import pairs as pairs_module
+from attrdb.training.evaluation import evaluate
+from attrdb.training.pairs import Choice, Pairs
+from attrdb.training.train import TrainSettings, train
+
+DIMENSION, TELLING = 12, 4  # of a feature: all, and those that say which exemplar a sample comes from
+QUICK = TrainSettings(lr=0.01, batch=8, epochs=6, patience=6)
+
+
+def features(rng, telling):
+    """Rows whose last elements are noise, larger than what tells."""
+    noise = 1.5 * rng.standard_normal((len(telling), DIMENSION - TELLING))
+    x = np.concatenate([telling, noise], axis=1)
+    return (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float32)
+
+
+def table(ids, role, matrix, model_id=None, schemes=None):
+    n = len(ids)
+    return pa.table(
+        {
+            "image_id": ids,
+            "role": [role] * n,
+            "model_id": pa.array([model_id] * n, pa.string()),
+            "prompt_scheme": pa.array(schemes or [None] * n, pa.string()),
+            "toy_12": feature_array(matrix),
+        }
+    )
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """72 models to train on, 12 to validate and 6 to test, of both kinds, 4 samples each, and 200 pretraining images."""
+    rng = np.random.default_rng(0)
+    db = attrdb.create(tmp_path_factory.mktemp("train") / "some.attrdb")
+    db.add_encoder("toy:12", DIMENSION, {}, "none")
+    corpus = features(rng, rng.standard_normal((200, TELLING)))
+    db.append_images(table([f"p{n:03d}" for n in range(200)], "pretraining", corpus))
+    for number in range(90):
+        split = "train" if number < 72 else "val" if number < 84 else "test"
+        kind = "style" if number % 3 == 0 else "object"
+        model_id = f"m{number:02d}"
+        telling = rng.standard_normal((1 + 2 * (kind == "style"), TELLING))
+        own = table([f"{model_id}/e{n}" for n in range(len(telling))], "exemplar", features(rng, telling), model_id)
+        near = telling[np.arange(4) % len(telling)] + 0.2 * rng.standard_normal((4, TELLING))
+        drawn = features(rng, near)
+        schemes = ["gpt", "procedural"] * 2
+        samples = table([f"{model_id}/{n}/0" for n in range(4)], "sample", drawn, model_id, schemes)
+        row = {"model_id": model_id, "kind": kind, "split": split}
+        db.append_model(pa.concat_tables([own, samples]), row)
+    return db
+
+
+@pytest.fixture
+def db(made, tmp_path):
+    """A copy that a test may change."""
+    return attrdb.open(shutil.copytree(made.path, tmp_path / "copy.attrdb"))
+
+
+# --- pairs ------------------------------------------------------------------------------------------------------------
+
+
+def test_an_epoch_takes_every_sample_once_with_an_exemplar_of_its_model(made):
+    rows = made.query("pairs").to_pylist()
+    wanted = made.sql(
+        "SELECT image_id FROM samples JOIN models USING (model_id) WHERE models.split = 'train' ORDER BY 1"
+    )
+    assert sorted(row["sample_id"] for row in rows) == wanted["image_id"].to_pylist()
+    for row in rows:
+        assert row["sample_id"].split("/")[0] == row["exemplar_id"].split("/")[0] == row["model_id"]
+    at = [(row["position"], row["model_id"]) for row in rows]
+    assert len(set(at)) == len(at)
+    assert [position for position, _ in at] == sorted(position for position, _ in at)
+
+
+def test_pairs_follow_from_seed_and_epoch(made):
+    first = made.query("pairs", seed=1, epoch=2).to_pylist()
+    assert made.query("pairs", seed=1, epoch=2).to_pylist() == first
+    for other in ({"seed": 2, "epoch": 2}, {"seed": 1, "epoch": 3}):
+        assert made.query("pairs", **other).to_pylist() != first
+    drawn = {row["exemplar_id"] for epoch in range(8) for row in made.query("pairs", epoch=epoch).to_pylist()}
+    assert len([one for one in drawn if one.startswith("m00/")]) == 3  # every exemplar of a style has its turn
+
+
+@pytest.mark.parametrize(
+    ("given", "n_rows"),
+    [
+        ({"kind": "object"}, 192),
+        ({"kind": "style"}, 96),
+        ({"prompt_scheme": "gpt"}, 144),
+        ({"split": "val"}, 48),
+        ({"split": "nowhere"}, 0),
+        ({"kind": "object", "split": "val", "prompt_scheme": "procedural"}, 16),
+    ],
+)
+def test_pairs_of_a_kind_a_split_and_a_scheme(made, given, n_rows):
+    assert len(made.query("pairs", **given)) == n_rows
+
+
+def test_batches_have_the_features_of_their_pairs(made, tmp_path):
+    pairs = Pairs(made, "toy_12", Choice(), tmp_path / "features.f32")
+    rows = made.query("pairs", epoch=3).to_pylist()
+    stored = made.sql("SELECT image_id, toy_12 FROM images")
+    feature = dict(zip(stored["image_id"].to_pylist(), stored["toy_12"].to_pylist(), strict=True))
+    seen = 0
+    for exemplars, samples in pairs.batches(3, 10):
+        part = rows[seen : seen + len(samples)]
+        seen += len(samples)
+        assert 2 <= len(part) <= 10
+        assert len({row["model_id"] for row in part}) == len(part)
+        np.testing.assert_array_equal(exemplars, np.array([feature[row["exemplar_id"]] for row in part], np.float32))
+        np.testing.assert_array_equal(samples, np.array([feature[row["sample_id"]] for row in part], np.float32))
+    assert seen == len(rows)
+
+
+@pytest.mark.parametrize(
+    ("positions", "size", "sizes"),
+    [([0] * 5, 5, [5]), ([0] * 6, 5, [3, 3]), ([0, 0, 0, 1, 1], 8, [3, 2]), ([0, 0, 1], 8, [2]), ([], 8, [])],
+)
+def test_batches_lie_in_one_position_and_none_is_of_one_pair(positions, size, sizes):
+    parts = pairs_module._parts(np.array(positions, int), size)
+    assert [part.stop - part.start for part in parts] == sizes
+    assert all(len(set(positions[part])) == 1 for part in parts)
+
+
+# --- training ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", ["affine", "gain", "mlp"])
+def test_a_mapper_learns_what_tells(made, db, form):
+    settings = TrainSettings(form=form, lr=0.01, batch=72, epochs=50)
+    result = train(db, settings=settings)
+    assert result.trained
+    assert result.recall > result.recall_before + 0.15
+    [row] = db.sql("SELECT * FROM mappers").to_pylist()
+    assert (row["mapper_id"], row["encoder_id"], row["trained_on"]) == (result.mapper_id, "toy_12", "both")
+    assert json.loads(row["settings"])["temperature"] == 0.1
+    assert row["images_version"] == made.version
+    curves = json.loads(row["curves"])
+    assert [one["epoch"] for one in curves] == list(range(result.n_epochs + 1))
+    assert curves[result.best_epoch]["recall"] == result.recall == max(one["recall"] for one in curves)
+    assert not (db.path / "jobs" / f"train-{result.mapper_id}").exists()
+    # Nothing of the test models was seen; their ranks are better, too.
+    found = {}
+    for mapper_id in (None, result.mapper_id):
+        evaluate(db, mapper_id=mapper_id)
+        rows = db.query("recall_at_k", k=10).to_pylist()
+        mine = [row for row in rows if row["split"] == "test" and row["mapper_id"] == (mapper_id or "")]
+        found[mapper_id] = np.mean([row["recall_at_k"] for row in mine])
+    assert found[result.mapper_id] > found[None]
+
+
+def test_run_twice_is_run_once(db):
+    first = train(db, settings=QUICK)
+    again = train(db, settings=QUICK)
+    assert (first.trained, again.trained) == (True, False)
+    assert (again.mapper_id, again.recall, again.best_epoch) == (first.mapper_id, first.recall, first.best_epoch)
+    assert len(db.sql("SELECT mapper_id FROM mappers")) == 1
+
+
+def test_killed_and_resumed_is_the_same_mapper(made, db):
+    def stop(done, _total, _note):
+        if done == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(db, settings=QUICK, mapper_id="a", report=stop)
+    with pytest.raises(InvalidValue, match=r"'a' is half trained in .* with lr = 0.01, now it is 0.02"):
+        train(db, settings=TrainSettings(lr=0.02, batch=8, epochs=6, patience=6), mapper_id="a")
+    seen = []
+    train(db, settings=QUICK, mapper_id="a", report=lambda done, *_: seen.append(done))
+    assert seen == [3, 4, 5, 6]
+    train(db, settings=QUICK, mapper_id="b")
+    one, other = db.sql("SELECT parameters, curves, metrics FROM mappers ORDER BY mapper_id").to_pylist()
+    assert one == other
+
+
+def test_another_mapper_of_that_name(db):
+    train(db, settings=QUICK, mapper_id="a")
+    with pytest.raises(InvalidValue, match=r"mapper 'a' is in .* with kind = 'both', now it is 'object'; use the old"):
+        train(db, settings=TrainSettings(kind="object", lr=0.01, batch=8, epochs=6, patience=6), mapper_id="a")
+
+
+def test_ranks_with_a_mapper_are_those_of_a_full_sort(db):
+    result = train(db, settings=QUICK)
+    n_ranks = evaluate(db, mapper_id=result.mapper_id)
+    mapper = db.mapper(result.mapper_id)
+    rows = db.sql("SELECT image_id, role, model_id, toy_12 FROM images").to_pylist()
+    of = {role: [row for row in rows if row["role"] == role] for role in ("exemplar", "sample", "pretraining")}
+
+    def mapped(of_rows, how):
+        return how(np.array([row["toy_12"] for row in of_rows], np.float32)).astype(np.float64)
+
+    found = db.sql("SELECT sample_id, exemplar_id, rank FROM exemplar_ranks WHERE mapper_id <> ''").to_pylist()
+    ranked = {(row["sample_id"], row["exemplar_id"]): row["rank"] for row in found}
+    assert len(ranked) == n_ranks
+    for sample in of["sample"]:
+        gallery = [one for one in of["exemplar"] if one["model_id"] == sample["model_id"]] + of["pretraining"]
+        similarity = mapped(gallery, mapper.exemplars) @ mapped([sample], mapper.samples)[0]
+        order = [gallery[at]["image_id"] for at in np.argsort(-similarity)]
+        for one in gallery:
+            if one["role"] == "exemplar":
+                assert ranked[sample["image_id"], one["image_id"]] == order.index(one["image_id"]) + 1
+
+
+# --- what cannot be learned from --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"split": "test"}, "split is 'test': test models are for evaluation, nothing is learned from them"),
+        ({"val_split": "test_unseen"}, "val_split is 'test_unseen': test models are for evaluation"),
+        ({"val_split": "train"}, "split and val_split are both 'train'"),
+        (
+            {"split": "nowhere"},
+            r"no pair of kind 'both', split 'nowhere' .*; its models: .*48 of kind 'object' in split 'train'",
+        ),
+        ({"val_split": "nowhere"}, "no model of kind 'both' with 'toy_12' features in split 'nowhere'"),
+        ({"kind": "thing"}, "kind is 'thing'; it must be object, style, both"),
+        ({"prompt_scheme": "x"}, "prompt_scheme is 'x'; it must be gpt, procedural, both"),
+        ({"form": "cubic"}, "form is 'cubic'; it must be affine, gain, mlp"),
+        ({"temperature": 0}, "temperature is 0; it must be above 0"),
+        ({"lr": float("nan")}, "lr is nan; it must be above 0"),
+        ({"batch": 1}, "batch is 1; it must be at least 2"),
+        (
+            {"lr": 1e30},
+            r"the loss of epoch \d is (nan|inf); lower the learning rate|makes a feature that is zero or not finite",
+        ),
+    ],
+)
+def test_settings_that_cannot_be_used(db, given, says):
+    with pytest.raises(InvalidValue, match=says):
+        train(db, settings=TrainSettings(**given))
+    assert len(db.sql("SELECT mapper_id FROM mappers")) == 0
+
+
+def test_one_model_only(db):
+    db.delete("models", "split = 'train' AND model_id <> 'm01'")
+    with pytest.raises(
+        InvalidValue, match=r"only one model of .*, 'm01': a pair is learned from those of other models"
+    ):
+        train(db)
+
+
+def test_images_without_a_feature(db):
+    more = table(["m90/e", "m90/0/0"], "exemplar", np.eye(DIMENSION, dtype=np.float32)[:2], "m90", [None, "gpt"])
+    more = more.set_column(1, "role", pa.array(["exemplar", "sample"])).drop_columns(["toy_12"])
+    db.append_model(more, {"model_id": "m90", "kind": "object", "split": "train"})
+    says = (
+        r"2 images of the pairs have no 'toy_12' feature, such as 'm90/0/0'; encode them first: attrdb encode .* toy:12"
+    )
+    with pytest.raises(InvalidValue, match=says):
+        train(db)
+    # Its one sample is of the other scheme, so it is not asked for.
+    assert train(db, settings=TrainSettings(prompt_scheme="procedural", epochs=1)).trained
+
+
+def test_no_such_mapper_or_encoder(db):
+    with pytest.raises(NotFound, match=r"no mapper 'a' in .*, it has none yet: attrdb train makes them"):
+        evaluate(db, mapper_id="a")
+    with pytest.raises(NotFound, match="no encoder 'clip'"):
+        train(db, "clip")
+    result = train(db, settings=QUICK, mapper_id="mine")
+    with pytest.raises(NotFound, match=r"no mapper 'mime' in .*; nearest: 'mine'"):
+        db.mapper("mime")
+    with pytest.raises(InvalidValue, match="mapper 'mine' is of encoder 'toy_12', not of 'pixels_8'"):
+        evaluate(db, "pixels_8", mapper_id=result.mapper_id)
+
+
+# --- commands ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_commands(db):
+    words = ["train", str(db.path), "--lr", "0.01", "--batch", "8", "--epochs", "4", "--mapper-id", "mine"]
+    done = CliRunner().invoke(main, words)
+    assert done.exit_code == 0, done.output
+    assert "mapper mine: recall@10 on validation models " in done.stderr
+    assert "mapper mine was trained already, nothing to do" in CliRunner().invoke(main, words).stderr
+    done = CliRunner().invoke(main, ["evaluate", str(db.path), "--mapper", "mine"])
+    assert done.exit_code == 0, done.output
+    assert "ranks of toy_12 with mapper mine, gallery own" in done.stderr
+    done = CliRunner().invoke(main, ["train", str(db.path), "--split", "test"])
+    assert done.exit_code == 1
+    assert "nothing is learned from them" in done.output

@@ -1,0 +1,313 @@
+"""Train a mapper on the pairs of a database's models, and keep the epoch that ranks validation models' exemplars best.
+
+Killed and given again, the job goes on at the epoch it had reached, and ends in the same mapper.
+
+<database>/jobs/train-<mapper_id>/   settings.json, features.f32, checkpoint.pt
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import shutil
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from attrdb import jobs
+from attrdb.database import Database
+from attrdb.errors import InvalidValue
+from attrdb.locks import alone
+from attrdb.mapper import Mapper
+from attrdb.snapshot import literal
+from attrdb.training.evaluation import features_by_model, ranks
+from attrdb.training.mapper import Maps, contrastive_loss, regularizer
+from attrdb.training.pairs import Choice, Pairs
+
+K = 10  # of the validation recall
+KINDS = ("object", "style", "both")
+PROMPT_SCHEMES = ("gpt", "procedural", "both")
+EVALUATED_ONLY = "test"  # how splits begin that nothing is learned from
+
+Report = Callable[[int, int, str], None]  # epochs done, epochs at most, what was found
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """All that decides a mapper, but for the database.
+
+    kind:           of the models it learns from: object, style, or both
+    form:           of the maps, see `attrdb.mapper.Mapper`
+    temperature:    v of Eq. 3; the paper has 1
+    lambda_reg:     weight of the regularizer; the paper has 0.05
+    lr, batch:      of Adam; the paper does not say
+    epochs:         at most; each takes every sample once
+    patience:       epochs without a better validation recall after which training ends
+    n_candidates:   pretraining images that validation ranks among, a fixed random part
+    """
+
+    kind: str = "both"
+    form: str = "affine"
+    prompt_scheme: str = "both"
+    split: str = "train"
+    val_split: str = "val"
+    temperature: float = 0.1
+    lambda_reg: float = 0.05
+    lr: float = 1e-4
+    batch: int = 256
+    epochs: int = 100
+    patience: int = 10
+    n_candidates: int = 10_000
+    seed: int = 0
+
+    def choice(self) -> Choice:
+        return Choice(self.kind, self.split, self.prompt_scheme, self.seed)
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """recall, recall_before: on the validation models, with the mapper and without."""
+
+    mapper_id: str
+    trained: bool  # false: it was there already, with these settings
+    n_epochs: int
+    best_epoch: int
+    recall: float
+    recall_before: float
+
+
+def train(
+    db: Database,
+    encoder_id: str | None = None,
+    settings: TrainSettings | None = None,
+    mapper_id: str | None = None,
+    report: Report = lambda done, total, note: None,
+) -> TrainResult:
+    """Train a mapper and store it in `mappers`.
+
+    mapper_id: made from encoder, kind and settings when left out
+    raises:    InvalidValue for settings that cannot be used, a mapper of that id with other settings, splits that are empty,
+               the same, or kept for tests, one model only, features that are missing, or a loss that is not finite;
+               NotFound for no such encoder; Busy if another process trains it
+    source:    Wang et al. 2023, section 4; learning rate, batch size and stopping are ours
+    """
+    settings = settings or TrainSettings()
+    _check(settings)
+    db.refresh()
+    encoder_id = db.encoder_id(encoder_id)
+    record = {"encoder_id": encoder_id, **asdict(settings)}
+    if mapper_id is None:
+        digest = hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+        mapper_id = f"{encoder_id}-{settings.kind}-{digest[:8]}"
+    job = db.path / "jobs" / f"train-{mapper_id}"
+    if done := _stored(db, mapper_id, record):
+        return done
+    with alone(job.with_name(f".{job.name}.lock"), f"mapper {mapper_id!r} is being trained"):
+        if done := _stored(db, mapper_id, record):
+            return done
+        with jobs.running(db, "train", mapper_id, record):
+            job.mkdir(parents=True, exist_ok=True)
+            _check_same(job, mapper_id, record)
+            result = _trained(db, encoder_id, settings, mapper_id, record, job, report)
+        shutil.rmtree(job, ignore_errors=True)
+    return result
+
+
+def _trained(
+    db: Database,
+    encoder_id: str,
+    settings: TrainSettings,
+    mapper_id: str,
+    record: dict,
+    job: Path,
+    report: Report,
+) -> TrainResult:
+    validation = Validation(db, encoder_id, settings)
+    pairs = Pairs(db, encoder_id, settings.choice(), job / "features.f32")
+    maps = Maps(settings.form, db.encoders[encoder_id]["dimension"], settings.seed)
+    optimizer = torch.optim.Adam(maps.parameters(), lr=settings.lr)
+    checkpoint = job / "checkpoint.pt"
+
+    def mapper() -> Mapper:
+        return Mapper(mapper_id, encoder_id, settings.form, maps.arrays())
+
+    if checkpoint.exists():
+        state = torch.load(checkpoint, weights_only=True)
+        maps.load_state_dict(state["maps"])
+        optimizer.load_state_dict(state["optimizer"])
+        curves, best = state["curves"], state["best"]
+    else:
+        curves = [{"epoch": 0, "loss": None, "recall": validation.recall(mapper())}]
+        best = {name: value.clone() for name, value in maps.state_dict().items()}
+    while True:
+        found = max(curves, key=lambda one: (one["recall"], -one["epoch"]))
+        last = curves[-1]["epoch"]
+        note = f"recall@{K} {curves[-1]['recall']:.3f}, best {found['recall']:.3f}, before {curves[0]['recall']:.3f}"
+        report(last, settings.epochs, note)
+        if last >= settings.epochs or last - found["epoch"] >= settings.patience:
+            break
+        loss = _epoch(pairs, maps, optimizer, settings, last + 1)
+        curves.append({"epoch": last + 1, "loss": loss, "recall": validation.recall(mapper())})
+        if curves[-1]["recall"] > found["recall"]:
+            best = {name: value.clone() for name, value in maps.state_dict().items()}
+        state = {"maps": maps.state_dict(), "optimizer": optimizer.state_dict(), "curves": curves, "best": best}
+        torch.save(state, checkpoint.with_suffix(".part"))
+        checkpoint.with_suffix(".part").replace(checkpoint)
+    maps.load_state_dict(best)
+    metrics = {
+        "best_epoch": found["epoch"],
+        "recall": found["recall"],
+        "recall_before": curves[0]["recall"],
+        "k": K,
+        "n_pairs": pairs.n_pairs,
+        "n_validation_samples": validation.n_samples,
+    }
+    row = {
+        **mapper().row(),
+        "trained_on": settings.kind,
+        "settings": json.dumps(record, sort_keys=True),
+        "images_version": db.version,
+        "curves": json.dumps(curves),
+        "metrics": json.dumps(metrics),
+        "created_at": datetime.now(UTC),
+    }
+    db.upsert("mappers", [row], on="mapper_id")
+    return TrainResult(mapper_id, True, last, found["epoch"], found["recall"], curves[0]["recall"])
+
+
+def _epoch(pairs: Pairs, maps: Maps, optimizer: torch.optim.Optimizer, settings: TrainSettings, epoch: int) -> float:
+    """Take every sample once; the mean loss of the batches."""
+    losses = []
+    for exemplars, samples in pairs.batches(epoch, settings.batch):
+        t, s = maps["exemplar"](torch.from_numpy(exemplars)), maps["sample"](torch.from_numpy(samples))
+        loss = contrastive_loss(t, s, settings.temperature)
+        if settings.lambda_reg:
+            loss = loss + settings.lambda_reg * regularizer(maps)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+        if not math.isfinite(losses[-1]):
+            raise InvalidValue(
+                f"the loss of epoch {epoch} is {losses[-1]}; lower the learning rate (lr, {settings.lr:g} now)"
+            )
+    return float(np.mean(losses))
+
+
+class Validation:
+    """Recall@K of the validation models' exemplars, each among its model's and a fixed part of the pretraining images.
+
+    Averaged over the samples of a kind and prompt scheme, then over those, as the paper's test cases are.
+    raises: InvalidValue if there is no validation model, or no pretraining image
+    """
+
+    def __init__(self, db: Database, encoder_id: str, settings: TrainSettings):
+        kinds = ("object", "style") if settings.kind == "both" else (settings.kind,)
+        known = db.sql("SELECT model_id, kind FROM models WHERE split = $split", {"split": settings.val_split})
+        kind_of = {row["model_id"]: row["kind"] for row in known.to_pylist() if row["kind"] in kinds}
+        own = f"model_id IN ({', '.join(map(literal, sorted(kind_of) or ['']))})"
+        by_model = {
+            role: features_by_model(db, encoder_id, f"role = '{role}' AND {own}") for role in ("sample", "exemplar")
+        }
+        names = sorted(by_model["sample"].keys() & by_model["exemplar"].keys())
+        if not names:
+            raise InvalidValue(
+                f"no model of kind {settings.kind!r} with {encoder_id!r} features in split {settings.val_split!r} of "
+                f"{db.path}; training needs some to stop at the right epoch (val_split)"
+            )
+        self.models = [(by_model["sample"][name], by_model["exemplar"][name]) for name in names]
+        schemes = db.images(f"role = 'sample' AND {own}", ["image_id", "model_id", "prompt_scheme"]).to_pylist()
+        self.case_of = {row["image_id"]: (kind_of[row["model_id"]], row["prompt_scheme"]) for row in schemes}
+        self.gallery = [
+            (
+                batch["image_id"].to_numpy(zero_copy_only=False),
+                np.stack(batch["feature"].to_numpy(zero_copy_only=False)),
+            )
+            for batch in db.stream_query(
+                "validation_candidates", encoder_id=encoder_id, n=settings.n_candidates, seed=settings.seed
+            )
+        ]
+        if not sum(len(ids) for ids, _ in self.gallery):
+            raise InvalidValue(
+                f"{db.path} has no pretraining image with a {encoder_id!r} feature; ingest a corpus first"
+            )
+
+    @property
+    def n_samples(self) -> int:
+        return sum(len(ids) for (ids, _), _ in self.models)
+
+    def recall(self, mapper: Mapper) -> float:
+        found: dict[str, list[bool]] = defaultdict(list)
+        for row in ranks(self.models, self.gallery, own=True, mapper=mapper):
+            found[row["sample_id"]].append(row["rank"] <= K)
+        cases: dict[tuple, list[float]] = defaultdict(list)
+        for sample_id, hits in found.items():
+            cases[self.case_of[sample_id]].append(float(np.mean(hits)))
+        return float(np.mean([np.mean(shares) for shares in cases.values()]))
+
+
+def _check(settings: TrainSettings) -> None:
+    """raises: InvalidValue for settings that mean nothing, before anything is read"""
+    for name, value, allowed in (
+        ("kind", settings.kind, KINDS),
+        ("prompt_scheme", settings.prompt_scheme, PROMPT_SCHEMES),
+    ):
+        if value not in allowed:
+            raise InvalidValue(f"{name} is {value!r}; it must be {', '.join(allowed)}")
+    for name in ("split", "val_split"):
+        if getattr(settings, name).startswith(EVALUATED_ONLY):
+            raise InvalidValue(
+                f"{name} is {getattr(settings, name)!r}: test models are for evaluation, nothing is learned from them; name "
+                "another split"
+            )
+    if settings.split == settings.val_split:
+        raise InvalidValue(
+            f"split and val_split are both {settings.split!r}; training cannot be validated on its own models"
+        )
+    for name, least in (("temperature", 0), ("lr", 0)):
+        if not (getattr(settings, name) > least and math.isfinite(getattr(settings, name))):
+            raise InvalidValue(f"{name} is {getattr(settings, name)}; it must be above 0")
+    for name, least in (("lambda_reg", 0), ("batch", 2), ("epochs", 1), ("patience", 1), ("n_candidates", 1)):
+        if not getattr(settings, name) >= least:
+            raise InvalidValue(f"{name} is {getattr(settings, name)}; it must be at least {least}")
+
+
+def _check_same(job: Path, mapper_id: str, record: dict) -> None:
+    """Note the settings in the job's folder; refuse to go on with a job of others."""
+    path = job / "settings.json"
+    if not path.exists():
+        path.write_text(json.dumps(record, indent=2))
+        return
+    _compare(
+        mapper_id, json.loads(path.read_text()), record, f"half trained in {job} (delete that folder to begin anew)"
+    )
+
+
+def _compare(mapper_id: str, found: dict, wanted: dict, where: str) -> None:
+    for name in sorted(found.keys() | wanted.keys()):
+        if found.get(name) != wanted.get(name):
+            raise InvalidValue(
+                f"mapper {mapper_id!r} is {where} with {name} = {found.get(name)!r}, now it is {wanted.get(name)!r}; use the "
+                "old settings or another --mapper-id"
+            )
+
+
+def _stored(db: Database, mapper_id: str, record: dict) -> TrainResult | None:
+    """What is there of the mapper already, if it is.
+
+    raises: InvalidValue if it was trained with other settings
+    """
+    db.refresh()
+    rows = db.sql("SELECT settings, metrics, curves FROM mappers WHERE mapper_id = $id", {"id": mapper_id}).to_pylist()
+    if not rows:
+        return None
+    _compare(mapper_id, json.loads(rows[0]["settings"]), record, f"in {db.path}")
+    metrics, curves = json.loads(rows[0]["metrics"]), json.loads(rows[0]["curves"])
+    n_epochs = curves[-1]["epoch"]
+    return TrainResult(mapper_id, False, n_epochs, metrics["best_epoch"], metrics["recall"], metrics["recall_before"])
