@@ -10,6 +10,7 @@ import numpy as np
 from attrdb import search
 from attrdb.errors import InvalidValue
 from attrdb.influence import DEFAULT_LAM, DEFAULT_TAU, check_calibration, cut_off, influence
+from attrdb.mapper import Mapper
 from attrdb.snapshot import Snapshot
 
 CANDIDATES = "role IN ('exemplar', 'pretraining')"
@@ -47,13 +48,14 @@ def attribute(
     k: int | None = 10,
     tau: float = DEFAULT_TAU,
     lam: float = DEFAULT_LAM,
+    mapper: Mapper | None = None,
 ) -> list[Attribution]:
     """The k candidates of each query, for k = None all that have influence.
 
-    queries: (n_queries, dimension) float32, unit length
+    queries: (n_queries, dimension) float32, unit length, of the encoder; they are mapped here, as samples
     own_ids: the query's own image_id, which is no candidate of it; None for an image that is not stored
     raises:  InvalidValue for k < 1 or a wrong tau or lam
-    source:  Wang et al. 2023, Eq. 6 with fixed tau and lambda
+    source:  Wang et al. 2023, Eq. 6
     """
     if k is not None and k < 1:
         raise InvalidValue(f"k is {k}; at least one candidate must be asked for")
@@ -61,7 +63,7 @@ def attribute(
     answers: list[Attribution] = []
     for start in range(0, len(queries), QUERIES_A_PASS):
         part = slice(start, start + QUERIES_A_PASS)
-        answers += _attribute(snapshot, encoder_id, queries[part], own_ids[part], k, tau, lam)
+        answers += _attribute(snapshot, encoder_id, queries[part], own_ids[part], k, tau, lam, mapper)
     return answers
 
 
@@ -73,14 +75,18 @@ def _attribute(
     k: int | None,
     tau: float,
     lam: float,
+    mapper: Mapper | None,
 ) -> list[Attribution]:
+    if mapper:
+        queries = mapper.samples(queries)
     size = snapshot.count(f"{CANDIDATES} AND `{encoder_id}` IS NOT NULL")
     answers: dict[int, Attribution] = {}
     width = max(k or 0, 256)
     open_queries = list(range(len(queries)))
     while open_queries:
         # One more than wanted: a query that is a candidate itself finds itself.
-        hits = search.top_k(snapshot.features(encoder_id, CANDIDATES), queries[open_queries], width + 1)
+        gallery = snapshot.features(encoder_id, CANDIDATES)
+        hits = search.top_k(mapper.candidates(gallery) if mapper else gallery, queries[open_queries], width + 1)
         left = []
         for query, ids, similarity in zip(open_queries, hits.ids, hits.similarity, strict=True):
             others = ids != own_ids[query]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import random
 import time
@@ -21,7 +20,6 @@ from lance.commit import CommitConflictError
 from attrdb import attribution, health, queries, search, sql
 from attrdb.conform import conform_images
 from attrdb.errors import InvalidValue, NotFound, StorageError
-from attrdb.influence import DEFAULT_LAM, DEFAULT_TAU
 from attrdb.mapper import Mapper
 from attrdb.schema import SCHEMA_VERSION, TABLES, encoder_id_of, encoder_name, feature_columns, feature_type
 from attrdb.snapshot import STAMP, Snapshot, literal, made, open_snapshot, storage
@@ -186,7 +184,8 @@ class Database:
         query = queries.load(name, self.query_folders)
         names = {parameter.name for parameter in query.parameters}
         if "encoder_id" in names:
-            parameters["encoder_id"] = snapshot.encoder_id(parameters.get("encoder_id"))
+            asked = (parameters.get("encoder_id"), parameters.get("mapper_id"))
+            parameters["encoder_id"], _ = snapshot.compared(*asked)
         if {"encoder_id", "image_id"} <= names and isinstance(parameters.get("image_id"), str):
             snapshot.feature(parameters["image_id"], parameters["encoder_id"])
         return query, query.bind(parameters)
@@ -213,25 +212,30 @@ class Database:
         *,
         k: int = 10,
         encoder_id: str | None = None,
-        tau: float = DEFAULT_TAU,
-        lam: float = DEFAULT_LAM,
+        mapper_id: str | None = None,
+        tau: float | None = None,
+        lam: float | None = None,
     ) -> pa.Table:
         """The k candidates that most resemble an image, with their influence, best first.
 
-        query:   the id of a stored image, or a feature (dimension,) of the encoder
+        query:    the id of a stored image, or a feature (dimension,) of the encoder
+        tau, lam: of influence; as calibrated where they are left out, see `snapshot.Snapshot.calibration`
         returns: rank, image_id, role, model_id, source, category, creator, license, similarity (cosine), influence,
                  complete, missing_influence (see `attribution.Attribution`). Influence is an estimate, not a causal share.
-        raises:  NotFound for an unknown image or encoder, InvalidValue for k < 1, a wrong tau or lam, or a feature of
-                 another length
-        source:  Wang et al. 2023, Eq. 6 with fixed tau and lambda
+        raises:  NotFound for an unknown image, encoder or mapper, InvalidValue for k < 1, a wrong tau or lam, a mapper of
+                 another encoder, or a feature of another length
+        source:  Wang et al. 2023, Eq. 6
         """
         snapshot = self._snapshot
-        encoder_id = snapshot.encoder_id(encoder_id)
+        encoder_id, mapper = snapshot.compared(encoder_id, mapper_id)
+        tau, lam = snapshot.calibration(encoder_id, mapper_id, tau, lam)
         if isinstance(query, str):
             own_id, feature = query, snapshot.feature(query, encoder_id)
         else:
             own_id, feature = None, _unit(query, encoder_id, snapshot.encoders[encoder_id]["dimension"])
-        [found] = attribution.attribute(snapshot, encoder_id, feature[None], [own_id], k=k, tau=tau, lam=lam)
+        [found] = attribution.attribute(
+            snapshot, encoder_id, feature[None], [own_id], k=k, tau=tau, lam=lam, mapper=mapper
+        )
         if not len(found.ids):
             raise NotFound(
                 f"{self.path} has no candidate with a {encoder_id!r} feature; ingest a corpus or a model first"
@@ -255,17 +259,7 @@ class Database:
 
         raises: NotFound, with the nearest ids
         """
-        with storage(self.path):
-            table = self._snapshot.tables["mappers"]
-            rows = table.to_table(filter=f"mapper_id = {literal(mapper_id)}").to_pylist()
-            known = [] if rows else table.to_table(columns=["mapper_id"])["mapper_id"].to_pylist()
-        if not rows:
-            near = difflib.get_close_matches(mapper_id, known, 3, 0)
-            nearest = (
-                f"; nearest: {', '.join(map(repr, near))}" if near else ", it has none yet: attrdb train makes them"
-            )
-            raise NotFound(f"no mapper {mapper_id!r} in {self.path}{nearest}")
-        return Mapper.of_row(rows[0])
+        return self._snapshot.mapper(mapper_id)
 
     def status(self) -> dict[str, Any]:
         """What the database holds and how well it is kept, see `health.status`."""

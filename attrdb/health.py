@@ -32,17 +32,20 @@ Report = Callable[[str, int, int], None]
 def status(snapshot: Snapshot) -> dict[str, Any]:
     """What the database holds, as plain values that JSON can take.
 
-    Rows by role, models by kind, every encoder with how many images it has encoded and how many it still could, indices
+    Rows by role, models by kind, every encoder with how many images it has encoded and how many it still could, mappers,
+    calibrations and how many pretraining images they were made for, indices
     with their segments and the rows they do not cover yet, fragments, versions and bytes of every table, jobs that are
     not done, models that are being made and how far they are.
     """
     with storage(snapshot.path), sql.connect(snapshot) as connection:
-        roles, kinds, jobs = (
+        roles, kinds, jobs, mappers, calibrations = (
             sql.run(connection, statement).to_pylist()
             for statement in (
                 "SELECT role, count(*) AS n FROM images GROUP BY role ORDER BY role",
                 "SELECT kind, count(*) AS n FROM models GROUP BY kind ORDER BY kind",
                 "SELECT job_id, state, n_done, n_failed, message, host, pid FROM jobs WHERE state <> 'done' ORDER BY job_id",
+                "SELECT mapper_id, encoder_id, form, trained_on FROM mappers ORDER BY mapper_id",
+                "SELECT encoder_id, mapper_id, tau, lam, gallery_size FROM calibrations ORDER BY calibration_id",
             )
         )
         n_images = sum(row["n"] for row in roles)
@@ -55,6 +58,8 @@ def status(snapshot: Snapshot) -> dict[str, Any]:
             "models_by_kind": {row["kind"]: row["n"] for row in kinds},
             "unfinished_models": list(snapshot.hidden_models),
             "encoders": {name: _encoder(snapshot, name, n_images) for name in snapshot.encoders},
+            "mappers": mappers,
+            "calibrations": calibrations,
             "indices": [_index(snapshot.tables["images"], one) for one in _indices(snapshot)],
             "tables": {name: _table(snapshot, name) for name in snapshot.tables},
             "open_jobs": [_job(row) for row in jobs],

@@ -140,6 +140,24 @@ DICTIONARY = {
             Column("created_at", MOMENT, "when its row was written"),
         ),
     ),
+    "calibrations": TableSchema(
+        "one row per encoder and mapper whose influence was calibrated; without one, influence has a fixed tau and lambda",
+        (
+            _key("calibration_id", "`<encoder_id>/<mapper_id>`, the latter empty for the encoder's own features"),
+            Column("encoder_id", TEXT, "whose features were compared", required=True),
+            Column("mapper_id", TEXT, "empty: the encoder's own features, without a mapper", required=True),
+            Column("tau", NUMBER, "temperature of influence, above 0", required=True),
+            Column("lam", NUMBER, "cut-off of influence, at least 0 and below 1", required=True),
+            Column("kl", NUMBER, "mean divergence of the exemplars' shares from influence, in nats"),
+            Column("kl_before", NUMBER, "the same at temperature 1 without a cut-off"),
+            Column("n_samples", WHOLE, "that it was fitted on"),
+            Column("gallery_size", WHOLE, "pretraining images among which they were"),
+            Column("split", TEXT, "of the models that the samples are of"),
+            Column("reliability", TEXT, "JSON text: influence against the share of exemplars, an object a bin"),
+            Column("images_version", WHOLE, "version of images that it was fitted on"),
+            Column("created_at", MOMENT, "when its row was written"),
+        ),
+    ),
     "exemplar_ranks": TableSchema(
         "one row per sample and exemplar of its model, for an encoder, mapper and gallery; all metrics come from it",
         (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +19,8 @@ from lance.commit import CommitConflictError
 
 from attrdb import search
 from attrdb.errors import InvalidValue, NotFound, StorageError
+from attrdb.influence import DEFAULT_LAM, DEFAULT_TAU
+from attrdb.mapper import Mapper
 from attrdb.schema import SCHEMA_VERSION, TABLES, feature_columns, feature_matrix
 
 STAMP = b"attrdb.schema_version"
@@ -140,6 +143,55 @@ class Snapshot:
         if encoder_id is not None and encoder_id not in known:
             raise NotFound(f"no encoder {encoder_id!r} in {self.path}; it has: {', '.join(known)}")
         return encoder_id or known[0]
+
+    def mapper(self, mapper_id: str) -> Mapper:
+        """A stored mapper; read once.
+
+        raises: NotFound, with the nearest ids
+        """
+        if mapper_id not in self._mappers:
+            with storage(self.path):
+                table = self.tables["mappers"]
+                rows = table.to_table(filter=f"mapper_id = {literal(mapper_id)}").to_pylist()
+                known = [] if rows else table.to_table(columns=["mapper_id"])["mapper_id"].to_pylist()
+            if not rows:
+                near = ", ".join(map(repr, difflib.get_close_matches(mapper_id, known, 3, 0)))
+                has = f"; nearest: {near}" if near else ", it has none yet: attrdb train makes them"
+                raise NotFound(f"no mapper {mapper_id!r} in {self.path}{has}")
+            self._mappers[mapper_id] = Mapper.of_row(rows[0])
+        return self._mappers[mapper_id]
+
+    def compared(self, encoder_id: str | None, mapper_id: str | None) -> tuple[str, Mapper | None]:
+        """The encoder whose features are compared, and the mapper they are mapped with, if one is asked for.
+
+        raises: NotFound for either, InvalidValue if the mapper is of another encoder than the one that is asked for
+        """
+        if not mapper_id:
+            return self.encoder_id(encoder_id), None
+        mapper = self.mapper(mapper_id)
+        if encoder_id not in (None, mapper.encoder_id):
+            raise InvalidValue(f"mapper {mapper_id!r} is of encoder {mapper.encoder_id!r}, not of {encoder_id!r}")
+        return self.encoder_id(mapper.encoder_id), mapper
+
+    def calibration(
+        self, encoder_id: str, mapper_id: str | None, tau: float | None = None, lam: float | None = None
+    ) -> tuple[float, float]:
+        """tau and lambda of influence: as given, else as calibrated, else attrdb's defaults."""
+        stored = self._calibrations.get((encoder_id, mapper_id or ""), {})
+        return (
+            tau if tau is not None else stored.get("tau", DEFAULT_TAU),
+            lam if lam is not None else stored.get("lam", DEFAULT_LAM),
+        )
+
+    @cached_property
+    def _mappers(self) -> dict[str, Mapper]:
+        return {}
+
+    @cached_property
+    def _calibrations(self) -> dict[tuple[str, str], dict]:
+        with storage(self.path):
+            rows = self.tables["calibrations"].to_table(columns=["encoder_id", "mapper_id", "tau", "lam"]).to_pylist()
+        return {(row["encoder_id"], row["mapper_id"]): row for row in rows}
 
     def feature(self, image_id: str, encoder_id: str) -> np.ndarray:
         """The stored feature of an image, (dimension,) float32.

@@ -62,12 +62,13 @@ RELATIONS = (
         "attribute",
         "one row per candidate of a stored image, most similar first, with its influence, an estimate. k := NULL: every "
         "candidate that has influence. complete is false where more candidates than could be kept have influence, and "
-        "missing_influence bounds their share",
+        "missing_influence bounds their share. tau and lam are as calibrated where they are left out, else "
+        f"{DEFAULT_TAU} and {DEFAULT_LAM}",
         _DESCRIBED.format(
             columns="hits.similarity, hits.influence, hits.complete, hits.missing_influence",
-            call="_attribute(sample::VARCHAR, k::BIGINT, encoder_id::VARCHAR, tau::DOUBLE, lam::DOUBLE)",
+            call="_attribute(sample::VARCHAR, k::BIGINT, encoder_id::VARCHAR, tau::DOUBLE, lam::DOUBLE, mapper_id::VARCHAR)",
         ),
-        f"sample, k := 10, encoder_id := NULL, tau := {DEFAULT_TAU}, lam := {DEFAULT_LAM}",
+        "sample, k := 10, encoder_id := NULL, tau := NULL, lam := NULL, mapper_id := NULL",
     ),
 )
 
@@ -121,10 +122,10 @@ def _catalog(snapshot: Snapshot) -> duckdb.DuckDBPyConnection:
     )
     connection.create_function(
         "_attribute",
-        lambda sample, k, encoder_id, tau, lam: _together(
-            partial(_attribute, owner()), _SHARE, sample, k, encoder_id, tau, lam
+        lambda sample, k, encoder_id, tau, lam, mapper_id: _together(
+            partial(_attribute, owner()), _SHARE, sample, k, encoder_id, tau, lam, mapper_id
         ),
-        ["VARCHAR", "BIGINT", "VARCHAR", "DOUBLE", "DOUBLE"],
+        ["VARCHAR", "BIGINT", "VARCHAR", "DOUBLE", "DOUBLE", "VARCHAR"],
         _sql_type(_SHARE),
         type="arrow",
         null_handling="special",
@@ -196,15 +197,23 @@ def _nearest(
 
 
 def _attribute(
-    snapshot: Snapshot, samples: list[str], k: int | None, encoder_id: str | None, tau: float, lam: float
+    snapshot: Snapshot,
+    samples: list[str],
+    k: int | None,
+    encoder_id: str | None,
+    tau: float | None,
+    lam: float | None,
+    mapper_id: str | None,
 ) -> list[list[dict] | None]:
-    encoder_id = snapshot.encoder_id(encoder_id)
+    encoder_id, mapper = snapshot.compared(encoder_id, mapper_id)
+    tau, lam = snapshot.calibration(encoder_id, mapper_id, tau, lam)
     where = f"image_id IN ({', '.join(map(literal, samples))}) AND `{encoder_id}` IS NOT NULL"
     stored = snapshot.images(where, ["image_id", encoder_id])
     if not len(stored):
         return [None] * len(samples)
     ids = stored["image_id"].to_pylist()
-    found = attribute(snapshot, encoder_id, feature_matrix(stored[encoder_id]), ids, k=k, tau=tau, lam=lam)
+    features = feature_matrix(stored[encoder_id])
+    found = attribute(snapshot, encoder_id, features, ids, k=k, tau=tau, lam=lam, mapper=mapper)
     answers = dict(zip(ids, map(_share_rows, found), strict=True))
     return [answers.get(sample) for sample in samples]
 

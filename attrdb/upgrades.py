@@ -17,12 +17,18 @@ def _to_2(path: Path) -> None:
 
 
 def _to_3(path: Path) -> None:
-    """Mappers are kept."""
+    """Mappers and calibrations are kept."""
     create_table(path, "mappers")
+    create_table(path, "calibrations")
 
 
 STEPS = {2: _to_2, 3: _to_3}
-BEGAN = {"jobs": 2, "failures": 2, "mappers": 3}  # the version that made a table, where it was not the first
+BEGAN = {
+    "jobs": 2,
+    "failures": 2,
+    "mappers": 3,
+    "calibrations": 3,
+}  # the version that made a table, where it was not the first
 
 
 def upgrade(path: str | Path) -> tuple[int, int]:

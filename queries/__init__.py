@@ -7,8 +7,8 @@
     -- reads  exemplar_ranks, models
     -- column recall_at_k  DOUBLE in [0, 1]
 
-`= 10` is a default; a parameter without one is required, but for encoder_id, which the database fills in. Comparisons
-with numbers (`>= 1`, `< 1`) are checked. The file's name is the query's name.
+`= 10` is a default, `= NULL` says that the parameter may be left out altogether; one without is required, but for encoder_id,
+which the database fills in. Comparisons with numbers (`>= 1`, `< 1`) are checked. The file's name is the query's name.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ import duckdb
 from attrdb.errors import InvalidValue, NotFound
 
 _HOLDS = {">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt}
+NOTHING = "NULL"  # the default of a parameter that may be left out altogether
 _CASTS = {"INTEGER": int, "BIGINT": int, "DOUBLE": float, "VARCHAR": str}
 
 
@@ -45,6 +46,8 @@ class Parameter:
 
         raises: InvalidValue if it is of another type, or outside what the header says
         """
+        if self.default == NOTHING and given in (None, NOTHING):
+            return None
         refused = InvalidValue(f"parameter {self.name} is {given!r}; it must be {self.type} ({self.meaning})")
         if given is None:
             raise refused

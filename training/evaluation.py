@@ -39,10 +39,7 @@ def evaluate(
     if gallery not in GALLERIES:
         raise InvalidValue(f"gallery is {gallery!r}; it must be {' or '.join(GALLERIES)}")
     db.refresh()
-    mapper = db.mapper(mapper_id) if mapper_id else None
-    if mapper and encoder_id not in (None, mapper.encoder_id):
-        raise InvalidValue(f"mapper {mapper_id!r} is of encoder {mapper.encoder_id!r}, not of {encoder_id!r}")
-    encoder_id = db.encoder_id(mapper.encoder_id if mapper else encoder_id)
+    encoder_id, mapper = db.snapshot.compared(encoder_id, mapper_id)
     by_model = {role: features_by_model(db, encoder_id, f"role = '{role}'") for role in ("sample", "exemplar")}
     models = sorted(by_model["sample"].keys() & by_model["exemplar"].keys())
     if not models:

@@ -32,6 +32,7 @@ main.add_command(ingesting.ingest)
 main.add_command(ingesting.encode)
 main.add_command(asking.attribute)
 main.add_command(learning.train)
+main.add_command(learning.calibrate)
 main.add_command(learning.evaluate)
 
 

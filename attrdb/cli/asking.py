@@ -17,8 +17,9 @@ from attrdb.errors import InvalidValue, NotFound
 @click.argument("image")
 @click.option("--top", "k", type=click.IntRange(1), default=10, show_default=True, help="How many candidates.")
 @click.option("--encoder", "encoder_id", help="encoder_id; the database's first when left out.")
-@click.option("--tau", type=float, help="Temperature of influence.")
-@click.option("--lambda", "lam", type=float, help="Cut-off of influence.")
+@click.option("--mapper", "mapper_id", help="mapper_id; the encoder's own features when left out.")
+@click.option("--tau", type=float, help="Temperature of influence. Default: as calibrated.")
+@click.option("--lambda", "lam", type=float, help="Cut-off of influence. Default: as calibrated.")
 @at_option
 @form_options
 def attribute(
@@ -26,6 +27,7 @@ def attribute(
     image: str,
     k: int,
     encoder_id: str | None,
+    mapper_id: str | None,
     tau: float | None,
     lam: float | None,
     at: str | None,
@@ -37,9 +39,9 @@ def attribute(
     if not database.stored([image]):
         if not Path(image).is_file():
             raise NotFound(f"{image!r} is neither an image_id of {db} nor an image file")
+        encoder_id, _ = database.snapshot.compared(encoder_id, mapper_id)
         query = ml("ingest.encoders").encode_file(database, Path(image), encoder_id)
-    calibration = {name: value for name, value in (("tau", tau), ("lam", lam)) if value is not None}
-    print_table(database.attribute(query, k=k, encoder_id=encoder_id, **calibration), form)
+    print_table(database.attribute(query, k=k, encoder_id=encoder_id, mapper_id=mapper_id, tau=tau, lam=lam), form)
 
 
 @click.command("sql")

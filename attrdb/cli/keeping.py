@@ -32,6 +32,16 @@ def status(db: Path, at: str | None, as_json: bool) -> None:
         left = f", {encoder['n_to_encode']:,} to encode" if encoder["n_to_encode"] else ""
         done = f"{encoder['n_encoded']:,} of {found['n_images']:,} encoded{left}"
         click.echo(f"  encoder {name}: {encoder['dimension']}-d, {done}")
+    for mapper in found["mappers"]:
+        click.echo(
+            f"  mapper {mapper['mapper_id']}: {mapper['form']}, on {mapper['encoder_id']}, of {mapper['trained_on']}"
+        )
+    for one in found["calibrations"]:
+        of = f"mapper {one['mapper_id']}" if one["mapper_id"] else f"encoder {one['encoder_id']}"
+        fitted = (
+            f"tau {one['tau']:.4g}, lambda {one['lam']:.4g}, fitted among {one['gallery_size']:,} pretraining images"
+        )
+        click.echo(f"  influence by {of}: {fitted}")
     _print_upkeep(found, "  ")
     for model_id in found["unfinished_models"]:
         click.echo(f"  model {model_id} is unfinished and not shown; give its ingest command again")

@@ -1,4 +1,4 @@
-"""Commands that learn from the models of a database: train and evaluate."""
+"""Commands that learn from the models of a database: train, calibrate, evaluate."""
 
 from __future__ import annotations
 
@@ -52,6 +52,34 @@ def train(db: Path, encoder_id: str | None, mapper_id: str | None, quiet: bool, 
     click.echo(
         f"mapper {result.mapper_id}: recall@{training.K} on validation models {result.recall:.3f} in epoch "
         f"{result.best_epoch}, {result.recall_before:.3f} without it",
+        err=True,
+    )
+
+
+@click.command()
+@DB
+@click.option("--encoder", "encoder_id", help="encoder_id; the database's first when left out.")
+@click.option("--mapper", "mapper_id", help="mapper_id; the encoder's own features when left out.")
+@click.option("--split", default="val", show_default=True, help="Of the models whose samples it is fitted on.")
+@quiet_option
+def calibrate(db: Path, encoder_id: str | None, mapper_id: str | None, split: str, quiet: bool) -> None:
+    """Fit temperature and cut-off of influence to the exemplars' known shares; `attribute` uses them from then on.
+
+    Give it again when the corpus has grown.
+    """
+    calibration = ml("training.calibrate")
+    import pyarrow as pa
+
+    from attrdb.output import print_table, progress
+
+    with progress(quiet) as advance:
+        found = calibration.calibrate(
+            attrdb.open(db), encoder_id, mapper_id, split, lambda done, total: advance("calibrate", done, total)
+        )
+    print_table(pa.Table.from_pylist(found.reliability), "table")
+    click.echo(
+        f"tau {found.tau:.4g}, lambda {found.lam:.4g}: divergence {found.kl:.3f} nats, {found.kl_before:.3f} at tau 1 "
+        f"without a cut-off; {found.n_samples:,} samples among {found.gallery_size:,} pretraining images",
         err=True,
     )
 

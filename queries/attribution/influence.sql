@@ -4,8 +4,9 @@
 -- grain  one row per candidate with influence, greatest first
 -- param  $image_id    VARCHAR the image to attribute
 -- param  $encoder_id  VARCHAR whose features are compared; the database's first encoder when left out
--- param  $tau         DOUBLE = 0.05 temperature, > 0
--- param  $lam         DOUBLE = 0.05 lambda, >= 0 and < 1
+-- param  $mapper_id   VARCHAR = NULL that maps the features; none when left out
+-- param  $tau         DOUBLE = NULL temperature, > 0; as calibrated when left out
+-- param  $lam         DOUBLE = NULL lambda, >= 0 and < 1; as calibrated when left out
 -- reads  attribute
 -- column rank         BIGINT  from 1; ties by image_id
 -- column image_id     VARCHAR the candidate
@@ -16,5 +17,5 @@
 -- column similarity   DOUBLE  cosine in [-1, 1]
 -- column influence    DOUBLE  above 0; the rows sum to 1
 SELECT rank, image_id, role, model_id, creator, license, similarity, influence
-FROM attribute($image_id, k := NULL, encoder_id := $encoder_id, tau := $tau, lam := $lam)
+FROM attribute($image_id, k := NULL, encoder_id := $encoder_id, tau := $tau, lam := $lam, mapper_id := $mapper_id)
 ORDER BY rank

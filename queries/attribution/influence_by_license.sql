@@ -4,14 +4,15 @@
 -- grain  one row per license with influence, greatest first
 -- param  $image_id    VARCHAR the image to attribute
 -- param  $encoder_id  VARCHAR whose features are compared; the database's first encoder when left out
--- param  $tau         DOUBLE = 0.05 temperature, > 0
--- param  $lam         DOUBLE = 0.05 lambda, >= 0 and < 1
+-- param  $mapper_id   VARCHAR = NULL that maps the features; none when left out
+-- param  $tau         DOUBLE = NULL temperature, > 0; as calibrated when left out
+-- param  $lam         DOUBLE = NULL lambda, >= 0 and < 1; as calibrated when left out
 -- reads  attribute
 -- column license      VARCHAR licence of the candidates
 -- column n_candidates BIGINT  candidates with influence
 -- column similarity   DOUBLE  of the best of them, cosine in [-1, 1]
 -- column influence    DOUBLE  above 0; the rows sum to 1
 SELECT license, count(*) AS n_candidates, max(similarity) AS similarity, sum(influence) AS influence
-FROM attribute($image_id, k := NULL, encoder_id := $encoder_id, tau := $tau, lam := $lam)
+FROM attribute($image_id, k := NULL, encoder_id := $encoder_id, tau := $tau, lam := $lam, mapper_id := $mapper_id)
 GROUP BY license
 ORDER BY influence DESC, license NULLS LAST

@@ -1,0 +1,252 @@
+"""Calibrate influence: the temperature and cut-off with which it is closest to the exemplars' known shares.
+
+    P^(x | x~) = ReLU(exp((s - s_max)/tau) - lambda) / SUM_j ReLU(exp((s_j - s_max)/tau) - lambda)
+    fitted by minimising KL[S || P^], S = 1/|X+| on the exemplars and 0 elsewhere
+
+While it is fitted a softplus stands in for ReLU, so that an exemplar below the cut-off still has a gradient; queries use
+ReLU (`attrdb.influence`). A softplus does not vanish on a million low similarities: beside the exemplars and the best
+candidates of each sample, all others are counted in narrow bins of similarity.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from attrdb import search
+from attrdb.database import Database
+from attrdb.errors import InvalidValue
+from attrdb.influence import DEFAULT_LAM, DEFAULT_TAU
+from attrdb.mapper import Mapper
+from attrdb.snapshot import literal
+from attrdb.training.evaluation import features_by_model
+from attrdb.training.train import EVALUATED_ONLY
+
+SHARPNESS = 100.0  # of the softplus, as in the released code
+KEPT = 1000  # best candidates of a sample whose similarities are kept one by one
+BINS = 4096  # of similarity, from -1 to 1, in which all others are counted
+SAMPLES_A_PASS = 512
+EDGES = (0.0, 0.001, 0.01, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 1.0)  # of the reliability table
+
+Report = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """tau and lam, and how well they do: kl in nats, before at tau = 1 and lam = 0.
+
+    reliability: a row a bin of influence, see `reliability`
+    """
+
+    tau: float
+    lam: float
+    kl: float
+    kl_before: float
+    n_samples: int
+    gallery_size: int
+    reliability: list[dict]
+
+
+@dataclass(frozen=True)
+class Similarities:
+    """What some samples have in common with all their candidates, as float64.
+
+    own:   (n_samples, m) of their model's exemplars, -inf where there are fewer than m
+    top:   (n_samples, KEPT) of the best pretraining images, -inf where there are fewer
+    tail:  (n_samples, BINS) how many of the others lie in each bin
+    """
+
+    own: np.ndarray
+    top: np.ndarray
+    tail: np.ndarray
+
+    @property
+    def n_own(self) -> np.ndarray:
+        return np.isfinite(self.own).sum(axis=1)
+
+
+def calibrate(
+    db: Database,
+    encoder_id: str | None = None,
+    mapper_id: str | None = None,
+    split: str = "val",
+    report: Report = lambda done, total: None,
+) -> Calibration:
+    """Fit tau and lambda on the samples of a split, and store them in `calibrations` in place of what is there.
+
+    The gallery is that of the evaluation: a sample's own exemplars and all pretraining images.
+    raises: InvalidValue for a split that is kept for tests, or has no encoded model, or without a corpus; NotFound for no
+            such encoder or mapper
+    source: Wang et al. 2023, Eq. 5 and 6; differs from it in that the whole gallery counts, and in the optimiser
+    """
+    if split.startswith(EVALUATED_ONLY):
+        raise InvalidValue(
+            f"split is {split!r}: test models are for evaluation, nothing is learned from them; name another"
+        )
+    db.refresh()
+    encoder_id, mapper = db.snapshot.compared(encoder_id, mapper_id)
+    found, gallery_size = similarities(db, encoder_id, mapper, split, report)
+    tau, lam, kl = fit(found)
+    calibration = Calibration(
+        tau, lam, kl, divergence_of(found, 1.0, 0.0), len(found.own), gallery_size, reliability(found, tau, lam)
+    )
+    row = {
+        "calibration_id": f"{encoder_id}/{mapper_id or ''}",
+        "encoder_id": encoder_id,
+        "mapper_id": mapper_id or "",
+        "tau": tau,
+        "lam": lam,
+        "kl": kl,
+        "kl_before": calibration.kl_before,
+        "n_samples": calibration.n_samples,
+        "gallery_size": gallery_size,
+        "split": split,
+        "reliability": json.dumps(calibration.reliability),
+        "images_version": db.version,
+        "created_at": datetime.now(UTC),
+    }
+    db.upsert("calibrations", [row], on="calibration_id")
+    return calibration
+
+
+def similarities(
+    db: Database, encoder_id: str, mapper: Mapper | None, split: str, report: Report
+) -> tuple[Similarities, int]:
+    """Of all samples of a split's models, from a pass over the corpus for every SAMPLES_A_PASS of them."""
+    names = db.sql("SELECT model_id FROM models WHERE split = $split ORDER BY model_id", {"split": split})
+    own = f"model_id IN ({', '.join(map(literal, names['model_id'].to_pylist() or ['']))})"
+    of = {role: features_by_model(db, encoder_id, f"role = '{role}' AND {own}") for role in ("sample", "exemplar")}
+    models = sorted(of["sample"].keys() & of["exemplar"].keys())
+    if not models:
+        raise InvalidValue(f"no model with {encoder_id!r} features in split {split!r} of {db.path}; name another split")
+    exemplars = [of["exemplar"][name][1] for name in models]
+    samples = [of["sample"][name][1] for name in models]
+    if mapper:
+        exemplars, samples = [mapper.exemplars(one) for one in exemplars], [mapper.samples(one) for one in samples]
+    most = max(map(len, exemplars))
+    rows = [
+        np.pad(s.astype(np.float64) @ e.astype(np.float64).T, ((0, 0), (0, most - len(e))), constant_values=-np.inf)
+        for s, e in zip(samples, exemplars, strict=True)
+    ]
+    queries, parts, size = np.concatenate(samples), [], 0
+    for start in range(0, len(queries), SAMPLES_A_PASS):
+        report(start, len(queries))
+        gallery = db.features(encoder_id, "role = 'pretraining'")
+        part = queries[start : start + SAMPLES_A_PASS]
+        *found, size = counted(part, mapper.candidates(gallery) if mapper else gallery)
+        parts.append(found)
+    report(len(queries), len(queries))
+    if not size:
+        raise InvalidValue(f"{db.path} has no pretraining image with a {encoder_id!r} feature; ingest a corpus first")
+    top, tail = (np.concatenate(part) for part in zip(*parts, strict=True))
+    return Similarities(np.concatenate(rows), top, tail), size
+
+
+def counted(queries: np.ndarray, gallery: Iterable[search.Block]) -> tuple[np.ndarray, np.ndarray, int]:
+    """The KEPT best similarities of each query, how many others lie in each bin, and the size of the gallery."""
+    top = np.full((len(queries), KEPT), -np.inf, np.float32)
+    tail = np.zeros((len(queries), BINS), np.int64)
+    size = 0
+    for _, features in gallery:
+        size += len(features)
+        merged = np.concatenate([top, queries @ features.T], axis=1)
+        merged.partition(merged.shape[1] - KEPT, axis=1)
+        top, rest = merged[:, -KEPT:], merged[:, :-KEPT]
+        row, column = np.nonzero(np.isfinite(rest))
+        bins = np.clip(((rest[row, column] + 1) * (BINS / 2)).astype(np.int64), 0, BINS - 1)
+        np.add.at(tail, (row, bins), 1)
+    return top.astype(np.float64), tail, size
+
+
+def fit(found: Similarities) -> tuple[float, float, float]:
+    """tau, lambda and the divergence there."""
+    start = torch.tensor([math.log(DEFAULT_TAU), math.log(DEFAULT_LAM / (1 - DEFAULT_LAM))], dtype=torch.float64)
+    parameters = start.requires_grad_(True)
+    optimizer = torch.optim.LBFGS([parameters], max_iter=100, line_search_fn="strong_wolfe")
+    given = _tensors(found)
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = _divergence(*given, parameters[0].exp(), parameters[1].sigmoid())
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    tau, lam = parameters[0].exp().item(), parameters[1].sigmoid().item()
+    return tau, lam, divergence_of(found, tau, lam)
+
+
+def divergence_of(found: Similarities, tau: float, lam: float) -> float:
+    """The mean of KL[S || P^] over the samples, in nats, with softplus in the place of ReLU."""
+    with torch.no_grad():
+        return _divergence(*_tensors(found), *(torch.tensor(value, dtype=torch.float64) for value in (tau, lam))).item()
+
+
+def _tensors(found: Similarities) -> tuple[torch.Tensor, ...]:
+    centres = (np.arange(BINS) + 0.5) * (2 / BINS) - 1
+    used = np.flatnonzero(found.tail.any(axis=0))
+    arrays = (found.own, found.top, found.tail[:, used].astype(np.float64), centres[used])
+    return tuple(map(torch.from_numpy, arrays))
+
+
+def _divergence(
+    own: torch.Tensor,
+    top: torch.Tensor,
+    tail: torch.Tensor,
+    centres: torch.Tensor,
+    tau: torch.Tensor,
+    lam: torch.Tensor,
+) -> torch.Tensor:
+    best = torch.maximum(own.amax(dim=1), top.amax(dim=1))[:, None]
+
+    def weight(similarity: torch.Tensor) -> torch.Tensor:
+        return F.softplus(torch.exp((similarity - best) / tau) - lam, beta=SHARPNESS)
+
+    def there(similarity: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Which are candidates, and weights; those of no candidate are 1, so that nothing infinite has a gradient."""
+        is_there = similarity.isfinite()
+        return is_there, torch.where(is_there, weight(torch.where(is_there, similarity, best)), 1.0)
+
+    is_own, of_own = there(own)
+    is_top, of_top = there(top)
+    total = (of_own * is_own).sum(dim=1) + (of_top * is_top).sum(dim=1) + (weight(centres[None]) * tail).sum(dim=1)
+    n = is_own.sum(dim=1)
+    return (total.log() - of_own.log().sum(dim=1) / n - n.log()).mean()
+
+
+def reliability(found: Similarities, tau: float, lam: float) -> list[dict]:
+    """Influence, with ReLU, against what it should be: a row a bin of EDGES that has candidates.
+
+    returns: least, most (of the bin, the first one only 0), n (candidates), influence (their mean), share (the mean of S)
+    """
+    best = np.maximum(found.own.max(axis=1), found.top.max(axis=1))[:, None]
+
+    def weight(similarity: np.ndarray) -> np.ndarray:
+        return np.maximum(np.exp((similarity - best) / tau) - lam, 0)
+
+    centres = (np.arange(BINS) + 0.5) * (2 / BINS) - 1
+    own, top, binned = weight(found.own), weight(found.top), weight(centres[None])
+    total = (own.sum(axis=1) + top.sum(axis=1) + (binned * found.tail).sum(axis=1))[:, None]
+    is_own = np.isfinite(found.own)
+    n_own = found.n_own[:, None]
+    influence = np.concatenate([(own / total)[is_own], (top / total)[np.isfinite(found.top)], (binned / total).ravel()])
+    share = np.concatenate([(is_own / n_own)[is_own], np.zeros(len(influence) - is_own.sum())])
+    n = np.concatenate([np.ones(len(influence) - found.tail.size), found.tail.ravel()])
+    rows = []
+    for least, most in zip((None, *EDGES), EDGES, strict=False):
+        inside = (influence <= 0) if least is None else (influence > least) & (influence <= most)
+        count = float(n[inside].sum())
+        if count:
+            mean = {
+                name: float((values[inside] * n[inside]).sum() / count)
+                for name, values in (("influence", influence), ("share", share))
+            }
+            rows.append({"least": 0.0 if least is None else least, "most": most, "n": int(count), **mean})
+    return rows
