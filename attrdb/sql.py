@@ -47,10 +47,61 @@ _DESCRIBED = """
     ORDER BY hits.rank
 """
 
+# H_N is the N-th harmonic number by its expansion, right to 1e-4 from N = 30 on.
+_SAMPLE_SCORES = """
+    WITH evaluations AS (
+        SELECT encoder_id, mapper_id, gallery, max(gallery_size) AS largest_gallery
+        FROM exemplar_ranks
+        GROUP BY encoder_id, mapper_id, gallery
+    ),
+    truth AS (
+        SELECT evaluations.*, models.kind, models.split, models.model_id, samples.prompt_scheme,
+               samples.image_id AS sample_id, exemplars.image_id AS exemplar_id
+        FROM evaluations
+        CROSS JOIN models
+        JOIN samples ON samples.model_id = models.model_id
+        JOIN exemplars ON exemplars.model_id = models.model_id
+    ),
+    ranked AS (
+        SELECT truth.*, ranks.rank, coalesce(ranks.gallery_size, truth.largest_gallery) AS gallery_size,
+               row_number() OVER (
+                   PARTITION BY truth.encoder_id, truth.mapper_id, truth.gallery, truth.sample_id
+                   ORDER BY ranks.rank ASC NULLS LAST, truth.exemplar_id
+               ) / ranks.rank AS precision_at_rank
+        FROM truth
+        LEFT JOIN exemplar_ranks AS ranks
+            ON ranks.encoder_id = truth.encoder_id AND ranks.mapper_id = truth.mapper_id
+            AND ranks.gallery = truth.gallery AND ranks.sample_id = truth.sample_id
+            AND ranks.exemplar_id = truth.exemplar_id
+    ),
+    counted AS (
+        SELECT encoder_id, mapper_id, gallery, kind, split, prompt_scheme, model_id, sample_id,
+               count(*) AS n_exemplars, max(gallery_size) AS n, ln(n) + 0.5772156649 + 1 / (2 * n) AS harmonic,
+               count(CASE WHEN rank <= k THEN 1 END) AS n_found, avg(coalesce(precision_at_rank, 0.0)) AS average_precision,
+               count(*) - count(rank) AS n_unranked
+        FROM ranked
+        GROUP BY ALL
+    )
+    SELECT encoder_id, mapper_id, gallery, kind, split, prompt_scheme, model_id, sample_id,
+           n_found / n_exemplars AS recall, n_found / least(k, n_exemplars) AS capped_recall, average_precision,
+           least(1.0, k / n) AS chance_recall, least(1.0, k / n_exemplars) AS best_recall,
+           (harmonic + (n_exemplars - 1) / greatest(n - 1, 1) * (n - harmonic)) / n AS chance_precision, n_unranked
+    FROM counted
+"""
+
 RELATIONS = (
     _by_role("exemplars", "exemplar"),
     _by_role("samples", "sample"),
     _by_role("pretraining_images", "pretraining"),
+    Relation(
+        "sample_scores",
+        "one row per sample and evaluation (encoder, mapper, gallery): how its model's exemplars were ranked. recall: found "
+        "among the first k / all of them; capped_recall: / min(k, all of them); average_precision: mean of j / r_j over "
+        "them by rank; chance_recall and chance_precision: expected of a random order; best_recall: the most that recall can "
+        "be. An exemplar that was never ranked counts as not found, and in n_unranked",
+        _SAMPLE_SCORES,
+        "k",
+    ),
     Relation(
         "nearest",
         "one row per candidate (exemplar or pretraining image) of a feature, most similar first, ties by image_id. "

@@ -15,7 +15,7 @@ from attrdb.schema import TABLES
 
 ALL = sorted(queries.all_queries())
 VIEWS = {*TABLES, *(one.name for one in sql.RELATIONS), "features", "unfinished_models"}
-TRIAL = {"image_id": "m/0/1", "encoder_id": "toy_2"}
+TRIAL = {"image_id": "m/0/1", "encoder_id": "toy_2", "mapper_id": "m"}
 
 
 def test_views_by_role(toy):
@@ -109,7 +109,7 @@ def without_parameters(statement):
 def test_header_columns_are_those_of_an_empty_run(empty, name):
     empty.add_encoder(**TOY)
     query = queries.load(name)
-    given = {one.name: TRIAL.get(one.name, one.default) for one in query.parameters}
+    given = {one.name: TRIAL[one.name] if one.default is None else one.default for one in query.parameters}
     with sql.connect(empty.snapshot) as connection:
         relation = connection.sql(query.sql, params=query.bind(given))
         found = list(zip(relation.columns, map(str, relation.types), strict=True))
