@@ -26,7 +26,7 @@ def ranked(tmp_path):
         table = rows(entries, prompt_scheme=pa.array([None] + ["gpt"] * n))
         db.append_model(table, {"model_id": model_id, "kind": kind, "split": "test"})
         hard = rng.integers(5, 40)
-        for mapper_id, better in (("", 0), ("tuned", 4)):
+        for mapper_id, better in (("", 0), ("tuned", 8)):
             for one in range(n):
                 found[mapper_id].append(
                     (f"{model_id}/{one}/0", f"{model_id}/e", max(1, int(hard + rng.integers(-4, 5)) - better))
