@@ -251,11 +251,12 @@ def test_customized_weights_that_are_pickled_are_never_unpickled(tmp_path):
     assert not (tmp_path / "sprung").exists()
 
 
-def test_a_token_that_the_vocabulary_has_already(tiny_base, exemplar_folder):
+def test_a_token_that_the_vocabulary_has_already(tiny_base):
     base = base_model.load_base_model(str(tiny_base))
     settings = customize.CustomizeSettings(steps=1, batch=1)
-    with pytest.raises(InvalidValue, match="vocabulary has 'vase</w>' already; choose another modifier token"):
-        customize.customize(base, [picture_image((9, 9, 9))], "vase</w>", "vase</w>", "vase", settings)
+    token = base.pipeline.tokenizer.eos_token
+    with pytest.raises(InvalidValue, match=r"vocabulary has '<\|endoftext\|>' already; choose another modifier token"):
+        customize.customize(base, [picture_image((9, 9, 9))], f"{token} vase", token, "vase", settings)
 
 
 def test_no_such_base_model():
