@@ -86,8 +86,10 @@ class BaseModel:
         raises: InvalidValue if the vocabulary has the token already
         """
         tokenizer = copy.deepcopy(self.pipeline.tokenizer)
-        if not tokenizer.add_tokens(token):
+        # Not asked of add_tokens, which counts a token that is there as added (transformers 5).
+        if len(tokenizer.tokenize(token)) == 1:
             raise InvalidValue(f"the base model's vocabulary has {token!r} already; choose another modifier token")
+        tokenizer.add_tokens(token)
         token_id = tokenizer.convert_tokens_to_ids(token)
         ids = tokenizer(like, add_special_tokens=False).input_ids or [tokenizer.eos_token_id]
         table = self.pipeline.text_encoder.get_input_embeddings().weight.data

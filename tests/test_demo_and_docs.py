@@ -147,7 +147,9 @@ def test_readme_commands_on_the_demo_work(built, monkeypatch):
 def test_readme_ingest_commands_parse():
     appended = [command for command in readme_commands() if " my.attrdb" in command]
     named = {shlex.split(command)[1] for command in appended}
-    assert named == {"ingest", "encode", "evaluate", "models", "status", "optimize", "check", "export", "upgrade"}
+    assert named == {
+        "ingest", "encode", "train", "calibrate", "evaluate", "models", "status", "optimize", "check", "export", "upgrade",
+    }  # fmt: skip
     for command in appended:
         context, words = main, shlex.split(command, comments=True)[1:]
         while hasattr(context, "commands"):

@@ -55,7 +55,7 @@ def test_every_view_and_macro_that_duckdb_shows_is_there(empty):
         for view in views:
             columns = [row[0] for row in connection.sql(f"DESCRIBE {view}").fetchall()]
             assert first_cells(section(view)) == (columns if columns != of_images or view == "images" else [])
-    assert {name for name, _ in macros} == {"nearest", "attribute"}
+    assert {name for name, _ in macros} == {"nearest", "attribute", "sample_scores"}
     for name, parameters in macros:
         [call] = re.findall(rf"^    {name}\((.*)\)$", section(name), re.MULTILINE)
         assert [argument.split(" ")[0] for argument in call.split(", ")] == list(parameters)

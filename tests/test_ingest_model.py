@@ -251,11 +251,19 @@ def test_customized_weights_that_are_pickled_are_never_unpickled(tmp_path):
     assert not (tmp_path / "sprung").exists()
 
 
-def test_a_token_that_the_vocabulary_has_already(tiny_base):
-    base = base_model.load_base_model(str(tiny_base))
-    settings = customize.CustomizeSettings(steps=1, batch=1)
-    token = base.pipeline.tokenizer.eos_token
-    with pytest.raises(InvalidValue, match=r"vocabulary has '<\|endoftext\|>' already; choose another modifier token"):
+@pytest.mark.parametrize("token", ["<|endoftext|>", "a", "V*"])
+def test_a_token_that_the_vocabulary_has_already(empty, exemplar_folder, tiny_base, toy_encoder, tmp_path, token):
+    """One of the vocabulary, and the modifier token of a customized pipeline that was saved whole."""
+    folder = tmp_path / "base"
+    shutil.copytree(tiny_base, folder)
+    if token == "V*":
+        base = base_model.load_base_model(str(tiny_base))
+        base.pipeline.tokenizer.add_tokens(token)
+        base.pipeline.tokenizer.save_pretrained(folder / "tokenizer")
+        with pytest.raises(InvalidValue, match=r"vocabulary has 'V\*' already; choose another modifier token"):
+            ingest(empty, exemplar_folder, folder, toy_encoder)
+    base, settings = base_model.load_base_model(str(folder)), customize.CustomizeSettings(steps=1, batch=1)
+    with pytest.raises(InvalidValue, match=r"vocabulary has '.*' already; choose another modifier token"):
         customize.customize(base, [picture_image((9, 9, 9))], f"{token} vase", token, "vase", settings)
 
 
