@@ -1,9 +1,10 @@
 """Customizing and sampling a model, beside a plain training loop that does the same work: python benchmarks/customize.py
 
 One concept, 100 steps of batch 8, 16 samples, features, one append; rounds in turn, every run a process of its own, the base
-model loaded before the clock starts. The peer is written as public training scripts are: on every step the autoencoder and
-the text encoder run on the whole batch, attention is fused; samples are drawn by the pipeline, one prompt at a time. Both
-train K and V and one new token, and draw with the same solver, steps, guidance and sizes.
+model loaded before the clock starts. The peer is written as public training scripts are, with diffusers as it comes: in every
+step pictures are resized, prompts are tokenized, and the autoencoder and the text encoder run on the whole batch; samples are
+drawn by the pipeline, one prompt at a time. Both train K and V and one new token, and draw with the same solver, steps,
+guidance and sizes.
 """
 
 from __future__ import annotations
@@ -18,15 +19,20 @@ import click
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from diffusers.models.attention_processor import AttnProcessor2_0
+from diffusers import (
+    AutoencoderKL,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
 from machine import describe, peak_gib, spread
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPTextConfig, CLIPTextModel
 
 import attrdb
 from attrdb.demo import bundled_exemplars
-from attrdb.ingest.base_model import BaseModel, load_base_model, quiet_libraries
+from attrdb.ingest.base_model import BaseModel, base_model_folder, load_base_model, quiet_libraries
 from attrdb.ingest.corpus import image_rows, register
 from attrdb.ingest.customize import CustomizeSettings, customize
 from attrdb.ingest.customizers import BUILT_IN, DEFAULT_METHOD
@@ -60,17 +66,30 @@ def ours(base: BaseModel, settings: ModelSettings, path: Path) -> dict:
     return {"seconds": seconds, "n_samples": result.n_samples, **row}
 
 
-def peer(base: BaseModel, settings: ModelSettings, path: Path) -> dict:
-    """The straightforward way, in float32; nothing of attrdb but its data set, its encoder and its append."""
+def plain_pipeline() -> StableDiffusionPipeline:
+    """icon-sd as any script loads it: diffusers' own attention and memory layout."""
+    quiet_libraries()
+    pipeline = StableDiffusionPipeline.from_pretrained(base_model_folder("icon-sd"), dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    for part in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
+        part.requires_grad_(False)
+    return pipeline.to(default_device())
+
+
+def peer(pipeline: StableDiffusionPipeline, settings: ModelSettings, path: Path) -> dict:
+    """The straightforward way, in float32; nothing of attrdb but its data set, its encoder and its append.
+
+    A data set that resizes the picture and tokenizes the prompt of every item, then in every step: autoencoder, text encoder,
+    U-Net, gradients clipped, all other tokens put back.
+    """
     exemplars, _, category = bundled_exemplars(CONCEPT)
     db, encoder = attrdb.create(path), load_encoder(ENCODER)
-    pipeline, given, device = base.pipeline, settings.customize, base.device
-    pipeline.unet.set_attn_processor(AttnProcessor2_0())
+    given, device = settings.customize, pipeline.device
     started = time.perf_counter()
     register(db, [encoder])
     tokenizer, text = pipeline.tokenizer, pipeline.text_encoder
-    tokenizer.add_tokens("V*")
-    token_id = tokenizer.convert_tokens_to_ids("V*")
+    tokenizer.add_tokens(TOKEN)
+    token_id = tokenizer.convert_tokens_to_ids(TOKEN)
     text.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     table = text.get_input_embeddings().weight
     like = tokenizer(category, add_special_tokens=False).input_ids
@@ -82,21 +101,21 @@ def peer(base: BaseModel, settings: ModelSettings, path: Path) -> dict:
     ]
     for weight in trained:
         weight.requires_grad_(True)
-    pixels = np.stack([np.asarray(square(one.picture.image, base.resolution)) for one in exemplars])
-    images = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
+    side = pipeline.unet.config.sample_size * pipeline.vae_scale_factor
     prompt = train_prompt(settings.kind, category)
-    ids = tokenizer(
-        [prompt] * given.batch,
-        padding="max_length",
-        truncation=True,
-        max_length=tokenizer.model_max_length,
-        return_tensors="pt",
-    ).input_ids.to(device)
+
+    def item(number: int) -> tuple[torch.Tensor, torch.Tensor]:
+        pixels = np.array(square(exemplars[number].picture.image, side))
+        padding = {"padding": "max_length", "truncation": True, "max_length": tokenizer.model_max_length}
+        ids = tokenizer(prompt, return_tensors="pt", **padding).input_ids[0]
+        return torch.from_numpy(pixels).permute(2, 0, 1).float() / 127.5 - 1, ids
+
     noise_scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
     optimizer = torch.optim.AdamW([table, *trained], lr=given.lr, weight_decay=0.01)
     torch.manual_seed(given.seed)
     for _ in range(given.steps):
-        batch = images[torch.randint(len(images), (given.batch,))].to(device)
+        items = [item(number) for number in torch.randint(len(exemplars), (given.batch,)).tolist()]
+        batch, ids = (torch.stack(part).to(device) for part in zip(*items, strict=True))
         with torch.no_grad():
             latents = pipeline.vae.encode(batch).latent_dist.sample() * pipeline.vae.config.scaling_factor
         noise = torch.randn_like(latents)
@@ -106,6 +125,7 @@ def peer(base: BaseModel, settings: ModelSettings, path: Path) -> dict:
         target = noise_scheduler.get_velocity(latents, noise, times) if is_v else noise
         loss = F.mse_loss(pipeline.unet(noisy, times, text(ids)[0]).sample, target)
         loss.backward()
+        torch.nn.utils.clip_grad_norm_([table, *trained], 1.0)
         optimizer.step()
         optimizer.zero_grad()
         with torch.no_grad():  # all other tokens stay as they were
@@ -113,13 +133,13 @@ def peer(base: BaseModel, settings: ModelSettings, path: Path) -> dict:
             table[others] = before[others]
         loss.item()
     trained_at = time.perf_counter()
-    use_fast_solver(base)
+    pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
     sampling, pictures, rows = settings.synthesize, [], []
     plans = [plan for batch in plan_samples("m", prompts_of(settings, exemplars), sampling) for plan in batch]
-    for prompt in dict.fromkeys(plan.prompt for plan in plans):
-        own = [plan for plan in plans if plan.prompt == prompt]
+    for asked in dict.fromkeys(plan.prompt for plan in plans):
+        own = [plan for plan in plans if plan.prompt == asked]
         found = pipeline(
-            prompt.text,
+            asked.text,
             num_images_per_prompt=len(own),
             generator=[torch.Generator().manual_seed(plan.seed) for plan in own],
             num_inference_steps=sampling.solver_steps,
@@ -141,13 +161,13 @@ def peer(base: BaseModel, settings: ModelSettings, path: Path) -> dict:
 def one_run(way: str, steps: int, batch: int) -> dict:
     """A run of one side, with its peak memory in GiB: of the device, or of the process on a CPU."""
     settings = settings_of(steps, batch, "float32" if way == "attrdb, float32" else "auto")
-    base = load_base_model("icon-sd")
+    loaded, run = (plain_pipeline(), peer) if way == "peer" else (load_base_model("icon-sd"), ours)
     before = time.process_time()
     with tempfile.TemporaryDirectory() as folder:
-        found = (peer if way == "peer" else ours)(base, settings, Path(folder) / "some.attrdb")
+        found = run(loaded, settings, Path(folder) / "some.attrdb")
     # Of all threads: where other work shares the machine it says more than the clock.
     used = time.process_time() - before
-    return found | {"processor_seconds": used, "peak_gib": peak(base.device)}
+    return found | {"processor_seconds": used, "peak_gib": peak(default_device())}
 
 
 def peak(device: str) -> float:

@@ -132,8 +132,8 @@ def customizing(found: dict) -> str:
     return (
         f"## Customizing\n\nOne model of icon-sd: {found['steps']} steps of batch {found['batch']}, {n_samples} samples, "
         f"features, one append; {found['attrdb']['seconds']['n']} rounds, every run a process of its own, seed 0. The plain "
-        "loop is written as public training scripts are: autoencoder and text encoder run on every step, samples are drawn "
-        f"one prompt at a time. {found['threads']} threads. {machine(found['machine'])}\n"
+        "loop is written as public training scripts are, with diffusers as it comes: data set, autoencoder and text encoder "
+        f"run in every step, samples come one prompt at a time. {found['threads']} threads. {machine(found['machine'])}\n"
         + table(["what", "seconds", "training", "sampling", "processor seconds", "peak memory, GiB"], runs)
         + "\n"
         + table(["plain loop / attrdb, round by round; needed: at least 1.5", "seconds", "processor seconds"], ratios)

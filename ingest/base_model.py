@@ -15,19 +15,19 @@ from pathlib import Path
 
 import torch
 from diffusers import StableDiffusionPipeline
-from diffusers.models.attention_processor import AttnProcessor
 from diffusers.utils import logging as diffusers_logging
 from transformers.utils import logging as transformers_logging
 
 from attrdb.errors import InvalidValue, NotFound
-from attrdb.ingest.devices import default_device, is_cpu
+from attrdb.ingest.attention import Projected, use_prompt_attention
+from attrdb.ingest.devices import default_device, is_cpu, keep_freed_memory
 
 WEIGHTED = ("unet", "vae", "text_encoder")
 PICKLED = (".bin", ".ckpt", ".pt", ".pth")
 NEEDED = (*WEIGHTED, "tokenizer", "scheduler")
 BUNDLED = "icon-sd"  # the tiny base model that comes with attrdb
-# Up to this many latent positions a side, plain attention beats the fused one on a CPU: a training step at 8 x 8 takes
-# 0.57 of the time. Beyond it, its score matrices take too much memory.
+# Up to this many latent positions a side, plain attention beats the fused one on a CPU that multiplies bf16: a training
+# step at 8 x 8 takes 0.57 of the time. In float32 they are equal. Beyond it, its score matrices take too much memory.
 SMALL = 16
 PREDICTIONS = ("epsilon", "v_prediction")
 
@@ -49,6 +49,10 @@ class BaseModel:
 
     def __post_init__(self) -> None:
         embedding = self.pipeline.text_encoder.get_input_embeddings()
+        unet = self.pipeline.unet
+        self.prompt_attention = use_prompt_attention(
+            unet, not (is_cpu(self.device) and unet.config.sample_size <= SMALL)
+        )
         self._plain = (self.pipeline.tokenizer, self.pipeline.scheduler, embedding.weight)
 
     @property
@@ -56,11 +60,22 @@ class BaseModel:
         """Pixels a side."""
         return self.pipeline.unet.config.sample_size * self.pipeline.vae_scale_factor
 
-    def predict(self, noisy: torch.Tensor, times: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
-        """The U-Net's prediction for noisy latents (n, channels, height, width), float32, in this model's precision."""
-        noisy = noisy.contiguous(memory_format=torch.channels_last)
+    def predict(
+        self, noisy: torch.Tensor, times: torch.Tensor, states: torch.Tensor, projected: Projected | None = None
+    ) -> torch.Tensor:
+        """The U-Net's prediction for noisy latents (n, channels, height, width), float32, in this model's precision.
+
+        states:    of the prompts, (n or 1, length, width)
+        projected: a dictionary for all calls with the same states: their K and V are computed once
+        """
+        noisy, given = noisy.contiguous(memory_format=torch.channels_last), {}
+        if not self.prompt_attention:
+            states = states.expand(len(noisy), -1, -1)
+        elif projected is not None:
+            given = {"projected": projected}
         with torch.autocast(torch.device(self.device).type, torch.bfloat16, enabled=self.precision == "bf16"):
-            return self.pipeline.unet(noisy, times, states, return_dict=False)[0].float()
+            unet = self.pipeline.unet
+            return unet(noisy, times, states, cross_attention_kwargs=given, return_dict=False)[0].float()
 
     @contextmanager
     def lowered(self) -> Iterator[None]:
@@ -258,8 +273,8 @@ def load_base_model(name: str, device: str | None = None) -> BaseModel:
     pipeline.set_progress_bar_config(disable=True)
     for part in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
         part.requires_grad_(False).eval()
-    if is_cpu(device) and pipeline.unet.config.sample_size <= SMALL:
-        pipeline.unet.set_attn_processor(AttnProcessor())
+    if is_cpu(device):
+        keep_freed_memory()
     # On two cores with AVX2 a training step at icon-sd takes 0.91 of the time in this layout, one of sampling 0.92.
     pipeline.unet.to(memory_format=torch.channels_last)
     return BaseModel(str(name), pipeline.to(device), device)

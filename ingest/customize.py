@@ -323,7 +323,7 @@ class _Training:
     def _draw(
         self, latents: Latents, states: tuple[torch.Tensor, torch.Tensor] | None, generator: torch.Generator
     ) -> tuple:
-        """A batch: noisy latents, times, prompt states (batch, length, width), target, and what of it is seen."""
+        """A batch: noisy latents, times, prompt states (batch or 1, length, width), target, and what of it is seen."""
         batch, device = self.settings.batch, self.base.device
         picks = torch.randint(len(latents.mean), (batch,), generator=generator)
         shape = (batch, *latents.mean.shape[1:])
@@ -334,7 +334,9 @@ class _Training:
         is_v = self.noise.config.prediction_type == "v_prediction"
         target = self.noise.get_velocity(x, noise, times) if is_v else noise
         if states is None:
-            rows = self.base.pipeline.text_encoder(self.own_ids).last_hidden_state.expand(batch, -1, -1)
+            rows = self.base.pipeline.text_encoder(self.own_ids).last_hidden_state
+            if self.prior:  # whose prompts stand beside it
+                rows = rows.expand(batch, -1, -1)
         else:
             rows = states[0][states[1][picks // latents.n_views]]
         return noisy, times, rows, target, None if latents.seen is None else latents.seen[picks]

@@ -10,6 +10,7 @@ import torch
 from diffusers import DPMSolverMultistepScheduler
 from PIL import Image
 
+from attrdb.ingest.attention import Projected
 from attrdb.ingest.base_model import BaseModel
 from attrdb.ingest.customize import encode_prompts
 from attrdb.ingest.devices import enough_memory
@@ -81,9 +82,10 @@ def synthesize(
     doing = f"drawing {len(batch)} pictures of {base.resolution} pixels a side at a time"
     with enough_memory(base.device, doing, "give a smaller --sample-batch"):
         with base.lowered():
+            projected: Projected = {}
             for step, time in enumerate(solver.timesteps, 1):
                 given = solver.scale_model_input(torch.cat([latents] * 2) if guided else latents, time)
-                predicted = base.predict(given, time, states)
+                predicted = base.predict(given, time, states, projected)
                 if guided:
                     plain, asked = predicted.chunk(2)
                     predicted = plain + settings.guidance * (asked - plain)
