@@ -292,6 +292,35 @@ def closely(
     }
 
 
+def kept_for_backward(shape: str) -> dict:
+    """GiB that a training step of custom-diffusion keeps of each picture until the backward pass."""
+    base = sd15() if shape == "sd15" else load_base_model("icon-sd")
+    base.precision = resolved_precision("auto", base.device)
+    unet = base.pipeline.unet
+    for name, weight in unet.named_parameters():
+        weight.requires_grad_(name.endswith(("attn2.to_k.weight", "attn2.to_v.weight")))
+    weights = {weight.untyped_storage().data_ptr() for weight in unet.parameters()}
+    side, text = unet.config.sample_size, base.pipeline.text_encoder.config
+    noisy = torch.randn(1, unet.config.in_channels, side, side, device=base.device)
+    states = torch.randn(1, text.max_position_embeddings, text.hidden_size, device=base.device, requires_grad=True)
+    found = {"precision": base.precision}
+    for how in ("plain", "gradient checkpointing"):
+        if how != "plain":
+            unet.enable_gradient_checkpointing()
+        kept: dict[int, tuple[int, torch.Tensor]] = {}
+
+        def keep(tensor: torch.Tensor, kept: dict = kept) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in weights:
+                kept[storage.data_ptr()] = storage.nbytes(), tensor  # alive, so that no other takes its place
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            base.predict(noisy, torch.tensor([500], device=base.device), states)
+        found[how] = sum(n_bytes for n_bytes, _ in kept.values()) / 2**30
+    return found
+
+
 def matrix_products(device: str, precision: str) -> float:
     """Operations a second of large square matrix products, the best of five."""
     side = 2048 if is_cpu(device) else 8192
@@ -345,6 +374,8 @@ def main(
             given = (shape, method, steps, batch, sample_batch, solver_steps, checkpointing)
             found["methods"].append(pool.apply(closely, given))
         click.echo(json.dumps(found["methods"][-1]))
+    found["kept_gib_a_picture"] = kept_for_backward(shape)
+    click.echo(json.dumps(found["kept_gib_a_picture"]))
     if out:
         out.write_text(json.dumps(found, indent=1) + "\n")
 

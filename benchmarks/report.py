@@ -158,7 +158,7 @@ def closely(found: dict) -> str:
         ]
         for one in found["methods"]
     ]
-    one = found["methods"][0]
+    one, kept = found["methods"][0], found["kept_gib_a_picture"]
     head = [
         "method",
         "precision",
@@ -174,7 +174,10 @@ def closely(found: dict) -> str:
         f"{one['steps']} steps of batch {one['batch']}, and {one['sample_batch']} samples of {one['solver_steps']} solver "
         f"steps with guidance, {one['resolution']} pixels a side, on {found['device']}. Shares are of the rate of large "
         f"matrix products there in the same precision, {one['peak_gflops']:,.0f} GFLOP/s in the first row; memory is that of "
-        "the process, loaded and at the peak of training.\n\n" + table(head, rows)
+        "the process, loaded and at the peak of training.\n\n"
+        + table(head, rows)
+        + f"\nOf each picture a training step keeps {kept['plain']:.2g} GiB for the backward pass in {kept['precision']}, "
+        f"{kept['gradient checkpointing']:.2g} GiB with gradient checkpointing.\n"
     )
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -17,11 +18,11 @@ from attrdb.training.calibrate import calibrate, divergence_of, fit, reliability
 from attrdb.training.train import TrainSettings, train
 
 
-@pytest.fixture
-def db(tmp_path):
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
     """Ten validation models of one to three exemplars on the circle, their samples nearby, and 400 pretraining images."""
     rng = np.random.default_rng(0)
-    db = attrdb.create(tmp_path / "some.attrdb")
+    db = attrdb.create(tmp_path_factory.mktemp("calibrate") / "some.attrdb")
     db.add_encoder("toy:2", 2, {}, "none")
     db.append_images(rows([(f"p{n:03d}", "pretraining", None, d) for n, d in enumerate(rng.uniform(0, 360, 400))]))
     for number in range(20):
@@ -32,6 +33,12 @@ def db(tmp_path):
             rows(entries), {"model_id": model_id, "kind": "style", "split": "val" if number < 10 else "train"}
         )
     return db
+
+
+@pytest.fixture
+def db(made, tmp_path):
+    """A copy that a test may change."""
+    return attrdb.open(shutil.copytree(made.path, tmp_path / "copy.attrdb"))
 
 
 def slow_divergence(db, tau, lam):
