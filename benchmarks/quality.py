@@ -1,81 +1,53 @@
-"""How often a customized model draws its own exemplar: python benchmarks/quality.py
+"""How often a customized model draws its own exemplar: python benchmarks/quality.py DB
 
-For the bundled concepts and icon-sd: the share of samples whose nearest exemplar, among those of all bundled concepts, is
-one of their own model's, by EfficientNet features. Beside it the same of the base model, without customization, for the same
-prompts with the token left out and the same seeds. A model counts as one: the interval is a bootstrap over models.
+For the customized models of a database: the share of samples whose nearest exemplar, among those of all its models, is one
+of their own model's, by EfficientNet features. Beside it the same of the base model, without customization, for the same
+prompts with the token left out and the same seeds. A model counts as one: the interval is a bootstrap over models. What
+--json has of the same database is kept, so a run that was stopped goes on.
 """
 
 from __future__ import annotations
 
 import json
-import time
 from pathlib import Path
 
 import click
 import numpy as np
-import pyarrow.parquet as pq
 from machine import describe
 from PIL import Image
 
-from attrdb.demo import bundled_exemplars, bundled_icons
-from attrdb.ingest.base_model import BaseModel, base_model_folder, load_base_model, weights_hash
-from attrdb.ingest.customize import customize
-from attrdb.ingest.customizers import BUILT_IN, DEFAULT_METHOD
-from attrdb.ingest.devices import resolved_precision
+import attrdb
+from attrdb.database import Database
+from attrdb.ingest.base_model import BaseModel, load_base_model
 from attrdb.ingest.encoders import Encoder, encode, load_encoder
-from attrdb.ingest.model import prompts_of, settings_for
-from attrdb.ingest.prompts import TOKEN, Prompt, train_prompt
+from attrdb.ingest.pictures import read_picture
+from attrdb.ingest.prompts import TOKEN, Prompt
 from attrdb.ingest.synthesize import SynthesizeSettings, plan_samples, synthesize, use_fast_solver
 
 ENCODER = "efficientnet-lite0"
+AT_ONCE = 1024  # images whose features are taken together
 
 
-def concepts() -> list[tuple[str, str]]:
-    """(concept, kind) of all that are bundled, by name."""
-    rows = pq.read_table(bundled_icons(), columns=["metadata"], filters=[("role", "=", "exemplar")])["metadata"]
-    said = [json.loads(text) for text in rows.to_pylist()]
-    return sorted({(one["concept"], one["kind"]) for one in said})
+def pictures(db: Database, where: str) -> tuple[list[Image.Image], np.ndarray]:
+    """The images that a predicate keeps, by id, and their models."""
+    rows = db.images(f"model_id IS NOT NULL AND ({where})", ["image_id", "model_id", "image"]).sort_by("image_id")
+    found = [read_picture(row["image_id"], row["image"]).image for row in rows.to_pylist()]
+    return found, rows["model_id"].to_numpy()
 
 
-def drawn(base: BaseModel, model_id: str, prompts: list[Prompt], settings: SynthesizeSettings) -> list[Image.Image]:
+def features(encoder: Encoder, images: list[Image.Image]) -> np.ndarray:
+    return np.concatenate([encode(encoder, images[at : at + AT_ONCE]) for at in range(0, len(images), AT_ONCE)])
+
+
+def drawn_by_base(base: BaseModel, model: dict) -> list[Image.Image]:
+    """What the base model draws in a customized model's place."""
+    record = json.loads(model["settings"])
+    base.precision = record["computed_in"]
+    settings = SynthesizeSettings(**record["synthesize"])
+    prompts = [Prompt(n, "", " ".join(text.replace(TOKEN, "").split())) for n, text in enumerate(record["prompts"])]
     use_fast_solver(base)
-    return [image for batch in plan_samples(model_id, prompts, settings) for image in synthesize(base, batch, settings)]
-
-
-def own_share(
-    encoder: Encoder, images: list[Image.Image], gallery: np.ndarray, owner: np.ndarray, concept: str
-) -> float:
-    """The share of pictures whose nearest exemplar is the concept's; the first of equal ones counts."""
-    return float((owner[(encode(encoder, images) @ gallery.T).argmax(axis=1)] == concept).mean())
-
-
-def one_model(
-    base: BaseModel, encoder: Encoder, concept: str, given: dict, gallery: np.ndarray, owner: np.ndarray
-) -> dict:
-    """The shares of one customized model, and of the base model in its place."""
-    own, kind, category = bundled_exemplars(concept)
-    settings = settings_for("icon-sd", kind, category, given)
-    base.precision = resolved_precision(settings.precision)
-    prompts = prompts_of(settings, own)
-    plain = [Prompt(one.number, one.scheme, " ".join(one.text.replace(TOKEN, "").split())) for one in prompts]
-    before = drawn(base, concept, plain, settings.synthesize)
-    base.restore()
-    started = time.perf_counter()
-    images = [one.picture.image for one in own]
-    prompt = train_prompt(kind, category)
-    customize(base, images, prompt, TOKEN, category, settings.customize, method=settings.method)
-    seconds = time.perf_counter() - started
-    after = drawn(base, concept, prompts, settings.synthesize)
-    base.restore()
-    return {
-        "concept": concept,
-        "kind": kind,
-        "n_exemplars": len(own),
-        "n_samples": len(after),
-        "customized": own_share(encoder, after, gallery, owner, concept),
-        "base": own_share(encoder, before, gallery, owner, concept),
-        "seconds": seconds,
-    }
+    batches = plan_samples(model["model_id"], prompts, settings)
+    return [image for batch in batches for image in synthesize(base, batch, settings)]
 
 
 def summary(found: list[dict], n_gallery: int) -> dict:
@@ -95,34 +67,54 @@ def summary(found: list[dict], n_gallery: int) -> dict:
     return {"n_models": len(found), "n_samples": n_samples, "n_gallery": n_gallery, "chance": chance, **means}
 
 
+def kept(out: Path | None, same: dict) -> dict[str, float]:
+    """By model, the base model's shares of an earlier run on the same exemplars."""
+    if out is None or not out.exists():
+        return {}
+    earlier = json.loads(out.read_text())
+    if any(earlier.get(what) != value for what, value in same.items()):
+        return {}
+    return {one["model_id"]: one["base"] for kind in earlier["kinds"].values() for one in kind["models"]}
+
+
 @click.command()
-@click.option(
-    "--models", "n_models", type=click.IntRange(1), help="How many concepts of a kind, by name; all when left out."
-)
-@click.option("--kind", "kinds", type=click.Choice(["object", "style"]), multiple=True, help="Both when left out.")
-@click.option("--method", type=click.Choice(list(BUILT_IN)), default=DEFAULT_METHOD, show_default=True)
-@click.option("--steps", type=click.IntRange(1), help="Of training; the profile's when left out.")
-@click.option("--lr", type=float)
-@click.option("--precision", type=click.Choice(["auto", "float32", "bf16"]), default="auto", show_default=True)
+@click.argument("db", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option("--models", "n_models", type=click.IntRange(1), help="How many of a kind, by id; all when left out.")
+@click.option("--base-model", default="icon-sd", show_default=True)
 @click.option("--json", "out", type=click.Path(path_type=Path))
-def main(n_models: int | None, kinds: tuple[str, ...], out: Path | None, **given: str | float | None) -> None:
-    """Customize, draw, compare; the last line of a kind sums up."""
-    encoder, known = load_encoder(ENCODER), concepts()
-    exemplars = {concept: [one.picture.image for one in bundled_exemplars(concept)[0]] for concept, _ in known}
-    gallery = np.concatenate([encode(encoder, images) for images in exemplars.values()])
-    owner = np.array([concept for concept, images in exemplars.items() for _ in images])
-    base = load_base_model("icon-sd")
-    found: dict = {"machine": describe("torch", "diffusers"), "encoder": ENCODER, "given": given, "kinds": {}}
-    found["base_model_hash"] = weights_hash(base_model_folder("icon-sd"))
-    for wanted in kinds or ("object", "style"):
-        models = []
-        for concept in [concept for concept, kind in known if kind == wanted][:n_models]:
-            models.append(one_model(base, encoder, concept, given, gallery, owner))
-            click.echo(json.dumps(models[-1]))
-        found["kinds"][wanted] = summary(models, len(owner)) | {"models": models}
-        click.echo(f"{wanted}: {json.dumps(summary(models, len(owner)))}")
-    if out:
-        out.write_text(json.dumps(found | {"precision": base.precision}, indent=1) + "\n")
+def main(db: Path, n_models: int | None, base_model: str, out: Path | None) -> None:
+    """Compare; the last line of a kind sums up."""
+    database, encoder, base = attrdb.open(db, read_only=True), load_encoder(ENCODER), load_base_model(base_model)
+    images, owner = pictures(database, "role = 'exemplar'")
+    gallery = features(encoder, images)
+    models = database.sql("SELECT * FROM models WHERE kind <> 'mixed' ORDER BY kind, model_id").to_pylist()
+    same = {
+        "encoder": ENCODER,
+        "base_model_hash": models[0]["base_model_hash"],
+        "settings": json.loads(models[0]["settings"])["customize"],
+        "n_gallery": len(owner),
+    }
+    found: dict = {"machine": describe("torch", "diffusers"), **same, "kinds": {}}
+    earlier = kept(out, same)
+
+    def own_share(of_model: str, drawn: list[Image.Image]) -> float:
+        """The share of pictures whose nearest exemplar is the model's; the first of equal ones counts."""
+        return float((owner[(features(encoder, drawn) @ gallery.T).argmax(axis=1)] == of_model).mean())
+
+    for kind in ("object", "style"):
+        done = []
+        for model in [model for model in models if model["kind"] == kind][:n_models]:
+            model_id = model["model_id"]
+            samples, _ = pictures(database, f"role = 'sample' AND model_id = '{model_id}'")
+            one = {"model_id": model_id, "n_exemplars": int((owner == model_id).sum()), "n_samples": len(samples)}
+            one["customized"] = own_share(model_id, samples)
+            one["base"] = earlier[model_id] if model_id in earlier else own_share(model_id, drawn_by_base(base, model))
+            click.echo(json.dumps(one))
+            done.append(one)
+            found["kinds"][kind] = summary(done, len(owner)) | {"models": done}
+            if out:
+                out.write_text(json.dumps(found, indent=1) + "\n")
+        click.echo(f"{kind}: {json.dumps(summary(done, len(owner)))}")
 
 
 if __name__ == "__main__":

@@ -199,13 +199,13 @@ def quality(found: dict) -> str:
         + [f"{of_kind['chance']:.3f}"]
         for kind, of_kind in found["kinds"].items()
     ]
-    n_gallery = next(iter(found["kinds"].values()))["n_gallery"]
+    n_gallery = found["n_gallery"]
     head = ["kind", "models", "samples", "customized", "base model, same prompts", "difference", "chance"]
     return (
         "## Quality of customization\n\nThe share of samples whose nearest exemplar is one of their own model's, among the "
-        f"{n_gallery} exemplars of all bundled concepts, by {found['encoder']}; icon-sd with the settings of its profile, "
-        f"{found['precision']}. Mean over models, with the 95 % interval of a bootstrap over models. The base model drew the "
-        f"same prompts, the token left out, from the same seeds. {machine(found['machine'])}\n" + table(head, rows)
+        f"{n_gallery} exemplars of all models, by {found['encoder']}; icon-sd with the settings of its profile, on the "
+        "models of IconAbC. Mean over models, with the 95 % interval of a bootstrap over models. The base model drew the same "
+        f"prompts, the token left out, from the same seeds. {machine(found['machine'])}\n" + table(head, rows)
     )
 
 
@@ -216,7 +216,7 @@ SECTIONS = {
     "encoding": (encoding, "benchmarks/encoding.py --json encoding.json"),
     "customizing": (customizing, "benchmarks/customize.py --json customizing.json"),
     "sd15": (sd15, "benchmarks/customize.py --shape sd15 --steps 250 --json sd15.json"),
-    "quality": (quality, "benchmarks/quality.py --json quality.json"),
+    "quality": (quality, "benchmarks/quality.py iconabc.attrdb --json quality.json"),
 }
 
 

@@ -1,0 +1,147 @@
+"""IconAbC as files: freeze what was made, and load it into a database anywhere.
+
+    python benchmarks/iconabc/frozen.py freeze DB PLAN       # PLAN: the folder that plan.py has written
+    python benchmarks/iconabc/frozen.py load DB ICONS        # ICONS: what `attrdb.ingest.icons build` has rendered
+
+The frozen files lie beside this script: models.parquet, images.parquet (exemplars and samples), candidates.parquet (names of
+the gallery's icons and hashes of their pixels; the pictures are rendered again from the packages they come from).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from collections import defaultdict
+from pathlib import Path
+
+import click
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
+
+import attrdb
+from attrdb.database import Database, open_or_create
+from attrdb.demo import bundled_icons
+from attrdb.ingest.corpus import image_rows, ingest_corpus, open_corpus
+from attrdb.ingest.icons import SCHEMA
+from attrdb.ingest.pictures import read_picture
+
+HERE = Path(__file__).parent
+PROVENANCE = ("source", "category", "creator", "license", "uri", "prompt")
+NOT_FROZEN = ("weights_path", "weights_hash", "base_model")
+AT_MOST = 40 * 2**20  # bytes of the frozen files
+
+
+def pixel_hash(encoded: bytes) -> bytes:
+    """Of the decoded picture: encoders of pictures differ from release to release."""
+    return hashlib.sha256(Image.open(io.BytesIO(encoded)).convert("RGB").tobytes()).digest()[:8]
+
+
+def freeze(db: Database, plan: Path, out: Path = HERE) -> dict[str, int]:
+    """Write the frozen files; how many models, images and candidates they hold.
+
+    raises: click.ClickException if models of the plan are missing, or the files are too large
+    """
+    specs = [json.loads(line) for line in (plan / "models.jsonl").read_text().splitlines()]
+    wanted = [spec["model_id"] for spec in specs]
+    models = {row["model_id"]: row for row in db.sql("SELECT * FROM models").to_pylist()}
+    if missing := [model_id for model_id in wanted if model_id not in models]:
+        raise click.ClickException(
+            f"{len(missing)} of {len(wanted)} models are not made yet, the first is {missing[0]}; go on with: "
+            f"attrdb ingest models {db.path} {plan / 'models.jsonl'} --base-model icon-sd"
+        )
+    origin = {}
+    for row in pq.read_table(plan / "exemplars.parquet").to_pylist():
+        of_model = json.loads(row["metadata"])["model_id"]
+        origin[of_model, hashlib.sha256(row["image"]).hexdigest()] = {name: row[name] for name in PROVENANCE}
+    images = db.images("role <> 'pretraining'", list(attrdb.schema.IMAGES.names))
+    rows = [
+        row | (origin[row["model_id"], row["sha256"]] if row["role"] == "exemplar" else {})
+        for row in images.sort_by("image_id").to_pylist()
+        if row["model_id"] in models
+    ]
+    for row in rows:
+        del row["sha256"], row["width"], row["height"]  # of the picture, which has them
+    models_out = [
+        {name: value for name, value in models[model_id].items() if name not in NOT_FROZEN}
+        for model_id in sorted(wanted)
+    ]
+    bundled = set(pq.read_table(bundled_icons(), columns=["name"])["name"].to_pylist())
+    candidates = [
+        {"name": row["name"], "pixels": pixel_hash(row["image"])}
+        for row in pq.read_table(plan / "candidates.parquet").to_pylist()
+        if row["name"] not in bundled
+    ]
+    out.mkdir(parents=True, exist_ok=True)
+    tables = {"models": models_out, "images": rows, "candidates": candidates}
+    for name, content in tables.items():
+        pq.write_table(pa.Table.from_pylist(content), out / f"{name}.parquet", compression="zstd", compression_level=19)
+    size = sum((out / f"{name}.parquet").stat().st_size for name in tables)
+    if size > AT_MOST:
+        raise click.ClickException(f"the frozen files have {size / 2**20:.1f} MiB, {AT_MOST >> 20} are allowed")
+    return {name: len(content) for name, content in tables.items()} | {"bytes": size}
+
+
+def gallery(icons: Path, out: Path, frozen: Path = HERE) -> dict[str, int]:
+    """Write the candidates' pictures as one Parquet file for `attrdb ingest corpus`: the corpus, and the frozen names.
+
+    returns: how many there are, and how many are missing or look otherwise than when they were frozen
+    """
+    wanted = {row["name"]: row["pixels"] for row in pq.read_table(frozen / "candidates.parquet").to_pylist()}
+    corpus = pq.read_table(bundled_icons(), filters=[("role", "=", "pretraining")])
+    found, otherwise = 0, 0
+    with pq.ParquetWriter(out, SCHEMA) as writer:
+        writer.write_table(corpus.cast(SCHEMA))
+        for batch in pq.ParquetFile(icons).iter_batches(4096):
+            rows = [{**row, "role": "pretraining"} for row in batch.to_pylist() if row["name"] in wanted]
+            otherwise += sum(pixel_hash(row["image"]) != wanted[row["name"]] for row in rows)
+            found += len(rows)
+            writer.write_table(pa.Table.from_pylist(rows, SCHEMA))
+    return {"candidates": corpus.num_rows + found, "missing": len(wanted) - found, "otherwise": otherwise}
+
+
+def load_models(db: Database, frozen: Path = HERE) -> int:
+    """Append the frozen models that the database lacks, each in one commit; how many."""
+    stored = set(db.sql("SELECT model_id FROM models")["model_id"].to_pylist())
+    by_model = defaultdict(list)
+    for row in pq.read_table(frozen / "images.parquet").to_pylist():
+        by_model[row["model_id"]].append(row)
+    models = [row for row in pq.read_table(frozen / "models.parquet").to_pylist() if row["model_id"] not in stored]
+    for model in models:
+        rows = by_model[model["model_id"]]
+        pictures = [read_picture(row["image_id"], row.pop("image")) for row in rows]
+        db.append_model(image_rows(rows, pictures, []), model | {"base_model": "icon-sd"})
+    return len(models)
+
+
+@click.group()
+def main() -> None:
+    """Freeze IconAbC, or load it."""
+
+
+@main.command("freeze")
+@click.argument("db", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.argument("plan", type=click.Path(exists=True, file_okay=False, path_type=Path))
+def freeze_command(db: Path, plan: Path) -> None:
+    """Write models.parquet, images.parquet and candidates.parquet beside this script."""
+    for what, count in freeze(attrdb.open(db, read_only=True), plan).items():
+        click.echo(f"{what}: {count}")
+
+
+@main.command("load")
+@click.argument("db", type=click.Path(file_okay=False, path_type=Path))
+@click.argument("icons", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+def load_command(db: Path, icons: Path) -> None:
+    """Put gallery, exemplars and samples into a database, without features; given again, it goes on."""
+    database = open_or_create(db)
+    pictures = icons.with_name("candidates.parquet")
+    for what, count in gallery(icons, pictures).items():
+        click.echo(f"{what}: {count}")
+    done = ingest_corpus(database, open_corpus(pictures), [])
+    click.echo(f"pretraining images appended: {done.n_appended}, stored already: {done.n_stored}")
+    click.echo(f"models appended: {load_models(database)}")
+
+
+if __name__ == "__main__":
+    main()
