@@ -204,7 +204,7 @@ def quality(found: dict) -> str:
     return (
         "## Quality of customization\n\nThe share of samples whose nearest exemplar is one of their own model's, among the "
         f"{n_gallery} exemplars of all models, by {found['encoder']}; icon-sd with the settings of its profile, on the "
-        "models of IconAbC. Mean over models, with the 95 % interval of a bootstrap over models. The base model drew the same "
+        "models of IconAbC. Mean over models, 95 % interval of a bootstrap over models. The base model drew the same "
         f"prompts, the token left out, from the same seeds. {machine(found['machine'])}\n" + table(head, rows)
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -23,6 +24,16 @@ def gpu_of_worker(number: int) -> int | None:
     """The GPU of worker process `number` (from 1), in turn; None where there is none."""
     n_gpus = torch.cuda.device_count()
     return (number - 1) % n_gpus if n_gpus else None
+
+
+def share_cores(n_processes: int) -> None:
+    """Leave this process its part of the cores, where so many work at the same time.
+
+    Threads of one that wait for their turn on a core keep those of the others waiting: at icon-sd two workers on two cores
+    take 2.9 s a training step with two threads each, and 0.14 s with one. OMP_NUM_THREADS, where it is set, says it instead.
+    """
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, torch.get_num_threads() // n_processes))
 
 
 def is_cpu(device: str) -> bool:

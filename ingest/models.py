@@ -29,7 +29,7 @@ from attrdb.database import Database
 from attrdb.errors import AttrdbError, Busy, InvalidValue, NotFound
 from attrdb.ingest.base_model import OneBaseModel
 from attrdb.ingest.corpus import register
-from attrdb.ingest.devices import gpu_of_worker
+from attrdb.ingest.devices import gpu_of_worker, share_cores
 from attrdb.ingest.encoders import Encoder, load_encoder
 from attrdb.ingest.model import (
     Exemplar,
@@ -389,7 +389,7 @@ def _share_out(queue: Queue, db_path: Path, encoder_specs: Sequence[str], n_work
         while True:
             for number in range(1, n_workers + 1):
                 if queue.waiting and (number not in crew or crew[number].spec is None):
-                    worker = crew.get(number) or _start(number, db_path, encoder_specs, lease_minutes)
+                    worker = crew.get(number) or _start(number, n_workers, db_path, encoder_specs, lease_minutes)
                     crew[number] = worker
                     worker.spec, worker.heard = queue.take(), time.monotonic()
                     with suppress(OSError):  # it may have ended; its line says so below
@@ -432,11 +432,11 @@ def _dismiss(crew: Iterable[Worker]) -> None:
         worker.process.join()
 
 
-def _start(number: int, db_path: Path, encoder_specs: Sequence[str], lease_minutes: float) -> Worker:
+def _start(number: int, n_workers: int, db_path: Path, encoder_specs: Sequence[str], lease_minutes: float) -> Worker:
     # Not forked: neither CUDA nor Lance outlives a fork.
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe()
-    given = (there, number, db_path, tuple(encoder_specs), lease_minutes)
+    given = (there, number, n_workers, db_path, tuple(encoder_specs), lease_minutes)
     process = context.Process(target=_work, args=given, daemon=True)
     with _no_interrupts():
         process.start()
@@ -455,8 +455,16 @@ def _no_interrupts() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _work(line: Connection, number: int, db_path: Path, encoder_specs: Sequence[str], lease_minutes: float) -> None:
+def _work(
+    line: Connection,
+    number: int,
+    n_workers: int,
+    db_path: Path,
+    encoder_specs: Sequence[str],
+    lease_minutes: float,
+) -> None:
     """A worker process: makes the models that come down the line until it is ended."""
+    share_cores(n_workers)
     if (gpu := gpu_of_worker(number)) is not None:
         torch.cuda.set_device(gpu)
     encoders, kept = [load_encoder(spec) for spec in encoder_specs], OneBaseModel()

@@ -22,7 +22,7 @@ from attrdb.errors import Busy, InvalidValue, NotFound
 from attrdb.ingest import models
 from attrdb.ingest.base_model import OneBaseModel
 from attrdb.ingest.customize import load_delta
-from attrdb.ingest.devices import gpu_of_worker
+from attrdb.ingest.devices import gpu_of_worker, share_cores
 from attrdb.ingest.encoders import load_encoder
 from attrdb.ingest.model_job import lease_file, leased_job
 from attrdb.leases import holder
@@ -297,6 +297,20 @@ def test_a_lease_of_another_machine_is_heeded_until_it_runs_out(tmp_path):
 def test_workers_take_gpus_in_turn(monkeypatch, n_gpus, given):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: n_gpus)
     assert [gpu_of_worker(number) for number in (1, 2, 3)] == given
+
+
+@pytest.mark.parametrize(("n_workers", "given", "n_threads"), [(2, None, 4), (3, None, 2), (99, None, 1), (2, "8", 8)])
+def test_workers_share_the_cores(monkeypatch, n_workers, given, n_threads):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if given:
+        monkeypatch.setenv("OMP_NUM_THREADS", given)
+    before = torch.get_num_threads()
+    torch.set_num_threads(8)
+    try:
+        share_cores(n_workers)
+        assert torch.get_num_threads() == n_threads
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_a_model_that_fails_is_listed_and_stops_no_other(tmp_path, wanted):
