@@ -41,11 +41,10 @@ def table(ids, role, matrix, model_id=None, schemes=None):
     )
 
 
-@pytest.fixture(scope="module")
-def made(tmp_path_factory):
+def build(path):
     """72 models to train on, 12 to validate and 6 to test, of both kinds, 4 samples each, and 200 pretraining images."""
     rng = np.random.default_rng(0)
-    db = attrdb.create(tmp_path_factory.mktemp("train") / "some.attrdb")
+    db = attrdb.create(path)
     db.add_encoder("toy:12", DIMENSION, {}, "none")
     corpus = features(rng, rng.standard_normal((200, TELLING)))
     db.append_images(table([f"p{n:03d}" for n in range(200)], "pretraining", corpus))
@@ -62,6 +61,11 @@ def made(tmp_path_factory):
         row = {"model_id": model_id, "kind": kind, "split": split}
         db.append_model(pa.concat_tables([own, samples]), row)
     return db
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    return build(tmp_path_factory.mktemp("train") / "some.attrdb")
 
 
 @pytest.fixture

@@ -34,6 +34,7 @@ main.add_command(asking.attribute)
 main.add_command(learning.train)
 main.add_command(learning.calibrate)
 main.add_command(learning.evaluate)
+main.add_command(learning.report)
 
 
 for command in (

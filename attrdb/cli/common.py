@@ -14,7 +14,7 @@ from attrdb.errors import AttrdbError, MissingExtra
 
 DB = click.argument("db", type=click.Path(path_type=Path))
 ML_PACKAGES = {
-    "torch", "torchvision", "PIL", "diffusers", "transformers", "timm", "open_clip", "safetensors", "jinja2"
+    "torch", "torchvision", "PIL", "diffusers", "transformers", "timm", "open_clip", "safetensors", "jinja2", "matplotlib"
 }  # fmt: skip
 
 

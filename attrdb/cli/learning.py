@@ -1,4 +1,4 @@
-"""Commands that learn from the models of a database: train, calibrate, evaluate."""
+"""Commands that learn from the models of a database and measure what came of it: train, calibrate, evaluate, report."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 import attrdb
-from attrdb.cli.common import DB, ml, quiet_option
+from attrdb.cli.common import DB, at_option, ml, quiet_option
 
 
 @click.command()
@@ -112,3 +112,24 @@ def evaluate(db: Path, encoder_ids: tuple[str, ...], mapper_ids: tuple[str, ...]
             )
             of = f"{database.mapper(mapper_id).encoder_id} with mapper {mapper_id}" if mapper_id else encoder_id
             click.echo(f"{n_ranks} ranks of {of}, gallery {gallery}", err=True)
+
+
+@click.command()
+@DB
+@click.option(
+    "--out",
+    type=click.Path(dir_okay=False, path_type=Path),
+    default=Path("report.html"),
+    show_default=True,
+    help="The page's file.",
+)
+@click.option("--gallery", type=click.Choice(["own", "all"]), default="own", show_default=True)
+@at_option
+def report(db: Path, out: Path, gallery: str, at: str | None) -> None:
+    """Write a page with all metrics, plots, and queries with their attributed images, in one file.
+
+    It shows what was evaluated: attrdb evaluate DB, with --mapper for mappers.
+    """
+    page = ml("report").render(attrdb.open(db, read_only=True, at=at), gallery)
+    out.write_text(page, encoding="utf-8")
+    click.echo(f"wrote {out}", err=True)

@@ -1,0 +1,134 @@
+"""The plots of a report, each as the text of an SVG."""
+
+from __future__ import annotations
+
+import io
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+INK, SOFT, LINE = "#1d2330", "#667085", "#e4e7ec"
+COLOURS = ("#1f5fa8", "#c2410c", "#15803d", "#7c3aed", "#b45309", "#0e7490", "#be185d", "#4d7c0f")
+
+
+def recall_curves(rows: Sequence[dict]) -> str:
+    """Recall@K against K, a panel a test case, a line for every kind of features; chance is dotted.
+
+    rows: case, features, k, recall, chance
+    """
+    panels: dict[str, dict[str, list[dict]]] = defaultdict(lambda: defaultdict(list))
+    for row in rows:
+        panels[row["case"]][row["features"]].append(row)
+    names = list(dict.fromkeys(row["features"] for row in rows))
+    figure, axes = _panels(len(panels))
+    for axis, (case, lines) in zip(axes, panels.items(), strict=True):
+        for name, points in lines.items():
+            points = sorted(points, key=lambda row: row["k"])
+            colour = COLOURS[names.index(name) % len(COLOURS)]
+            axis.plot([row["k"] for row in points], [row["recall"] for row in points], color=colour, label=name)
+        axis.plot([row["k"] for row in points], [row["chance"] for row in points], ":", color=SOFT, label="chance")
+        axis.set(title=case, xscale="log", ylim=(0, 1), xlabel="K", ylabel="Recall@K")
+    _legend(figure, axes[0])
+    return _svg(figure)
+
+
+def gains(rows: Sequence[dict], label: str) -> str:
+    """Differences with their intervals, a panel a test case, a line for every kind of features.
+
+    rows: case, features, value, low, high
+    """
+    panels: dict[str, list[dict]] = defaultdict(list)
+    for row in rows:
+        panels[row["case"]].append(row)
+    most = max(map(len, panels.values()))
+    figure, axes = _panels(len(panels), height=0.9 + 0.22 * most, columns=2)
+    for axis, (case, lines) in zip(axes, panels.items(), strict=True):
+        for place, row in enumerate(reversed(lines)):
+            axis.plot([row["low"], row["high"]], [place, place], color=COLOURS[0], linewidth=1.5)
+            axis.plot(row["value"], place, "o", color=COLOURS[0], markersize=4)
+        axis.set_yticks(range(len(lines)), [row["features"] for row in reversed(lines)])
+        axis.set(title=case, xlabel=label, ylim=(-0.6, len(lines) - 0.4))
+        axis.axvline(0, color=SOFT, linewidth=0.8)
+    return _svg(figure)
+
+
+def reliability(rows: Sequence[dict]) -> str:
+    """The share that candidates had against the influence they were given, a line a calibration.
+
+    rows: features, influence, share
+    """
+    figure, [axis] = _panels(1, width=4.4, height=3.6)
+    lines: dict[str, list[dict]] = defaultdict(list)
+    for row in rows:
+        lines[row["features"]].append(row)
+    for number, (name, points) in enumerate(lines.items()):
+        points = [row for row in points if row["influence"] > 0]
+        x, y = [row["influence"] for row in points], [row["share"] for row in points]
+        axis.plot(x, y, "o-", color=COLOURS[number % len(COLOURS)], markersize=3, label=name)
+    axis.plot([1e-4, 1], [1e-4, 1], ":", color=SOFT, label="equal")
+    axis.set(xscale="log", yscale="log", xlim=(1e-4, 1), ylim=(1e-4, 1), xlabel="influence", ylabel="known share")
+    _legend(figure, axis)
+    return _svg(figure)
+
+
+def against(rows: Sequence[dict], x_label: str, y_label: str) -> str:
+    """One benchmark against another, a panel a case, a point for every kind of features.
+
+    rows: case, features, x, y
+    """
+    panels: dict[str, list[dict]] = defaultdict(list)
+    for row in rows:
+        panels[row["case"]].append(row)
+    figure, axes = _panels(len(panels), columns=3, height=2.6)
+    names = list(dict.fromkeys(row["features"] for row in rows))
+    for axis, (case, points) in zip(axes, panels.items(), strict=True):
+        for row in points:
+            colour = COLOURS[names.index(row["features"]) % len(COLOURS)]
+            axis.plot(row["x"], row["y"], "o", color=colour, label=row["features"])
+        axis.set(title=case, xlabel=x_label, ylabel=y_label)
+    _legend(figure, axes[0])
+    return _svg(figure)
+
+
+def _panels(n: int, width: float = 3.6, height: float = 2.9, columns: int = 3) -> tuple[Figure, list[Axes]]:
+    from matplotlib.figure import Figure
+
+    columns = min(columns, n)
+    lines = -(-n // columns)
+    figure = Figure(figsize=(width * columns, height * lines), layout="constrained")
+    axes = figure.subplots(lines, columns, squeeze=False).ravel()
+    for axis in axes[n:]:
+        axis.remove()
+    for axis in axes[:n]:
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(color=LINE, linewidth=0.6)
+        axis.tick_params(labelsize=8)
+    return figure, list(axes[:n])
+
+
+def _legend(figure: Figure, axis: Axes) -> None:
+    handles, labels = axis.get_legend_handles_labels()
+    once = dict(zip(labels, handles, strict=True))
+    figure.legend(
+        once.values(), once.keys(), loc="outside lower center", ncols=min(4, len(once)), fontsize=8, frameon=False
+    )
+
+
+def _svg(figure: Figure) -> str:
+    """The SVG without the lines before it, the same for the same figure."""
+    import matplotlib
+
+    for axis in figure.axes:
+        axis.title.set_fontsize(9)
+        axis.xaxis.label.set_fontsize(8)
+        axis.yaxis.label.set_fontsize(8)
+
+    out = io.StringIO()
+    with matplotlib.rc_context({"svg.hashsalt": "attrdb", "svg.fonttype": "none", "font.family": "sans-serif"}):
+        figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None})
+    text = out.getvalue()
+    return text[text.index("<svg") :]

@@ -1,0 +1,252 @@
+"""What a database's benchmark says: its figures as plain data, and on one page with plots and a gallery of queries."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from collections import defaultdict
+from collections.abc import Iterable
+from typing import Any
+
+import jinja2
+from PIL import Image
+
+import attrdb
+from attrdb import plots
+from attrdb.database import Database
+from attrdb.errors import NotFound
+
+CUT_OFFS = (5, 10, 100)
+CURVE = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
+CASE = ("kind", "split", "prompt_scheme")
+N_CANDIDATES = 6
+QUERIES_A_CASE = 2
+SIDE = 128  # pixels; larger pictures are scaled down to it
+
+
+def figures(db: Database, gallery: str = "own") -> dict[str, Any]:
+    """Everything that the tables and plots show, as JSON types.
+
+    cases:       recall at CUT_OFFS and mean average precision with intervals, chance and ceiling, of every test case and
+                 kind of features
+    curves:      recall at CURVE, averaged over prompt schemes
+    gains:       of every mapper over its encoder's own features, in recall at 10
+    general, correlations: the queries general_attribution and benchmark_correlation
+    mappers, calibrations: their rows
+    raises: NotFound if nothing was evaluated on that gallery
+    """
+
+    def of_gallery(name: str, **parameters: Any) -> list[dict]:
+        return [row for row in db.query(name, **parameters).to_pylist() if row["gallery"] == gallery]
+
+    mappers = db.sql("SELECT * EXCLUDE (parameters) FROM mappers ORDER BY mapper_id").to_pylist()
+    cases = _cases({k: of_gallery("recall_intervals", k=k) for k in CUT_OFFS}, of_gallery("recall_at_k", k=10))
+    if not cases:
+        raise NotFound(f"{db.path} has no ranks on gallery {gallery!r}; fill them with: attrdb evaluate {db.path}")
+    gains = [
+        {"mapper_id": mapper["mapper_id"], "encoder_id": mapper["encoder_id"], **row}
+        for mapper in mappers
+        for row in of_gallery("compare_mappers", mapper_id=mapper["mapper_id"], encoder_id=mapper["encoder_id"], k=10)
+    ]
+    calibrations = db.sql("SELECT * FROM calibrations ORDER BY calibration_id").to_pylist()
+    return {
+        "gallery": gallery,
+        "images_version": db.version,
+        "images": db.status()["images_by_role"],
+        "models": db.sql("SELECT kind, split, count(*) AS n FROM models GROUP BY ALL ORDER BY ALL").to_pylist(),
+        "cases": cases,
+        "curves": [point for k in CURVE for point in _averaged(k, of_gallery("recall_at_k", k=k))],
+        "gains": gains,
+        "general": of_gallery("general_attribution"),
+        "correlations": of_gallery("benchmark_correlation"),
+        "mappers": [_plain(row, ("settings", "metrics", "curves")) for row in mappers],
+        "calibrations": [_plain(row, ("reliability",)) for row in calibrations],
+    }
+
+
+def _plain(row: dict, texts: Iterable[str]) -> dict:
+    """A row with its JSON texts read, and its times as text."""
+    plain = {name: value.isoformat() if hasattr(value, "isoformat") else value for name, value in row.items()}
+    return plain | {name: json.loads(row[name]) for name in texts if row[name]}
+
+
+def _cases(intervals: dict[int, list[dict]], beside: list[dict]) -> list[dict]:
+    def key(row: dict) -> tuple:
+        return tuple(row[name] for name in (*CASE, "encoder_id", "mapper_id"))
+
+    found: dict[tuple, dict] = {}
+    for k, rows in intervals.items():
+        for row in rows:
+            case = found.setdefault(
+                key(row), {name: row[name] for name in (*CASE, "encoder_id", "mapper_id", "n_models")}
+            )
+            case[f"recall_{k}"] = [row["recall_at_k"], row["recall_low"], row["recall_high"]]
+            case["map"] = [row["mean_average_precision"], row["precision_low"], row["precision_high"]]
+    for row in beside:
+        found[key(row)] |= {name: row[name] for name in ("n_samples", "chance", "ceiling")}
+    return list(found.values())
+
+
+def _averaged(k: int, rows: list[dict]) -> list[dict]:
+    """Recall of kind, split and features: the mean over prompt schemes."""
+    groups: dict[tuple, list[dict]] = defaultdict(list)
+    for row in rows:
+        groups[row["kind"], row["split"], row["encoder_id"], row["mapper_id"]].append(row)
+    return [
+        {
+            "kind": kind,
+            "split": split,
+            "encoder_id": encoder_id,
+            "mapper_id": mapper_id,
+            "k": k,
+            "recall": sum(row["recall_at_k"] for row in group) / len(group),
+            "chance": sum(row["chance"] for row in group) / len(group),
+        }
+        for (kind, split, encoder_id, mapper_id), group in groups.items()
+    ]
+
+
+def features_name(row: dict) -> str:
+    """An encoder, or the mapper on it."""
+    return row["mapper_id"] or row["encoder_id"]
+
+
+def case_name(row: dict) -> str:
+    return " · ".join(str(row[name]) for name in CASE if row.get(name))
+
+
+def drawn(found: dict) -> dict[str, str]:
+    """The plots of `figures`, as SVG, by name; of what there is nothing of there is no plot."""
+    curves = [
+        {**row, "case": case_name(row), "features": features_name(row)}
+        for row in sorted(found["curves"], key=lambda row: (row["kind"], row["split"]))
+        if row["kind"] != "mixed"
+    ]
+    gains = [
+        {
+            "case": case_name(row),
+            "features": row["mapper_id"],
+            "value": row["recall_gain"],
+            "low": row["recall_low"],
+            "high": row["recall_high"],
+        }
+        for row in found["gains"]
+        if row["kind"] != "mixed"
+    ]
+    told = [
+        {"features": one["mapper_id"] or one["encoder_id"], **row}
+        for one in found["calibrations"]
+        for row in one["reliability"]
+    ]
+    return {
+        name: draw()
+        for name, rows, draw in (
+            ("curves", curves, lambda: plots.recall_curves(curves)),
+            ("gains", gains, lambda: plots.gains(gains, "gain in Recall@10, 95 % interval")),
+            ("reliability", told, lambda: plots.reliability(told)),
+            (
+                "general",
+                _both(found),
+                lambda: plots.against(_both(found), "Recall@10 on exemplars", "Recall@size on sets"),
+            ),
+        )
+        if rows
+    }
+
+
+def _both(found: dict) -> list[dict]:
+    """What general attribution is compared with: a point for every kind of features that both benchmarks have."""
+    tests: dict[tuple, list[float]] = defaultdict(list)
+    for row in found["curves"]:
+        if row["k"] == 10 and row["kind"] != "mixed" and (row["split"] or "").startswith("test"):
+            tests[row["kind"], features_name(row)].append(row["recall"])
+    return [
+        {
+            "case": f"sets of {row['n_exemplars']} · {kind} models",
+            "features": features_name(row),
+            "x": sum(tests[kind, features_name(row)]) / len(tests[kind, features_name(row)]),
+            "y": row["recall_at_size"],
+        }
+        for kind in ("object", "style")
+        for row in found["general"]
+        if tests[kind, features_name(row)]
+    ]
+
+
+# --- the page -----------------------------------------------------------------------------------------------------------
+
+
+def render(db: Database, gallery: str = "own", queries_a_case: int = QUERIES_A_CASE) -> str:
+    """The page as one HTML text with its plots and pictures inside.
+
+    raises: as `figures`
+    """
+    found = figures(db, gallery)
+    by_case: dict[str, list[dict]] = defaultdict(list)
+    for row in found["cases"]:
+        by_case[case_name(row)].append({**row, "features": features_name(row)})
+    tuned = max(found["mappers"], key=lambda one: (one["metrics"]["recall"], one["mapper_id"]), default=None)
+    environment = jinja2.Environment(loader=jinja2.PackageLoader("attrdb"), autoescape=True, trim_blocks=True)
+    environment.filters["picture"] = _uri
+    return environment.get_template("report.html").render(
+        found=found,
+        cases=by_case,
+        cut_offs=CUT_OFFS,
+        plots=drawn(found),
+        tuned=tuned,
+        queries=_queries(db, tuned, queries_a_case),
+        version=attrdb.__version__,
+        database=db.path,
+    )
+
+
+def _queries(db: Database, tuned: dict | None, n_a_case: int) -> list[dict]:
+    """Some samples of every split that is for tests, with their exemplars and what was attributed, without and with a mapper.
+
+    Which ones follows from their ids alone.
+    """
+    chosen = db.sql(
+        """
+        SELECT models.kind, models.split, samples.model_id, samples.image_id, samples.prompt, samples.image
+        FROM samples JOIN models ON models.model_id = samples.model_id
+        WHERE models.kind <> 'mixed'
+        QUALIFY row_number() OVER (
+            PARTITION BY models.kind, models.split, samples.prompt_scheme ORDER BY md5(samples.image_id)
+        ) <= $n
+        ORDER BY models.kind, models.split, samples.image_id
+        """,
+        {"n": n_a_case},
+    ).to_pylist()
+    tests = [row for row in chosen if (row["split"] or "").startswith("test")] or chosen
+    ways = [{"encoder_id": None, "mapper_id": None}]
+    if tuned:
+        ways = [{"encoder_id": tuned["encoder_id"], "mapper_id": mapper_id} for mapper_id in (None, tuned["mapper_id"])]
+    for row in tests:
+        exemplars = db.sql(
+            "SELECT image_id, image FROM exemplars WHERE model_id = $id ORDER BY image_id", {"id": row["model_id"]}
+        ).to_pylist()
+        true = {one["image_id"] for one in exemplars}
+        row["exemplars"] = [one["image"] for one in exemplars]
+        row["answers"] = []
+        for way in ways:
+            hits = db.attribute(row["image_id"], k=N_CANDIDATES, **way).to_pylist()
+            ids = {f"id{n}": hit["image_id"] for n, hit in enumerate(hits)}
+            listed = ", ".join(f"${name}" for name in ids)
+            images = db.sql(f"SELECT image_id, image FROM images WHERE image_id IN ({listed})", ids).to_pylist()
+            image_of = {one["image_id"]: one["image"] for one in images}
+            for hit in hits:
+                hit |= {"image": image_of[hit["image_id"]], "true": hit["image_id"] in true}
+            row["answers"].append({"features": way["mapper_id"] or way["encoder_id"] or db.encoder_id(), "hits": hits})
+    return tests
+
+
+def _uri(encoded: bytes | None) -> str:
+    """A picture as a data URI of a WebP no larger than SIDE; empty where none is stored."""
+    if encoded is None:
+        return ""
+    picture = Image.open(io.BytesIO(encoded)).convert("RGB")
+    picture.thumbnail((SIDE, SIDE))
+    out = io.BytesIO()
+    picture.save(out, "WEBP", quality=85)
+    return "data:image/webp;base64," + base64.b64encode(out.getvalue()).decode()

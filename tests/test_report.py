@@ -1,0 +1,121 @@
+"""The report: figures that are those of the queries, plots, and a page that needs nothing beside it."""
+
+import re
+from html.parser import HTMLParser
+
+import pyarrow as pa
+import pytest
+from click.testing import CliRunner
+from conftest import rows
+from test_train import QUICK, build
+
+import attrdb
+from attrdb import plots
+from attrdb.cli import main
+from attrdb.errors import NotFound
+from attrdb.report import drawn, figures, render
+from attrdb.training.calibrate import calibrate
+from attrdb.training.evaluation import evaluate
+from attrdb.training.train import train
+
+
+@pytest.fixture(scope="module")
+def db(tmp_path_factory):
+    """A database with everything that a report shows but mixed models: ranks, a mapper, a calibration."""
+    db = build(tmp_path_factory.mktemp("report") / "some.attrdb")
+    train(db, settings=QUICK, mapper_id="tuned<b>")
+    calibrate(db, mapper_id="tuned<b>")
+    for mapper_id in (None, "tuned<b>"):
+        evaluate(db, mapper_id=mapper_id)
+    return db
+
+
+class Page(HTMLParser):
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.sources = [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        self.sources += [value for name, value in attributes if name in ("src", "href")]
+
+
+def test_figures_are_those_of_the_queries(db):
+    found = figures(db)
+    for k in (5, 10, 100):
+        wanted = {
+            tuple(row[name] for name in ("mapper_id", "kind", "split", "prompt_scheme")): row["recall_at_k"]
+            for row in db.query("recall_at_k", k=k).to_pylist()
+        }
+        mine = {
+            (row["mapper_id"], row["kind"], row["split"], row["prompt_scheme"]): row[f"recall_{k}"][0]
+            for row in found["cases"]
+        }
+        assert mine == pytest.approx(wanted)
+    assert all(low <= mean <= high for row in found["cases"] for mean, low, high in [row["recall_10"], row["map"]])
+    point = next(row for row in found["curves"] if (row["kind"], row["split"], row["k"]) == ("style", "test", 10))
+    both = [
+        row["recall_10"][0]
+        for row in found["cases"]
+        if (row["kind"], row["split"], row["mapper_id"]) == ("style", "test", point["mapper_id"])
+    ]
+    assert len(both) == 2
+    assert point["recall"] == pytest.approx(sum(both) / 2)
+    assert {row["mapper_id"] for row in found["gains"]} == {"tuned<b>"}
+
+
+def test_page_needs_nothing_beside_it(db):
+    text = render(db)
+    page = Page(text)
+    assert text.count("<svg") == 3
+    assert not [source for source in page.sources if not source.startswith(("data:", "#"))]
+    assert "script" not in page.tags
+    assert "<b>estimate</b>" in text
+    assert "tuned&lt;b&gt;" in text
+    assert "tuned<b>" not in text
+
+
+def test_queries_of_the_page_are_test_samples(db):
+    shown = set(re.findall(r"(?:object|style) · (\w+) · m\d\d", render(db)))
+    assert shown == {"test"}
+
+
+def test_plots_are_the_same_for_the_same_figures(db):
+    found = figures(db)
+    assert drawn(found) == drawn(found)
+    assert set(drawn(found)) == {"curves", "gains", "reliability"}
+
+
+def test_sets_are_plotted_against_exemplars():
+    points = [{"case": "sets of 10", "features": name, "x": n / 4, "y": n / 8} for n, name in enumerate("abc")]
+    text = plots.against(points, "one", "other")
+    assert all(f">{word}<" in text for word in ("sets of 10", "one", "other", "a", "b", "c"))
+
+
+def test_command_writes_the_page(db, tmp_path):
+    out = tmp_path / "page.html"
+    done = CliRunner().invoke(main, ["report", str(db.path), "--out", str(out)])
+    assert done.exit_code == 0, done.output
+    assert done.stderr == f"wrote {out}\n"
+    assert out.read_text().rstrip().endswith("</html>")
+
+
+def test_a_report_of_nothing_says_what_to_do(tmp_path, db):
+    empty = attrdb.create(tmp_path / "empty.attrdb")
+    with pytest.raises(NotFound, match=r"has no ranks on gallery 'own'; fill them with: attrdb evaluate"):
+        figures(empty)
+    with pytest.raises(NotFound, match="gallery 'all'"):
+        figures(db, "all")
+
+
+def test_models_without_split_or_mapper_have_a_page(tmp_path):
+    db = attrdb.create(tmp_path / "some.attrdb")
+    db.add_encoder("toy:2", 2, {}, "none")
+    db.append_images(rows([("p", "pretraining", None, 90.0)]))
+    entries = [("m/e", "exemplar", "m", 0.0), ("m/0/0", "sample", "m", 5.0)]
+    db.append_model(rows(entries, prompt_scheme=pa.array([None, "gpt"])), {"model_id": "m", "kind": "object"})
+    evaluate(db)
+    text = render(db)
+    assert "1 object." in text
+    assert "None" not in re.sub(r"<svg.*?</svg>", "", text, flags=re.S)
