@@ -186,7 +186,12 @@ def render(db: Database, gallery: str = "own", queries_a_case: int = QUERIES_A_C
     by_case: dict[str, list[dict]] = defaultdict(list)
     for row in found["cases"]:
         by_case[case_name(row)].append({**row, "features": features_name(row)})
-    tuned = max(found["mappers"], key=lambda one: (one["metrics"]["recall"], one["mapper_id"]), default=None)
+    evaluated = {row["mapper_id"] for row in found["cases"]}
+    tuned = max(
+        (one for one in found["mappers"] if one["mapper_id"] in evaluated),
+        key=lambda one: (one["metrics"]["recall"], one["mapper_id"]),
+        default=None,
+    )
     environment = jinja2.Environment(loader=jinja2.PackageLoader("attrdb"), autoescape=True, trim_blocks=True)
     environment.filters["picture"] = _uri
     return environment.get_template("report.html").render(

@@ -1,17 +1,25 @@
 """Training a mapper: pairs chosen by SQL, killed and resumed to the same mapper, and what cannot be learned from."""
 
 import json
+import random
 import shutil
 
+import lance
 import numpy as np
 import pyarrow as pa
 import pytest
 from click.testing import CliRunner
+from PIL import Image
 
 import attrdb
 from attrdb.cli import main
 from attrdb.errors import InvalidValue, NotFound
+from attrdb.ingest.corpus import image_rows, register
+from attrdb.ingest.encoders import encode, load_encoder
+from attrdb.ingest.pictures import read_picture, webp
+from attrdb.ingest.views import VIEWS, views
 from attrdb.schema import feature_array
+from attrdb.training import augment as augment_module
 from attrdb.training import pairs as pairs_module
 from attrdb.training.evaluation import evaluate
 from attrdb.training.pairs import Choice, Pairs
@@ -300,3 +308,80 @@ def test_the_commands(db):
     done = CliRunner().invoke(main, ["train", str(db.path), "--split", "test"])
     assert done.exit_code == 1
     assert "nothing is learned from them" in done.output
+
+
+# --- augmentation -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory):
+    """Six models of one picture and two samples, with their pictures, and pictures of a corpus; features pixels:8."""
+    rng = np.random.default_rng(0)
+    db = attrdb.create(tmp_path_factory.mktemp("drawn") / "some.attrdb")
+    encoder = load_encoder("pixels:8")
+    register(db, [encoder])
+
+    def rows_of(ids, role, model_id, arrays):
+        pictures = [read_picture(name, webp(Image.fromarray(array))) for name, array in zip(ids, arrays, strict=True)]
+        scheme = "gpt" if role == "sample" else None
+        named = [{"image_id": name, "role": role, "model_id": model_id, "prompt_scheme": scheme} for name in ids]
+        return image_rows(named, pictures, [encoder])
+
+    corpus = rng.integers(0, 256, (20, 16, 16, 3), np.uint8)
+    db.append_images(rows_of([f"p{n:02d}" for n in range(20)], "pretraining", None, corpus))
+    for number in range(6):
+        model_id = f"m{number}"
+        own = rng.integers(0, 256, (1, 16, 16, 3), np.uint8)
+        near = (own.astype(int) + rng.integers(-20, 21, (2, 16, 16, 3))).clip(0, 255).astype(np.uint8)
+        parts = [rows_of([f"{model_id}/e"], "exemplar", model_id, own)]
+        parts.append(rows_of([f"{model_id}/{n}/0" for n in range(2)], "sample", model_id, near))
+        split = "val" if number > 3 else "train"
+        db.append_model(pa.concat_tables(parts), {"model_id": model_id, "kind": "object", "split": split})
+    return db
+
+
+@pytest.mark.parametrize("augment", ["mild", "strong"])
+def test_a_pair_takes_one_of_its_images_views(drawn, tmp_path, augment):
+    plain = Pairs(drawn, "pixels_8", Choice(), tmp_path / "features.f32")
+    pairs = Pairs(drawn, "pixels_8", Choice(), tmp_path / "features.f32", augment)
+    assert pairs.features.shape == (12, VIEWS[augment], 192)
+    np.testing.assert_allclose(np.linalg.norm(pairs.features, axis=2), 1, rtol=1e-5)
+    encoder = load_encoder("pixels:8")
+    for row, image_id in enumerate(pairs.ids.to_pylist()):
+        picture = drawn.images(f"image_id = '{image_id}'", ["image"])["image"][0].as_py()
+        image = read_picture(image_id, picture).image
+        shown = [one for one, _ in views(image, augment, augment_module.SIDE, random.Random(f"0/{image_id}"))]
+        np.testing.assert_allclose(pairs.features[row], encode(encoder, shown), atol=1e-6)
+    batches = list(pairs.batches(1, 8))
+    again = list(pairs.batches(1, 8))
+    assert all((a[0] == b[0]).all() and (a[1] == b[1]).all() for a, b in zip(batches, again, strict=True))
+    known = {tuple(view) for image in pairs.features for view in image}
+    assert {tuple(row) for batch in batches for side in batch for row in side} <= known
+    assert not all((a[0] == b[0]).all() for a, b in zip(batches, plain.batches(1, 8), strict=True))
+
+
+def test_views_are_encoded_once(drawn, tmp_path, monkeypatch):
+    Pairs(drawn, "pixels_8", Choice(), tmp_path / "features.f32", "mild")
+    monkeypatch.setattr(augment_module, "encode", None)
+    Pairs(drawn, "pixels_8", Choice(), tmp_path / "features.f32", "mild")
+
+
+def test_training_with_augmentation(drawn):
+    found = train(drawn, settings=TrainSettings(augment="mild", batch=4, epochs=2), mapper_id="mild")
+    assert found.n_epochs == 2
+    [row] = drawn.sql("SELECT settings FROM mappers WHERE mapper_id = 'mild'").to_pylist()
+    assert json.loads(row["settings"])["augment"] == "mild"
+    with pytest.raises(InvalidValue, match="augment is 'wild'; it must be none, mild, strong"):
+        train(drawn, settings=TrainSettings(augment="wild"))
+
+
+def test_augmentation_needs_the_pictures(db):
+    with pytest.raises(InvalidValue, match=r"no encoder 'toy:12'"):
+        train(db, settings=TrainSettings(augment="mild"))
+
+
+def test_augmentation_of_images_that_are_not_stored_is_refused(drawn, tmp_path):
+    path = shutil.copytree(drawn.path, tmp_path / "bare.attrdb")
+    lance.dataset(path / "images.lance").update({"image": "NULL"}, where="image_id = 'm2/1/0'")
+    with pytest.raises(InvalidValue, match=r"image 'm2/1/0' .* is stored without its picture"):
+        train(attrdb.open(path), settings=TrainSettings(augment="mild"))

@@ -15,6 +15,7 @@ import pyarrow.compute as pc
 from attrdb.database import Database
 from attrdb.errors import InvalidValue
 from attrdb.ingest.encoding import ahead
+from attrdb.training.augment import augmented
 
 BATCHES_AHEAD = 4
 
@@ -45,16 +46,20 @@ class Pairs:
     The features of their images are written to a file of plain float32, and read from there by row: gathering 4,096 rows of
     512 out of a million from it takes 2 ms, from Lance 100 ms, since every epoch wants them in another order.
 
-    raises: InvalidValue for a choice without a model, with one model only, or with images that have no feature
+    augment: 'none', or views of every image are encoded besides (`augmented`), of which each pair takes one by chance
+    raises:  InvalidValue for a choice without a model, with one model only, or with images that have no feature
     """
 
-    def __init__(self, db: Database, encoder_id: str, choice: Choice, file: Path):
+    def __init__(self, db: Database, encoder_id: str, choice: Choice, file: Path, augment: str = "none"):
         self.db, self.choice = db, choice
         first = db.query("pairs", **choice.of_pairs(0))
         self.n_pairs = len(first)
         _check_models(db, choice, first)
         _check_features(db, encoder_id, choice, first)
-        self.ids, self.features = _stored(db, encoder_id, choice, file)
+        self.ids, features = _stored(db, encoder_id, choice, file)
+        self.features = features[:, None]  # (images, views, dimension)
+        if augment != "none":
+            self.features = augmented(db, encoder_id, self.ids, augment, choice.seed, file.with_suffix(f".{augment}"))
 
     def batches(self, epoch: int, size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Features of exemplars and of their samples, (n, dimension) float32 each, n <= size, of n distinct models."""
@@ -66,12 +71,13 @@ class Pairs:
             ],
             axis=1,
         )
+        views = np.random.default_rng((self.choice.seed, epoch)).integers(self.features.shape[1], size=rows.shape)
         parts = _parts(pairs["position"].to_numpy(), size)
-        with closing(ahead(parts, lambda part: self._gathered(rows[part]), 1, BATCHES_AHEAD)) as gathered:
+        with closing(ahead(parts, lambda part: self._gathered(rows[part], views[part]), 1, BATCHES_AHEAD)) as gathered:
             yield from gathered
 
-    def _gathered(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        return self.features[rows[:, 0]], self.features[rows[:, 1]]
+    def _gathered(self, rows: np.ndarray, views: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return self.features[rows[:, 0], views[:, 0]], self.features[rows[:, 1], views[:, 1]]
 
 
 def _parts(positions: np.ndarray, size: int) -> list[slice]:

@@ -2,7 +2,7 @@
 
 Killed and given again, the job goes on at the epoch it had reached, and ends in the same mapper.
 
-<database>/jobs/train-<mapper_id>/   settings.json, features.f32, checkpoint.pt
+<database>/jobs/train-<mapper_id>/   settings.json, features.f32 (and of views features.mild or .strong), checkpoint.pt
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import torch
 from attrdb import jobs
 from attrdb.database import Database
 from attrdb.errors import InvalidValue
+from attrdb.ingest.views import VIEWS
 from attrdb.locks import alone
 from attrdb.mapper import Mapper
 from attrdb.snapshot import literal
@@ -50,6 +51,7 @@ class TrainSettings:
     epochs:         at most; each takes every sample once
     patience:       epochs without a better validation recall after which training ends
     n_candidates:   pretraining images that validation ranks among, a fixed random part
+    augment:        of the training images, see `attrdb.training.augment`; validation has none
     """
 
     kind: str = "both"
@@ -64,6 +66,7 @@ class TrainSettings:
     epochs: int = 100
     patience: int = 10
     n_candidates: int = 10_000
+    augment: str = "none"
     seed: int = 0
 
     def choice(self) -> Choice:
@@ -129,7 +132,7 @@ def _trained(
     report: Report,
 ) -> TrainResult:
     validation = Validation(db, encoder_id, settings)
-    pairs = Pairs(db, encoder_id, settings.choice(), job / "features.f32")
+    pairs = Pairs(db, encoder_id, settings.choice(), job / "features.f32", settings.augment)
     maps = Maps(settings.form, db.encoders[encoder_id]["dimension"], settings.seed)
     optimizer = torch.optim.Adam(maps.parameters(), lr=settings.lr)
     checkpoint = job / "checkpoint.pt"
@@ -257,6 +260,7 @@ def _check(settings: TrainSettings) -> None:
     for name, value, allowed in (
         ("kind", settings.kind, KINDS),
         ("prompt_scheme", settings.prompt_scheme, PROMPT_SCHEMES),
+        ("augment", settings.augment, tuple(VIEWS)),
     ):
         if value not in allowed:
             raise InvalidValue(f"{name} is {value!r}; it must be {', '.join(allowed)}")

@@ -27,6 +27,7 @@ from attrdb.cli.common import DB, at_option, ml, quiet_option
 @click.option("--epochs", type=click.IntRange(1), help="At most; default 100.")
 @click.option("--patience", type=click.IntRange(1), help="Epochs without a better recall until it ends; default 10.")
 @click.option("--n-candidates", type=click.IntRange(1), help="Pretraining images in validation; default 10000.")
+@click.option("--augment", type=click.Choice(["none", "mild", "strong"]), help="Of the training images; default none.")
 @click.option("--seed", type=int)
 @click.option("--mapper-id", help="Default: encoder, kind and a hash of the settings.")
 @quiet_option

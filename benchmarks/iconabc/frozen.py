@@ -115,6 +115,14 @@ def load_models(db: Database, frozen: Path = HERE) -> int:
     return len(models)
 
 
+def load(db: Database, icons: Path, frozen: Path = HERE) -> dict[str, int]:
+    """Put gallery, exemplars and samples into a database, without features; what is stored is not stored again."""
+    pictures = icons.with_name("candidates.parquet")
+    counts = gallery(icons, pictures, frozen)
+    ingest_corpus(db, open_corpus(pictures), [])
+    return counts | {"models": load_models(db, frozen)}
+
+
 @click.group()
 def main() -> None:
     """Freeze IconAbC, or load it."""
@@ -134,13 +142,8 @@ def freeze_command(db: Path, plan: Path) -> None:
 @click.argument("icons", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 def load_command(db: Path, icons: Path) -> None:
     """Put gallery, exemplars and samples into a database, without features; given again, it goes on."""
-    database = open_or_create(db)
-    pictures = icons.with_name("candidates.parquet")
-    for what, count in gallery(icons, pictures).items():
+    for what, count in load(open_or_create(db), icons).items():
         click.echo(f"{what}: {count}")
-    done = ingest_corpus(database, open_corpus(pictures), [])
-    click.echo(f"pretraining images appended: {done.n_appended}, stored already: {done.n_stored}")
-    click.echo(f"models appended: {load_models(database)}")
 
 
 if __name__ == "__main__":

@@ -74,8 +74,48 @@ MIXED_SIZES = (1, 10, 100)
 N_MIXED = 4
 MIXED_PROMPTS = {1: 1, 10: 8, 100: 16}
 MIXED_SAMPLES = {1: 16, 10: 2, 100: 1}
-# Drawings that repeat those of another set, and sets of marks that are not things.
-LEFT_OUT = ("noto-v1", "emojione", "twemoji", "noto", "fluent-emoji", "fluent-emoji-flat", "fluent-emoji-high-contrast")
+# The gallery beside the corpus: sets that no model has seen, nor another set of the same drawings; and Open Clip Art by
+# artists that no model has seen.
+GALLERY_SETS = (
+    "bi",
+    "boxicons",
+    "carbon",
+    "cif",
+    "cryptocurrency-color",
+    "flat-ui",
+    "fluent",
+    "gcp",
+    "glyphs",
+    "hugeicons",
+    "ic",
+    "iconoir",
+    "k8s",
+    "keyline-icons",
+    "logos",
+    "lucide",
+    "maki",
+    "mdi",
+    "mingcute",
+    "ph",
+    "pixel",
+    "pixelarticons",
+    "ri",
+    "selfhst",
+    "streamline-pixel",
+    "tabler",
+    "tdesign",
+    "temaki",
+    "thesvg-color",
+    "token-branded",
+    "uil",
+    "unjs",
+    "whh",
+)
+
+
+def icon_sets() -> set[str]:
+    """The iconify sets that the benchmark is made of, beside the corpus that attrdb ships."""
+    return {*GALLERY_SETS, *(one for sets in STYLE_SETS.values() for one in sets), *OBJECT_SOURCES} - {"openclipart"}
 
 
 @dataclass
@@ -202,15 +242,11 @@ def _mixed(spare: list[dict], rng: random.Random) -> list[Model]:
 
 def _candidates(icons: list[dict], corpus: list[dict], models: list[Model], rng: random.Random) -> list[dict]:
     """The corpus, and icons of sets and artists that no model has seen."""
-    sources = {row["source"] for model in models for row in model.exemplars} - {"openclipart"}
-    sources |= {source for of_split in STYLE_SETS.values() for source in of_split} | set(OBJECT_SOURCES[:2])
     artists = {row["creator"] for model in models for row in model.exemplars if row["source"] == "openclipart"}
     free = [
         row
         for row in sorted(icons, key=lambda row: row["name"])
-        if row["source"] not in sources
-        and row["source"] not in LEFT_OUT
-        and not (row["source"] == "openclipart" and row["creator"] in artists)
+        if row["source"] in GALLERY_SETS or (row["source"] == "openclipart" and row["creator"] not in artists)
     ]
     if len(corpus) + len(free) < N_CANDIDATES:
         raise click.ClickException(
