@@ -5,14 +5,17 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 
 from attrdb.errors import InvalidValue
-from attrdb.ingest.base_model import BaseModel
 from attrdb.ingest.pictures import square
+
+if TYPE_CHECKING:
+    from attrdb.ingest.base_model import BaseModel
 
 # Views of a picture. `mild`: the picture and its mirror image. `strong`: each mirrored or not, by chance, and made smaller
 # (to a third of its side at least, laid anywhere on grey) or larger (by a fifth to two fifths, cut anywhere).
