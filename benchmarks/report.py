@@ -5,25 +5,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import attribution
+from markdown import machine, shown, table
+
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
-
-
-def table(head: list[str], rows: list[list[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
-
-
-def shown(found: dict, digits: int = 2, scale: float = 1) -> str:
-    """median (least to greatest)"""
-    low, middle, high = (f"{scale * found[what]:,.{digits}f}" for what in ("min", "median", "max"))
-    return f"{middle} ({low} to {high})"
-
-
-def machine(found: dict) -> str:
-    packages = ", ".join(f"{name} {version}" for name, version in found["packages"].items())
-    where = f"{found['cores']} cores, {found['memory_gib']} GiB"
-    return f"{found['processor']}, {where}; Python {found['python']}, {packages}. Load before: {found['load']}.\n"
 
 
 def importing(found: dict) -> str:
@@ -217,6 +203,7 @@ SECTIONS = {
     "customizing": (customizing, "benchmarks/customize.py --json customizing.json"),
     "sd15": (sd15, "benchmarks/customize.py --shape sd15 --steps 250 --json sd15.json"),
     "quality": (quality, "benchmarks/quality.py iconabc.attrdb --json quality.json"),
+    "iconabc": (attribution.section, "benchmarks/iconabc/run.py runs/iconabc --json iconabc.json"),
 }
 
 
@@ -230,4 +217,6 @@ def page() -> str:
 
 
 if __name__ == "__main__":
+    if (RESULTS / "iconabc.json").exists():
+        attribution.write_plots(json.loads((RESULTS / "iconabc.json").read_text()))
     (HERE / "RESULTS.md").write_text(page(), encoding="utf-8")

@@ -1,0 +1,177 @@
+"""IconAbC: what is chosen, that it comes back from its frozen files, and what the frozen files promise."""
+
+import io
+import json
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+import click
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+import attrdb
+from attrdb.ingest.corpus import image_rows
+from attrdb.ingest.icons import FREE, SCHEMA
+from attrdb.ingest.pictures import read_picture, webp
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks" / "iconabc"))
+import frozen
+import plan
+
+FROZEN = frozen.HERE / "models.parquet"
+
+
+def icon(rng, source, number, category=None, creator="someone"):
+    image = Image.fromarray(rng.integers(0, 200, (16, 16, 3), np.uint8))
+    return {
+        "name": f"{source}/{number}",
+        "role": "pretraining",
+        "source": source,
+        "category": category or f"{source} {number}",
+        "prompt": category or f"{source} {number}",
+        "split": None,
+        "creator": creator,
+        "license": "MIT",
+        "uri": f"test:{source}#{number}",
+        "width": 16,
+        "height": 16,
+        "metadata": "{}",
+        "image": webp(image),
+    }
+
+
+@pytest.fixture(scope="module")
+def small():
+    """Icons of every set that the plan names, a corpus of 200 things, and what the plan makes of them with 250 candidates."""
+    rng = np.random.default_rng(0)
+    things = [f"thing {chr(97 + n // 26)}{chr(97 + n % 26)}" for n in range(200)]
+    corpus = [icon(rng, "noto", n, thing) for n, thing in enumerate(things)]
+    icons = [icon(rng, "fxemoji", n, thing) for n, thing in enumerate(things[:100])]
+    icons += [icon(rng, "streamline-emojis", n, thing) for n, thing in enumerate(things)]
+    icons += [icon(rng, "openclipart", f"a{a}-{n}", creator=f"artist {a}") for a in range(24) for n in range(8)]
+    icons += [icon(rng, source, n) for sets in plan.STYLE_SETS.values() for source in sets for n in range(24)]
+    icons += [icon(rng, source, n) for source in plan.GALLERY_SETS for n in range(2)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plan, "N_CANDIDATES", 250)
+        patch.setattr(plan, "MIXED_SIZES", (1, 10))
+        found = plan.plan(icons, corpus)
+        again = plan.plan(icons[::-1], corpus)
+        with pytest.raises(click.ClickException, match=r"200 icons of the corpus and 16 others, 250 candidates needed"):
+            plan.plan([one for one in icons if one["source"] not in plan.GALLERY_SETS], corpus)
+    assert again == found
+    return found
+
+
+def test_models_are_as_many_as_wanted(small):
+    _, models = small
+    counts = defaultdict(int)
+    for model in models:
+        counts[model.kind, model.split] += 1
+    assert {split: counts["object", split] for split in plan.N_OBJECTS} == plan.N_OBJECTS
+    assert counts["style", "train"] == 3 * len(plan.STYLE_SETS["train"])
+    assert counts["style", "test_artists"] == plan.N_ARTISTS
+    assert len({model.model_id for model in models}) == len(models)
+    assert all(len(model.exemplars) == plan.STYLE_SIZE for model in models if model.kind == "style")
+
+
+def test_gallery_has_nothing_of_what_models_saw(small):
+    candidates, models = small
+    assert len(candidates) == len({row["name"] for row in candidates}) == 250
+    assert {row["role"] for row in candidates} == {"pretraining"}
+    used = [row for model in models for row in model.exemplars]
+    artists = {row["creator"] for row in used if row["source"] == "openclipart"}
+    sources = {row["source"] for row in used} - {"openclipart"}
+    assert not {row["source"] for row in candidates} & sources
+    assert not {row["creator"] for row in candidates if row["source"] == "openclipart"} & artists
+
+
+def test_splits_share_no_exemplar_and_seen_classes_are_seen(small):
+    _, models = small
+    names = [row["name"] for model in models if model.kind != "mixed" for row in model.exemplars]
+    assert len(names) == len(set(names))
+    of_split = defaultdict(set)
+    for model in models:
+        if model.kind == "object":
+            of_split[model.split].add(model.category)
+    assert of_split["val"] | of_split["test"] <= of_split["train"]
+    assert not of_split["test_unseen"] & (of_split["train"] | of_split["val"] | of_split["test"])
+    assert not of_split["val"] & of_split["test"]
+    mixed = [row["name"] for model in models if model.kind == "mixed" for row in model.exemplars]
+    assert not set(mixed) & {row["name"] for model in models if model.kind == "object" for row in model.exemplars}
+
+
+def test_what_is_frozen_comes_back(small, tmp_path):
+    candidates, models = small
+    folder, out = tmp_path / "plan", tmp_path / "frozen"
+    chosen = [model for model in models if model.kind != "mixed"][:3] + [m for m in models if m.kind == "mixed"][:1]
+    plan.write(folder, candidates, chosen)
+    db = attrdb.create(tmp_path / "made.attrdb")
+    with pytest.raises(click.ClickException, match="4 of 4 models are not made yet"):
+        frozen.freeze(db, folder, out)
+    for model in chosen:
+        files = sorted((folder / "exemplars" / model.model_id).glob("*.webp"))
+        rows, pictures = [], []
+        for number, file in enumerate(files):
+            rows.append({"image_id": f"{model.model_id}/e{number}", "role": "exemplar", "source": "a folder"})
+            pictures.append(read_picture(file.name, file.read_bytes()))
+        rows.append({"image_id": f"{model.model_id}/0/7", "role": "sample", "prompt": "V* thing", "seed": 7})
+        pictures.append(pictures[0])
+        table = image_rows([row | {"model_id": model.model_id} for row in rows], pictures, [])
+        db.append_model(table, {"model_id": model.model_id, "kind": model.kind, "weights_path": "weights/x"})
+    counts = frozen.freeze(db, folder, out)
+    assert counts["models"] == 4
+    icons = tmp_path / "icons.parquet"
+    names = set(pq.read_table(out / "candidates.parquet")["name"].to_pylist())
+    rendered = [row for row in candidates if row["name"] in names]
+    rendered[0] = rendered[0] | {"image": webp(Image.new("RGB", (16, 16), "red"))}
+    pq.write_table(pa.Table.from_pylist(rendered[:-1], SCHEMA), icons)
+    loaded = attrdb.create(tmp_path / "loaded.attrdb")
+    said = frozen.load(loaded, icons, out)
+    assert (said["models"], said["missing"], said["otherwise"]) == (4, 1, 1)
+    assert frozen.load(loaded, icons, out)["models"] == 0
+    columns = ["image_id", "role", "model_id", "prompt", "seed", "image", "sha256", "width"]
+    pairs = zip(
+        *(one.images("role <> 'pretraining'", columns).sort_by("image_id").to_pylist() for one in (db, loaded)),
+        strict=True,
+    )
+    for before, after in pairs:
+        assert after | {"prompt": None} == before | {"prompt": None}
+    exemplar = loaded.images(f"model_id = '{chosen[0].model_id}' AND role = 'exemplar'", ["source", "license", "uri"])
+    assert set(exemplar["license"].to_pylist()) == {"MIT"}
+    assert "a folder" not in exemplar["source"].to_pylist()
+    [row] = loaded.sql("SELECT weights_path, base_model FROM models LIMIT 1").to_pylist()
+    assert row == {"weights_path": None, "base_model": "icon-sd"}
+
+
+# --- the frozen files -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not FROZEN.exists(), reason="the benchmark is not frozen yet")
+def test_frozen_files_are_large_enough_and_small_enough():
+    models = pq.read_table(FROZEN).to_pylist()
+    kinds = [model["kind"] for model in models]
+    assert kinds.count("object") >= 150
+    assert kinds.count("style") >= 90
+    assert all(model["n_samples"] >= 16 for model in models)
+    files = [frozen.HERE / f"{name}.parquet" for name in ("models", "images", "candidates")]
+    assert sum(file.stat().st_size for file in files) <= frozen.AT_MOST
+    assert pq.ParquetFile(files[2]).metadata.num_rows + 4685 >= 100_000
+
+
+@pytest.mark.skipif(not FROZEN.exists(), reason="the benchmark is not frozen yet")
+def test_frozen_pictures_are_credited_and_free():
+    rows = pq.read_table(frozen.HERE / "images.parquet").to_pylist()
+    models = {model["model_id"]: model for model in pq.read_table(FROZEN).to_pylist()}
+    exemplars = [row for row in rows if row["role"] == "exemplar"]
+    assert {row["license"] for row in exemplars} <= FREE | {"CC-PDDC"}
+    assert all(row["creator"] and row["uri"] for row in exemplars)
+    notice = (Path(__file__).parent.parent / "NOTICE").read_text()
+    assert not {row["source"] for row in exemplars} - set(notice.split())
+    assert {row["model_id"] for row in rows} == models.keys()
+    assert all(json.loads(model["settings"])["customize"]["steps"] for model in models.values())
+    for row in rows[::50]:
+        assert Image.open(io.BytesIO(row["image"])).size[0] >= 32
