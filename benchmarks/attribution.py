@@ -28,7 +28,7 @@ CASES = {
 }
 SAYS = {
     "curves": "Recall@K against K, averaged over prompt schemes",
-    "gains": "What mappers gain in Recall@10 over the encoder's own features, 95 % intervals of a paired bootstrap over models",
+    "gains": "What mappers gain in Recall@10 over the encoder's own features, 95 % intervals, paired bootstrap over models",
     "reliability": "Influence against the share that candidates with it had, on validation models",
     "general": "Recall@10 on exemplars against recall at the size of the set on models of unrelated images",
 }
