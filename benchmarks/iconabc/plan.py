@@ -68,6 +68,8 @@ STYLE_SETS = {
 }
 MODELS_A_SET = {"train": 3, "val": 2, "test": 2}
 N_ARTISTS = 22  # of Open Clip Art: a source of styles that nothing was learned from
+NOBODY = {"unknown", "anonymous", "c..."}
+ALSO_CALLED = {"Architetto Francesco Rollandin": "Rollandin Francesco", "Jean-VIctor Balin": "Jean-Victor Balin"}
 
 # Unrelated captioned images, for general attribution (Wang et al. 2023, Fig. 10).
 MIXED_SIZES = (1, 10, 100)
@@ -146,6 +148,12 @@ def slug(text: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
 
 
+def artist_of(creator: str) -> str:
+    """A creator's name, the same for the same one, without the address that some have given."""
+    name = re.sub(r"\s*[(\[<].*", "", creator).strip() or "unknown"
+    return ALSO_CALLED.get(name, name)
+
+
 def inked(row: dict) -> bool:
     """Whether enough is drawn to be seen at 32 x 32 pixels."""
     picture = Image.open(io.BytesIO(row["image"])).convert("L")
@@ -158,7 +166,8 @@ def plan(icons: list[dict], corpus: list[dict], seed: int = 0) -> tuple[list[dic
     icons:  rows of SCHEMA; corpus: those that the base model was trained on, and are candidates all
     """
     by_source = defaultdict(list)
-    for row in sorted(icons, key=lambda row: row["name"]):
+    icons = sorted(({**row, "creator": artist_of(row["creator"])} for row in icons), key=lambda row: row["name"])
+    for row in icons:
         by_source[row["source"]].append(row)
     objects, spare = _objects(by_source, {row["category"] for row in corpus}, random.Random(f"{seed}/objects"))
     styles = _styles(by_source, random.Random(f"{seed}/styles"))
@@ -218,7 +227,7 @@ def _styles(by_source: dict, rng: random.Random) -> list[Model]:
 def _artists(works: list[dict], used: set[str], rng: random.Random) -> list[Model]:
     by_artist = defaultdict(list)
     for row in works:
-        if row["creator"] != "unknown" and row["name"] not in used and not SIGNS.search(row["name"]) and inked(row):
+        if row["creator"] not in NOBODY and row["name"] not in used and not SIGNS.search(row["name"]) and inked(row):
             by_artist[row["creator"]].append(row)
     prolific = sorted(artist for artist, rows in by_artist.items() if len(rows) >= STYLE_SIZE)
     return [
@@ -245,7 +254,7 @@ def _candidates(icons: list[dict], corpus: list[dict], models: list[Model], rng:
     artists = {row["creator"] for model in models for row in model.exemplars if row["source"] == "openclipart"}
     free = [
         row
-        for row in sorted(icons, key=lambda row: row["name"])
+        for row in icons
         if row["source"] in GALLERY_SETS or (row["source"] == "openclipart" and row["creator"] not in artists)
     ]
     if len(corpus) + len(free) < N_CANDIDATES:
