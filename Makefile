@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint docs node clean
+.PHONY: demo test lint docs node benchmark clean
 
 demo: $(VENV)/.ready
 	$(BIN)/attrdb demo demo
@@ -18,6 +18,11 @@ lint: $(VENV)/.ready
 docs: $(VENV)/.ready
 	$(BIN)/python docs/cli.py
 	$(BIN)/python docs/dictionary.py
+
+# The experiments on IconAbC, from its frozen files; hours on two cores, and it goes on where it was.
+benchmark: $(VENV)/.ready
+	$(BIN)/python benchmarks/iconabc/run.py runs/iconabc --json benchmarks/results/iconabc.json
+	$(BIN)/python benchmarks/report.py
 
 # LanceDB's client for Node, for examples/node and its test.
 node:
