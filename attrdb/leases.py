@@ -20,10 +20,10 @@ from typing import Any, TextIO
 
 from attrdb.errors import Busy
 from attrdb.locks import alive
-from attrdb.snapshot import storage
 
 LEASE_MINUTES = 10.0
 BEAT = 2.0  # seconds between two lines of a holder, at least
+LINE = 256  # characters that a holder's line has at least, so that a shorter one covers it
 
 
 @dataclass
@@ -44,10 +44,12 @@ class Lease:
             raise Busy(f"{self.doing} by another process, which took it over: this one had been silent for too long")
         if time.monotonic() - self.beaten < BEAT:
             return
+        me, said = {"host": socket.gethostname(), "pid": os.getpid()}, _said(self.file)
+        if self.beaten and {name: said.get(name) for name in me} != me:
+            # Begun at the same moment, on a disk that does not pass locks on: the last to write goes on.
+            raise Busy(f"{self.doing} by another process ({said.get('pid')} on {said.get('host')}); wait for it")
         self.beaten = time.monotonic()
-        _write(
-            self.lock, {"host": socket.gethostname(), "pid": os.getpid(), "stage": stage, "done": done, "total": total}
-        )
+        _write(self.lock, me | {"stage": stage, "done": done, "total": total})
 
 
 @contextmanager
@@ -56,17 +58,16 @@ def leased(file: Path, doing: str, minutes: float = LEASE_MINUTES) -> Iterator[L
 
     doing:   what the holder does, such as "model 'vase-1' is being made"
     minutes: that another holder may have been silent
-    raises:  Busy if another process holds it, StorageError for a full or read-only disk
+    raises:  Busy if another process holds it, OSError for a full or read-only disk
     """
-    with storage(file.parent):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        lock, said = _locked(file), _said(file)
-        # Not every disk that machines share passes a lock on from one to the other.
-        if lock is None or said.get("host", socket.gethostname()) != socket.gethostname():
-            if _silent(file) < 60 * minutes:
-                who = f" ({said['pid']} on {said['host']})" if "pid" in said else ""
-                raise Busy(f"{doing} by another process{who}; wait for it")
-            lock = _taken_over(file)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    lock, said = _locked(file), _said(file)
+    # Not every disk that machines share passes a lock on from one to the other.
+    if lock is None or said.get("host", socket.gethostname()) != socket.gethostname():
+        if _silent(file) < 60 * minutes:
+            who = f" ({said['pid']} on {said['host']})" if "pid" in said else ""
+            raise Busy(f"{doing} by another process{who}; wait for it")
+        lock = _taken_over(file)
     with lock:
         lease = Lease(file, lock, doing)
         lease.beat("begun", 0, 0)
@@ -90,7 +91,7 @@ def holder(file: Path) -> dict[str, Any] | None:
 
 def _locked(file: Path) -> TextIO | None:
     """The file, opened and locked; None if another process has locked it."""
-    lock = file.open("a+")
+    lock = os.fdopen(os.open(file, os.O_RDWR | os.O_CREAT, 0o666), "r+")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -132,7 +133,9 @@ def _silent(file: Path) -> float:
 
 
 def _write(lock: TextIO, what: dict[str, Any]) -> None:
+    """Put a line over the old one. The file is never empty meanwhile: others would take it for free."""
     lock.seek(0)
+    lock.write(json.dumps(what).ljust(LINE))
     lock.truncate()
-    lock.write(json.dumps(what))
     lock.flush()
+    os.fsync(lock.fileno())

@@ -20,7 +20,7 @@ from transformers.utils import logging as transformers_logging
 
 from attrdb.errors import InvalidValue, NotFound
 from attrdb.ingest.attention import Projected, use_prompt_attention
-from attrdb.ingest.devices import default_device, is_cpu, keep_freed_memory
+from attrdb.ingest.devices import default_device, enough_memory, is_cpu, keep_freed_memory
 
 WEIGHTED = ("unet", "vae", "text_encoder")
 PICKLED = (".bin", ".ckpt", ".pt", ".pth")
@@ -148,6 +148,10 @@ class OneBaseModel:
             self._kept = None  # two of them need not fit into memory
             self._kept = (key, load_base_model(name))
         return self._kept[1]
+
+    def forget(self) -> None:
+        """Load it again next time: nobody knows what an error that was not foreseen has left of it."""
+        self._kept = None
 
 
 def base_model_folder(name: str) -> Path:
@@ -277,4 +281,6 @@ def load_base_model(name: str, device: str | None = None) -> BaseModel:
         keep_freed_memory()
     # On two cores with AVX2 a training step at icon-sd takes 0.91 of the time in this layout, one of sampling 0.92.
     pipeline.unet.to(memory_format=torch.channels_last)
-    return BaseModel(str(name), pipeline.to(device), device)
+    with enough_memory(device, f"loading base model {name}", "free some of it, or use another device"):
+        pipeline = pipeline.to(device)
+    return BaseModel(str(name), pipeline, device)

@@ -28,7 +28,7 @@ from attrdb.ingest.customizers import DEFAULT_METHOD, Customizer, load_customize
 from attrdb.ingest.devices import enough_memory, is_cpu
 from attrdb.ingest.views import Latents, encode_views
 
-SMALLER = "give --gradient-checkpointing, or a smaller --batch, which makes another model"
+SMALLER = "a smaller batch (batch), which makes another model"
 TOKEN_KEY = "text_encoder.token_embedding"
 
 LOOKED_AT = 10  # steps between two looks at the losses: on a GPU a look waits for all that was asked of it
@@ -136,7 +136,7 @@ def customize(
         if token:
             check_prompts(base.pipeline, list(dict.fromkeys(prompts)), token)
         with (
-            enough_memory(base.device, _doing(base, settings), SMALLER),
+            enough_memory(base.device, _doing(base, settings), _advice(gradient_checkpointing)),
             _attached(customizer, base, settings.seed) as trained,
             _checkpointed(base, gradient_checkpointing),
         ):
@@ -148,7 +148,7 @@ def customize(
             parameters |= {f"unet.{name}": weight for name, weight in trained.items()}
             if not parameters:
                 raise InvalidValue(f"method {method!r} trains a token alone, and there is none; choose another method")
-            training = _Training(base, exemplars, prompts, settings, regularization, token_id, vector)
+            training = _Training(base, exemplars, prompts, settings, regularization, token_id, vector, report)
             try:
                 with base.lowered():
                     losses = training.run(list(parameters.values()), report)
@@ -173,6 +173,12 @@ def _doing(base: BaseModel, settings: CustomizeSettings) -> str:
     return f"training {n_pictures} pictures of {base.resolution} pixels a side at a time"
 
 
+def _advice(gradient_checkpointing: bool) -> str:
+    """What to give instead where memory is full, by the names that options and keys of a spec share."""
+    first = "" if gradient_checkpointing else "turn gradient checkpointing on (gradient_checkpointing), or "
+    return f"{first}give {SMALLER}"
+
+
 @contextmanager
 def _checkpointed(base: BaseModel, wanted: bool) -> Iterator[None]:
     """In it the U-Net keeps few activations for the backward pass, if that is wanted."""
@@ -191,12 +197,14 @@ def _attached(customizer: Customizer, base: BaseModel, seed: int) -> Iterator[di
     """What the method trains in the U-Net; afterwards the U-Net is as it was, bit for bit."""
     unet = base.pipeline.unet
     devices = [] if is_cpu(base.device) else [base.device]
-    with torch.random.fork_rng(devices):
-        torch.manual_seed(seed)
-        trained = customizer.attach(unet)
-    unet.requires_grad_(False)
-    before = {name: weight.detach().clone() for name, weight in trained.items()}
+    trained: dict[str, torch.nn.Parameter] = {}
+    before: dict[str, torch.Tensor] = {}
     try:
+        with torch.random.fork_rng(devices):
+            torch.manual_seed(seed)
+            trained = customizer.attach(unet)
+        unet.requires_grad_(False)
+        before = {name: weight.detach().clone() for name, weight in trained.items()}
         for weight in trained.values():
             weight.requires_grad_(True)
         yield trained
@@ -204,7 +212,8 @@ def _attached(customizer: Customizer, base: BaseModel, seed: int) -> Iterator[di
         for name, weight in trained.items():
             weight.requires_grad_(False)
             weight.grad = None
-            weight.data.copy_(before[name])
+            if name in before:  # memory may have been full while they were copied, before anything was trained
+                weight.data.copy_(before[name])
         customizer.detach(unet)
 
 
@@ -258,15 +267,20 @@ class _Training:
         regularization: Regularization | None,
         token_id: int | None,
         vector: torch.Tensor | None,
+        report: Report,
     ):
         self.base, self.settings, self.token_id, self.vector = base, settings, token_id, vector
         self.noise = DDPMScheduler.from_config(base.pipeline.scheduler.config)
-        self.own = encode_views(base, exemplars, settings.augment, settings.seed)
+
+        def alive(_done: int, _total: int) -> None:
+            report(0, settings.steps)
+
+        self.own = encode_views(base, exemplars, settings.augment, settings.seed, alive)
         self.own_states = self._states(prompts) if vector is None else None
         self.own_ids = token_ids(base, prompts[:1])  # where a token is trained there is one prompt
         self.prior = self.prior_states = None
         if regularization:
-            self.prior = encode_views(base, regularization.images, "none", settings.seed)
+            self.prior = encode_views(base, regularization.images, "none", settings.seed, alive)
             self.prior_states = self._states(regularization.prompts)
 
     def _states(self, prompts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -14,7 +14,7 @@ import signal
 import time
 from collections import Counter, deque
 from collections.abc import Container, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
@@ -290,10 +290,16 @@ class Queue:
         settled = self.result.done + self.result.stored_already + n_failed
         self.report("models", settled, self.total, f"{n_failed} failed" if n_failed else "")
 
-    def lost(self, spec: ModelSpec, exit_code: int | None) -> None:
-        """Note that a worker process ended under a model."""
+    def lost(self, spec: ModelSpec, exit_code: int | None, silent_minutes: float | None = None) -> None:
+        """Note that a worker process ended under a model; silent_minutes: it was ended, having said nothing for so long."""
         how = f"signal {-exit_code}" if (exit_code or 0) < 0 else f"exit code {exit_code}"
-        self.settle(spec, Outcome("failed", f"the worker process that made it ended with {how}"))
+        reason = f"the worker process that made it ended with {how}"
+        if silent_minutes is not None:
+            reason = (
+                f"the worker process that made it said nothing for {silent_minutes:g} minutes and was ended; if the work is "
+                "that slow, give more (--lease-minutes)"
+            )
+        self.settle(spec, Outcome("failed", reason))
 
 
 def ingest_models(
@@ -364,8 +370,10 @@ def make(
     except (InvalidValue, NotFound) as error:
         return Outcome("refused", str(error))
     except AttrdbError as error:
+        kept.forget()
         return Outcome("failed", str(error))
     except Exception as error:  # whatever a library raises for one model must not end the others
+        kept.forget()
         return Outcome("failed", f"{type(error).__name__}: {error}")
     return Outcome("done" if result.appended else "stored")
 
@@ -380,6 +388,7 @@ class Worker:
     line: Connection
     spec: ModelSpec | None = None  # that it is making
     heard: float = 0.0  # when it last said something
+    stuck: bool = False  # and was killed for it
 
 
 def _share_out(queue: Queue, db_path: Path, encoder_specs: Sequence[str], n_workers: int, lease_minutes: float) -> None:
@@ -392,13 +401,17 @@ def _share_out(queue: Queue, db_path: Path, encoder_specs: Sequence[str], n_work
                     worker = crew.get(number) or _start(number, n_workers, db_path, encoder_specs, lease_minutes)
                     crew[number] = worker
                     worker.spec, worker.heard = queue.take(), time.monotonic()
-                    with suppress(OSError):  # it may have ended; its line says so below
+                    try:
                         worker.line.send(worker.spec)
+                    except OSError:  # it has ended while it had nothing to do
+                        queue.waiting.appendleft(worker.spec)
+                        _dismiss([crew.pop(number)])
             busy = {worker.line: worker for worker in crew.values() if worker.spec}
             if not busy:
                 return
             for worker in busy.values():
-                if time.monotonic() - worker.heard > 60 * lease_minutes:
+                if time.monotonic() - worker.heard > 60 * lease_minutes and not worker.line.poll():
+                    worker.stuck = True
                     worker.process.kill()  # its line ends, and says so below
             for line in wait(list(busy), LOOK):
                 worker = busy[line]
@@ -408,12 +421,14 @@ def _share_out(queue: Queue, db_path: Path, encoder_specs: Sequence[str], n_work
                 except (EOFError, OSError):
                     line.close()
                     worker.process.join()
-                    queue.lost(worker.spec, worker.process.exitcode)
+                    queue.lost(worker.spec, worker.process.exitcode, lease_minutes if worker.stuck else None)
                     del crew[worker.number]
                     continue
                 if isinstance(message, Outcome):
                     queue.settle(worker.spec, message)
                     worker.spec = None
+                    if message.how == "failed":  # so may all that this process tries, such as after an error of its GPU
+                        _dismiss([crew.pop(worker.number)])
                 else:
                     stage, done, total = message
                     queue.report(f"worker {worker.number}: {stage}", done, total)
@@ -428,7 +443,7 @@ def _dismiss(crew: Iterable[Worker]) -> None:
         worker.line.close()
     for worker in crew:
         worker.process.join(max(0, deadline - time.monotonic()))
-        worker.process.terminate()
+        worker.process.kill()  # also one that a signal has stopped
         worker.process.join()
 
 

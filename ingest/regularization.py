@@ -125,7 +125,14 @@ def generate(
     use_fast_solver(base)
     try:
         for batch in plan_samples("prior", asked, once):
-            images += synthesize(base, batch, once, encoded=encoded)
+            drawn = len(images)
+            images += synthesize(
+                base,
+                batch,
+                once,
+                lambda *_, drawn=drawn: report("regularization", drawn, settings.prior_images),
+                encoded,
+            )
             report("regularization", len(images), settings.prior_images)
     finally:
         base.restore()

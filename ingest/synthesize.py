@@ -80,7 +80,7 @@ def synthesize(
     solver.set_timesteps(settings.solver_steps, device=base.device)
     latents = torch.cat(noise).to(base.device) * solver.init_noise_sigma  # (n, channels, height, width)
     doing = f"drawing {len(batch)} pictures of {base.resolution} pixels a side at a time"
-    with enough_memory(base.device, doing, "give a smaller --sample-batch"):
+    with enough_memory(base.device, doing, "give a smaller sample batch (sample_batch)"):
         with base.lowered():
             projected: Projected = {}
             for step, time in enumerate(solver.timesteps, 1):
@@ -95,4 +95,5 @@ def synthesize(
         for part in (latents / pipeline.vae.config.scaling_factor).split(DECODED):
             pixels = pipeline.vae.decode(part, return_dict=False)[0]
             pictures += pipeline.image_processor.postprocess(pixels, output_type="pil")
+            report(settings.solver_steps, settings.solver_steps)
     return pictures

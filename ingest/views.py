@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -67,14 +67,23 @@ def _zoomed(whole: Image.Image, draw: random.Random) -> tuple[Image.Image, tuple
 
 
 @torch.no_grad()
-def encode_views(base: BaseModel, images: Sequence[Image.Image], augment: str, seed: int) -> Latents:
+def encode_views(
+    base: BaseModel,
+    images: Sequence[Image.Image],
+    augment: str,
+    seed: int,
+    report: Callable[[int, int], None] = lambda done, total: None,
+) -> Latents:
     """Mean and deviation of the latents of every picture's views, drawn by seed; raises as `views`."""
     draw = random.Random(f"{seed}/views")
     shown = [view for image in images for view in views(image, augment, base.resolution, draw)]
     pixels = np.stack([np.asarray(picture) for picture, _ in shown])
     x = torch.from_numpy(pixels).permute(0, 3, 1, 2)
     # One at a time: the autoencoder's activations, not its weights, are what fills a card.
-    posteriors = [base.pipeline.vae.encode(one.to(base.device).float() / 127.5 - 1).latent_dist for one in x.split(1)]
+    posteriors = []
+    for one in x.split(1):
+        posteriors.append(base.pipeline.vae.encode(one.to(base.device).float() / 127.5 - 1).latent_dist)
+        report(len(posteriors), len(x))
     scale = base.pipeline.vae.config.scaling_factor
     mean, deviation = (torch.cat([getattr(one, what) for one in posteriors]) * scale for what in ("mean", "std"))
     seen = None

@@ -103,10 +103,35 @@ def test_training_that_fails_leaves_the_base_model_as_it_was(base, method):
     assert same(weights_of(base), before)
 
 
+@pytest.mark.parametrize("method", ["dreambooth-lora", "custom-diffusion"])
+def test_a_method_that_breaks_while_it_attaches_leaves_nothing_behind(base, tiny_base, method, monkeypatch):
+    """Such as by a full memory: the next model of another method is the one it would have been."""
+    customizer = type(customizers.load_customizer(method))
+    attach = customizer.attach
+
+    def breaks(self, unet):
+        attach(self, unet)
+        raise RuntimeError("out of memory")
+
+    before = weights_of(base)
+    with monkeypatch.context() as patch:
+        patch.setattr(customizer, "attach", breaks)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            train(base, method)
+    assert same(weights_of(base), before)
+    fresh = base_model.load_base_model(str(tiny_base))
+    assert same(train(base, "custom-diffusion")[0], train(fresh, "custom-diffusion")[0])
+
+
+def test_a_network_without_cross_attention_is_refused(base):
+    with pytest.raises(InvalidValue, match="the U-Net has no K and V of a cross-attention"):
+        customizers.load_customizer("custom-diffusion").attach(torch.nn.Linear(2, 2))
+
+
 @pytest.mark.parametrize("prediction", base_model.PREDICTIONS)
 @pytest.mark.parametrize("method", METHODS)
 def test_both_predictions_learn(base, method, prediction):
-    """The loss on one picture falls, so targets and predictions are of one kind."""
+    """The loss on one picture falls."""
     base.pipeline.scheduler.register_to_config(prediction_type=prediction)
     losses = []
 

@@ -332,13 +332,15 @@ def test_weights_that_the_last_step_has_spoiled_are_not_stored(empty, exemplar_f
 
 
 def test_gradient_checkpointing_makes_the_same_model(empty, exemplar_folder, tiny_base, toy_encoder):
-    """And is no other setting: a model that ran out of memory goes on with it."""
+    """And is no other setting: a model that was half done without it goes on with it."""
 
     def kill(stage, _done, _total):
         if stage == "sample":
             raise KeyboardInterrupt
 
-    ingest(empty, exemplar_folder, tiny_base, toy_encoder)
+    with pytest.raises(KeyboardInterrupt):
+        ingest(empty, exemplar_folder, tiny_base, toy_encoder, report=kill)
+    assert ingest(empty, exemplar_folder, tiny_base, toy_encoder, gradient_checkpointing=True).appended
     base = base_model.load_base_model(str(tiny_base))
     settings = customize.CustomizeSettings(steps=3, batch=2, lr=0.01)
     given = (base, [picture_image((200, 30, 30))], "V* vase", "V*", "vase", settings)
@@ -347,12 +349,12 @@ def test_gradient_checkpointing_makes_the_same_model(empty, exemplar_folder, tin
     again, _ = customize.customize(*given, gradient_checkpointing=True)
     assert all(again[name].equal(plain[name]) for name in plain)
     assert not base.pipeline.unet.is_gradient_checkpointing
-    assert not ingest(empty, exemplar_folder, tiny_base, toy_encoder, gradient_checkpointing=True).appended
+    assert not ingest(empty, exemplar_folder, tiny_base, toy_encoder).appended
 
 
 def test_more_than_the_memory_holds_is_told_with_advice(empty, exemplar_folder, tiny_base, toy_encoder):
     with pytest.raises(
-        OutOfMemory, match=r"training 10000000000 pictures of 32 pixels .* give --gradient-checkpointing, or"
+        OutOfMemory, match=r"training 10000000000 pictures of 32 pixels .* turn gradient checkpointing on"
     ):
         ingest(empty, exemplar_folder, tiny_base, toy_encoder, batch=10**10)
     prompts = [model.Prompt(0, "gpt", "a vase")]
@@ -361,7 +363,7 @@ def test_more_than_the_memory_holds_is_told_with_advice(empty, exemplar_folder, 
     base.predict = lambda *given: torch.empty(10**13)
     synthesize.use_fast_solver(base)
     with pytest.raises(
-        OutOfMemory, match=r"out of memory while drawing 1 pictures of 32 pixels .* a smaller --sample-batch"
+        OutOfMemory, match=r"out of memory while drawing 1 pictures of 32 pixels .* a smaller sample batch"
     ):
         synthesize.synthesize(base, [plan], many)
     assert images(empty) == []

@@ -1,6 +1,7 @@
 """Many models from a file: every line checked first, then made by one process or several, each model once."""
 
 import json
+import multiprocessing
 import os
 import re
 import signal
@@ -9,6 +10,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -155,6 +157,8 @@ def test_a_model_that_another_process_makes_is_waited_for(tmp_path, wanted, monk
     other.join()
     assert (result.done, result.failed) == (3, [])
     assert list(dict.fromkeys(settled)) == [0, 1, 2, 3]
+    made = attrdb.open(path).sql("SELECT model_id FROM models ORDER BY created_at")["model_id"].to_pylist()
+    assert made[-1] == "red"
 
 
 def test_interrupted_and_rerun_is_run_once(tmp_path, wanted, whole):
@@ -173,8 +177,6 @@ def test_interrupted_and_rerun_is_run_once(tmp_path, wanted, whole):
 
 def children() -> list[int]:
     """Worker processes of this one that still run."""
-    import multiprocessing
-
     return [process.pid for process in multiprocessing.active_children()]
 
 
@@ -205,6 +207,87 @@ def test_a_model_that_takes_its_workers_with_it_is_given_up(tmp_path, wanted):
         {"job_id": "ingest models/wanted", "item": "red"}
     ]
     assert queue.result.failed == [("red", "the worker process that made it ended with signal 9 (attempt 2)")]
+
+
+class Crew:
+    """Workers that are threads: what `act(number of the worker, n-th process of it, line)` does with every model."""
+
+    def __init__(self, monkeypatch, act):
+        self.act, self.started, self.killed = act, [], []
+        monkeypatch.setattr(models, "_start", self.start)
+
+    def start(self, number, *_):
+        here, there = multiprocessing.Pipe()
+        self.started.append(number)
+        nth = self.started.count(number)
+
+        def work():
+            while True:
+                try:
+                    there.recv()
+                    self.act(number, nth, there)
+                except (EOFError, OSError):
+                    return
+
+        thread = threading.Thread(target=work, daemon=True)
+        thread.start()
+        process = SimpleNamespace(join=lambda *_: None, kill=lambda: self.killed.append(number), exitcode=-9)
+        return models.Worker(number, process, here)
+
+
+def shared_out(tmp_path, wanted, lease_minutes=10.0, **given):
+    db = attrdb.create(tmp_path / "queue.attrdb")
+    with jobs.running(db, "ingest models", "wanted", {}) as job:
+        queue = models.Queue(models.read_specs(wanted), job, given.pop("report", lambda *_: None), **given)
+        models._share_out(queue, db.path, ENCODERS, 2, lease_minutes)
+    return queue.result
+
+
+def test_a_worker_that_fails_is_replaced(tmp_path, wanted, monkeypatch):
+    """What broke it, such as an error of its GPU, would fail all that it is given."""
+
+    def act(number, nth, line):
+        if number == 1 and nth == 1:
+            line.send(models.Outcome("failed", "CUDA error"))
+        else:
+            time.sleep(0.05)
+            line.send(models.Outcome("done"))
+
+    crew = Crew(monkeypatch, act)
+    result = shared_out(tmp_path, wanted, retries=1)
+    assert (result.done, result.failed) == (3, [])
+    assert crew.started.count(1) <= 2
+
+
+def test_workers_that_have_spoken_are_not_stuck_when_the_parent_was(tmp_path, wanted, monkeypatch):
+    def act(_number, _nth, line):
+        line.send(("customize", 1, 2))
+        line.send(models.Outcome("done"))
+
+    crew = Crew(monkeypatch, act)
+    result = shared_out(tmp_path, wanted, lease_minutes=0.001, report=lambda *_: time.sleep(0.1), retries=0)
+    assert (result.done, result.failed) == (3, [])
+    assert crew.started == [1, 2]
+
+
+def test_a_model_is_not_charged_for_a_worker_that_had_ended_before(tmp_path, wanted, monkeypatch):
+    def act(_number, nth, line):
+        line.send(models.Outcome("done"))
+        if nth == 1:
+            line.close()  # after its first model
+
+    Crew(monkeypatch, act)
+    result = shared_out(tmp_path, wanted, retries=1)
+    assert (result.done, result.failed) == (3, [])
+
+
+def test_the_reason_of_a_stuck_worker_names_the_lease(tmp_path, wanted):
+    db = attrdb.create(tmp_path / "queue.attrdb")
+    with jobs.running(db, "ingest models", "wanted", {}) as job:
+        queue = models.Queue(models.read_specs(wanted)[:1], job, lambda *_: None, retries=0)
+        queue.lost(queue.take(), -signal.SIGKILL, 10.0)
+    [(_, reason)] = queue.result.failed
+    assert "said nothing for 10 minutes and was ended; if the work is that slow, give more (--lease-minutes)" in reason
 
 
 def test_a_worker_that_is_stuck_is_ended_and_its_model_made_by_another(tmp_path, wanted, whole, monkeypatch):
@@ -263,6 +346,31 @@ def test_status_says_who_makes_what(tmp_path):
         said = CliRunner().invoke(main, ["status", str(db.path)]).output
         assert f"model red is being made: customize 20 of 100, by process {os.getpid()} on " in said
     assert db.status()["in_progress"] == []
+
+
+def test_a_shorter_line_covers_a_longer_one(tmp_path):
+    job = tmp_path / "jobs" / "red"
+    with leased_job(job) as lease:
+        for stage in ("x" * 300, "sample"):
+            lease.beaten = 0.0
+            lease.beat(stage, 1, 2)
+            assert holder(lease_file(job))["stage"] == stage
+
+
+def test_of_two_that_begin_at_once_one_goes_on(tmp_path, monkeypatch):
+    """On a disk that does not pass locks on."""
+    monkeypatch.setattr("attrdb.leases.fcntl.flock", lambda *_: None)
+    monkeypatch.setattr("attrdb.leases.BEAT", 0.0)
+    job, me = tmp_path / "jobs" / "red", os.getpid()
+    with leased_job(job) as first, leased_job(job) as second:
+        monkeypatch.setattr("attrdb.leases.os.getpid", lambda: me + 1)
+        second.beaten = 0.0  # as if it began now
+        second.beat("begun", 0, 0)
+        monkeypatch.setattr("attrdb.leases.os.getpid", lambda: me)
+        with pytest.raises(Busy, match=f"'red' is being made by another process .{me + 1} on"):
+            first.beat("customize", 1, 2)
+        monkeypatch.setattr("attrdb.leases.os.getpid", lambda: me + 1)
+        second.beat("customize", 1, 2)
 
 
 def test_what_a_killed_process_held_is_free(tmp_path):

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import torch
 
+from attrdb.errors import InvalidValue
+
 TRAINED = ("attn2.to_k.weight", "attn2.to_v.weight")
 
 
@@ -18,7 +20,12 @@ class CustomDiffusion:
     trains_token = True
 
     def attach(self, unet: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
-        return {name: weight for name, weight in unet.named_parameters() if name.endswith(TRAINED)}
+        found = {name: weight for name, weight in unet.named_parameters() if name.endswith(TRAINED)}
+        if not found:
+            raise InvalidValue(
+                "the U-Net has no K and V of a cross-attention (attn2.to_k, attn2.to_v), which this trains"
+            )
+        return found
 
     def detach(self, unet: torch.nn.Module) -> None:
         """Nothing was added."""
