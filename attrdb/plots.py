@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 INK, SOFT, LINE = "#1d2330", "#667085", "#e4e7ec"
 COLOURS = ("#1f5fa8", "#c2410c", "#15803d", "#7c3aed", "#b45309", "#0e7490", "#be185d", "#4d7c0f")
 
+DASHES, MARKERS = ("-", "--", "-."), ("o", "s", "^")
+
 
 def recall_curves(rows: Sequence[dict]) -> str:
     """Recall@K against K, a panel a test case, a line for every kind of features; chance is dotted.
@@ -28,11 +30,12 @@ def recall_curves(rows: Sequence[dict]) -> str:
     for axis, (case, lines) in zip(axes, panels.items(), strict=True):
         for name, points in lines.items():
             points = sorted(points, key=lambda row: row["k"])
-            colour = COLOURS[names.index(name) % len(COLOURS)]
-            axis.plot([row["k"] for row in points], [row["recall"] for row in points], color=colour, label=name)
+            axis.plot(
+                [row["k"] for row in points], [row["recall"] for row in points], label=name, **_line(names.index(name))
+            )
         axis.plot([row["k"] for row in points], [row["chance"] for row in points], ":", color=SOFT, label="chance")
         axis.set(title=case, xscale="log", ylim=(0, 1), xlabel="K", ylabel="Recall@K")
-    _legend(figure, axes[0])
+    _legend(figure)
     return _svg(figure)
 
 
@@ -68,10 +71,10 @@ def reliability(rows: Sequence[dict]) -> str:
     for number, (name, points) in enumerate(lines.items()):
         points = [row for row in points if row["influence"] > 0]
         x, y = [row["influence"] for row in points], [row["share"] for row in points]
-        axis.plot(x, y, "o-", color=COLOURS[number % len(COLOURS)], markersize=3, label=name)
+        axis.plot(x, y, label=name, **_line(number), marker="o", markersize=3)
     axis.plot([1e-4, 1], [1e-4, 1], ":", color=SOFT, label="equal")
     axis.set(xscale="log", yscale="log", xlim=(1e-4, 1), ylim=(1e-4, 1), xlabel="influence", ylabel="known share")
-    _legend(figure, axis)
+    _legend(figure)
     return _svg(figure)
 
 
@@ -87,10 +90,11 @@ def against(rows: Sequence[dict], x_label: str, y_label: str) -> str:
     names = list(dict.fromkeys(row["features"] for row in rows))
     for axis, (case, points) in zip(axes, panels.items(), strict=True):
         for row in points:
-            colour = COLOURS[names.index(row["features"]) % len(COLOURS)]
-            axis.plot(row["x"], row["y"], "o", color=colour, label=row["features"])
+            number = names.index(row["features"])
+            marker = MARKERS[number // len(COLOURS) % len(MARKERS)]
+            axis.plot(row["x"], row["y"], marker, color=COLOURS[number % len(COLOURS)], label=row["features"])
         axis.set(title=case, xlabel=x_label, ylabel=y_label)
-    _legend(figure, axes[0])
+    _legend(figure)
     return _svg(figure)
 
 
@@ -110,9 +114,17 @@ def _panels(n: int, width: float = 3.6, height: float = 2.9, columns: int = 3) -
     return figure, list(axes[:n])
 
 
-def _legend(figure: Figure, axis: Axes) -> None:
-    handles, labels = axis.get_legend_handles_labels()
-    once = dict(zip(labels, handles, strict=True))
+def _line(number: int) -> dict[str, str]:
+    """Colour and dashes of the n-th line; both of them repeat after 24."""
+    return {"color": COLOURS[number % len(COLOURS)], "linestyle": DASHES[number // len(COLOURS) % len(DASHES)]}
+
+
+def _legend(figure: Figure) -> None:
+    """Under the panels, what any of them shows."""
+    once = {}
+    for axis in figure.axes:
+        for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
+            once.setdefault(label, handle)
     figure.legend(
         once.values(), once.keys(), loc="outside lower center", ncols=min(4, len(once)), fontsize=8, frameon=False
     )

@@ -28,8 +28,8 @@ SIDE = 128  # pixels; larger pictures are scaled down to it
 def figures(db: Database, gallery: str = "own") -> dict[str, Any]:
     """Everything that the tables and plots show, as JSON types.
 
-    cases:       recall at CUT_OFFS and mean average precision with intervals, chance and ceiling, of every test case and
-                 kind of features
+    cases:       recall at CUT_OFFS and mean average precision with intervals, chance and ceilings, of every test case and
+                 kind of features; n_unranked: pairs that were never ranked and count as misses
     curves:      recall at CURVE, averaged over prompt schemes
     gains:       of every mapper over its encoder's own features, in recall at 10
     general, correlations: the queries general_attribution and benchmark_correlation
@@ -41,7 +41,11 @@ def figures(db: Database, gallery: str = "own") -> dict[str, Any]:
         return [row for row in db.query(name, **parameters).to_pylist() if row["gallery"] == gallery]
 
     mappers = db.sql("SELECT * EXCLUDE (parameters) FROM mappers ORDER BY mapper_id").to_pylist()
-    cases = _cases({k: of_gallery("recall_intervals", k=k) for k in CUT_OFFS}, of_gallery("recall_at_k", k=10))
+    cases = _cases(
+        {k: of_gallery("recall_intervals", k=k) for k in CUT_OFFS},
+        {k: of_gallery("recall_at_k", k=k) for k in CUT_OFFS},
+        of_gallery("mean_average_precision"),
+    )
     if not cases:
         raise NotFound(f"{db.path} has no ranks on gallery {gallery!r}; fill them with: attrdb evaluate {db.path}")
     gains = [
@@ -68,10 +72,10 @@ def figures(db: Database, gallery: str = "own") -> dict[str, Any]:
 def _plain(row: dict, texts: Iterable[str]) -> dict:
     """A row with its JSON texts read, and its times as text."""
     plain = {name: value.isoformat() if hasattr(value, "isoformat") else value for name, value in row.items()}
-    return plain | {name: json.loads(row[name]) for name in texts if row[name]}
+    return plain | {name: json.loads(row[name] or "{}") for name in texts}
 
 
-def _cases(intervals: dict[int, list[dict]], beside: list[dict]) -> list[dict]:
+def _cases(intervals: dict[int, list[dict]], beside: dict[int, list[dict]], precision: list[dict]) -> list[dict]:
     def key(row: dict) -> tuple:
         return tuple(row[name] for name in (*CASE, "encoder_id", "mapper_id"))
 
@@ -83,8 +87,11 @@ def _cases(intervals: dict[int, list[dict]], beside: list[dict]) -> list[dict]:
             )
             case[f"recall_{k}"] = [row["recall_at_k"], row["recall_low"], row["recall_high"]]
             case["map"] = [row["mean_average_precision"], row["precision_low"], row["precision_high"]]
-    for row in beside:
-        found[key(row)] |= {name: row[name] for name in ("n_samples", "chance", "ceiling")}
+    for k, rows in beside.items():
+        for row in rows:
+            found[key(row)] |= {f"chance_{k}": row["chance"], f"ceiling_{k}": row["ceiling"]}
+    for row in precision:
+        found[key(row)] |= {"n_samples": row["n_samples"], "n_unranked": row["n_unranked"], "chance_map": row["chance"]}
     return list(found.values())
 
 
@@ -120,7 +127,7 @@ def drawn(found: dict) -> dict[str, str]:
     """The plots of `figures`, as SVG, by name; of what there is nothing of there is no plot."""
     curves = [
         {**row, "case": case_name(row), "features": features_name(row)}
-        for row in sorted(found["curves"], key=lambda row: (row["kind"], row["split"]))
+        for row in sorted(found["curves"], key=lambda row: (row["kind"] or "", row["split"] or ""))
         if row["kind"] != "mixed"
     ]
     gains = [
@@ -135,9 +142,7 @@ def drawn(found: dict) -> dict[str, str]:
         if row["kind"] != "mixed"
     ]
     told = [
-        {"features": one["mapper_id"] or one["encoder_id"], **row}
-        for one in found["calibrations"]
-        for row in one["reliability"]
+        {"features": features_name(one), **row} for one in found["calibrations"] for row in one["reliability"]["fitted"]
     ]
     return {
         name: draw()
@@ -187,11 +192,10 @@ def render(db: Database, gallery: str = "own", queries_a_case: int = QUERIES_A_C
     for row in found["cases"]:
         by_case[case_name(row)].append({**row, "features": features_name(row)})
     evaluated = {row["mapper_id"] for row in found["cases"]}
-    tuned = max(
-        (one for one in found["mappers"] if one["mapper_id"] in evaluated),
-        key=lambda one: (one["metrics"]["recall"], one["mapper_id"]),
-        default=None,
-    )
+    # Validation recall compares only mappers that were validated on the same models: those on both kinds, if there are any.
+    known = [one for one in found["mappers"] if one["mapper_id"] in evaluated and one["metrics"]]
+    on_both = [one for one in known if one["trained_on"] == "both"]
+    tuned = max(on_both or known, key=lambda one: (one["metrics"]["recall"], one["mapper_id"]), default=None)
     environment = jinja2.Environment(loader=jinja2.PackageLoader("attrdb"), autoescape=True, trim_blocks=True)
     environment.filters["picture"] = _uri
     return environment.get_template("report.html").render(
@@ -200,13 +204,14 @@ def render(db: Database, gallery: str = "own", queries_a_case: int = QUERIES_A_C
         cut_offs=CUT_OFFS,
         plots=drawn(found),
         tuned=tuned,
-        queries=_queries(db, tuned, queries_a_case),
+        queries=_queries(db, tuned["encoder_id"] if tuned else found["cases"][0]["encoder_id"], tuned, queries_a_case),
+        n_unranked=sum(row["n_unranked"] for row in found["cases"]),
         version=attrdb.__version__,
         database=db.path,
     )
 
 
-def _queries(db: Database, tuned: dict | None, n_a_case: int) -> list[dict]:
+def _queries(db: Database, encoder_id: str, tuned: dict | None, n_a_case: int) -> list[dict]:
     """Some samples of every split that is for tests, with their exemplars and what was attributed, without and with a mapper.
 
     Which ones follows from their ids alone.
@@ -215,18 +220,21 @@ def _queries(db: Database, tuned: dict | None, n_a_case: int) -> list[dict]:
         """
         SELECT models.kind, models.split, samples.model_id, samples.image_id, samples.prompt, samples.image
         FROM samples JOIN models ON models.model_id = samples.model_id
-        WHERE models.kind <> 'mixed'
+        WHERE models.kind <> 'mixed' AND samples.image_id IN (
+            SELECT sample_id FROM exemplar_ranks WHERE encoder_id = $encoder_id
+        )
         QUALIFY row_number() OVER (
             PARTITION BY models.kind, models.split, samples.prompt_scheme ORDER BY md5(samples.image_id)
         ) <= $n
         ORDER BY models.kind, models.split, samples.image_id
         """,
-        {"n": n_a_case},
+        {"n": n_a_case, "encoder_id": encoder_id},
     ).to_pylist()
     tests = [row for row in chosen if (row["split"] or "").startswith("test")] or chosen
-    ways = [{"encoder_id": None, "mapper_id": None}]
-    if tuned:
-        ways = [{"encoder_id": tuned["encoder_id"], "mapper_id": mapper_id} for mapper_id in (None, tuned["mapper_id"])]
+    ways = [
+        {"encoder_id": encoder_id, "mapper_id": mapper_id}
+        for mapper_id in [None] + ([tuned["mapper_id"]] if tuned else [])
+    ]
     for row in tests:
         exemplars = db.sql(
             "SELECT image_id, image FROM exemplars WHERE model_id = $id ORDER BY image_id", {"id": row["model_id"]}
@@ -242,7 +250,7 @@ def _queries(db: Database, tuned: dict | None, n_a_case: int) -> list[dict]:
             image_of = {one["image_id"]: one["image"] for one in images}
             for hit in hits:
                 hit |= {"image": image_of[hit["image_id"]], "true": hit["image_id"] in true}
-            row["answers"].append({"features": way["mapper_id"] or way["encoder_id"] or db.encoder_id(), "hits": hits})
+            row["answers"].append({"features": features_name(way), "hits": hits})
     return tests
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 
 from markdown import machine, table
@@ -42,7 +43,7 @@ def labels(found: dict) -> dict[str, str]:
         rest = mapper["mapper_id"].removeprefix(f"{encoder_id}-")
         names[mapper["mapper_id"]] = {"object": "objects", "style": "styles"}.get(rest, rest)
         if rest.startswith("both-v"):
-            names[mapper["mapper_id"]] = f"both, v = {settings['temperature']:g}"
+            names[mapper["mapper_id"]] = f"both, v = {settings['temperature']:g}, lr = {settings['lr']:g}"
     return names
 
 
@@ -69,10 +70,18 @@ def retrieval(found: dict, name_of: dict[str, str]) -> str:
                 for row in sorted(rows, key=lambda row: (row["encoder_id"], row["mapper_id"]))
             ]
             parts.append(
-                f"### {title}, {scheme} prompts\n\n{rows[0]['n_models']} models, {rows[0]['n_samples']} samples; chance: "
-                f"Recall@10 {rows[0]['chance']:.2g}; best possible: {rows[0]['ceiling']:.3f}.\n\n{table(head, lines)}"
+                f"### {title}, {scheme} prompts\n\n{rows[0]['n_models']} models, {rows[0]['n_samples']} samples.\n\n"
+                + table(head, lines + _bounds(rows[0]))
             )
     return "\n".join(parts)
+
+
+def _bounds(row: dict) -> list[list[str]]:
+    """What stands beside every table: chance, and the best that can be reached."""
+    return [
+        ["chance", "", *(f"{row[f'chance_{k}']:.2g}" for k in CUT_OFFS), f"{row['chance_map']:.2g}"],
+        ["best possible", "", *(f"{row[f'ceiling_{k}']:.3f}" for k in CUT_OFFS), "1.000"],
+    ]
 
 
 def gains(found: dict, name_of: dict[str, str]) -> str:
@@ -85,7 +94,8 @@ def gains(found: dict, name_of: dict[str, str]) -> str:
     def cell(row: dict | None) -> str:
         if row is None:
             return ""
-        mark = " *" if row["recall_low"] > 0 or row["recall_high"] < 0 else ""
+        told = row["n_models"] >= 5 and (row["recall_low"] > 0 or row["recall_high"] < 0)
+        mark = " *" if told else ""
         return f"{row['recall_gain']:+.3f} ({row['recall_low']:+.3f} to {row['recall_high']:+.3f}){mark}"
 
     of_mapper = {one["mapper_id"]: one["encoder_id"] for one in found["mappers"]}
@@ -94,74 +104,99 @@ def gains(found: dict, name_of: dict[str, str]) -> str:
         [of_mapper[mapper_id], name_of[mapper_id], *(cell(rows.get(case)) for case in cases)]
         for mapper_id, rows in sorted(by_mapper.items(), key=lambda item: (of_mapper[item[0]], item[0]))
     ]
-    return (
-        "### What tuning gains in Recall@10\n\nPaired bootstrap over models; * where the interval excludes 0.\n\n"
-        + table(head, lines)
+    return part(
+        "What tuning gains in Recall@10",
+        "Paired bootstrap over models, 95 % each, one training seed; * where the interval excludes 0. Not corrected for the "
+        "number of comparisons: of a hundred such intervals some five exclude 0 by chance.",
+        table(head, lines),
     )
+
+
+def part(title: str, says: str, rest: str) -> str:
+    return f"### {title}\n\n{says}\n\n{rest}"
 
 
 def section(found: dict) -> str:
     name_of = labels(found)
     counts = ", ".join(f"{row['n']} {row['kind']} {row['split']}" for row in found["models"])
+    head = (
+        f"## Attribution on IconAbC\n\n{found['images']['pretraining']:,} candidates beside a model's own exemplars; models: "
+        f"{counts}. {found['counts']['otherwise']} candidates look otherwise than when they were frozen. Values with 95 % "
+        f"intervals of a bootstrap over models. {machine(found['machine'])}"
+    )
+    discussion = DISCUSSION.read_text() if DISCUSSION.exists() else ""
+    return "\n".join([head, discussion, retrieval(found, name_of), gains(found, name_of), *rest(found, name_of)])
+
+
+def rest(found: dict, name_of: dict[str, str]) -> Iterator[str]:
+    """The choice of settings, the mappers, calibration, general attribution, plots, and what could not be had."""
+
+    def features(row: dict) -> list[str]:
+        return [row["encoder_id"], name_of.get(row["mapper_id"], "-")]
+
     tried = [
         [row["encoder_id"], f"{row['temperature']:g}", f"{row['lr']:g}", f"{row['before']:.3f}", f"{row['recall']:.3f}"]
         for row in found["tried"]
     ]
-    calibrations = [
-        [
-            row["encoder_id"],
-            name_of.get(row["mapper_id"], "-"),
-            f"{row['tau']:.4f}",
-            f"{row['lam']:.4f}",
-            f"{row['kl_before']:.2f}",
-            f"{row['kl']:.2f}",
-        ]
-        for row in found["calibrations"]
-    ]
-    general = [
-        [
-            row["encoder_id"],
-            name_of.get(row["mapper_id"], "-"),
-            str(row["n_exemplars"]),
-            f"{row['recall_at_size']:.3f}",
-            f"{row['chance']:.2g}",
-        ]
-        for row in found["general"]
-    ]
-    correlations = [
-        [row["kind"], str(row["n_exemplars"]), str(row["n_features"]), f"{row['correlation']:.2f}"]
-        for row in found["correlations"]
-        if row["correlation"] is not None
-    ]
+    yield part(
+        "Chosen on validation models",
+        "Mappers on both kinds, Recall@10 among 10,000 candidates.",
+        table(["features", "v", "learning rate", "before", "after"], tried),
+    )
     trained = [
         [
-            row["encoder_id"],
-            name_of[row["mapper_id"]],
+            *features(row),
             str(row["metrics"]["best_epoch"]),
             f"{row['metrics']['recall_before']:.3f}",
             f"{row['metrics']['recall']:.3f}",
         ]
         for row in found["mappers"]
     ]
-    missing = table(["encoder of the paper", "what adds it"], [[name, f"`{spec}`"] for name, spec in NOT_HAD.items()])
-    plots = "\n".join(f"![{SAYS[name]}](plots/{name}.svg)\n\n*{SAYS[name]}.*\n" for name in drawn(found))
-    discussion = DISCUSSION.read_text() if DISCUSSION.exists() else ""
-    return (
-        f"## Attribution on IconAbC\n\n{found['images']['pretraining']:,} candidates beside a model's own exemplars; models: "
-        f"{counts}. Values with 95 % intervals of a bootstrap over models. {machine(found['machine'])}\n{discussion}\n"
-        f"{retrieval(found, name_of)}\n{gains(found, name_of)}\n"
-        f"### Chosen on validation models\n\nMappers on both kinds, Recall@10 among 10,000 candidates.\n\n"
-        f"{table(['features', 'v', 'learning rate', 'before', 'after'], tried)}\n"
-        f"### All mappers\n\n{table(['features', 'tuned on', 'best epoch', 'validation recall before', 'after'], trained)}\n"
-        f"### Calibration\n\ntau and lambda fitted on validation models; KL in nats, before at tau = 1 without a cut-off.\n\n"
-        f"{table(['features', 'tuned on', 'tau', 'lambda', 'KL before', 'KL'], calibrations)}\n"
-        f"### General attribution\n\nModels customized on sets of unrelated images.\n\n"
-        f"{table(['features', 'tuned on', 'set size', 'recall at size', 'chance'], general)}\n"
-        "Pearson correlation with Recall@10 on exemplars, over all features above:\n\n"
-        f"{table(['models', 'set size', 'features', 'correlation'], correlations)}\n"
-        f"### Plots\n\n{plots}\n"
-        f"### Weights not available to this run\n\n`attrdb encode DB --encoder SPEC` adds the paper's encoders, then the "
-        f"commands of docs/training.md:\n\n{missing}"
+    yield part(
+        "All mappers",
+        "Recall@10 on their validation models; ablations differ from the chosen mapper on both kinds in what they name.",
+        table(["features", "tuned on", "best epoch", "before", "after"], trained),
+    )
+    calibrations = [
+        [*features(row), f"{row['tau']:.4f}", f"{row['lam']:.4f}", f"{row['kl_before']:.2f}", f"{row['kl']:.2f}"]
+        for row in found["calibrations"]
+    ]
+    yield part(
+        "Calibration",
+        "tau and lambda fitted on validation models; KL in nats, with softplus for ReLU, on the same models; before: tau = 1 "
+        "without cut-off.",
+        table(["features", "tuned on", "tau", "lambda", "KL before", "KL"], calibrations),
+    )
+    general = [
+        [*features(row), str(row["n_exemplars"]), f"{row['recall_at_size']:.3f}", f"{row['chance']:.2g}"]
+        for row in found["general"]
+    ]
+    yield part(
+        "General attribution",
+        "Models customized on sets of unrelated images.",
+        table(["features", "tuned on", "set size", "recall at size", "chance"], general),
+    )
+    correlations = [
+        [
+            row["kind"],
+            str(row["n_exemplars"]),
+            str(row["n_features"]),
+            f"{row['correlation']:.2f}",
+            str(row["n_encoders"]),
+            "" if row["of_encoders"] is None else f"{row['of_encoders']:.2f}",
+        ]
+        for row in found["correlations"]
+        if row["correlation"] is not None
+    ]
+    yield "Pearson correlation with Recall@10 on exemplars, over all features above, and over encoders without a mapper:\n"
+    yield table(["models", "set size", "features", "correlation", "encoders", "over these alone"], correlations)
+    yield part(
+        "Plots", "", "\n".join(f"![{SAYS[name]}](plots/{name}.svg)\n\n*{SAYS[name]}.*\n" for name in drawn(found))
+    )
+    yield part(
+        "Weights not available to this run",
+        "`attrdb encode DB --encoder SPEC` adds the paper's encoders; then the commands of docs/training.md.",
+        table(["encoder of the paper", "spec"], [[name, f"`{spec}`"] for name, spec in NOT_HAD.items()]),
     )
 
 

@@ -116,7 +116,7 @@ def test_attribution_uses_what_was_fitted(db):
     [row] = db.sql("SELECT * FROM calibrations").to_pylist()
     assert (row["calibration_id"], row["tau"], row["lam"], row["kl"]) == ("toy_2/", found.tau, found.lam, found.kl)
     assert (row["n_samples"], row["gallery_size"], row["split"]) == (60, 400, "val")
-    assert json.loads(row["reliability"]) == found.reliability
+    assert json.loads(row["reliability"]) == {"before": found.reliability_before, "fitted": found.reliability}
     db.append_images(rows([(f"q{n:03d}", "pretraining", None, n) for n in range(300)]))
     assert calibrate(db).gallery_size == 700
     assert len(db.sql("SELECT * FROM calibrations")) == 1

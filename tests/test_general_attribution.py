@@ -47,7 +47,8 @@ def test_recall_at_the_size_of_the_set(ranked):
 
 def test_correlation_of_the_benchmarks(ranked):
     [row] = ranked.query("benchmark_correlation").to_pylist()
-    assert (row["kind"], row["n_exemplars"], row["n_features"]) == ("object", 2, 3)
+    assert (row["kind"], row["n_exemplars"], row["n_features"], row["n_encoders"]) == ("object", 2, 3, 1)
+    assert row["of_encoders"] is None
     assert row["correlation"] == pytest.approx(np.corrcoef([0.5, 0.0, 1.0], [0.5, 0.25, 0.75])[0, 1])
 
 

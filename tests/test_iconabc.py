@@ -128,10 +128,13 @@ def test_what_is_frozen_comes_back(small, tmp_path):
     names = set(pq.read_table(out / "candidates.parquet")["name"].to_pylist())
     rendered = [row for row in candidates if row["name"] in names]
     rendered[0] = rendered[0] | {"image": webp(Image.new("RGB", (16, 16), "red"))}
-    pq.write_table(pa.Table.from_pylist(rendered[:-1], SCHEMA), icons)
     loaded = attrdb.create(tmp_path / "loaded.attrdb")
+    pq.write_table(pa.Table.from_pylist(rendered[:-1], SCHEMA), icons)
+    with pytest.raises(click.ClickException, match=r"icons.parquet lacks 1 of the candidates"):
+        frozen.load(loaded, icons, out)
+    pq.write_table(pa.Table.from_pylist(rendered, SCHEMA), icons)
     said = frozen.load(loaded, icons, out)
-    assert (said["models"], said["missing"], said["otherwise"]) == (4, 1, 1)
+    assert (said["models"], said["otherwise"], said["candidates"]) == (4, 1, 4685 + 250)
     assert frozen.load(loaded, icons, out)["models"] == 0
     columns = ["image_id", "role", "model_id", "prompt", "seed", "image", "sha256", "width"]
     pairs = zip(

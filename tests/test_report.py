@@ -1,13 +1,15 @@
 """The report: figures that are those of the queries, plots, and a page that needs nothing beside it."""
 
 import re
+import shutil
 from html.parser import HTMLParser
 
+import numpy as np
 import pyarrow as pa
 import pytest
 from click.testing import CliRunner
 from conftest import rows
-from test_train import QUICK, build
+from test_train import QUICK, build, table
 
 import attrdb
 from attrdb import plots
@@ -63,6 +65,9 @@ def test_figures_are_those_of_the_queries(db):
     assert len(both) == 2
     assert point["recall"] == pytest.approx(sum(both) / 2)
     assert {row["mapper_id"] for row in found["gains"]} == {"tuned<b>"}
+    style = next(row for row in found["cases"] if (row["kind"], row["split"]) == ("style", "test"))
+    assert (style["ceiling_5"], style["ceiling_100"], style["n_unranked"]) == (1.0, 1.0, 0)
+    assert style["chance_5"] == pytest.approx(5 / 203)
 
 
 def test_page_needs_nothing_beside_it(db):
@@ -109,13 +114,39 @@ def test_a_report_of_nothing_says_what_to_do(tmp_path, db):
         figures(db, "all")
 
 
+def test_ranks_that_a_grown_database_lacks_are_told(db, tmp_path):
+    grown = attrdb.open(shutil.copytree(db.path, tmp_path / "grown.attrdb"))
+    assert "never ranked" not in render(grown)
+    names = ["new/e", "new/0/0"]
+    matrix = np.eye(12, dtype=np.float32)[:2]
+    both = [
+        table([name], role, matrix[n : n + 1], "new", ["gpt"])
+        for n, (name, role) in enumerate(zip(names, ("exemplar", "sample"), strict=True))
+    ]
+    grown.append_model(pa.concat_tables(both), {"model_id": "new", "kind": "object"})
+    grown.refresh()
+    assert "2 pairs of sample and exemplar were never ranked" in render(grown)
+
+
+def test_a_mapper_without_metrics_and_an_encoder_without_features(db, tmp_path):
+    other = attrdb.open(shutil.copytree(db.path, tmp_path / "other.attrdb"))
+    row = other.sql("SELECT * FROM mappers").to_pylist()[0]
+    other.upsert("mappers", [row | {"metrics": None, "mapper_id": "foreign"}], on="mapper_id")
+    other.refresh()
+    assert "foreign" in render(other)
+
+
 def test_models_without_split_or_mapper_have_a_page(tmp_path):
     db = attrdb.create(tmp_path / "some.attrdb")
     db.add_encoder("toy:2", 2, {}, "none")
     db.append_images(rows([("p", "pretraining", None, 90.0)]))
+    db.append_model(
+        rows([("n/e", "exemplar", "n", 0.0), ("n/0/0", "sample", "n", 5.0)]),
+        {"model_id": "n", "kind": "object", "split": "test"},
+    )
     entries = [("m/e", "exemplar", "m", 0.0), ("m/0/0", "sample", "m", 5.0)]
     db.append_model(rows(entries, prompt_scheme=pa.array([None, "gpt"])), {"model_id": "m", "kind": "object"})
     evaluate(db)
     text = render(db)
-    assert "1 object." in text
+    assert "1 object test, 1 object." in text
     assert "None" not in re.sub(r"<svg.*?</svg>", "", text, flags=re.S)

@@ -200,6 +200,18 @@ def test_killed_and_resumed_is_the_same_mapper(made, db):
     assert one == other
 
 
+def test_images_that_changed_under_a_half_trained_mapper(db):
+    def stop(done, _total, _note):
+        if done == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(db, settings=QUICK, mapper_id="a", report=stop)
+    db.delete("models", "model_id = 'm00'")
+    with pytest.raises(InvalidValue, match=r"have changed since it was half trained; delete .*train-a to begin anew"):
+        train(db, settings=QUICK, mapper_id="a")
+
+
 def test_another_mapper_of_that_name(db):
     train(db, settings=QUICK, mapper_id="a")
     with pytest.raises(InvalidValue, match=r"mapper 'a' is in .* with kind = 'both', now it is 'object'; use the old"):
@@ -358,6 +370,19 @@ def test_a_pair_takes_one_of_its_images_views(drawn, tmp_path, augment):
     known = {tuple(view) for image in pairs.features for view in image}
     assert {tuple(row) for batch in batches for side in batch for row in side} <= known
     assert not all((a[0] == b[0]).all() for a, b in zip(batches, plain.batches(1, 8), strict=True))
+
+
+def test_views_follow_the_images(drawn, tmp_path):
+    """After a model has gone, those of the others are still their own."""
+    before = Pairs(drawn, "pixels_8", Choice(), tmp_path / "features.f32", "mild")
+    db = attrdb.open(shutil.copytree(drawn.path, tmp_path / "fewer.attrdb"))
+    db.delete("models", "model_id = 'm1'")
+    db.refresh()
+    after = Pairs(db, "pixels_8", Choice(), tmp_path / "features.f32", "mild")
+    assert after.digest != before.digest
+    kept = {name: row for row, name in enumerate(before.ids.to_pylist())}
+    for row, name in enumerate(after.ids.to_pylist()):
+        assert (after.features[row] == before.features[kept[name]]).all()
 
 
 def test_views_are_encoded_once(drawn, tmp_path, monkeypatch):

@@ -42,7 +42,7 @@ Report = Callable[[int, int], None]
 class Calibration:
     """tau and lam, and how well they do: kl in nats, before at tau = 1 and lam = 0.
 
-    reliability: a row a bin of influence, see `reliability`
+    reliability, reliability_before: a row a bin of influence, see `reliability`; on the samples that it was fitted on
     """
 
     tau: float
@@ -52,6 +52,7 @@ class Calibration:
     n_samples: int
     gallery_size: int
     reliability: list[dict]
+    reliability_before: list[dict]
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,14 @@ def calibrate(
     found, gallery_size = similarities(db, encoder_id, mapper, split, report)
     tau, lam, kl = fit(found)
     calibration = Calibration(
-        tau, lam, kl, divergence_of(found, 1.0, 0.0), len(found.own), gallery_size, reliability(found, tau, lam)
+        tau,
+        lam,
+        kl,
+        divergence_of(found, 1.0, 0.0),
+        len(found.own),
+        gallery_size,
+        reliability(found, tau, lam),
+        reliability(found, 1.0, 0.0),
     )
     row = {
         "calibration_id": f"{encoder_id}/{mapper_id or ''}",
@@ -108,7 +116,7 @@ def calibrate(
         "n_samples": calibration.n_samples,
         "gallery_size": gallery_size,
         "split": split,
-        "reliability": json.dumps(calibration.reliability),
+        "reliability": json.dumps({"before": calibration.reliability_before, "fitted": calibration.reliability}),
         "images_version": db.version,
         "created_at": datetime.now(UTC),
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
@@ -58,8 +59,13 @@ class Pairs:
         _check_features(db, encoder_id, choice, first)
         self.ids, features = _stored(db, encoder_id, choice, file)
         self.features = features[:, None]  # (images, views, dimension)
+        ordered = self.ids.sort()
+        self.digest = hashlib.sha256("\n".join(ordered.to_pylist()).encode()).hexdigest()[
+            :16
+        ]  # of which images they are
         if augment != "none":
-            self.features = augmented(db, encoder_id, self.ids, augment, choice.seed, file.with_suffix(f".{augment}"))
+            views = file.with_suffix(f".{augment}.{self.digest}")
+            self.ids, self.features = ordered, augmented(db, encoder_id, ordered, augment, choice.seed, views)
 
     def batches(self, epoch: int, size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Features of exemplars and of their samples, (n, dimension) float32 each, n <= size, of n distinct models."""

@@ -142,6 +142,11 @@ def _trained(
 
     if checkpoint.exists():
         state = torch.load(checkpoint, weights_only=True)
+        if state["pairs"] != pairs.digest:
+            raise InvalidValue(
+                f"the images that mapper {mapper_id!r} learns from have changed since it was half trained; delete {job} to "
+                "begin anew"
+            )
         maps.load_state_dict(state["maps"])
         optimizer.load_state_dict(state["optimizer"])
         curves, best = state["curves"], state["best"]
@@ -160,6 +165,7 @@ def _trained(
         if curves[-1]["recall"] > found["recall"]:
             best = {name: value.clone() for name, value in maps.state_dict().items()}
         state = {"maps": maps.state_dict(), "optimizer": optimizer.state_dict(), "curves": curves, "best": best}
+        state["pairs"] = pairs.digest
         torch.save(state, checkpoint.with_suffix(".part"))
         checkpoint.with_suffix(".part").replace(checkpoint)
     maps.load_state_dict(best)

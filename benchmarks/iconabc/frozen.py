@@ -24,7 +24,7 @@ import attrdb
 from attrdb.database import Database, open_or_create
 from attrdb.demo import bundled_icons
 from attrdb.ingest.corpus import image_rows, ingest_corpus, open_corpus
-from attrdb.ingest.icons import SCHEMA
+from attrdb.ingest.icons import SCHEMA, lossy
 from attrdb.ingest.pictures import read_picture
 
 HERE = Path(__file__).parent
@@ -56,12 +56,15 @@ def freeze(db: Database, plan: Path, out: Path = HERE) -> dict[str, int]:
         of_model = json.loads(row["metadata"])["model_id"]
         origin[of_model, hashlib.sha256(row["image"]).hexdigest()] = {name: row[name] for name in PROVENANCE}
     images = db.images("role <> 'pretraining'", list(attrdb.schema.IMAGES.names))
-    rows = [
-        row | (origin[row["model_id"], row["sha256"]] if row["role"] == "exemplar" else {})
-        for row in images.sort_by("image_id").to_pylist()
-        if row["model_id"] in models
-    ]
+    rows = [row for row in images.sort_by("image_id").to_pylist() if row["model_id"] in set(wanted)]
     for row in rows:
+        if row["role"] == "exemplar":
+            if (row["model_id"], row["sha256"]) not in origin:
+                raise click.ClickException(
+                    f"model {row['model_id']} was customized on {row['image_id']}, which is not in {plan}; it is of another "
+                    "plan: remove it from the database and make it again"
+                )
+            row |= origin[row["model_id"], row["sha256"]]
         del row["sha256"], row["width"], row["height"]  # of the picture, which has them
     models_out = [
         {name: value for name, value in models[model_id].items() if name not in NOT_FROZEN}
@@ -97,6 +100,8 @@ def gallery(icons: Path, out: Path, frozen: Path = HERE) -> dict[str, int]:
             rows = [{**row, "role": "pretraining"} for row in batch.to_pylist() if row["name"] in wanted]
             otherwise += sum(pixel_hash(row["image"]) != wanted[row["name"]] for row in rows)
             found += len(rows)
+            for row in rows:  # as exemplars and corpus are stored: what is lossless would be told apart by that alone
+                row["image"] = lossy(row["image"])
             writer.write_table(pa.Table.from_pylist(rows, SCHEMA))
     return {"candidates": corpus.num_rows + found, "missing": len(wanted) - found, "otherwise": otherwise}
 
@@ -119,6 +124,10 @@ def load(db: Database, icons: Path, frozen: Path = HERE) -> dict[str, int]:
     """Put gallery, exemplars and samples into a database, without features; what is stored is not stored again."""
     pictures = icons.with_name("candidates.parquet")
     counts = gallery(icons, pictures, frozen)
+    if counts["missing"]:
+        raise click.ClickException(
+            f"{icons} lacks {counts['missing']} of the candidates; render it from the packages that the datasheet names"
+        )
     ingest_corpus(db, open_corpus(pictures), [])
     return counts | {"models": load_models(db, frozen)}
 

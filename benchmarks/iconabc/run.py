@@ -1,6 +1,6 @@
 """The experiments on IconAbC, from its frozen files: python benchmarks/iconabc/run.py WORK --json FILE
 
-    gallery, exemplars and samples -> WORK/iconabc.attrdb    (render.py, frozen.py)
+    gallery, exemplars and samples -> WORK/iconabc-DIGEST.attrdb    (render.py, frozen.py; the digest is of the frozen files)
     features of every encoder
     mappers: temperature and learning rate chosen on validation models; objects, styles, both; ablations
     calibration on validation models, ranks of all models
@@ -11,6 +11,7 @@ Every step is skipped where its result is stored, so a run that was stopped goes
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import sys
@@ -18,7 +19,7 @@ import time
 from pathlib import Path
 
 import click
-from frozen import load
+from frozen import HERE, load
 from render import rendered
 from rich.console import Console
 
@@ -47,6 +48,12 @@ ABLATIONS = {
     "strong": {"augment": "strong"},
 }
 console = Console(stderr=True)
+
+
+def digest() -> str:
+    """Of the frozen files, so that what was measured on others is not taken for theirs."""
+    files = [HERE / f"{name}.parquet" for name in ("models", "images", "candidates")]
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:8]
 
 
 def encode_all(db: Database, specs: tuple[str, ...]) -> None:
@@ -105,19 +112,16 @@ def main(work: Path, out: Path | None) -> None:
     """Repeat the experiments; nothing that is stored is done again."""
     started = time.monotonic()
     icons = rendered(work)
-    db = open_or_create(work / "iconabc.attrdb")
+    db = open_or_create(work / f"iconabc-{digest()}.attrdb")
     counts = load(db, icons)
     encode_all(db, ENCODERS)
     tried, ways = [], []
     for encoder_id in map(encoder_id_of, ENCODERS):
         best, of_encoder = chosen_settings(db, encoder_id)
         tried += of_encoder
-        both = on_both(encoder_id, **best)
-        ways += [
-            (encoder_id, None),
-            (encoder_id, both),
-            (encoder_id, on_both(encoder_id, 1.0, best["lr"])),
-        ]  # v = 1: the paper's
+        paper = max((one for one in of_encoder if one["temperature"] == 1), key=lambda one: one["recall"])
+        mappers = dict.fromkeys([on_both(encoder_id, **best), on_both(encoder_id, 1.0, paper["lr"])])
+        ways += [(encoder_id, None), *((encoder_id, mapper_id) for mapper_id in mappers)]
         for kind in ("object", "style"):
             trained(db, f"{encoder_id}-{kind}", encoder_id, kind=kind, **best)
             ways.append((encoder_id, f"{encoder_id}-{kind}"))

@@ -10,7 +10,9 @@
 -- column kind           VARCHAR object or style
 -- column n_exemplars    BIGINT  size of the set
 -- column n_features     BIGINT  encoders and mappers compared
--- column correlation    DOUBLE  in [-1, 1]
+-- column n_encoders     BIGINT  of which they are; mappers on one encoder are not independent of each other
+-- column correlation    DOUBLE  in [-1, 1], over all of them
+-- column of_encoders    DOUBLE  the same over encoders without a mapper
 WITH exemplar_cases AS (
     SELECT encoder_id, mapper_id, gallery, kind, split, prompt_scheme, avg(recall) AS recall
     FROM sample_scores($k)
@@ -64,7 +66,10 @@ compared AS (
         one.kind,
         other.n_exemplars,
         count(*) AS n_features,
-        corr(one.recall, other.recall) AS correlation
+        count(DISTINCT one.encoder_id) AS n_encoders,
+        corr(one.recall, other.recall) AS correlation,
+        count(CASE WHEN one.mapper_id = '' THEN 1 END) AS n_plain,
+        corr(one.recall, other.recall) FILTER (WHERE one.mapper_id = '') AS of_encoders
     FROM on_exemplars AS one
     JOIN on_sets AS other
         ON other.encoder_id = one.encoder_id AND other.mapper_id = one.mapper_id AND other.gallery = one.gallery
@@ -75,6 +80,8 @@ SELECT
     kind,
     n_exemplars,
     n_features,
-    CASE WHEN n_features >= 3 AND NOT isnan(correlation) THEN correlation END AS correlation
+    n_encoders,
+    CASE WHEN n_features >= 3 AND NOT isnan(correlation) THEN correlation END AS correlation,
+    CASE WHEN n_plain >= 3 AND NOT isnan(of_encoders) THEN of_encoders END AS of_encoders
 FROM compared
 ORDER BY gallery, kind, n_exemplars

@@ -1,6 +1,7 @@
 -- What a mapper gains over another one, or over the encoder's own features, in recall and average precision, model by model: a
--- paired bootstrap draws models and takes both values of each. An interval that excludes 0 says that the gain is not by chance.
--- A model counts as one, whatever its number of samples. Without ranks of both there is no row.
+-- paired bootstrap draws models and takes both values of each. An interval that excludes 0 is evidence of a gain, for this one
+-- comparison: of many, some exclude 0 by chance. A model counts as one, whatever its number of samples. Samples that were not
+-- ranked by both, or not among equally many candidates, are left out.
 -- source Wang et al. 2023, section 5; the intervals are ours
 -- grain  one row per gallery, kind, split and prompt scheme
 -- param  $mapper_id     VARCHAR the mapper
@@ -21,19 +22,32 @@
 -- column precision_gain DOUBLE  mean difference of average precision
 -- column precision_low  DOUBLE
 -- column precision_high DOUBLE
-WITH gains AS (
+WITH paired_samples AS (
     SELECT
         gallery,
         kind,
         split,
         prompt_scheme,
         model_id,
-        avg(CASE WHEN mapper_id = $mapper_id THEN recall END)
-            - avg(CASE WHEN mapper_id = $other_id THEN recall END) AS recall,
-        avg(CASE WHEN mapper_id = $mapper_id THEN average_precision END)
-            - avg(CASE WHEN mapper_id = $other_id THEN average_precision END) AS average_precision
+        max(CASE WHEN mapper_id = $mapper_id THEN recall END)
+            - max(CASE WHEN mapper_id = $other_id THEN recall END) AS recall,
+        max(CASE WHEN mapper_id = $mapper_id THEN average_precision END)
+            - max(CASE WHEN mapper_id = $other_id THEN average_precision END) AS average_precision
     FROM sample_scores($k)
     WHERE encoder_id = $encoder_id AND mapper_id IN ($mapper_id, $other_id)
+    GROUP BY gallery, kind, split, prompt_scheme, model_id, sample_id
+    HAVING count(*) = 2 AND sum(n_unranked) = 0 AND min(chance_recall) = max(chance_recall)
+),
+gains AS (
+    SELECT
+        gallery,
+        kind,
+        split,
+        prompt_scheme,
+        model_id,
+        avg(recall) AS recall,
+        avg(average_precision) AS average_precision
+    FROM paired_samples
     GROUP BY gallery, kind, split, prompt_scheme, model_id
 ),
 numbered_gains AS (
@@ -42,7 +56,6 @@ numbered_gains AS (
         count(*) OVER case_of AS n_models,
         row_number() OVER (case_of ORDER BY model_id) - 1 AS number
     FROM gains
-    WHERE recall IS NOT NULL
     WINDOW case_of AS (PARTITION BY gallery, kind, split, prompt_scheme)
 ),
 draws AS (
