@@ -44,12 +44,12 @@ class Lease:
             raise Busy(f"{self.doing} by another process, which took it over: this one had been silent for too long")
         if time.monotonic() - self.beaten < BEAT:
             return
-        me, said = {"host": socket.gethostname(), "pid": os.getpid()}, _said(self.file)
-        if self.beaten and {name: said.get(name) for name in me} != me:
+        said = _said(self.file)
+        if self.beaten and not _mine(said):
             # Begun at the same moment, on a disk that does not pass locks on: the last to write goes on.
             raise Busy(f"{self.doing} by another process ({said.get('pid')} on {said.get('host')}); wait for it")
         self.beaten = time.monotonic()
-        _write(self.lock, me | {"stage": stage, "done": done, "total": total})
+        _write(self.lock, _me() | {"stage": stage, "done": done, "total": total})
 
 
 @contextmanager
@@ -74,7 +74,7 @@ def leased(file: Path, doing: str, minutes: float = LEASE_MINUTES) -> Iterator[L
         try:
             yield lease
         finally:
-            if _is(file, lock):
+            if _is(file, lock) and _mine(_said(file)):
                 _write(lock, {})
 
 
@@ -87,6 +87,14 @@ def holder(file: Path) -> dict[str, Any] | None:
     if "pid" not in found or (found["host"] == socket.gethostname() and not alive(found["pid"])):
         return None
     return found | {"silent_seconds": _silent(file)}
+
+
+def _me() -> dict[str, Any]:
+    return {"host": socket.gethostname(), "pid": os.getpid()}
+
+
+def _mine(said: dict[str, Any]) -> bool:
+    return _me().items() <= said.items()
 
 
 def _locked(file: Path) -> TextIO | None:

@@ -408,6 +408,8 @@ def _share_out(queue: Queue, db_path: Path, encoder_specs: Sequence[str], n_work
                         _dismiss([crew.pop(number)])
             busy = {worker.line: worker for worker in crew.values() if worker.spec}
             if not busy:
+                if queue.waiting:  # what was meant for workers that had ended
+                    continue
                 return
             for worker in busy.values():
                 if time.monotonic() - worker.heard > 60 * lease_minutes and not worker.line.poll():

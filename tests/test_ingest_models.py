@@ -275,10 +275,13 @@ def test_a_model_is_not_charged_for_a_worker_that_had_ended_before(tmp_path, wan
         line.send(models.Outcome("done"))
         if nth == 1:
             line.close()  # after its first model
+            ended.set()
 
-    Crew(monkeypatch, act)
-    result = shared_out(tmp_path, wanted, retries=1)
+    ended = threading.Event()
+    crew = Crew(monkeypatch, act)
+    result = shared_out(tmp_path, wanted, report=lambda *_: ended.wait(), retries=0)
     assert (result.done, result.failed) == (3, [])
+    assert len(crew.started) == 3
 
 
 def test_the_reason_of_a_stuck_worker_names_the_lease(tmp_path, wanted):
@@ -362,15 +365,23 @@ def test_of_two_that_begin_at_once_one_goes_on(tmp_path, monkeypatch):
     monkeypatch.setattr("attrdb.leases.fcntl.flock", lambda *_: None)
     monkeypatch.setattr("attrdb.leases.BEAT", 0.0)
     job, me = tmp_path / "jobs" / "red", os.getpid()
-    with leased_job(job) as first, leased_job(job) as second:
-        monkeypatch.setattr("attrdb.leases.os.getpid", lambda: me + 1)
-        second.beaten = 0.0  # as if it began now
-        second.beat("begun", 0, 0)
-        monkeypatch.setattr("attrdb.leases.os.getpid", lambda: me)
-        with pytest.raises(Busy, match=f"'red' is being made by another process .{me + 1} on"):
-            first.beat("customize", 1, 2)
-        monkeypatch.setattr("attrdb.leases.os.getpid", lambda: me + 1)
-        second.beat("customize", 1, 2)
+    first, second = leased_job(job), leased_job(job)
+
+    def as_process(number):
+        monkeypatch.setattr("attrdb.leases.os.getpid", lambda: number)
+
+    one = first.__enter__()
+    as_process(me + 1)
+    other = second.__enter__()
+    as_process(me)
+    with pytest.raises(Busy, match=f"'red' is being made by another process .{me + 1} on"):
+        one.beat("customize", 1, 2)
+    first.__exit__(None, None, None)
+    as_process(me + 1)
+    other.beat("customize", 1, 2)
+    assert json.loads(lease_file(job).read_text())["stage"] == "customize"
+    second.__exit__(None, None, None)
+    assert holder(lease_file(job)) is None
 
 
 def test_what_a_killed_process_held_is_free(tmp_path):
