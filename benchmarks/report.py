@@ -202,7 +202,7 @@ SECTIONS = {
     "encoding": (encoding, "benchmarks/encoding.py --json encoding.json"),
     "customizing": (customizing, "benchmarks/customize.py --json customizing.json"),
     "sd15": (sd15, "benchmarks/customize.py --shape sd15 --steps 250 --json sd15.json"),
-    "quality": (quality, "benchmarks/quality.py iconabc.attrdb --json quality.json"),
+    "quality": (quality, "benchmarks/quality.py iconabc.attrdb --models 30 --json quality.json"),
     "iconabc": (attribution.section, "benchmarks/iconabc/run.py runs/iconabc --json iconabc.json"),
 }
 
