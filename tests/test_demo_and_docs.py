@@ -148,7 +148,8 @@ def test_readme_ingest_commands_parse():
     appended = [command for command in readme_commands() if " my.attrdb" in command]
     named = {shlex.split(command)[1] for command in appended}
     assert named == {
-        "ingest", "encode", "train", "calibrate", "evaluate", "models", "status", "optimize", "check", "export", "upgrade",
+        "ingest", "encode", "train", "calibrate", "evaluate", "report", "models", "status", "optimize",
+        "check", "export", "upgrade",
     }  # fmt: skip
     for command in appended:
         context, words = main, shlex.split(command, comments=True)[1:]

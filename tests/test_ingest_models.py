@@ -33,6 +33,16 @@ ENCODERS = ("pixels:2",)
 COLOURS = {"red": (200, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 200)}
 
 
+@pytest.fixture(autouse=True)
+def one_thread(monkeypatch):
+    """In this process and in workers alike: how many threads compute moves a model's last digits."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture
 def wanted(tmp_path, tiny_base):
     """A file that asks for three models of three colours."""
