@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import json
 from collections.abc import Callable
 from importlib.resources import files
@@ -21,10 +20,12 @@ from attrdb.ingest.corpus import ingest_corpus, open_corpus
 from attrdb.ingest.encoders import DEFAULT_ENCODERS, load_encoder
 from attrdb.ingest.model import Exemplar, ingest_model, settings_for
 from attrdb.ingest.pictures import read_picture
+from attrdb.pages import data_uri
 from attrdb.training.evaluation import evaluate
 
 CONCEPTS = ("bell-by-fxemoji", "lemon-by-streamline-emojis", "streamline-kameleon-color", "streamline-cyber-color")
 N_CANDIDATES = 7
+SIDE = 256  # pixels; larger pictures are scaled down to it
 FIGURES = """\
 SELECT
     models.kind,
@@ -106,7 +107,7 @@ def render(db: Database, report: Report) -> str:
     by_id = {row["image_id"]: row for row in images}
 
     def uri(image_id: str) -> str:
-        return "data:image/webp;base64," + base64.b64encode(by_id[image_id]["image"]).decode()
+        return data_uri(by_id[image_id]["image"], SIDE)[0]
 
     models = db.sql("SELECT model_id, kind, category, train_prompt FROM models ORDER BY kind, model_id").to_pylist()
     shown = []

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import itertools
 import math
 from dataclasses import dataclass
 from typing import Any
 
 import jinja2
-from PIL import Image
 
 import attrdb
 from attrdb.database import Database
 from attrdb.models import describe, settings_by_group
 from attrdb.output import shown
+from attrdb.pages import data_uri
 
 SIDE = 256  # pixels; larger pictures are scaled down to it
 WIDTH, HEIGHT = 720, 220  # of the loss curve, in its own units
@@ -142,17 +140,8 @@ def _round_step(rough: float) -> float:
 def _pictures(db: Database, model_id: str) -> dict[str, tuple[str, tuple[int, int]]]:
     """Data URI and stored size of the model's pictures, by image_id; those whose bytes are not stored are missing."""
     rows = db.sql("SELECT image_id, image FROM images WHERE model_id = $id AND image IS NOT NULL", {"id": model_id})
-    found = {}
-    for image_id, encoded in zip(rows["image_id"].to_pylist(), rows["image"].to_pylist(), strict=True):
-        with Image.open(io.BytesIO(encoded)) as image:
-            size, mime = image.size, image.get_format_mimetype()
-            if max(size) > SIDE:
-                image.thumbnail((SIDE, SIDE))
-                small = io.BytesIO()
-                image.convert("RGB").save(small, "WEBP", quality=85)
-                encoded, mime = small.getvalue(), "image/webp"
-        found[image_id] = (f"data:{mime};base64,{base64.b64encode(encoded).decode()}", size)
-    return found
+    stored = zip(rows["image_id"].to_pylist(), rows["image"].to_pylist(), strict=True)
+    return {image_id: data_uri(encoded, SIDE) for image_id, encoded in stored}
 
 
 def _facts(model: dict[str, Any]) -> list[tuple[str, str]]:

@@ -11,9 +11,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-INK, SOFT, LINE = "#1d2330", "#667085", "#e4e7ec"
+SOFT, LINE = "#667085", "#e4e7ec"
 COLOURS = ("#1f5fa8", "#c2410c", "#15803d", "#7c3aed", "#b45309", "#0e7490", "#be185d", "#4d7c0f")
-
 DASHES, MARKERS = ("-", "--", "-."), ("o", "s", "^")
 
 
@@ -22,13 +21,11 @@ def recall_curves(rows: Sequence[dict]) -> str:
 
     rows: case, features, k, recall, chance
     """
-    panels: dict[str, dict[str, list[dict]]] = defaultdict(lambda: defaultdict(list))
-    for row in rows:
-        panels[row["case"]][row["features"]].append(row)
+    panels = _by(rows, "case")
     names = list(dict.fromkeys(row["features"] for row in rows))
     figure, axes = _panels(len(panels))
-    for axis, (case, lines) in zip(axes, panels.items(), strict=True):
-        for name, points in lines.items():
+    for axis, (case, of_case) in zip(axes, panels.items(), strict=True):
+        for name, points in _by(of_case, "features").items():
             points = sorted(points, key=lambda row: row["k"])
             axis.plot(
                 [row["k"] for row in points], [row["recall"] for row in points], label=name, **_line(names.index(name))
@@ -39,14 +36,12 @@ def recall_curves(rows: Sequence[dict]) -> str:
     return _svg(figure)
 
 
-def gains(rows: Sequence[dict], label: str) -> str:
-    """Differences with their intervals, a panel a test case, a line for every kind of features.
+def gains(rows: Sequence[dict]) -> str:
+    """Gains in recall with their intervals, a panel a test case, a line for every kind of features.
 
     rows: case, features, value, low, high
     """
-    panels: dict[str, list[dict]] = defaultdict(list)
-    for row in rows:
-        panels[row["case"]].append(row)
+    panels = _by(rows, "case")
     most = max(map(len, panels.values()))
     figure, axes = _panels(len(panels), height=0.9 + 0.22 * most, columns=2)
     for axis, (case, lines) in zip(axes, panels.items(), strict=True):
@@ -54,7 +49,7 @@ def gains(rows: Sequence[dict], label: str) -> str:
             axis.plot([row["low"], row["high"]], [place, place], color=COLOURS[0], linewidth=1.5)
             axis.plot(row["value"], place, "o", color=COLOURS[0], markersize=4)
         axis.set_yticks(range(len(lines)), [row["features"] for row in reversed(lines)])
-        axis.set(title=case, xlabel=label, ylim=(-0.6, len(lines) - 0.4))
+        axis.set(title=case, xlabel="gain in Recall@10, 95 % interval", ylim=(-0.6, len(lines) - 0.4))
         axis.axvline(0, color=SOFT, linewidth=0.8)
     return _svg(figure)
 
@@ -65,10 +60,7 @@ def reliability(rows: Sequence[dict]) -> str:
     rows: features, influence, share
     """
     figure, [axis] = _panels(1, width=4.4, height=3.6)
-    lines: dict[str, list[dict]] = defaultdict(list)
-    for row in rows:
-        lines[row["features"]].append(row)
-    for number, (name, points) in enumerate(lines.items()):
+    for number, (name, points) in enumerate(_by(rows, "features").items()):
         points = [row for row in points if row["influence"] > 0]
         x, y = [row["influence"] for row in points], [row["share"] for row in points]
         axis.plot(x, y, label=name, **_line(number), marker="o", markersize=3)
@@ -78,14 +70,12 @@ def reliability(rows: Sequence[dict]) -> str:
     return _svg(figure)
 
 
-def against(rows: Sequence[dict], x_label: str, y_label: str) -> str:
-    """One benchmark against another, a panel a case, a point for every kind of features.
+def general(rows: Sequence[dict]) -> str:
+    """General attribution against recall on exemplars, a panel a case, a point for every kind of features.
 
     rows: case, features, x, y
     """
-    panels: dict[str, list[dict]] = defaultdict(list)
-    for row in rows:
-        panels[row["case"]].append(row)
+    panels = _by(rows, "case")
     figure, axes = _panels(len(panels), columns=3, height=2.6)
     names = list(dict.fromkeys(row["features"] for row in rows))
     for axis, (case, points) in zip(axes, panels.items(), strict=True):
@@ -93,9 +83,16 @@ def against(rows: Sequence[dict], x_label: str, y_label: str) -> str:
             number = names.index(row["features"])
             marker = MARKERS[number // len(COLOURS) % len(MARKERS)]
             axis.plot(row["x"], row["y"], marker, color=COLOURS[number % len(COLOURS)], label=row["features"])
-        axis.set(title=case, xlabel=x_label, ylabel=y_label)
+        axis.set(title=case, xlabel="Recall@10 on exemplars", ylabel="Recall@size on sets")
     _legend(figure)
     return _svg(figure)
+
+
+def _by(rows: Sequence[dict], what: str) -> dict[str, list[dict]]:
+    groups: dict[str, list[dict]] = defaultdict(list)
+    for row in rows:
+        groups[row[what]].append(row)
+    return groups
 
 
 def _panels(n: int, width: float = 3.6, height: float = 2.9, columns: int = 3) -> tuple[Figure, list[Axes]]:

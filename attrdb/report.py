@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import json
 from collections import defaultdict
 from collections.abc import Iterable
 from typing import Any
 
 import jinja2
-from PIL import Image
 
 import attrdb
 from attrdb import plots
 from attrdb.database import Database
 from attrdb.errors import NotFound
+from attrdb.pages import data_uri
 
 CUT_OFFS = (5, 10, 100)
 CURVE = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
@@ -40,10 +38,11 @@ def figures(db: Database, gallery: str = "own") -> dict[str, Any]:
     def of_gallery(name: str, **parameters: Any) -> list[dict]:
         return [row for row in db.query(name, **parameters).to_pylist() if row["gallery"] == gallery]
 
+    recall = {k: of_gallery("recall_at_k", k=k) for k in sorted({*CUT_OFFS, *CURVE})}
     mappers = db.sql("SELECT * EXCLUDE (parameters) FROM mappers ORDER BY mapper_id").to_pylist()
     cases = _cases(
         {k: of_gallery("recall_intervals", k=k) for k in CUT_OFFS},
-        {k: of_gallery("recall_at_k", k=k) for k in CUT_OFFS},
+        {k: recall[k] for k in CUT_OFFS},
         of_gallery("mean_average_precision"),
     )
     if not cases:
@@ -60,7 +59,7 @@ def figures(db: Database, gallery: str = "own") -> dict[str, Any]:
         "images": db.status()["images_by_role"],
         "models": db.sql("SELECT kind, split, count(*) AS n FROM models GROUP BY ALL ORDER BY ALL").to_pylist(),
         "cases": cases,
-        "curves": [point for k in CURVE for point in _averaged(k, of_gallery("recall_at_k", k=k))],
+        "curves": [point for k in CURVE for point in _averaged(k, recall[k])],
         "gains": gains,
         "general": of_gallery("general_attribution"),
         "correlations": of_gallery("benchmark_correlation"),
@@ -144,20 +143,13 @@ def drawn(found: dict) -> dict[str, str]:
     told = [
         {"features": features_name(one), **row} for one in found["calibrations"] for row in one["reliability"]["fitted"]
     ]
-    return {
-        name: draw()
-        for name, rows, draw in (
-            ("curves", curves, lambda: plots.recall_curves(curves)),
-            ("gains", gains, lambda: plots.gains(gains, "gain in Recall@10, 95 % interval")),
-            ("reliability", told, lambda: plots.reliability(told)),
-            (
-                "general",
-                _both(found),
-                lambda: plots.against(_both(found), "Recall@10 on exemplars", "Recall@size on sets"),
-            ),
-        )
-        if rows
+    ways = {
+        "curves": (plots.recall_curves, curves),
+        "gains": (plots.gains, gains),
+        "reliability": (plots.reliability, told),
+        "general": (plots.general, _both(found)),
     }
+    return {name: plot(rows) for name, (plot, rows) in ways.items() if rows}
 
 
 def _both(found: dict) -> list[dict]:
@@ -182,12 +174,8 @@ def _both(found: dict) -> list[dict]:
 # --- the page -----------------------------------------------------------------------------------------------------------
 
 
-def render(db: Database, gallery: str = "own", queries_a_case: int = QUERIES_A_CASE) -> str:
-    """The page as one HTML text with its plots and pictures inside.
-
-    raises: as `figures`
-    """
-    found = figures(db, gallery)
+def render(db: Database, found: dict[str, Any]) -> str:
+    """The page of `figures` as one HTML text, with its plots and pictures inside."""
     by_case: dict[str, list[dict]] = defaultdict(list)
     for row in found["cases"]:
         by_case[case_name(row)].append({**row, "features": features_name(row)})
@@ -197,21 +185,21 @@ def render(db: Database, gallery: str = "own", queries_a_case: int = QUERIES_A_C
     on_both = [one for one in known if one["trained_on"] == "both"]
     tuned = max(on_both or known, key=lambda one: (one["metrics"]["recall"], one["mapper_id"]), default=None)
     environment = jinja2.Environment(loader=jinja2.PackageLoader("attrdb"), autoescape=True, trim_blocks=True)
-    environment.filters["picture"] = _uri
+    environment.filters["picture"] = lambda encoded: data_uri(encoded, SIDE)[0]
     return environment.get_template("report.html").render(
         found=found,
         cases=by_case,
         cut_offs=CUT_OFFS,
         plots=drawn(found),
         tuned=tuned,
-        queries=_queries(db, tuned["encoder_id"] if tuned else found["cases"][0]["encoder_id"], tuned, queries_a_case),
+        queries=_queries(db, tuned["encoder_id"] if tuned else found["cases"][0]["encoder_id"], tuned),
         n_unranked=sum(row["n_unranked"] for row in found["cases"]),
         version=attrdb.__version__,
         database=db.path,
     )
 
 
-def _queries(db: Database, encoder_id: str, tuned: dict | None, n_a_case: int) -> list[dict]:
+def _queries(db: Database, encoder_id: str, tuned: dict | None) -> list[dict]:
     """Some samples of every split that is for tests, with their exemplars and what was attributed, without and with a mapper.
 
     Which ones follows from their ids alone.
@@ -228,7 +216,7 @@ def _queries(db: Database, encoder_id: str, tuned: dict | None, n_a_case: int) -
         ) <= $n
         ORDER BY models.kind, models.split, samples.image_id
         """,
-        {"n": n_a_case, "encoder_id": encoder_id},
+        {"n": QUERIES_A_CASE, "encoder_id": encoder_id},
     ).to_pylist()
     tests = [row for row in chosen if (row["split"] or "").startswith("test")] or chosen
     ways = [
@@ -252,14 +240,3 @@ def _queries(db: Database, encoder_id: str, tuned: dict | None, n_a_case: int) -
                 hit |= {"image": image_of[hit["image_id"]], "true": hit["image_id"] in true}
             row["answers"].append({"features": features_name(way), "hits": hits})
     return tests
-
-
-def _uri(encoded: bytes | None) -> str:
-    """A picture as a data URI of a WebP no larger than SIDE; empty where none is stored."""
-    if encoded is None:
-        return ""
-    picture = Image.open(io.BytesIO(encoded)).convert("RGB")
-    picture.thumbnail((SIDE, SIDE))
-    out = io.BytesIO()
-    picture.save(out, "WEBP", quality=85)
-    return "data:image/webp;base64," + base64.b64encode(out.getvalue()).decode()

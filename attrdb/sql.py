@@ -74,17 +74,21 @@ _SAMPLE_SCORES = """
             AND ranks.gallery = truth.gallery AND ranks.sample_id = truth.sample_id
             AND ranks.exemplar_id = truth.exemplar_id
     ),
-    counted AS (
-        SELECT encoder_id, mapper_id, gallery, kind, split, prompt_scheme, model_id, sample_id,
-               count(*) AS n_exemplars, max(gallery_size) AS n, ln(n) + 0.5772156649 + 1 / (2 * n) AS harmonic,
-               count(CASE WHEN rank <= k THEN 1 END) AS n_found, avg(coalesce(precision_at_rank, 0.0)) AS average_precision,
-               count(*) - count(rank) AS n_unranked
+    cut AS (
+        SELECT *, coalesce(k, count(*) OVER (PARTITION BY encoder_id, mapper_id, gallery, sample_id)) AS cut_off
         FROM ranked
+    ),
+    counted AS (
+        SELECT encoder_id, mapper_id, gallery, kind, split, prompt_scheme, model_id, sample_id, cut_off,
+               count(*) AS n_exemplars, max(gallery_size) AS n, ln(n) + 0.5772156649 + 1 / (2 * n) AS harmonic,
+               count(CASE WHEN rank <= cut_off THEN 1 END) AS n_found,
+               avg(coalesce(precision_at_rank, 0.0)) AS average_precision, count(*) - count(rank) AS n_unranked
+        FROM cut
         GROUP BY ALL
     )
-    SELECT encoder_id, mapper_id, gallery, kind, split, prompt_scheme, model_id, sample_id,
-           n_found / n_exemplars AS recall, n_found / least(k, n_exemplars) AS capped_recall, average_precision,
-           least(1.0, k / n) AS chance_recall, least(1.0, k / n_exemplars) AS best_recall,
+    SELECT encoder_id, mapper_id, gallery, kind, split, prompt_scheme, model_id, sample_id, n_exemplars,
+           n_found / n_exemplars AS recall, n_found / least(cut_off, n_exemplars) AS capped_recall, average_precision,
+           least(1.0, cut_off / n) AS chance_recall, least(1.0, cut_off / n_exemplars) AS best_recall,
            (harmonic + (n_exemplars - 1) / greatest(n - 1, 1) * (n - harmonic)) / n AS chance_precision, n_unranked
     FROM counted
 """
@@ -96,9 +100,9 @@ RELATIONS = (
     Relation(
         "sample_scores",
         "one row per sample and evaluation (encoder, mapper, gallery): how its model's exemplars were ranked. recall: found "
-        "among the first k / all of them; capped_recall: / min(k, all of them); average_precision: mean of j / r_j over "
-        "them by rank; chance_recall and chance_precision: expected of a random order; best_recall: the most that recall can "
-        "be. An exemplar that was never ranked counts as not found, and in n_unranked",
+        "among the first k / all of them, with k NULL among as many as there are; capped_recall: / min(k, all of them); "
+        "average_precision: mean of j / r_j over them by rank; chance_recall and chance_precision: expected of a random order; "
+        "best_recall: the most that recall can be. An exemplar that was never ranked counts as not found, and in n_unranked",
         _SAMPLE_SCORES,
         "k",
     ),

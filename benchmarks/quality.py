@@ -19,13 +19,12 @@ from PIL import Image
 import attrdb
 from attrdb.database import Database
 from attrdb.ingest.base_model import BaseModel, load_base_model
-from attrdb.ingest.encoders import Encoder, encode, load_encoder
+from attrdb.ingest.encoders import encode, load_encoder
 from attrdb.ingest.pictures import read_picture
 from attrdb.ingest.prompts import TOKEN, Prompt
 from attrdb.ingest.synthesize import SynthesizeSettings, plan_samples, synthesize, use_fast_solver
 
 ENCODER = "efficientnet-lite0"
-AT_ONCE = 1024  # images whose features are taken together
 
 
 def pictures(db: Database, where: str) -> tuple[list[Image.Image], np.ndarray]:
@@ -33,10 +32,6 @@ def pictures(db: Database, where: str) -> tuple[list[Image.Image], np.ndarray]:
     rows = db.images(f"model_id IS NOT NULL AND ({where})", ["image_id", "model_id", "image"]).sort_by("image_id")
     found = [read_picture(row["image_id"], row["image"]).image for row in rows.to_pylist()]
     return found, rows["model_id"].to_numpy()
-
-
-def features(encoder: Encoder, images: list[Image.Image]) -> np.ndarray:
-    return np.concatenate([encode(encoder, images[at : at + AT_ONCE]) for at in range(0, len(images), AT_ONCE)])
 
 
 def drawn_by_base(base: BaseModel, model: dict) -> list[Image.Image]:
@@ -86,7 +81,7 @@ def main(db: Path, n_models: int | None, base_model: str, out: Path | None) -> N
     """Compare; the last line of a kind sums up."""
     database, encoder, base = attrdb.open(db, read_only=True), load_encoder(ENCODER), load_base_model(base_model)
     images, owner = pictures(database, "role = 'exemplar'")
-    gallery = features(encoder, images)
+    gallery = encode(encoder, images)
     models = database.sql("SELECT * FROM models WHERE kind <> 'mixed' ORDER BY kind, model_id").to_pylist()
     same = {
         "encoder": ENCODER,
@@ -99,7 +94,7 @@ def main(db: Path, n_models: int | None, base_model: str, out: Path | None) -> N
 
     def own_share(of_model: str, drawn: list[Image.Image]) -> float:
         """The share of pictures whose nearest exemplar is the model's; the first of equal ones counts."""
-        return float((owner[(features(encoder, drawn) @ gallery.T).argmax(axis=1)] == of_model).mean())
+        return float((owner[(encode(encoder, drawn) @ gallery.T).argmax(axis=1)] == of_model).mean())
 
     for kind in ("object", "style"):
         done = []

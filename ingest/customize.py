@@ -28,7 +28,6 @@ from attrdb.ingest.customizers import DEFAULT_METHOD, Customizer, load_customize
 from attrdb.ingest.devices import enough_memory, is_cpu
 from attrdb.ingest.views import Latents, encode_views
 
-SMALLER = "a smaller batch (batch), which makes another model"
 TOKEN_KEY = "text_encoder.token_embedding"
 
 LOOKED_AT = 10  # steps between two looks at the losses: on a GPU a look waits for all that was asked of it
@@ -176,7 +175,7 @@ def _doing(base: BaseModel, settings: CustomizeSettings) -> str:
 def _advice(gradient_checkpointing: bool) -> str:
     """What to give instead where memory is full, by the names that options and keys of a spec share."""
     first = "" if gradient_checkpointing else "turn gradient checkpointing on (gradient_checkpointing), or "
-    return f"{first}give {SMALLER}"
+    return f"{first}give a smaller batch (batch), which makes another model"
 
 
 @contextmanager

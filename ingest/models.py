@@ -369,12 +369,9 @@ def make(
         return Outcome("busy")
     except (InvalidValue, NotFound) as error:
         return Outcome("refused", str(error))
-    except AttrdbError as error:
-        kept.forget()
-        return Outcome("failed", str(error))
     except Exception as error:  # whatever a library raises for one model must not end the others
         kept.forget()
-        return Outcome("failed", f"{type(error).__name__}: {error}")
+        return Outcome("failed", str(error) if isinstance(error, AttrdbError) else f"{type(error).__name__}: {error}")
     return Outcome("done" if result.appended else "stored")
 
 

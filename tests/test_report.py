@@ -32,6 +32,10 @@ def db(tmp_path_factory):
     return db
 
 
+def page_of(db):
+    return render(db, figures(db))
+
+
 class Page(HTMLParser):
     def __init__(self, text):
         super().__init__()
@@ -71,7 +75,7 @@ def test_figures_are_those_of_the_queries(db):
 
 
 def test_page_needs_nothing_beside_it(db):
-    text = render(db)
+    text = page_of(db)
     page = Page(text)
     assert text.count("<svg") == 3
     assert not [source for source in page.sources if not source.startswith(("data:", "#"))]
@@ -82,7 +86,7 @@ def test_page_needs_nothing_beside_it(db):
 
 
 def test_queries_of_the_page_are_test_samples(db):
-    shown = set(re.findall(r"(?:object|style) · (\w+) · m\d\d", render(db)))
+    shown = set(re.findall(r"(?:object|style) · (\w+) · m\d\d", page_of(db)))
     assert shown == {"test"}
 
 
@@ -94,8 +98,10 @@ def test_plots_are_the_same_for_the_same_figures(db):
 
 def test_sets_are_plotted_against_exemplars():
     points = [{"case": "sets of 10", "features": name, "x": n / 4, "y": n / 8} for n, name in enumerate("abc")]
-    text = plots.against(points, "one", "other")
-    assert all(f">{word}<" in text for word in ("sets of 10", "one", "other", "a", "b", "c"))
+    text = plots.general(points)
+    assert all(
+        f">{word}<" in text for word in ("sets of 10", "Recall@10 on exemplars", "Recall@size on sets", "a", "b", "c")
+    )
 
 
 def test_command_writes_the_page(db, tmp_path):
@@ -116,7 +122,7 @@ def test_a_report_of_nothing_says_what_to_do(tmp_path, db):
 
 def test_ranks_that_a_grown_database_lacks_are_told(db, tmp_path):
     grown = attrdb.open(shutil.copytree(db.path, tmp_path / "grown.attrdb"))
-    assert "never ranked" not in render(grown)
+    assert "never ranked" not in page_of(grown)
     names = ["new/e", "new/0/0"]
     matrix = np.eye(12, dtype=np.float32)[:2]
     both = [
@@ -125,7 +131,7 @@ def test_ranks_that_a_grown_database_lacks_are_told(db, tmp_path):
     ]
     grown.append_model(pa.concat_tables(both), {"model_id": "new", "kind": "object"})
     grown.refresh()
-    assert "2 pairs of sample and exemplar were never ranked" in render(grown)
+    assert "2 pairs of sample and exemplar were never ranked" in page_of(grown)
 
 
 def test_a_mapper_without_metrics_and_an_encoder_without_features(db, tmp_path):
@@ -133,7 +139,7 @@ def test_a_mapper_without_metrics_and_an_encoder_without_features(db, tmp_path):
     row = other.sql("SELECT * FROM mappers").to_pylist()[0]
     other.upsert("mappers", [row | {"metrics": None, "mapper_id": "foreign"}], on="mapper_id")
     other.refresh()
-    assert "foreign" in render(other)
+    assert "foreign" in page_of(other)
 
 
 def test_models_without_split_or_mapper_have_a_page(tmp_path):
@@ -147,6 +153,6 @@ def test_models_without_split_or_mapper_have_a_page(tmp_path):
     entries = [("m/e", "exemplar", "m", 0.0), ("m/0/0", "sample", "m", 5.0)]
     db.append_model(rows(entries, prompt_scheme=pa.array([None, "gpt"])), {"model_id": "m", "kind": "object"})
     evaluate(db)
-    text = render(db)
+    text = page_of(db)
     assert "1 object test, 1 object." in text
     assert "None" not in re.sub(r"<svg.*?</svg>", "", text, flags=re.S)

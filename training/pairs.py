@@ -60,9 +60,7 @@ class Pairs:
         self.ids, features = _stored(db, encoder_id, choice, file)
         self.features = features[:, None]  # (images, views, dimension)
         ordered = self.ids.sort()
-        self.digest = hashlib.sha256("\n".join(ordered.to_pylist()).encode()).hexdigest()[
-            :16
-        ]  # of which images they are
+        self.digest = hashlib.sha256("\n".join(ordered.to_pylist()).encode()).hexdigest()[:16]  # of the images' ids
         if augment != "none":
             views = file.with_suffix(f".{augment}.{self.digest}")
             self.ids, self.features = ordered, augmented(db, encoder_id, ordered, augment, choice.seed, views)

@@ -131,6 +131,6 @@ def report(db: Path, out: Path, gallery: str, at: str | None) -> None:
 
     It shows what was evaluated: attrdb evaluate DB, with --mapper for mappers.
     """
-    page = ml("report").render(attrdb.open(db, read_only=True, at=at), gallery)
-    out.write_text(page, encoding="utf-8")
+    module, database = ml("report"), attrdb.open(db, read_only=True, at=at)
+    out.write_text(module.render(database, module.figures(database, gallery)), encoding="utf-8")
     click.echo(f"wrote {out}", err=True)

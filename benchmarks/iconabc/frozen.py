@@ -122,7 +122,7 @@ def load_models(db: Database, frozen: Path = HERE) -> int:
 
 def load(db: Database, icons: Path, frozen: Path = HERE) -> dict[str, int]:
     """Put gallery, exemplars and samples into a database, without features; what is stored is not stored again."""
-    pictures = icons.with_name("candidates.parquet")
+    pictures = icons.with_name("gallery.parquet")  # not candidates.parquet, which the plan writes
     counts = gallery(icons, pictures, frozen)
     if counts["missing"]:
         raise click.ClickException(

@@ -131,11 +131,12 @@ def main(work: Path, out: Path | None) -> None:
                 ways.append((encoder_id, f"{encoder_id}-both-{name}"))
     for encoder_id, mapper_id in ways:
         measured(db, encoder_id, mapper_id)
-    found = {"machine": describe("torch", "lancedb", "duckdb"), "counts": counts, "tried": tried, **figures(db)}
+    told = figures(db)
+    found = {"machine": describe("torch", "lancedb", "duckdb"), "counts": counts, "tried": tried, **told}
     found["seconds"] = time.monotonic() - started
     if out:
         out.write_text(json.dumps(found, indent=1) + "\n")
-    (work / "report.html").write_text(render(db), encoding="utf-8")
+    (work / "report.html").write_text(render(db, told), encoding="utf-8")
     console.log(f"wrote {work / 'report.html'}")
 
 

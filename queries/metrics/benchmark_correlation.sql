@@ -5,7 +5,7 @@
 -- grain  one row per gallery, set size and kind of the exemplars
 -- param  $k             INTEGER = 10 cut-off on object and style models, >= 1
 -- param  $split         VARCHAR = test how the name of the object and style models' split begins
--- reads  models, samples, exemplars, exemplar_ranks, sample_scores
+-- reads  sample_scores
 -- column gallery        VARCHAR own or all
 -- column kind           VARCHAR object or style
 -- column n_exemplars    BIGINT  size of the set
@@ -24,40 +24,10 @@ on_exemplars AS (
     FROM exemplar_cases
     GROUP BY encoder_id, mapper_id, gallery, kind
 ),
-sets AS (
-    SELECT models.model_id, count(*) AS n_exemplars
-    FROM models
-    JOIN exemplars ON exemplars.model_id = models.model_id
-    WHERE models.kind = 'mixed'
-    GROUP BY models.model_id
-),
-evaluations AS (
-    SELECT DISTINCT encoder_id, mapper_id, gallery
-    FROM exemplar_ranks
-),
-set_scores AS (
-    SELECT
-        evaluations.encoder_id,
-        evaluations.mapper_id,
-        evaluations.gallery,
-        sets.n_exemplars,
-        samples.image_id AS sample_id,
-        avg(CASE WHEN ranks.rank <= sets.n_exemplars THEN 1.0 ELSE 0.0 END) AS recall
-    FROM evaluations
-    CROSS JOIN sets
-    JOIN samples ON samples.model_id = sets.model_id
-    JOIN exemplars ON exemplars.model_id = sets.model_id
-    LEFT JOIN exemplar_ranks AS ranks
-        ON ranks.encoder_id = evaluations.encoder_id
-        AND ranks.mapper_id = evaluations.mapper_id
-        AND ranks.gallery = evaluations.gallery
-        AND ranks.sample_id = samples.image_id
-        AND ranks.exemplar_id = exemplars.image_id
-    GROUP BY ALL
-),
 on_sets AS (
     SELECT encoder_id, mapper_id, gallery, n_exemplars, avg(recall) AS recall
-    FROM set_scores
+    FROM sample_scores(NULL)
+    WHERE kind = 'mixed'
     GROUP BY encoder_id, mapper_id, gallery, n_exemplars
 ),
 compared AS (
