@@ -101,8 +101,9 @@ RELATIONS = (
         "sample_scores",
         "one row per sample and evaluation (encoder, mapper, gallery): how its model's exemplars were ranked. recall: found "
         "among the first k / all of them, with k NULL among as many as there are; capped_recall: / min(k, all of them); "
-        "average_precision: mean of j / r_j over them by rank; chance_recall and chance_precision: expected of a random order; "
-        "best_recall: the most that recall can be. An exemplar that was never ranked counts as not found, and in n_unranked",
+        "average_precision: mean of j / r_j over them by rank; chance_recall and chance_precision: expected of a random "
+        "order; best_recall: the most that recall can be. An exemplar that was never ranked counts as not found, and in "
+        "n_unranked",
         _SAMPLE_SCORES,
         "k",
     ),

@@ -100,6 +100,18 @@ def test_reliability_counts_every_candidate_once(db, monkeypatch):
     assert all(row["least"] <= row["influence"] <= row["most"] for row in table)
 
 
+@pytest.mark.filterwarnings("error")
+def test_a_bin_far_above_a_samples_best_counts_nothing():
+    """At a small temperature its weight would be infinite, times the none of this sample's candidates in it."""
+    own = np.array([[0.9], [0.1]])
+    tail = np.zeros((2, module.BINS), np.int64)
+    tail[[0, 1], [3600, 1000]] = 5  # at similarities of 0.76 and -0.51
+    found = module.Similarities(own, np.full((2, 1), -np.inf), tail)
+    assert divergence_of(found, 1e-4, 0.5) == pytest.approx(0, abs=1e-9)
+    table = reliability(found, 1e-4, 0.5)
+    assert [(row["n"], row["influence"], row["share"]) for row in table] == [(10, 0.0, 0.0), (2, 1.0, 1.0)]
+
+
 def test_attribution_uses_what_was_fitted(db):
     before = db.attribute("m00/0/0", k=5)["influence"].to_pylist()
     assert before == db.attribute("m00/0/0", k=5, tau=DEFAULT_TAU, lam=DEFAULT_LAM)["influence"].to_pylist()

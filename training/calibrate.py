@@ -215,7 +215,8 @@ def _divergence(
     best = torch.maximum(own.amax(dim=1), top.amax(dim=1))[:, None]
 
     def weight(similarity: torch.Tensor) -> torch.Tensor:
-        return F.softplus(torch.exp((similarity - best) / tau) - lam, beta=SHARPNESS)
+        # No candidate lies above the best one; a bin that has none of this sample may, and would be infinite times zero.
+        return F.softplus(torch.exp((similarity - best).clamp(max=0) / tau) - lam, beta=SHARPNESS)
 
     def there(similarity: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Which are candidates, and weights; those of no candidate are 1, so that nothing infinite has a gradient."""
@@ -237,7 +238,7 @@ def reliability(found: Similarities, tau: float, lam: float) -> list[dict]:
     best = np.maximum(found.own.max(axis=1), found.top.max(axis=1))[:, None]
 
     def weight(similarity: np.ndarray) -> np.ndarray:
-        return np.maximum(np.exp((similarity - best) / tau) - lam, 0)
+        return np.maximum(np.exp(np.minimum(similarity - best, 0) / tau) - lam, 0)
 
     centres = (np.arange(BINS) + 0.5) * (2 / BINS) - 1
     own, top, binned = weight(found.own), weight(found.top), weight(centres[None])
