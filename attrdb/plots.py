@@ -50,6 +50,7 @@ def gains(rows: Sequence[dict]) -> str:
             axis.plot(row["value"], place, "o", color=COLOURS[0], markersize=4)
         axis.set_yticks(range(len(lines)), [row["features"] for row in reversed(lines)])
         axis.set(title=case, xlabel="gain in Recall@10, 95 % interval", ylim=(-0.6, len(lines) - 0.4))
+        axis.locator_params(axis="x", nbins=5)
         axis.axvline(0, color=SOFT, linewidth=0.8)
     return _svg(figure)
 

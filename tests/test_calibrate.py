@@ -90,6 +90,17 @@ def test_what_is_fitted_is_a_minimum(db):
         assert divergence_of(found, other_tau, other_lam) >= kl - 1e-9
 
 
+def test_the_fit_finds_the_lower_of_two_valleys():
+    """Exemplars seldom come first, so that a large temperature is right; from the default one it is downhill to none."""
+    rng = np.random.default_rng(0)
+    own, top = rng.uniform(-0.5, 0.9, (40, 1)), np.sort(rng.uniform(-0.9, 0.95, (40, 200)))
+    found = module.Similarities(own, top, np.zeros((40, module.BINS), np.int64))
+    tau, lam, kl = fit(found)
+    for other_tau in np.geomspace(1e-3, 10, 30):
+        for other_lam in (1e-6, 0.001, 0.01, 0.05, 0.2, 0.5, 0.9):
+            assert kl <= divergence_of(found, other_tau, other_lam) + 1e-3, (tau, lam, other_tau, other_lam)
+
+
 def test_reliability_counts_every_candidate_once(db, monkeypatch):
     monkeypatch.setattr(module, "KEPT", 40)
     found = of(db)

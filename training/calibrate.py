@@ -33,6 +33,8 @@ SHARPNESS = 100.0  # of the softplus, as in the released code
 KEPT = 1000  # best candidates of a sample whose similarities are kept one by one
 BINS = 4096  # of similarity, from -1 to 1, in which all others are counted
 SAMPLES_A_PASS = 512
+# Where the fit may start: temperatures and cut-offs.
+STARTS = tuple((tau, lam) for tau in (0.01, 0.02, DEFAULT_TAU, 0.1, 0.3, 1.0) for lam in (0.001, DEFAULT_LAM, 0.3))
 EDGES = (0.0, 0.001, 0.01, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 1.0)  # of the reliability table
 
 Report = Callable[[int, int], None]
@@ -174,21 +176,28 @@ def counted(queries: np.ndarray, gallery: Iterable[search.Block]) -> tuple[np.nd
 
 
 def fit(found: Similarities) -> tuple[float, float, float]:
-    """tau, lambda and the divergence there."""
-    start = torch.tensor([math.log(DEFAULT_TAU), math.log(DEFAULT_LAM / (1 - DEFAULT_LAM))], dtype=torch.float64)
-    parameters = start.requires_grad_(True)
-    optimizer = torch.optim.LBFGS([parameters], max_iter=100, line_search_fn="strong_wolfe")
+    """tau, lambda and the divergence there: from the best of STARTS downhill, since there may be several valleys."""
     given = _tensors(found)
+
+    def divergence(tau: torch.Tensor, lam: torch.Tensor) -> torch.Tensor:
+        return _divergence(*given, tau, lam)
+
+    with torch.no_grad():
+        start = min(STARTS, key=lambda one: divergence(*torch.tensor(one, dtype=torch.float64)).item())
+    tau, lam = start
+    parameters = torch.tensor([math.log(tau), math.log(lam / (1 - lam))], dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.LBFGS([parameters], max_iter=100, line_search_fn="strong_wolfe")
 
     def closure() -> torch.Tensor:
         optimizer.zero_grad()
-        loss = _divergence(*given, parameters[0].exp(), parameters[1].sigmoid())
+        loss = divergence(parameters[0].exp(), parameters[1].sigmoid())
         loss.backward()
         return loss
 
     optimizer.step(closure)
-    tau, lam = parameters[0].exp().item(), parameters[1].sigmoid().item()
-    return tau, lam, divergence_of(found, tau, lam)
+    ends = [start, (parameters[0].exp().item(), parameters[1].sigmoid().item())]
+    kl, (tau, lam) = min((divergence_of(found, *end), end) for end in ends)
+    return tau, lam, kl
 
 
 def divergence_of(found: Similarities, tau: float, lam: float) -> float:
