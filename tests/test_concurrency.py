@@ -150,3 +150,14 @@ def make(path, name, go):
     db, _ = open_with_encoders(path, ("pixels:2",))
     db.add_encoder(**TOY)
     db.append_images(rows([(name, "pretraining", None, 3.0)]))
+
+
+def test_two_that_have_not_seen_each_other_once_ids_are_indexed(toy):
+    maintenance.optimize(toy)
+    others = [attrdb.open(toy.path), attrdb.open(toy.path)]
+    for db in others:
+        db.refresh = lambda: None  # neither sees what the other has stored
+        db.append_images(rows([("late", "pretraining", None, 30.0), ("p10", "pretraining", None, 10.0)]))
+    toy.refresh()
+    ids = toy.sql("SELECT image_id FROM images")["image_id"].to_pylist()
+    assert ids.count("late") == ids.count("p10") == 1
