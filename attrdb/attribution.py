@@ -77,8 +77,6 @@ def _attribute(
     lam: float,
     mapper: Mapper | None,
 ) -> list[Attribution]:
-    if mapper:
-        queries = mapper.samples(queries)
     size = snapshot.count(f"{CANDIDATES} AND `{encoder_id}` IS NOT NULL")
     answers: dict[int, Attribution] = {}
     width = max(k or 0, 256)
@@ -86,7 +84,7 @@ def _attribute(
     while open_queries:
         # One more than wanted: a query that is a candidate itself finds itself.
         gallery = snapshot.features(encoder_id, CANDIDATES)
-        hits = search.top_k(mapper.candidates(gallery) if mapper else gallery, queries[open_queries], width + 1)
+        hits = search.top_k(gallery, queries[open_queries], width + 1, mapper=mapper)
         left = []
         for query, ids, similarity in zip(open_queries, hits.ids, hits.similarity, strict=True):
             others = ids != own_ids[query]

@@ -62,21 +62,22 @@ class Mapper:
             "parameters": arrays,
         }
 
-    def exemplars(self, features: np.ndarray) -> np.ndarray:
-        """F(x) / |F(x)| of training images: (n, dimension) float32 in and out."""
-        return self._mapped("exemplar", features)
+    def exemplars(self, features: np.ndarray, dtype: type = np.float32) -> np.ndarray:
+        """F(x) / |F(x)| of training images: (n, dimension) in and out, computed in dtype."""
+        return self._mapped("exemplar", features, dtype)
 
-    def samples(self, features: np.ndarray) -> np.ndarray:
-        """F~(x) / |F~(x)| of samples: (n, dimension) float32 in and out."""
-        return self._mapped("sample", features)
+    def samples(self, features: np.ndarray, dtype: type = np.float32) -> np.ndarray:
+        """F~(x) / |F~(x)| of samples: (n, dimension) in and out, computed in dtype."""
+        return self._mapped("sample", features, dtype)
 
     def candidates(self, gallery: Iterable[tuple[np.ndarray, np.ndarray]]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """The blocks of a gallery, ids and features, with their features mapped as those of training images."""
         for ids, features in gallery:
             yield ids, self.exemplars(features)
 
-    def _mapped(self, side: str, features: np.ndarray) -> np.ndarray:
-        own = {name: self.parameters[f"{side}.{name}"] for name in ARRAYS[self.form]}
+    def _mapped(self, side: str, features: np.ndarray, dtype: type) -> np.ndarray:
+        own = {name: self.parameters[f"{side}.{name}"].astype(dtype, copy=False) for name in ARRAYS[self.form]}
+        features = features.astype(dtype, copy=False)
         mapped = (features * own["gain"] if self.form == "gain" else features @ own["weight"].T) + own["bias"]
         if self.form == "mlp":
             mapped = mapped + np.maximum(features @ own["up"].T + own["up_bias"], 0) @ own["down"].T

@@ -1,7 +1,8 @@
 """Exact search: matrix products over Arrow batches streamed from Lance, in constant memory.
 
 A gallery is given as an iterable of (ids, features) blocks, so that nothing here knows where they come from.
-Similarity is the inner product of unit-length features, which is their cosine. Ties go to the smaller image_id.
+Similarity is the inner product of unit-length features, which is their cosine; a mapper, where one is given, maps queries
+as samples and candidates as training images first. Ties go to the smaller image_id.
 
 A float32 matrix product decides what it can: its last digits depend on the shape of the product, so that equal features
 would not tie. What lies within MARGIN of a decision is computed again in float64, rounded to DIGITS.
@@ -11,40 +12,50 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import pairwise
+from typing import Any
 
 import lance
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
+from attrdb.mapper import Mapper
 from attrdb.schema import feature_matrix
 
-Block = tuple[np.ndarray, np.ndarray]  # image ids (n,) of str, features (n, dimension) float32
+Block = tuple[pa.Array, np.ndarray]  # image ids (n,) of text, features (n, dimension) float32
 
 BLOCK_ROWS = 8192
+BLOCK_BYTES = 16 << 20  # of features
+READ_AHEAD = {"batch_readahead": 4, "fragment_readahead": 1, "io_buffer_size": 128 << 20}  # bounds what Lance holds
+QUERIES_A_PRODUCT = 1024  # so that its result, 32 MiB, bounds memory whatever the number of queries
 MARGIN = 1e-5  # far above the error of a float32 product of unit vectors of a few thousand elements
 DIGITS = 12
 PAIRS = 4096  # pairs of vectors that are held in float64 at a time
 
 
 def stream_features(dataset: lance.LanceDataset, encoder_id: str, where: str) -> Iterator[Block]:
-    """Ids and features of the encoded rows that the predicate keeps, BLOCK_ROWS at a time."""
+    """Ids and features of the encoded rows that the predicate keeps, in blocks of at most BLOCK_BYTES of features."""
+    dimension = dataset.schema.field(encoder_id).type.list_size
     batches = dataset.to_batches(
         columns=["image_id", encoder_id],
         filter=f"({where}) AND `{encoder_id}` IS NOT NULL",
         prefilter=True,
-        batch_size=BLOCK_ROWS,
+        batch_size=max(1, min(BLOCK_ROWS, BLOCK_BYTES // (4 * dimension))),
+        **READ_AHEAD,
     )
     for batch in batches:
         if batch.num_rows:
-            yield batch["image_id"].to_numpy(zero_copy_only=False), feature_matrix(batch[encoder_id])
+            yield batch["image_id"], feature_matrix(batch[encoder_id])
 
 
-def exact_similarity(features: np.ndarray, queries: np.ndarray) -> np.ndarray:
+def exact_similarity(features: np.ndarray, queries: np.ndarray, mapper: Mapper | None = None) -> np.ndarray:
     """(n,) float64: the similarity of each row of one matrix to the same row of the other, equal for equal rows."""
-    parts = [
-        np.einsum("nd,nd->n", features[at : at + PAIRS], queries[at : at + PAIRS], dtype=np.float64)
-        for at in range(0, len(features), PAIRS)
-    ]
+    parts = []
+    for at in range(0, len(features), PAIRS):
+        ours, theirs = features[at : at + PAIRS], queries[at : at + PAIRS]
+        if mapper:
+            ours, theirs = mapper.exemplars(ours, np.float64), mapper.samples(theirs, np.float64)
+        parts.append(np.einsum("nd,nd->n", ours, theirs, dtype=np.float64))
     return np.round(np.concatenate(parts) if parts else np.empty(0), DIGITS)
 
 
@@ -56,53 +67,217 @@ class Hits:
     similarity: list[np.ndarray]
 
 
-def top_k(gallery: Iterable[Block], queries: np.ndarray, k: int) -> Hits:
+def top_k(
+    gallery: Iterable[Block], queries: np.ndarray, k: int, *, mapper: Mapper | None = None, device: str = "cpu"
+) -> Hits:
     """The k most similar candidates of each query, fewer where the gallery is smaller.
 
-    queries: (n_queries, dimension) float32, unit length
+    queries: (n_queries, dimension) float32, unit length, before they are mapped
+    device:  of the matrix products: `cpu` (NumPy), or one that torch knows
     """
-    ids = [np.empty(0, dtype=object) for _ in queries]
-    similarity = [np.empty(0) for _ in queries]
+    products = _products(queries, mapper, device)
+    best = _Best(len(queries), k)
     for block_ids, features in gallery:
-        scores = queries @ features.T
-        if scores.shape[1] > k:
-            kth = np.partition(scores, -k, axis=1)[:, -k]
-            of_query, candidates = np.nonzero(scores >= kth[:, None] - 2 * MARGIN)
-        else:
-            of_query, candidates = np.indices(scores.shape).reshape(2, -1)
-        exact = exact_similarity(features[candidates], queries[of_query])
-        bounds = np.searchsorted(of_query, np.arange(len(queries) + 1))
-        for query, (first, end) in enumerate(pairwise(bounds)):
-            merged_ids = np.concatenate([ids[query], block_ids[candidates[first:end]]])
-            merged = np.concatenate([similarity[query], exact[first:end]])
-            order = np.lexsort((merged_ids.astype(str), -merged))[:k]
-            ids[query], similarity[query] = merged_ids[order], merged[order]
-    return Hits(ids, similarity)
+        for first, scores in products(features):
+            part = slice(first, first + len(scores))
+            query, candidate = scores.at_least(best.needed(scores, part))
+            query += first
+            exact = exact_similarity(features[candidate], queries[query], mapper)
+            best.add(query, exact, block_ids.take(pa.array(candidate)))
+    return best.hits()
+
+
+class _Best:
+    """The best k candidates so far of every query, and those that are not yet merged into them."""
+
+    def __init__(self, n_queries: int, k: int):
+        self.n_queries, self.k = n_queries, k
+        self.kth = np.full(n_queries, -np.inf)
+        self.kept = pa.table(
+            {
+                "query": pa.array([], pa.int64()),
+                "similarity": pa.array([], pa.float64()),
+                "id": pa.array([], pa.string()),
+            }
+        )
+        self.waiting: list[pa.Table] = []
+        self.n_waiting = 0
+
+    def needed(self, scores: Any, part: slice) -> np.ndarray:
+        """The float32 similarity below which a candidate of some queries cannot be among their best."""
+        kth = self.kth[part]
+        if np.isneginf(kth).any() and scores.shape[1] > self.k:
+            kth = np.maximum(kth, scores.kth_best(self.k) - MARGIN)
+        return (kth - MARGIN).astype(np.float32)
+
+    def add(self, query: np.ndarray, similarity: np.ndarray, ids: pa.Array) -> None:
+        self.waiting.append(pa.table({"query": query, "similarity": similarity, "id": ids.cast(pa.string())}))
+        self.n_waiting += len(query)
+        # So at most as many wait as are kept, and merging costs little beside the products.
+        if self.n_waiting >= self.n_queries * self.k:
+            self._merge()
+
+    def _merge(self) -> None:
+        table = pa.concat_tables([self.kept, *self.waiting]).combine_chunks()
+        order = [("query", "ascending"), ("similarity", "descending"), ("id", "ascending")]
+        table = table.take(pc.sort_indices(table, order))
+        query = table["query"].to_numpy()
+        first = np.searchsorted(query, np.arange(self.n_queries + 1))
+        place = np.arange(len(query)) - first[query]
+        self.kept = table.filter(pa.array(place < self.k))
+        full = np.diff(first) >= self.k
+        self.kth[full] = table["similarity"].to_numpy()[first[:-1][full] + self.k - 1]
+        self.waiting, self.n_waiting = [], 0
+
+    def hits(self) -> Hits:
+        self._merge()
+        bounds = np.searchsorted(self.kept["query"].to_numpy(), np.arange(1, self.n_queries))
+        ids, similarity = (self.kept[name].to_numpy() for name in ("id", "similarity"))
+        return Hits(np.split(ids, bounds), np.split(similarity, bounds))
 
 
 def count_above(
-    gallery: Iterable[Block], queries: np.ndarray, similarity: np.ndarray, ids: np.ndarray
+    gallery: Iterable[Block],
+    queries: np.ndarray,
+    similarity: np.ndarray,
+    ids: np.ndarray,
+    *,
+    mapper: Mapper | None = None,
+    device: str = "cpu",
 ) -> tuple[np.ndarray, int]:
     """How many candidates rank before each given one, and how many candidates there are.
 
-    queries:    (n_queries, dimension) float32, unit length
+    queries:    (n_queries, dimension) float32, unit length, before they are mapped
     similarity: (n_queries, m) float64 by `exact_similarity`: of m given candidates to each query; +inf for no candidate
     ids:        (n_queries, m): their image ids, which break ties
     returns:    (n_queries, m) int64, and the size of the gallery
     """
+    products = _products(queries, mapper, device)
     counts = np.zeros(similarity.shape, dtype=np.int64)
     size = 0
     for block_ids, features in gallery:
-        scores = queries @ features.T  # (n_queries, n)
         size += len(block_ids)
-        for column in range(similarity.shape[1]):
-            threshold = similarity[:, column]
-            high = scores >= (threshold - MARGIN).astype(np.float32)[:, None]
-            clear = scores > (threshold + MARGIN).astype(np.float32)[:, None]
-            counts[:, column] += clear.sum(axis=1)
-            query, candidate = np.nonzero(high & ~clear)
-            exact = exact_similarity(features[candidate], queries[query])
-            before = exact > threshold[query]
-            before |= (exact == threshold[query]) & (block_ids[candidate] < ids[query, column])
-            np.add.at(counts[:, column], query[before], 1)
+        for first, scores in products(features):
+            for column in range(similarity.shape[1]):
+                (given,) = np.nonzero(np.isfinite(similarity[first : first + len(scores), column]))
+                if not len(given):
+                    continue
+                threshold = similarity[first + given, column]
+                above, (near, candidate) = scores.count(given, threshold - MARGIN, threshold + MARGIN)
+                counts[first + given, column] += above
+                if len(near):
+                    query, threshold = first + given[near], threshold[near]
+                    exact = exact_similarity(features[candidate], queries[query], mapper)
+                    before = exact > threshold
+                    tied = np.flatnonzero(exact == threshold)
+                    before[tied] = block_ids.take(pa.array(candidate[tied])).to_numpy(False) < ids[query[tied], column]
+                    np.add.at(counts[:, column], query[before], 1)
     return counts, size
+
+
+# --- products --------------------------------------------------------------------------------------------------------
+
+
+def _products(queries: np.ndarray, mapper: Mapper | None, device: str) -> _Numpy | _Torch:
+    """What multiplies blocks of features with some queries: yields the first query and `scores` of every product."""
+    ours = mapper.samples(queries) if mapper else queries
+    return _Numpy(ours, mapper) if device == "cpu" else _Torch(ours, mapper, device)
+
+
+class _Numpy:
+    """Products by NumPy, at the rate of its BLAS."""
+
+    def __init__(self, queries: np.ndarray, mapper: Mapper | None):
+        self.queries, self.mapper = np.ascontiguousarray(queries), mapper
+
+    def __call__(self, features: np.ndarray) -> Iterator[tuple[int, _NumpyScores]]:
+        if self.mapper:
+            features = self.mapper.exemplars(features)
+        for first in range(0, len(self.queries), QUERIES_A_PRODUCT):
+            yield first, _NumpyScores(self.queries[first : first + QUERIES_A_PRODUCT] @ features.T)
+
+
+class _NumpyScores:
+    """(n_queries, n_candidates) float32."""
+
+    def __init__(self, scores: np.ndarray):
+        self.scores, self.shape = scores, scores.shape
+
+    def __len__(self) -> int:
+        return len(self.scores)
+
+    def kth_best(self, k: int) -> np.ndarray:
+        """(n_queries,): the k-th highest score of each query."""
+        return np.partition(self.scores, -k, axis=1)[:, -k]
+
+    def at_least(self, needed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Queries and candidates of the scores that reach what their query needs."""
+        found = np.flatnonzero(self.scores >= needed[:, None])
+        return np.divmod(found, self.shape[1])
+
+    def count(
+        self, given: np.ndarray, low: np.ndarray, high: np.ndarray
+    ) -> tuple[np.ndarray, tuple[np.ndarray, np.ndarray]]:
+        """How many scores of the given queries are above high, and which of them lie between low and high."""
+        scores = self.scores if len(given) == len(self.scores) else self.scores[given]
+        above = scores > high.astype(np.float32)[:, None]
+        reach = scores >= low.astype(np.float32)[:, None]
+        n_above = _count_true(above)
+        (unsure,) = np.nonzero(_count_true(reach) > n_above)
+        near, candidate = np.nonzero(reach[unsure] & ~above[unsure])
+        return n_above, (unsure[near], candidate)
+
+
+def _count_true(rows: np.ndarray) -> np.ndarray:
+    """(n,) the number of true values in each row; several times as fast as a sum, which widens every value."""
+    packed = np.packbits(rows, axis=1)
+    whole = packed.shape[1] // 8 * 8
+    words = np.bitwise_count(np.ascontiguousarray(packed[:, :whole]).view(np.uint64)).sum(axis=1, dtype=np.int64)
+    return words + np.bitwise_count(packed[:, whole:]).sum(axis=1, dtype=np.int64)
+
+
+class _Torch:
+    """Products by torch on an accelerator; float32 throughout, so that MARGIN holds there as well."""
+
+    def __init__(self, queries: np.ndarray, mapper: Mapper | None, device: str):
+        import torch
+
+        self.device, self.mapper = torch.device(device), mapper
+        self.queries = torch.from_numpy(np.ascontiguousarray(queries)).to(self.device)
+
+    def __call__(self, features: np.ndarray) -> Iterator[tuple[int, _TorchScores]]:
+        import torch
+
+        if self.mapper:
+            features = self.mapper.exemplars(features)
+        block = torch.tensor(features, device=self.device)
+        for first in range(0, len(self.queries), QUERIES_A_PRODUCT):
+            yield first, _TorchScores(self.queries[first : first + QUERIES_A_PRODUCT] @ block.T)
+
+
+class _TorchScores:
+    """As _NumpyScores, on a torch device; what comes back from it is small."""
+
+    def __init__(self, scores: Any):
+        self.scores, self.shape = scores, tuple(scores.shape)
+
+    def __len__(self) -> int:
+        return len(self.scores)
+
+    def kth_best(self, k: int) -> np.ndarray:
+        return self.scores.topk(k, dim=1).values[:, -1].cpu().numpy()
+
+    def at_least(self, needed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        found = (self.scores >= self._column(needed)).nonzero().cpu().numpy()
+        return found[:, 0], found[:, 1]
+
+    def count(
+        self, given: np.ndarray, low: np.ndarray, high: np.ndarray
+    ) -> tuple[np.ndarray, tuple[np.ndarray, np.ndarray]]:
+        scores = self.scores if len(given) == len(self.scores) else self.scores[given]
+        above = scores > self._column(high)
+        near = ((scores >= self._column(low)) & ~above).nonzero().cpu().numpy()
+        return above.sum(dim=1).cpu().numpy(), (near[:, 0], near[:, 1])
+
+    def _column(self, values: np.ndarray) -> Any:
+        return self.scores.new_tensor(values.astype(np.float32))[:, None]

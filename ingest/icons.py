@@ -187,10 +187,16 @@ def render(drawing: Drawing) -> dict | None:
     if "<image" in drawing.svg:
         return None
     try:
-        png = bytes(resvg_py.svg_to_bytes(svg_string=drawing.svg, width=2 * SIZE, background="white", dpi=96))
+        png = resvg_py.svg_to_bytes(
+            svg_string=drawing.svg,
+            width=2 * SIZE,
+            background="white",
+            dpi=96,
+            skip_system_fonts=True,  # text is left out: fonts differ from machine to machine
+        )
     except ValueError:
         return None
-    picture = Image.open(io.BytesIO(png)).convert("RGB")
+    picture = Image.open(io.BytesIO(bytes(png))).convert("RGB")
     side = max(picture.size)
     if min(picture.size) * 6 < side:
         return None

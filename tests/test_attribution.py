@@ -4,6 +4,7 @@ import math
 from itertools import pairwise
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from conftest import rows
 
@@ -45,7 +46,7 @@ def random_gallery(n=500, dimension=3, seed=0):
 
 
 def blocks(ids, features, size):
-    return [(ids[at : at + size], features[at : at + size]) for at in range(0, len(ids), size)]
+    return [(pa.array(ids[at : at + size]), features[at : at + size]) for at in range(0, len(ids), size)]
 
 
 def slow_order(ids, features, query):

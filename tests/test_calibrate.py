@@ -154,7 +154,7 @@ def test_influence_of_a_mapper_is_that_over_the_whole_gallery_whatever_k(db):
     [sample] = [one for one in images if one["image_id"] == "m03/1/0"]
 
     def mapped(of_images, how):
-        return how(np.array([one["toy_2"] for one in of_images], np.float32)).astype(np.float64)
+        return how(np.array([one["toy_2"] for one in of_images]), np.float64)
 
     similarity = mapped(gallery, mapper.exemplars) @ mapped([sample], mapper.samples)[0]
     direct = dict(zip([one["image_id"] for one in gallery], influence(similarity, found.tau, found.lam), strict=True))

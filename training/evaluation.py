@@ -16,7 +16,7 @@ from attrdb.mapper import Mapper
 from attrdb.schema import EXEMPLAR_RANKS, feature_matrix
 
 GALLERIES = ("own", "all")
-MODELS_A_PASS = 32
+SAMPLES_A_PASS = 8192
 
 Report = Callable[[int, int], None]
 
@@ -27,11 +27,13 @@ def evaluate(
     gallery: str = "own",
     report: Report = lambda done, total: None,
     mapper_id: str | None = None,
+    device: str = "cpu",
 ) -> int:
     """Fill `exemplar_ranks` for all samples of an encoder, or of a mapper on it; the number of ranks.
 
     gallery: 'own': the exemplars of the sample's model and the pretraining images; 'all': every exemplar of the database
              and the pretraining images. A rank is 1 + the candidates with a higher similarity, ties by image_id.
+    device:  of the matrix products, `cpu` or one that torch knows; the ranks are the same on all
     raises:  InvalidValue for another gallery, or a mapper of another encoder, NotFound if there is no such encoder or
              mapper, or no encoded model or corpus
     source:  Wang et al. 2023, section 5 (`own`)
@@ -54,14 +56,27 @@ def evaluate(
         "images_version": db.version,
     }
     rows: list[dict] = []
-    for start in range(0, len(models), MODELS_A_PASS):
-        report(start, len(models))
-        part = [(by_model["sample"][m], by_model["exemplar"][m]) for m in models[start : start + MODELS_A_PASS]]
-        found = ranks(part, db.features(encoder_id, where), own=gallery == "own", mapper=mapper)
+    done = 0
+    for names in _passes(models, {name: len(ids) for name, (ids, _) in by_model["sample"].items()}):
+        report(done, len(models))
+        part = [(by_model["sample"][name], by_model["exemplar"][name]) for name in names]
+        found = ranks(part, db.features(encoder_id, where), own=gallery == "own", mapper=mapper, device=device)
         rows += [shared | row for row in found]
+        done += len(names)
     db.replace_exemplar_ranks(pa.Table.from_pylist(rows, EXEMPLAR_RANKS), encoder_id, mapper_id or "", gallery)
     report(len(models), len(models))
     return len(rows)
+
+
+def _passes(models: list[str], n_samples: dict[str, int]) -> Iterator[list[str]]:
+    """The models in parts, of SAMPLES_A_PASS samples at most where a model has no more by itself."""
+    part: list[str] = []
+    for model_id in models:
+        if part and sum(n_samples[one] for one in part) + n_samples[model_id] > SAMPLES_A_PASS:
+            yield part
+            part = []
+        part.append(model_id)
+    yield part
 
 
 def ranks(
@@ -70,15 +85,13 @@ def ranks(
     *,
     own: bool,
     mapper: Mapper | None = None,
+    device: str = "cpu",
 ) -> Iterator[dict]:
     """sample_id, exemplar_id, rank and gallery_size of some models (their samples, their exemplars), from one pass.
 
     gallery: the candidates that all models share
     own:     whether a model's exemplars are candidates besides; of its own samples only
     """
-    if mapper:
-        models = [((a, mapper.samples(s)), (b, mapper.exemplars(e))) for (a, s), (b, e) in models]
-        gallery = mapper.candidates(gallery)
     n_samples = sum(len(sample_ids) for (sample_ids, _), _ in models)
     most = max(len(exemplar_ids) for _, (exemplar_ids, _) in models)
     similarity = np.full((n_samples, most), np.inf)
@@ -89,15 +102,17 @@ def ranks(
     for (sample_ids, samples), (exemplar_ids, exemplars) in models:
         at = slice(first, first + len(sample_ids)), slice(0, len(exemplar_ids))
         sample, exemplar = np.indices((len(samples), len(exemplars))).reshape(2, -1)
-        similarity[at] = search.exact_similarity(exemplars[exemplar], samples[sample]).reshape(len(samples), -1)
-        ids[at] = exemplar_ids
+        exact = search.exact_similarity(exemplars[exemplar], samples[sample], mapper)
+        similarity[at] = exact.reshape(len(samples), -1)
+        ids[at] = exemplar_ids.to_numpy(zero_copy_only=False)
         if own:
             block = [(exemplar_ids, exemplars)]
-            own_above[at], own_size[at[0]] = search.count_above(block, samples, similarity[at], ids[at])
+            found = search.count_above(block, samples, similarity[at], ids[at], mapper=mapper)
+            own_above[at], own_size[at[0]] = found
         first += len(sample_ids)
     queries = np.concatenate([samples for (_, samples), _ in models])
-    above, size = search.count_above(gallery, queries, similarity, ids)
-    all_samples = np.concatenate([sample_ids for (sample_ids, _), _ in models])
+    above, size = search.count_above(gallery, queries, similarity, ids, mapper=mapper, device=device)
+    all_samples = [sample_id for (sample_ids, _), _ in models for sample_id in sample_ids.to_pylist()]
     for row, column in zip(*np.nonzero(np.isfinite(similarity)), strict=True):
         yield {
             "sample_id": all_samples[row],
@@ -111,9 +126,9 @@ def features_by_model(db: Database, encoder_id: str, where: str) -> dict[str, se
     """Ids and features of the encoded images that a predicate keeps, model by model, in the order of their ids."""
     table = db.images(f"({where}) AND `{encoder_id}` IS NOT NULL", ["image_id", "model_id", encoder_id])
     table = table.sort_by("image_id")
-    ids = table["image_id"].to_numpy()
+    ids = table["image_id"].combine_chunks()
     features = feature_matrix(table[encoder_id])
     positions: dict[str, list[int]] = defaultdict(list)
     for position, model_id in enumerate(table["model_id"].to_pylist()):
         positions[model_id].append(position)
-    return {model_id: (ids[at], features[at]) for model_id, at in positions.items()}
+    return {model_id: (ids.take(pa.array(at)), features[at]) for model_id, at in positions.items()}

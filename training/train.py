@@ -234,10 +234,7 @@ class Validation:
         schemes = db.images(f"role = 'sample' AND {own}", ["image_id", "model_id", "prompt_scheme"]).to_pylist()
         self.case_of = {row["image_id"]: (kind_of[row["model_id"]], row["prompt_scheme"]) for row in schemes}
         self.gallery = [
-            (
-                batch["image_id"].to_numpy(zero_copy_only=False),
-                np.stack(batch["feature"].to_numpy(zero_copy_only=False)),
-            )
+            (batch["image_id"], batch["feature"].flatten().to_numpy().reshape(batch.num_rows, -1))
             for batch in db.stream_query(
                 "validation_candidates", encoder_id=encoder_id, n=settings.n_candidates, seed=settings.seed
             )
