@@ -19,7 +19,7 @@ from lance.commit import CommitConflictError
 
 from attrdb import attribution, health, queries, search, sql
 from attrdb.conform import conform_images
-from attrdb.errors import InvalidValue, NotFound, StorageError
+from attrdb.errors import InvalidValue, StorageError
 from attrdb.mapper import Mapper
 from attrdb.schema import SCHEMA_VERSION, TABLES, encoder_id_of, encoder_name, feature_columns, feature_type
 from attrdb.snapshot import STAMP, Snapshot, literal, made, open_snapshot, storage
@@ -215,15 +215,20 @@ class Database:
         mapper_id: str | None = None,
         tau: float | None = None,
         lam: float | None = None,
+        candidates: str | None = None,
+        exact: bool = False,
     ) -> pa.Table:
         """The k candidates that most resemble an image, with their influence, best first.
 
-        query:    the id of a stored image, or a feature (dimension,) of the encoder
-        tau, lam: of influence; as calibrated where they are left out, see `snapshot.Snapshot.calibration`
+        query:      the id of a stored image, or a feature (dimension,) of the encoder
+        tau, lam:   of influence; as calibrated where they are left out, see `snapshot.Snapshot.calibration`
+        candidates: an SQL predicate on the columns of images, such as "license = 'CC0'"; only what fulfils it is searched
+        exact:      compare every candidate, also where the encoder has an index
         returns: rank, image_id, role, model_id, source, category, creator, license, similarity (cosine), influence,
                  complete, missing_influence (see `attribution.Attribution`). Influence is an estimate, not a causal share.
-        raises:  NotFound for an unknown image, encoder or mapper, InvalidValue for k < 1, a wrong tau or lam, a mapper of
-                 another encoder, or a feature of another length
+        raises:  NotFound for an unknown image, encoder or mapper, or if there is no candidate; InvalidValue for k < 1 or
+                 above the number of candidates, a wrong tau, lam or predicate, a mapper of another encoder, or a feature of
+                 another length
         source:  Wang et al. 2023, Eq. 6
         """
         snapshot = self._snapshot
@@ -234,12 +239,17 @@ class Database:
         else:
             own_id, feature = None, _unit(query, encoder_id, snapshot.encoders[encoder_id]["dimension"])
         [found] = attribution.attribute(
-            snapshot, encoder_id, feature[None], [own_id], k=k, tau=tau, lam=lam, mapper=mapper
+            snapshot,
+            encoder_id,
+            feature[None],
+            [own_id],
+            k=k,
+            tau=tau,
+            lam=lam,
+            mapper=mapper,
+            candidates=candidates,
+            exact=exact,
         )
-        if not len(found.ids):
-            raise NotFound(
-                f"{self.path} has no candidate with a {encoder_id!r} feature; ingest a corpus or a model first"
-            )
         known = snapshot.images(f"image_id IN ({', '.join(map(literal, found.ids))})", ["image_id", *DESCRIBED])
         position = {image_id: row for row, image_id in enumerate(known["image_id"].to_pylist())}
         n = len(found.ids)
@@ -412,15 +422,19 @@ class Database:
             for name, value in (("encoder_id", encoder_id), ("mapper_id", mapper_id), ("gallery", gallery))
         )
         key = ["encoder_id", "mapper_id", "gallery", "sample_id", "exemplar_id"]
-        table = rows.select(TABLES["exemplar_ranks"].names).cast(TABLES["exemplar_ranks"])
+        self.replace("exemplar_ranks", rows, key, scope)
+
+    def replace(self, table: str, rows: pa.Table, key: list[str], scope: str) -> None:
+        """Store rows of one of the tables by their key in place of those that a predicate keeps, in one commit."""
+        rows = rows.select(TABLES[table].names).cast(TABLES[table])
         self.commit(
             lambda: (
-                lance.dataset(str(self.path / "exemplar_ranks.lance"))
+                lance.dataset(str(self.path / f"{table}.lance"))
                 .merge_insert(key)
                 .when_matched_update_all()
                 .when_not_matched_insert_all()
                 .when_not_matched_by_source_delete(scope)
-                .execute(table)
+                .execute(rows)
             )
         )
 

@@ -9,11 +9,11 @@ from typing import Any
 
 import lance
 
-from attrdb import health
+from attrdb import health, indexing
 from attrdb.database import Database
 from attrdb.errors import AttrdbError
 from attrdb.locks import alone
-from attrdb.snapshot import storage
+from attrdb.snapshot import literal, storage
 
 # Of a fragment. Appends are merged into fragments of this size, and an encoder that is added later writes its features
 # fragment by fragment, so this also bounds how much of them is in memory.
@@ -66,7 +66,16 @@ def optimize(
                 f"index {wrong[0]['index']!r} of {db.path} answers wrongly ({wrong[0]['found']}, needed "
                 f"{wrong[0]['needed']}); drop it with a Lance client and give the command again"
             )
+        _measure(db, before, report)
         return Optimized(before, health.status(db.snapshot))
+
+
+def _measure(db: Database, before: dict[str, Any], report: Report) -> None:
+    """Measure the indices again that have taken in many rows."""
+    for encoder_id, encoder in before["encoders"].items():
+        if encoder["index"]["state"] == "behind":
+            [row] = db.snapshot.tables["indices"].to_table(filter=f"encoder_id = {literal(encoder_id)}").to_pylist()
+            indexing.measure(db, row, report)
 
 
 def _index(db: Database) -> None:

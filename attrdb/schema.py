@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from attrdb.errors import InvalidValue
 
-SCHEMA_VERSION = 3  # every change has a step in upgrades.py
+SCHEMA_VERSION = 4  # every change has a step in upgrades.py
 
 ROLES = ("exemplar", "sample", "pretraining")
 KINDS = ("object", "style", "mixed")
@@ -179,6 +179,43 @@ DICTIONARY = {
             Column("rank", WHOLE, "1 + candidates with a higher similarity, ties by image_id", required=True),
             Column("gallery_size", WHOLE, "candidates in the gallery", required=True),
             Column("images_version", WHOLE, "version of images that was ranked"),
+        ),
+    ),
+    "attributions": TableSchema(
+        "one row per sample and candidate that `attrdb attribute --samples` has stored, of the first k of each sample; "
+        "influence is an estimate",
+        (
+            Column("encoder_id", TEXT, "whose features were compared", required=True),
+            Column("mapper_id", TEXT, "empty: the encoder's own features, without a mapper", required=True),
+            Column("sample_id", TEXT, "image_id of the sample", required=True),
+            Column("rank", WHOLE, "place of the candidate, from 1, ties by image_id", required=True),
+            Column("candidate_id", TEXT, "image_id of the candidate", required=True),
+            Column("similarity", NUMBER, "cosine, of mapped features where there is a mapper", required=True),
+            Column("influence", NUMBER, "share of all candidates' influence, at least 0", required=True),
+            Column("complete", pa.bool_(), "whether every candidate with influence was looked at", required=True),
+            Column("missing_influence", NUMBER, "at most this share belongs to candidates that were not looked at"),
+            Column("k", WHOLE, "candidates that were asked for"),
+            Column("tau", NUMBER, "temperature of influence"),
+            Column("lam", NUMBER, "cut-off of influence"),
+            Column("images_version", WHOLE, "version of images that was searched"),
+        ),
+    ),
+    "indices": TableSchema(
+        "one row per encoder whose features have an index that attrdb built, and how well it answers",
+        (
+            _key("encoder_id", "the encoder; the index is on its column of images"),
+            Column("kind", TEXT, "of the index, in Lance's words", required=True),
+            Column("n_partitions", SMALL, "cells that the features are divided into", required=True),
+            Column("n_probes", SMALL, "cells that a query looks into", required=True),
+            Column("oversampling", SMALL, "hits an answer that are compared exactly", required=True),
+            Column("recall", NUMBER, "recall@10 against an exact scan, with these settings", required=True),
+            Column("n_queries", SMALL, "that recall was measured with"),
+            Column("queries", TEXT, "what they were: `samples`, or `candidates` where there are no samples"),
+            Column("n_rows", WHOLE, "features when its cells were chosen; with many more of them, build it again"),
+            Column("device", TEXT, "that it was built on"),
+            Column("seconds", NUMBER, "that the build took, without measuring recall"),
+            Column("images_version", WHOLE, "version of images that recall was measured on"),
+            Column("created_at", MOMENT, "when its row was written"),
         ),
     ),
     "jobs": TableSchema(

@@ -10,7 +10,9 @@ would not tie. What lies within MARGIN of a decision is computed again in float6
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +21,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from attrdb.errors import InvalidValue
 from attrdb.mapper import Mapper
 from attrdb.schema import feature_matrix
 
@@ -33,11 +36,12 @@ DIGITS = 12
 PAIRS = 4096  # pairs of vectors that are held in float64 at a time
 
 
-def stream_features(dataset: lance.LanceDataset, encoder_id: str, where: str) -> Iterator[Block]:
-    """Ids and features of the encoded rows that the predicate keeps, in blocks of at most BLOCK_BYTES of features."""
+def stream(dataset: lance.LanceDataset, encoder_id: str, where: str, key: str = "image_id") -> Iterator[Block]:
+    """Ids (or `_rowid`) and features of the encoded rows that the predicate keeps, BLOCK_BYTES of features a block."""
     dimension = dataset.schema.field(encoder_id).type.list_size
     batches = dataset.to_batches(
-        columns=["image_id", encoder_id],
+        columns=[encoder_id, *([] if key == "_rowid" else [key])],
+        with_row_id=key == "_rowid",
         filter=f"({where}) AND `{encoder_id}` IS NOT NULL",
         prefilter=True,
         batch_size=max(1, min(BLOCK_ROWS, BLOCK_BYTES // (4 * dimension))),
@@ -45,18 +49,36 @@ def stream_features(dataset: lance.LanceDataset, encoder_id: str, where: str) ->
     )
     for batch in batches:
         if batch.num_rows:
-            yield batch["image_id"], feature_matrix(batch[encoder_id])
+            yield batch[key], feature_matrix(batch[encoder_id])
 
 
-def exact_similarity(features: np.ndarray, queries: np.ndarray, mapper: Mapper | None = None) -> np.ndarray:
-    """(n,) float64: the similarity of each row of one matrix to the same row of the other, equal for equal rows."""
-    parts = []
-    for at in range(0, len(features), PAIRS):
-        ours, theirs = features[at : at + PAIRS], queries[at : at + PAIRS]
-        if mapper:
-            ours, theirs = mapper.exemplars(ours, np.float64), mapper.samples(theirs, np.float64)
-        parts.append(np.einsum("nd,nd->n", ours, theirs, dtype=np.float64))
-    return np.round(np.concatenate(parts) if parts else np.empty(0), DIGITS)
+class _Exact:
+    """Similarity in float64 of pairs of candidates and queries, equal for equal pairs, which a matrix product is not."""
+
+    def __init__(self, queries: np.ndarray, mapper: Mapper | None):
+        self.queries = mapper.samples(queries, np.float64) if mapper else queries
+        self.mapper = mapper
+
+    def __call__(self, features: np.ndarray, candidate: np.ndarray, query: np.ndarray) -> np.ndarray:
+        if self.mapper:
+            used, candidate = np.unique(candidate, return_inverse=True)
+            features = self.mapper.exemplars(features[used], np.float64)
+        found = np.empty(len(candidate))
+        for at in range(0, len(candidate), PAIRS):
+            part = slice(at, at + PAIRS)
+            ours, theirs = features[candidate[part]], self.queries[query[part]]
+            found[part] = np.einsum("nd,nd->n", ours, theirs, dtype=np.float64)
+        return np.round(found, DIGITS)
+
+
+def exact_similarity(
+    features: np.ndarray, queries: np.ndarray, candidate: np.ndarray, query: np.ndarray, mapper: Mapper | None = None
+) -> np.ndarray:
+    """(n,) float64: the similarity of the candidates and queries at those places, rounded to DIGITS.
+
+    features, queries: (n_candidates, dimension) and (n_queries, dimension), unit length, before they are mapped
+    """
+    return _Exact(queries, mapper)(features, candidate, query)
 
 
 @dataclass(frozen=True)
@@ -75,19 +97,18 @@ def top_k(
     queries: (n_queries, dimension) float32, unit length, before they are mapped
     device:  of the matrix products: `cpu` (NumPy), or one that torch knows
     """
-    products = _products(queries, mapper, device)
-    best = _Best(len(queries), k)
+    products, exact = _products(queries, mapper, device), _Exact(queries, mapper)
+    best = Best(len(queries), k)
     for block_ids, features in gallery:
         for first, scores in products(features):
             part = slice(first, first + len(scores))
             query, candidate = scores.at_least(best.needed(scores, part))
             query += first
-            exact = exact_similarity(features[candidate], queries[query], mapper)
-            best.add(query, exact, block_ids.take(pa.array(candidate)))
+            best.add(query, exact(features, candidate, query), block_ids.take(pa.array(candidate)))
     return best.hits()
 
 
-class _Best:
+class Best:
     """The best k candidates so far of every query, and those that are not yet merged into them."""
 
     def __init__(self, n_queries: int, k: int):
@@ -152,7 +173,7 @@ def count_above(
     ids:        (n_queries, m): their image ids, which break ties
     returns:    (n_queries, m) int64, and the size of the gallery
     """
-    products = _products(queries, mapper, device)
+    products, exact = _products(queries, mapper, device), _Exact(queries, mapper)
     counts = np.zeros(similarity.shape, dtype=np.int64)
     size = 0
     for block_ids, features in gallery:
@@ -167,9 +188,9 @@ def count_above(
                 counts[first + given, column] += above
                 if len(near):
                     query, threshold = first + given[near], threshold[near]
-                    exact = exact_similarity(features[candidate], queries[query], mapper)
-                    before = exact > threshold
-                    tied = np.flatnonzero(exact == threshold)
+                    found = exact(features, candidate, query)
+                    before = found > threshold
+                    tied = np.flatnonzero(found == threshold)
                     before[tied] = block_ids.take(pa.array(candidate[tied])).to_numpy(False) < ids[query[tied], column]
                     np.add.at(counts[:, column], query[before], 1)
     return counts, size
@@ -281,3 +302,22 @@ class _TorchScores:
 
     def _column(self, values: np.ndarray) -> Any:
         return self.scores.new_tensor(values.astype(np.float32))[:, None]
+
+
+def accelerator(device: str) -> str:
+    """The device that a word stands for: `auto` is the GPU where there is one, else the CPU.
+
+    raises: InvalidValue for a GPU where there is none, or no torch to use it
+    """
+    if device == "cpu":
+        return device
+    # Looked for first, so that a machine without one does not wait for torch.
+    torch = None
+    with suppress(OSError, ImportError):
+        ctypes.CDLL("libcuda.so.1")
+        import torch
+    if torch is not None and torch.cuda.is_available():
+        return "cuda"
+    if device == "auto":
+        return "cpu"
+    raise InvalidValue(f"device is {device!r}, and there is no GPU that torch can use here; give cpu or auto")

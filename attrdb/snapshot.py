@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 from lance.commit import CommitConflictError
 
-from attrdb import search
+from attrdb import ann, search
 from attrdb.errors import InvalidValue, NotFound, StorageError
 from attrdb.influence import DEFAULT_LAM, DEFAULT_TAU
 from attrdb.mapper import Mapper
@@ -130,7 +130,15 @@ class Snapshot:
     def features(self, encoder_id: str, where: str) -> Iterator[search.Block]:
         """Ids and features of the encoded images that a predicate keeps, streamed in blocks."""
         with storage(self.path):
-            yield from search.stream_features(self.tables["images"], encoder_id, self.visible(where))
+            yield from search.stream(self.tables["images"], encoder_id, self.visible(where))
+
+    @cached_property
+    def indices(self) -> dict[str, ann.Index]:
+        """The indices that attrdb built and that are there, by encoder_id; one that was dropped is not asked."""
+        with storage(self.path):
+            there = {one.name: one.index_type for one in self.tables["images"].describe_indices()}
+            known = map(ann.Index.of_row, self.tables["indices"].to_table().to_pylist())
+            return {one.encoder_id: one for one in known if there.get(one.name) == one.kind}
 
     def encoder_id(self, encoder_id: str | None = None) -> str:
         """The given encoder's id, or the first one's.

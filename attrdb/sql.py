@@ -17,8 +17,7 @@ import duckdb
 import numpy as np
 import pyarrow as pa
 
-from attrdb import search
-from attrdb.attribution import CANDIDATES, Attribution, attribute
+from attrdb.attribution import Attribution, attribute, check_enough, nearest
 from attrdb.errors import QueryRefused
 from attrdb.influence import DEFAULT_LAM, DEFAULT_TAU
 from attrdb.schema import feature_columns, feature_matrix
@@ -110,21 +109,28 @@ RELATIONS = (
     Relation(
         "nearest",
         "one row per candidate (exemplar or pretraining image) of a feature, most similar first, ties by image_id. "
-        "feature: a feature of the encoder, as in the view features; encoder_id: the database's first when left out",
-        _DESCRIBED.format(columns="hits.similarity", call="_nearest(feature::FLOAT[], k::BIGINT, encoder_id::VARCHAR)"),
-        "feature, k := 10, encoder_id := NULL",
+        "feature: a feature of the encoder, as in the view features; encoder_id: the database's first when left out; "
+        "candidates: a predicate on the columns of images that they must fulfil. By the encoder's index where there is one, "
+        "unless exact",
+        _DESCRIBED.format(
+            columns="hits.similarity",
+            call="_nearest(feature::FLOAT[], k::BIGINT, encoder_id::VARCHAR, candidates::VARCHAR, exact::BOOLEAN)",
+        ),
+        "feature, k := 10, encoder_id := NULL, candidates := NULL, exact := false",
     ),
     Relation(
         "attribute",
         "one row per candidate of a stored image, most similar first, with its influence, an estimate. k := NULL: every "
         "candidate that has influence. complete is false where more candidates than could be kept have influence, and "
         "missing_influence bounds their share. tau and lam are as calibrated where they are left out, else "
-        f"{DEFAULT_TAU} and {DEFAULT_LAM}",
+        f"{DEFAULT_TAU} and {DEFAULT_LAM}; candidates and exact as in nearest",
         _DESCRIBED.format(
             columns="hits.similarity, hits.influence, hits.complete, hits.missing_influence",
-            call="_attribute(sample::VARCHAR, k::BIGINT, encoder_id::VARCHAR, tau::DOUBLE, lam::DOUBLE, mapper_id::VARCHAR)",
+            call="_attribute(sample::VARCHAR, k::BIGINT, encoder_id::VARCHAR, tau::DOUBLE, lam::DOUBLE, mapper_id::VARCHAR, "
+            "candidates::VARCHAR, exact::BOOLEAN)",
         ),
-        "sample, k := 10, encoder_id := NULL, tau := NULL, lam := NULL, mapper_id := NULL",
+        "sample, k := 10, encoder_id := NULL, tau := NULL, lam := NULL, mapper_id := NULL, candidates := NULL, "
+        "exact := false",
     ),
 )
 
@@ -170,18 +176,20 @@ def _catalog(snapshot: Snapshot) -> duckdb.DuckDBPyConnection:
     # DuckDB counts the parameters of a function, so that they have to be spelled out here.
     connection.create_function(
         "_nearest",
-        lambda feature, k, encoder_id: _together(partial(_nearest, owner()), _HIT, feature, k, encoder_id),
-        ["FLOAT[]", "BIGINT", "VARCHAR"],
+        lambda feature, k, encoder_id, candidates, exact: _together(
+            partial(_nearest, owner()), _HIT, feature, k, encoder_id, candidates, exact
+        ),
+        ["FLOAT[]", "BIGINT", "VARCHAR", "VARCHAR", "BOOLEAN"],
         _sql_type(_HIT),
         type="arrow",
         null_handling="special",
     )
     connection.create_function(
         "_attribute",
-        lambda sample, k, encoder_id, tau, lam, mapper_id: _together(
-            partial(_attribute, owner()), _SHARE, sample, k, encoder_id, tau, lam, mapper_id
+        lambda sample, k, encoder_id, tau, lam, mapper_id, candidates, exact: _together(
+            partial(_attribute, owner()), _SHARE, sample, k, encoder_id, tau, lam, mapper_id, candidates, exact
         ),
-        ["VARCHAR", "BIGINT", "VARCHAR", "DOUBLE", "DOUBLE", "VARCHAR"],
+        ["VARCHAR", "BIGINT", "VARCHAR", "DOUBLE", "DOUBLE", "VARCHAR", "VARCHAR", "BOOLEAN"],
         _sql_type(_SHARE),
         type="arrow",
         null_handling="special",
@@ -229,7 +237,12 @@ def _together(find: Callable[..., list], item: pa.StructType, *columns: pa.Array
 
 
 def _nearest(
-    snapshot: Snapshot, features: list[list[float]], k: int | None, encoder_id: str | None
+    snapshot: Snapshot,
+    features: list[list[float]],
+    k: int | None,
+    encoder_id: str | None,
+    candidates: str | None,
+    exact: bool | None,
 ) -> list[list[dict]]:
     encoder_id = snapshot.encoder_id(encoder_id)
     dimension = snapshot.encoders[encoder_id]["dimension"]
@@ -242,7 +255,9 @@ def _nearest(
     norms = np.linalg.norm(queries, axis=1, keepdims=True)
     if not (np.isfinite(norms) & (norms > 0)).all():
         raise QueryRefused("nearest: a feature that is zero or not finite; it must point somewhere")
-    hits = search.top_k(snapshot.features(encoder_id, CANDIDATES), queries / norms, k)
+    hits = nearest(snapshot, encoder_id, queries / norms, k, candidates=candidates, exact=bool(exact))
+    for ids in hits.ids:
+        check_enough(snapshot, encoder_id, candidates, k, len(ids))
     return [
         [
             {"rank": rank, "image_id": image_id, "similarity": similarity}
@@ -260,6 +275,8 @@ def _attribute(
     tau: float | None,
     lam: float | None,
     mapper_id: str | None,
+    candidates: str | None,
+    exact: bool | None,
 ) -> list[list[dict] | None]:
     encoder_id, mapper = snapshot.compared(encoder_id, mapper_id)
     tau, lam = snapshot.calibration(encoder_id, mapper_id, tau, lam)
@@ -269,7 +286,18 @@ def _attribute(
         return [None] * len(samples)
     ids = stored["image_id"].to_pylist()
     features = feature_matrix(stored[encoder_id])
-    found = attribute(snapshot, encoder_id, features, ids, k=k, tau=tau, lam=lam, mapper=mapper)
+    found = attribute(
+        snapshot,
+        encoder_id,
+        features,
+        ids,
+        k=k,
+        tau=tau,
+        lam=lam,
+        mapper=mapper,
+        candidates=candidates,
+        exact=bool(exact),
+    )
     answers = dict(zip(ids, map(_share_rows, found), strict=True))
     return [answers.get(sample) for sample in samples]
 

@@ -22,12 +22,20 @@ def _to_3(path: Path) -> None:
     create_table(path, "calibrations")
 
 
-STEPS = {2: _to_2, 3: _to_3}
+def _to_4(path: Path) -> None:
+    """Stored attributions and the indices of features are kept."""
+    create_table(path, "attributions")
+    create_table(path, "indices")
+
+
+STEPS = {2: _to_2, 3: _to_3, 4: _to_4}
 BEGAN = {
     "jobs": 2,
     "failures": 2,
     "mappers": 3,
     "calibrations": 3,
+    "attributions": 4,
+    "indices": 4,
 }  # the version that made a table, where it was not the first
 
 

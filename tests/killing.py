@@ -132,6 +132,8 @@ def much_stored(db: Path, inputs: Path) -> None:
     append_models(db, inputs)
     images = lance.dataset(str(db / "images.lance"))
     images.create_index("pixels_2", "IVF_FLAT", metric="cosine", num_partitions=2)
+    asked = {"kind": "IVF_FLAT", "n_partitions": 2, "n_probes": 2, "oversampling": 1, "recall": 1.0, "n_rows": 1}
+    attrdb.open(db).upsert("indices", [{"encoder_id": "pixels_2", **asked}], on="encoder_id")
     attrdb.open(db).append_model(*model("late", 99))
 
 

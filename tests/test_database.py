@@ -187,7 +187,7 @@ def test_another_schema_version_is_refused(tmp_path):
     db = attrdb.create(tmp_path / "db")
     dataset = lance.dataset(str(db.path / "images.lance"))
     dataset.update_schema_metadata({"attrdb.schema_version": "99"}, replace=True)
-    with pytest.raises(InvalidValue, match="has schema version 99, this attrdb reads 3; install a newer attrdb"):
+    with pytest.raises(InvalidValue, match="has schema version 99, this attrdb reads 4; install a newer attrdb"):
         attrdb.open(db.path)
 
 

@@ -12,7 +12,7 @@ from click.testing import CliRunner
 from conftest import rows
 
 import attrdb
-from attrdb import health, jobs, maintenance
+from attrdb import health, indexing, jobs, maintenance
 from attrdb.cli import main
 from attrdb.errors import AttrdbError, Busy, InvalidValue, NotFound
 from attrdb.locks import alone
@@ -35,12 +35,12 @@ def add_model(db, model_id, degrees=(3.0, 4.0)):
 
 
 @pytest.fixture
-def large(toy):
-    """The toy with 600 more pretraining images and a vector index, both of which Lance needs for one."""
+def large(toy, monkeypatch):
+    """The toy with 600 more pretraining images and an index of their features."""
+    monkeypatch.setattr(indexing, "MIN_ROWS", 500)
     degrees = np.random.default_rng(0).uniform(100, 260, 600)
     toy.append_images(rows([(f"c{n:04d}", "pretraining", None, degree) for n, degree in enumerate(degrees)]))
-    images_table(toy).create_index("toy_2", "IVF_FLAT", metric="cosine", num_partitions=2)
-    toy.refresh()
+    indexing.build(toy)
     return toy
 
 
@@ -278,7 +278,9 @@ def test_bytes_that_are_not_those_that_were_written(toy):
 
 def test_status_tells_what_is_left_to_encode(toy):
     toy.append_images(pa.table({"image_id": ["a", "b"], "role": ["pretraining"] * 2, "image": [b"x", None]}))
-    assert toy.status()["encoders"]["toy_2"] == {"spec": "toy:2", "dimension": 2, "n_encoded": 7, "n_to_encode": 1}
+    assert toy.status()["encoders"]["toy_2"] == {"spec": "toy:2", "dimension": 2, "n_encoded": 7, "n_to_encode": 1} | {
+        "index": {"state": "none"}
+    }
     assert "toy_2: 2-d, 7 of 9 encoded, 1 to encode" in run("status", toy.path).stdout
 
 

@@ -102,7 +102,7 @@ def ranks(
     for (sample_ids, samples), (exemplar_ids, exemplars) in models:
         at = slice(first, first + len(sample_ids)), slice(0, len(exemplar_ids))
         sample, exemplar = np.indices((len(samples), len(exemplars))).reshape(2, -1)
-        exact = search.exact_similarity(exemplars[exemplar], samples[sample], mapper)
+        exact = search.exact_similarity(exemplars, samples, exemplar, sample, mapper)
         similarity[at] = exact.reshape(len(samples), -1)
         ids[at] = exemplar_ids.to_numpy(zero_copy_only=False)
         if own:

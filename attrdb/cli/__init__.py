@@ -30,6 +30,7 @@ def init(db: Path) -> None:
 
 main.add_command(ingesting.ingest)
 main.add_command(ingesting.encode)
+main.add_command(keeping.index)
 main.add_command(asking.attribute)
 main.add_command(learning.train)
 main.add_command(learning.calibrate)

@@ -8,32 +8,52 @@ from typing import Any
 import click
 
 import attrdb
-from attrdb.cli.common import DB, at_option, form_options, ml, print_table, queries_option
+from attrdb.cli.common import DB, at_option, form_options, ml, print_table, queries_option, quiet_option
 from attrdb.errors import InvalidValue, NotFound
 
 
 @click.command()
 @DB
-@click.argument("image")
+@click.argument("image", required=False)
+@click.option("--samples", metavar="PREDICATE", help="Store the attributions of all samples that fulfil it, see below.")
 @click.option("--top", "k", type=click.IntRange(1), default=10, show_default=True, help="How many candidates.")
 @click.option("--encoder", "encoder_id", help="encoder_id; the database's first when left out.")
 @click.option("--mapper", "mapper_id", help="mapper_id; the encoder's own features when left out.")
 @click.option("--tau", type=float, help="Temperature of influence. Default: as calibrated.")
 @click.option("--lambda", "lam", type=float, help="Cut-off of influence. Default: as calibrated.")
+@click.option("--candidates", metavar="PREDICATE", help="Only candidates that fulfil it, such as \"license = 'CC0'\".")
+@click.option("--exact", is_flag=True, help="Compare all candidates, also where there is an index.")
 @at_option
 @form_options
+@quiet_option
 def attribute(
     db: Path,
-    image: str,
+    image: str | None,
+    samples: str | None,
     k: int,
     encoder_id: str | None,
     mapper_id: str | None,
     tau: float | None,
     lam: float | None,
+    candidates: str | None,
+    exact: bool,
     at: str | None,
     form: str | None,
+    quiet: bool,
 ) -> None:
-    """The candidates that most resemble IMAGE (a stored image_id or an image file), with their influence."""
+    """The candidates that most resemble IMAGE (a stored image_id or an image file), with their influence.
+
+    With --samples instead of IMAGE (such as --samples "split = 'test'", or "true" for all), they are stored in the table
+    `attributions` for every sample that fulfils the predicate. Interrupted, the command goes on when it is given again.
+    """
+    if (image is None) == (samples is None):
+        raise click.UsageError("give an IMAGE, or --samples with a predicate")
+    if samples is not None:
+        if candidates is not None or at is not None:
+            raise click.UsageError("--samples stores attributions to all candidates as they are now")
+        settings = {"k": k, "encoder_id": encoder_id, "mapper_id": mapper_id, "tau": tau, "lam": lam, "exact": exact}
+        _attribute_samples(db, samples, quiet, **settings)
+        return
     database = attrdb.open(db, read_only=True, at=at)
     query: Any = image
     if not database.stored([image]):
@@ -41,7 +61,28 @@ def attribute(
             raise NotFound(f"{image!r} is neither an image_id of {db} nor an image file")
         encoder_id, _ = database.snapshot.compared(encoder_id, mapper_id)
         query = ml("ingest.encoders").encode_file(database, Path(image), encoder_id)
-    print_table(database.attribute(query, k=k, encoder_id=encoder_id, mapper_id=mapper_id, tau=tau, lam=lam), form)
+    found = database.attribute(
+        query,
+        k=k,
+        encoder_id=encoder_id,
+        mapper_id=mapper_id,
+        tau=tau,
+        lam=lam,
+        candidates=candidates,
+        exact=exact,
+    )
+    print_table(found, form)
+
+
+def _attribute_samples(db: Path, samples: str, quiet: bool, **settings: Any) -> None:
+    from attrdb.attributions import attribute_samples
+    from attrdb.output import progress
+
+    with progress(quiet) as advance:
+        found = attribute_samples(
+            attrdb.open(db), samples, report=lambda done, total: advance("attribute", done, total), **settings
+        )
+    click.echo(f"{found.n_attributed:,} samples attributed, {found.n_stored:,} were already", err=True)
 
 
 @click.command("sql")

@@ -75,6 +75,16 @@ def quiet_option(command: Any) -> Any:
     return click.option("--quiet", is_flag=True, help="No progress on stderr.")(command)
 
 
+def device_option(command: Any) -> Any:
+    return click.option(
+        "--device",
+        type=click.Choice(["auto", "cuda", "cpu"]),
+        default="auto",
+        show_default=True,
+        help="Where matrices are multiplied; auto: a GPU where there is one.",
+    )(command)
+
+
 def at_option(command: Any) -> Any:
     return click.option(
         "--at", metavar="VERSION|TIME", help="Read an older moment: a version of images, or a time (ISO 8601, UTC)."

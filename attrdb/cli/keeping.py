@@ -10,8 +10,18 @@ from typing import Any
 import click
 
 import attrdb
-from attrdb.cli.common import DB, at_option, print_table, quiet_option
+from attrdb.cli.common import DB, at_option, device_option, print_table, quiet_option
 from attrdb.errors import AttrdbError
+
+EXACT = {
+    "none": "searched exactly (attrdb index makes large galleries quicker)",
+    "dropped": "searched exactly, its index is gone: attrdb index builds it again",
+    "unknown": "searched exactly, its index is not attrdb's: attrdb index puts one in its place",
+}
+BEHIND = {
+    "behind": "; many rows came later: attrdb optimize",
+    "outgrown": "; outgrown: build it again with attrdb index",
+}
 
 
 @click.command()
@@ -31,7 +41,7 @@ def status(db: Path, at: str | None, as_json: bool) -> None:
     for name, encoder in found["encoders"].items():
         left = f", {encoder['n_to_encode']:,} to encode" if encoder["n_to_encode"] else ""
         done = f"{encoder['n_encoded']:,} of {found['n_images']:,} encoded{left}"
-        click.echo(f"  encoder {name}: {encoder['dimension']}-d, {done}")
+        click.echo(f"  encoder {name}: {encoder['dimension']}-d, {done}; {_searched(encoder['index'])}")
     for mapper in found["mappers"]:
         click.echo(
             f"  mapper {mapper['mapper_id']}: {mapper['form']}, on {mapper['encoder_id']}, of {mapper['trained_on']}"
@@ -52,6 +62,16 @@ def status(db: Path, at: str | None, as_json: bool) -> None:
     for job in found["open_jobs"]:
         done = f"{job['n_done'] or 0:,} done, {job['n_failed'] or 0:,} failed"
         click.echo(f"  job {job['job_id']}: {job['state']}, {done}{': ' + job['message'] if job['message'] else ''}")
+
+
+def _searched(index: dict[str, Any]) -> str:
+    """How an encoder's features are searched, in words."""
+    state = index["state"]
+    if state in EXACT:
+        return EXACT[state]
+    said = f"recall@10 {index['recall']:.3f} on {index['n_queries']} {index['queries']}"
+    cells = f"{index['n_probes']:,} of {index['n_partitions']:,} cells"
+    return f"searched by index, {said}, {cells}{BEHIND.get(state, '')}"
 
 
 def _print_upkeep(found: dict[str, Any], indent: str) -> None:
@@ -87,6 +107,34 @@ def optimize(db: Path, drop_older_than: int | None, quiet: bool) -> None:
     for when, state in (("before", result.before), ("after", result.after)):
         click.echo(f"{when}: {_size(state['bytes'])}")
         _print_upkeep(state, "  ")
+
+
+@click.command()
+@DB
+@click.option("--encoder", "encoder_id", help="encoder_id; the database's first when left out.")
+@device_option
+@quiet_option
+def index(db: Path, encoder_id: str | None, device: str, quiet: bool) -> None:
+    """Build the index of an encoder's features, and measure its recall against an exact search.
+
+    Searches look into it from then on, with any mapper; images that come later are found too, and are taken into it by
+    `optimize`.
+    """
+    from attrdb import indexing, search
+    from attrdb.output import progress
+
+    device, database = search.accelerator(device), attrdb.open(db)
+    what = indexing.plan(database.snapshot, encoder_id)
+    click.echo(
+        f"{what.kind} of some {what.n_rows:,} features of {what.encoder_id}, {what.dimension}-d: {what.n_partitions:,} "
+        f"cells, on {device}; at most {what.memory / 2**30:.1f} GiB of memory and {what.disk / 2**30:.2f} GiB of disk",
+        err=True,
+    )
+    with progress(quiet) as advance:
+        row = indexing.build(database, what.encoder_id, device, advance)
+    asked = f"looking into {row['n_probes']:,} of {row['n_partitions']:,} cells, {row['oversampling']} hits an answer"
+    measured = f"recall@10 {row['recall']:.3f} on {row['n_queries']} {row['queries']}"
+    click.echo(f"built in {row['seconds']:.1f} s; {measured}, {asked}", err=True)
 
 
 @click.command()

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 import attrdb
-from attrdb.cli.common import DB, at_option, ml, quiet_option
+from attrdb.cli.common import DB, at_option, device_option, ml, quiet_option
 
 
 @click.command()
@@ -90,13 +90,17 @@ def calibrate(db: Path, encoder_id: str | None, mapper_id: str | None, split: st
 @click.option("--encoder", "encoder_ids", multiple=True, help="encoder_id, repeatable; all when left out.")
 @click.option("--mapper", "mapper_ids", multiple=True, help="mapper_id, repeatable, in place of encoders.")
 @click.option("--gallery", type=click.Choice(["own", "all"]), default="own", show_default=True)
+@device_option
 @quiet_option
-def evaluate(db: Path, encoder_ids: tuple[str, ...], mapper_ids: tuple[str, ...], gallery: str, quiet: bool) -> None:
+def evaluate(
+    db: Path, encoder_ids: tuple[str, ...], mapper_ids: tuple[str, ...], gallery: str, device: str, quiet: bool
+) -> None:
     """Rank every sample's exemplars exactly; the metrics are queries over these ranks."""
     evaluation = importlib.import_module("attrdb.training.evaluation")
     from attrdb.output import progress
+    from attrdb.search import accelerator
 
-    database = attrdb.open(db)
+    database, device = attrdb.open(db), accelerator(device)
     wanted = [(encoder_id, None) for encoder_id in encoder_ids]
     wanted += [(None, mapper_id) for mapper_id in mapper_ids]
     if not wanted:
@@ -110,6 +114,7 @@ def evaluate(db: Path, encoder_ids: tuple[str, ...], mapper_ids: tuple[str, ...]
                 gallery,
                 lambda done, total, stage=stage: advance(stage, done, total),
                 mapper_id,
+                device,
             )
             of = f"{database.mapper(mapper_id).encoder_id} with mapper {mapper_id}" if mapper_id else encoder_id
             click.echo(f"{n_ranks} ranks of {of}, gallery {gallery}", err=True)

@@ -1,0 +1,61 @@
+"""Cells: dividing features among the nearest of some centroids, by matrix products on a CPU or an accelerator."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+ROWS_A_PRODUCT = 4096
+
+
+def train_centroids(features: np.ndarray, n_centroids: int, n_rounds: int, seed: int, device: str) -> np.ndarray:
+    """(n_centroids, dimension) float32: means of the features nearest to them, by Lloyd's rounds from a random start.
+
+    features: (n, dimension) float32, with n >= n_centroids; a cell that loses all its features takes half of the largest
+    """
+    rng = np.random.default_rng(seed)
+    centroids = features[rng.choice(len(features), n_centroids, replace=False)].copy()
+    for _ in range(n_rounds):
+        cell = nearest_centroids(features, centroids, device)
+        order = np.argsort(cell, kind="stable")
+        n = np.bincount(cell, minlength=n_centroids)
+        used = np.flatnonzero(n)
+        starts = np.cumsum(n)[used] - n[used]
+        centroids[used] = np.add.reduceat(features[order], starts, axis=0) / n[used][:, None]
+        empty = np.flatnonzero(n == 0)
+        largest = np.argsort(-n, kind="stable")[: len(empty)]
+        nudge = 1e-3 * rng.standard_normal((len(empty), features.shape[1]), np.float32)
+        centroids[empty] = centroids[largest] * (1 + nudge)
+    return centroids
+
+
+def nearest_centroids(features: np.ndarray, centroids: np.ndarray, device: str) -> np.ndarray:
+    """(n,) int64: which of the centroids each feature is nearest to."""
+    nearest = np.empty(len(features), np.int64)
+    # The nearest centroid c of x has the largest x . c - |c|^2 / 2.
+    half = (centroids * centroids).sum(axis=1) / 2
+    product = _by_numpy(centroids, half) if device == "cpu" else _by_torch(centroids, half, device)
+    for at in range(0, len(features), ROWS_A_PRODUCT):
+        nearest[at : at + ROWS_A_PRODUCT] = product(features[at : at + ROWS_A_PRODUCT])
+    return nearest
+
+
+def _by_numpy(centroids: np.ndarray, half: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
+    def product(features: np.ndarray) -> np.ndarray:
+        scores = features @ centroids.T
+        scores -= half
+        return scores.argmax(axis=1)
+
+    return product
+
+
+def _by_torch(centroids: np.ndarray, half: np.ndarray, device: str) -> Callable[[np.ndarray], np.ndarray]:
+    import torch
+
+    columns, half_there = torch.from_numpy(centroids).to(device).T, torch.from_numpy(half).to(device)
+
+    def product(features: np.ndarray) -> np.ndarray:
+        return torch.addmm(-half_there, torch.tensor(features, device=device), columns).argmax(dim=1).cpu().numpy()
+
+    return product

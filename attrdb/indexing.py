@@ -1,0 +1,246 @@
+"""Build an encoder's index: choose its cells, divide all features among them, hand both to Lance, measure how it answers.
+
+Lance (pylance 14.0) spends nearly all of a build on dividing the features, at a small part of what the machine's matrix
+products could do (benchmarks/RESULTS.md); here that is a matrix product, and Lance takes its result over.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+import lance
+import numpy as np
+import pyarrow as pa
+
+from attrdb import ann, search
+from attrdb.attribution import CANDIDATES
+from attrdb.cells import nearest_centroids, train_centroids
+from attrdb.database import Database
+from attrdb.errors import InvalidValue, StorageError
+from attrdb.locks import alone
+from attrdb.schema import feature_matrix
+from attrdb.snapshot import Snapshot, literal, storage
+
+MIN_ROWS = 1_000  # below, an exact scan takes no longer than a look into an index
+SAMPLES_A_CELL = 40  # features that a centroid is trained on
+ROUNDS = 8
+N_QUERIES = 200
+COUNTED, ESTIMATED_FROM = 50_000, 4_096  # images
+FEW_SAMPLES = 50  # fewer say little about recall
+K = 10
+RECALL_WANTED = 0.99
+OVERSAMPLING = (4, 16)
+
+Report = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a build will do, and what it takes.
+
+    memory: bytes, at most; disk: bytes, of the index and of what lies beside it while it is built
+    """
+
+    encoder_id: str
+    kind: str
+    n_rows: int
+    dimension: int
+    n_partitions: int
+    memory: int
+    disk: int
+
+
+def plan(snapshot: Snapshot, encoder_id: str) -> Plan:
+    """The parameters that a build chooses from the number of features.
+
+    raises: NotFound for an unknown encoder, InvalidValue if there are fewer than MIN_ROWS features
+    """
+    encoder_id = snapshot.encoder_id(encoder_id)
+    n_rows, dimension = _n_features(snapshot, encoder_id), snapshot.encoders[encoder_id]["dimension"]
+    if n_rows < MIN_ROWS:
+        raise InvalidValue(
+            f"{snapshot.path} has {n_rows:,} features of {encoder_id!r}; an index is of use from {MIN_ROWS:,} on, and until "
+            "then every search is exact"
+        )
+    # Cells of about the square root of the number of features: looking for cells costs as much as looking into one.
+    n_partitions = 2 ** round(np.log2(n_rows) / 2)
+    # One bit a dimension, which Lance makes of whole bytes only; a byte a dimension otherwise.
+    kind, width = ("IVF_RQ", dimension // 8) if dimension % 8 == 0 else ("IVF_SQ", dimension)
+    sample = 2 * 4 * dimension * SAMPLES_A_CELL * n_partitions  # in the order of rows, and in that of cells
+    index = n_rows * (width + 24)
+    return Plan(encoder_id, kind, n_rows, dimension, n_partitions, sample + 2 * index + (512 << 20), 2 * index)
+
+
+def build(
+    db: Database,
+    encoder_id: str | None = None,
+    device: str = "cpu",
+    report: Report = lambda stage, done, total: None,
+) -> dict:
+    """Build, or build again, an encoder's index; the row of `indices` that says how well it answers.
+
+    Readers and writers go on meanwhile: rows that come later are searched without the index until `optimize` takes them in.
+    raises: as `plan`; Busy if maintenance runs already, StorageError if memory or disk are too small
+    """
+    with alone(db.path / ".maintenance.lock", f"{db.path} is being maintained"), storage(db.path):
+        db.refresh()
+        what = plan(db.snapshot, encoder_id)
+        _check_room(db.path, what)
+        started = time.perf_counter()
+        images = db.snapshot.tables["images"]
+        report("cells", 0, 1)
+        features = _some_features(images, what.encoder_id, SAMPLES_A_CELL * what.n_partitions, what.n_rows)
+        centroids = train_centroids(features, what.n_partitions, ROUNDS, 0, device)
+        del features
+        with tempfile.TemporaryDirectory(prefix="attrdb-index-") as folder:
+            divided = str(Path(folder) / "cells.lance")
+            # Lance wants it in one file.
+            lance.write_dataset(
+                _divided(images, what, centroids, device, report), divided, schema=_CELLS, max_rows_per_file=2**30
+            )
+            n_rows = lance.dataset(divided).count_rows()
+            report("index", 0, 1)
+            db.commit(lambda: _create(db, what, centroids, divided))
+        seconds = time.perf_counter() - started
+        entry = {
+            "encoder_id": what.encoder_id,
+            "kind": what.kind,
+            "n_partitions": what.n_partitions,
+            "n_rows": n_rows,
+            "device": device,
+            "seconds": seconds,
+        }
+        return measure(db, entry, report)
+
+
+def measure(db: Database, entry: dict, report: Report = lambda stage, done, total: None) -> dict:
+    """Choose how many cells a query looks into and how many hits are compared exactly, and store that with its recall.
+
+    The least that finds RECALL_WANTED of the exact first K; where nothing does, all that was tried.
+    """
+    snapshot = db.snapshot
+    encoder_id, n_partitions = entry["encoder_id"], entry["n_partitions"]
+    said, ids, queries = _queries(snapshot, encoder_id)
+    report("recall", 0, 1)
+    exact = search.top_k(snapshot.features(encoder_id, CANDIDATES), queries, K + 1)
+    tries = [
+        (min(n_probes, n_partitions), oversampling)
+        for n_probes in 2 ** np.arange(2, 2 + int(np.ceil(np.log2(n_partitions))))
+        for oversampling in OVERSAMPLING
+    ]
+    for number, (n_probes, oversampling) in enumerate(tries):
+        report("recall", number, len(tries))
+        index = ann.Index(encoder_id, entry["kind"], n_partitions, int(n_probes), oversampling)
+        where = snapshot.visible(CANDIDATES)
+        found = ann.top_k(snapshot.tables["images"], index, where, queries, K + 1)
+        recall = _recall(found, exact, ids)
+        if recall >= RECALL_WANTED:
+            break
+    report("recall", len(tries), len(tries))
+    row = entry | {
+        "n_probes": index.n_probes,
+        "oversampling": index.oversampling,
+        "recall": recall,
+        "n_queries": len(queries),
+        "queries": said,
+        "images_version": snapshot.version,
+        "created_at": datetime.now(UTC),
+    }
+    db.upsert("indices", [row], on="encoder_id")
+    return row
+
+
+_CELLS = pa.schema([("row_id", pa.uint64()), ("partition", pa.uint32())])
+
+
+def _n_features(snapshot: Snapshot, encoder_id: str) -> int:
+    """How many images have a feature; of many images an estimate, since counting would read every feature."""
+    n_images = snapshot.tables["images"].count_rows()
+    if n_images <= COUNTED:
+        return snapshot.count(f"`{encoder_id}` IS NOT NULL")
+    found = _some_features(snapshot.tables["images"], encoder_id, ESTIMATED_FROM, n_images)
+    return round(len(found) / ESTIMATED_FROM * n_images)
+
+
+def _check_room(path: Path, what: Plan) -> None:
+    found = {"memory": (what.memory, _free_memory()), "disk": (what.disk, shutil.disk_usage(path).free)}
+    for name, (needed, free) in found.items():
+        if needed > free:
+            raise StorageError(
+                f"an index of {what.n_rows:,} features of {what.encoder_id!r} needs {needed / 2**30:.1f} GiB of {name}, "
+                f"{free / 2**30:.1f} GiB are free; nothing was changed"
+            )
+
+
+def _free_memory() -> int:
+    """Bytes; what the system would give up for it included, where it says so."""
+    told = Path("/proc/meminfo")
+    lines = dict(line.split(":") for line in told.read_text().splitlines()) if told.exists() else {}
+    if "MemAvailable" in lines:
+        return int(lines["MemAvailable"].split()[0]) * 1024
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _some_features(images: lance.LanceDataset, encoder_id: str, wanted: int, n_rows: int) -> np.ndarray:
+    """About so many features, chosen at random from all rows."""
+    n_images = images.count_rows()
+    chosen = np.random.default_rng(0).choice(n_images, min(n_images, wanted * n_images // n_rows), replace=False)
+    return feature_matrix(images.take(np.sort(chosen), columns=[encoder_id])[encoder_id].drop_null())
+
+
+def _divided(
+    images: lance.LanceDataset, what: Plan, centroids: np.ndarray, device: str, report: Report
+) -> Iterator[pa.RecordBatch]:
+    """Every row that has a feature, and its cell."""
+    done = 0
+    for rows, features in search.stream(images, what.encoder_id, "true", "_rowid"):
+        cells = nearest_centroids(features, centroids, device).astype(np.uint32)
+        yield pa.record_batch([rows, pa.array(cells)], _CELLS)
+        done += len(cells)
+        report("divide", done, what.n_rows)
+
+
+def _create(db: Database, what: Plan, centroids: np.ndarray, divided: str) -> None:
+    lance.dataset(str(db.path / "images.lance")).create_index(
+        what.encoder_id,
+        what.kind,
+        name=ann.index_name(what.encoder_id),
+        metric="cosine",
+        replace=True,
+        num_partitions=what.n_partitions,
+        ivf_centroids=centroids,
+        precomputed_partition_dataset=divided,
+        **({"num_bits": 1} if what.kind == "IVF_RQ" else {}),
+    )
+
+
+def _queries(snapshot: Snapshot, encoder_id: str) -> tuple[str, np.ndarray, np.ndarray]:
+    """What recall is measured with, its ids, and its features: samples, or candidates where there are hardly any samples."""
+    rng = np.random.default_rng(1)
+    encoded = f"`{encoder_id}` IS NOT NULL"
+    for said, where in (("samples", f"role = 'sample' AND {encoded}"), ("candidates", f"{CANDIDATES} AND {encoded}")):
+        ids = snapshot.images(where, ["image_id"])["image_id"].to_numpy()
+        if len(ids) >= FEW_SAMPLES or said == "candidates":
+            chosen = rng.choice(np.sort(ids), min(N_QUERIES, len(ids)), replace=False)
+            found = snapshot.images(f"image_id IN ({', '.join(map(literal, chosen))})", ["image_id", encoder_id])
+            return said, found["image_id"].to_numpy(), feature_matrix(found[encoder_id])
+    raise AssertionError("an index has candidates")
+
+
+def _recall(found: search.Hits, exact: search.Hits, own_ids: np.ndarray) -> float:
+    """Share of the exact first K candidates that were found, a query's own image left out; ties with the last count."""
+    shares = []
+    for own, ids, similarity, best_ids, best in zip(
+        own_ids, found.ids, found.similarity, exact.ids, exact.similarity, strict=True
+    ):
+        best = best[best_ids != own][:K]
+        hits = similarity[ids != own][:K]
+        shares.append(np.count_nonzero(hits >= best[-1]) / len(best) if len(best) else 1.0)
+    return float(np.mean(shares))

@@ -1,0 +1,346 @@
+"""Indices: built, asked, kept and reported; and what they answer beside an exact search."""
+
+import json
+
+import lance
+import numpy as np
+import pyarrow as pa
+import pytest
+from click.testing import CliRunner
+
+import attrdb
+from attrdb import ann, attribution, cells, health, indexing, maintenance, search
+from attrdb.cli import main
+from attrdb.errors import InvalidValue, NotFound, StorageError
+from attrdb.mapper import Mapper
+from attrdb.schema import feature_array
+
+N, D = 3000, 16
+
+
+def unit(x):
+    return (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float32)
+
+
+def clustered(n, seed):
+    """Points around 60 centres; the centres are those of seed 0."""
+    rng = np.random.default_rng(seed)
+    centres = np.random.default_rng(0).standard_normal((60, D))
+    return unit(centres[rng.integers(60, size=n)] + 0.4 * rng.standard_normal((n, D)))
+
+
+def images(prefix, features, role="pretraining", **columns):
+    ids = [f"{prefix}{number:05d}" for number in range(len(features))]
+    return pa.table({"image_id": ids, "role": [role] * len(ids), "points_16": feature_array(features), **columns})
+
+
+def filled(path):
+    db = attrdb.create(path)
+    db.add_encoder("points:16", D, {}, "none")
+    licenses = pa.array([("CC0", "CC-BY")[number % 2] for number in range(N)])
+    db.append_images(images("p", clustered(N, 1), license=licenses))
+    model = [images("m/e", clustered(2, 2), "exemplar"), images("m/s", clustered(60, 3), "sample")]
+    rows = pa.concat_tables(model).append_column("model_id", pa.array(["m"] * 62))
+    db.append_model(rows, {"model_id": "m", "kind": "style"})
+    return db
+
+
+@pytest.fixture(scope="module")
+def built_once(tmp_path_factory):
+    db = filled(tmp_path_factory.mktemp("index") / "points.attrdb")
+    indexing.build(db)
+    return db
+
+
+@pytest.fixture
+def indexed(built_once, tmp_path, monkeypatch):
+    """An own copy of a database with an index, which galleries of this size are searched by here."""
+    import shutil
+
+    monkeypatch.setattr(attribution, "FEW", 100)
+    shutil.copytree(built_once.path, tmp_path / "db")
+    return attrdb.open(tmp_path / "db")
+
+
+def affine(seed=0, scale=0.1):
+    rng = np.random.default_rng(seed)
+    parameters = {
+        f"{side}.{name}": value.astype(np.float32)
+        for side in ("exemplar", "sample")
+        for name, value in (
+            ("weight", np.eye(D) + scale * rng.standard_normal((D, D))),
+            ("bias", scale * rng.standard_normal(D)),
+        )
+    }
+    return Mapper("some", "points_16", "affine", parameters)
+
+
+def test_centroids_are_the_means_of_the_features_nearest_to_them():
+    features = clustered(500, 4)
+    centroids = cells.train_centroids(features, 8, 50, 0, "cpu")
+    distance = ((features[:, None] - centroids[None]) ** 2).sum(axis=2)
+    nearest = cells.nearest_centroids(features, centroids, "cpu")
+    np.testing.assert_array_equal(nearest, distance.argmin(axis=1))
+    for cell in range(8):
+        np.testing.assert_allclose(centroids[cell], features[nearest == cell].mean(axis=0), atol=1e-5)
+
+
+def test_a_cell_that_lost_its_features_takes_part_of_the_largest():
+    features = np.repeat(np.eye(3, dtype=np.float32), [10, 10, 10], axis=0)
+    centroids = cells.train_centroids(features, 5, 3, 0, "cpu")
+    assert np.isfinite(centroids).all()
+    assert set(features[cells.nearest_centroids(features, centroids, "cpu") == 0].sum(axis=1)) <= {1.0}
+
+
+def test_cells_by_torch_are_those_by_numpy():
+    pytest.importorskip("torch")
+    features = clustered(500, 4)
+    by = [
+        cells.train_centroids(features, 8, 5, 0, device) for device in ("cpu", "cpu:0")
+    ]  # the second goes through torch
+    np.testing.assert_allclose(*by, atol=1e-5)
+
+
+def test_an_index_answers_as_an_exact_search(indexed):
+    db = indexed
+    [row] = db.sql("SELECT * FROM indices").to_pylist()
+    assert (row["encoder_id"], row["kind"], row["n_partitions"], row["n_rows"]) == ("points_16", "IVF_RQ", 64, N + 62)
+    assert (row["queries"], row["n_queries"], row["device"]) == ("samples", 60, "cpu")
+    assert row["recall"] >= indexing.RECALL_WANTED
+    samples = [f"m/s{number:05d}" for number in range(60)]
+    shares = []
+    for sample in samples:
+        found, exact = (db.attribute(sample, k=10, exact=way) for way in (False, True))
+        shares.append(len(set(found["image_id"].to_pylist()) & set(exact["image_id"].to_pylist())) / 10)
+        by_id = dict(zip(exact["image_id"].to_pylist(), exact["similarity"].to_pylist(), strict=True))
+        for image in found.to_pylist():
+            assert image["role"] != "sample"
+            if image["image_id"] in by_id:  # compared exactly, whoever found it
+                assert image["similarity"] == by_id[image["image_id"]]
+    assert np.mean(shares) >= indexing.RECALL_WANTED
+
+
+def test_exact_answers_do_not_depend_on_the_index(indexed, tmp_path):
+    plain = filled(tmp_path / "plain")
+    for db in (indexed, plain):
+        assert (db.snapshot.indices != {}) == (db is indexed)
+    for sample in ("m/s00000", "m/s00007"):
+        a, b = (db.attribute(sample, k=25, exact=True) for db in (indexed, plain))
+        assert a.to_pylist() == b.to_pylist()
+
+
+def test_sql_asks_the_index_as_python_does(indexed, monkeypatch):
+    asked = []
+    ask = ann.top_k
+    monkeypatch.setattr(ann, "top_k", lambda *args: asked.append(len(args[3])) or ask(*args))
+    python = indexed.attribute("m/s00003", k=5)["image_id"].to_pylist()
+    assert asked == [1]
+    by_sql = indexed.sql("SELECT image_id FROM attribute('m/s00003', k := 5)")["image_id"].to_pylist()
+    assert by_sql == python
+    asked.clear()
+    rows = indexed.sql("SELECT s.image_id, a.image_id AS c FROM samples AS s, attribute(s.image_id, k := 5) AS a")
+    assert len(rows) == 60 * 5
+    assert sum(asked) == 60
+    assert len(asked) <= 2, "one search for the samples of a block"
+    asked.clear()
+    near = "SELECT n.image_id FROM features AS f, nearest(f.feature, k := 4{}) AS n WHERE f.image_id = 'm/s00003'"
+    found, exact = (indexed.sql(near.format(more))["image_id"].to_pylist() for more in ("", ", exact := true"))
+    assert found == exact == python[:4]
+    assert asked == [1]
+
+
+def test_only_candidates_that_fulfil_a_predicate(indexed):
+    where = "license = 'CC0'"
+    for exact in (False, True):
+        found = indexed.attribute("m/s00003", k=20, candidates=where, exact=exact)
+        assert set(found["license"].to_pylist()) == {"CC0"}
+        assert sum(found["influence"].to_pylist()) <= 1 + 1e-9
+    # few are left: all of them are compared
+    few = "image_id IN ('p00001', 'p00002', 'p00003')"
+    assert sorted(indexed.attribute("m/s00003", k=3, candidates=few)["image_id"].to_pylist()) == [
+        "p00001",
+        "p00002",
+        "p00003",
+    ]
+    sql = indexed.sql(
+        f"SELECT license FROM attribute('m/s00003', candidates := '{where.replace(chr(39), chr(39) * 2)}')"
+    )
+    assert set(sql["license"].to_pylist()) == {"CC0"}
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "says"),
+    [
+        ({"k": 0}, InvalidValue, "k is 0"),
+        (
+            {"k": 4000},
+            InvalidValue,
+            "k is 4000, .* has 3,002 candidates with a 'points_16' feature; ask for 3002 at most",
+        ),
+        ({"candidates": "license ="}, InvalidValue, "candidates is 'license ='; it must be an SQL predicate"),
+        ({"candidates": "colour = 1"}, InvalidValue, "it must be an SQL predicate on the columns of images"),
+        ({"candidates": "license = 'none'"}, NotFound, "no candidate with a 'points_16' feature that fulfils"),
+        ({"k": 11, "candidates": "image_id < 'p00003'"}, InvalidValue, "k is 11, .* has 5 candidates"),
+        ({"mapper_id": "x"}, NotFound, "no mapper 'x'"),
+    ],
+)
+def test_what_cannot_be_asked(indexed, given, error, says):
+    with pytest.raises(error, match=says):
+        indexed.attribute("m/s00000", **given)
+
+
+@pytest.mark.parametrize("feature", [np.full(D, np.nan), np.zeros(D), np.ones(D + 1)])
+def test_a_feature_that_is_none(indexed, feature):
+    with pytest.raises(InvalidValue, match="the feature has"):
+        indexed.attribute(feature)
+
+
+def test_a_mapper_is_folded_into_the_query(indexed):
+    mapper = affine()
+    queries = clustered(40, 5)
+    x = np.concatenate([features for _, features in indexed.snapshot.features("points_16", attribution.CANDIDATES)])
+    # METHODS A5: similarity = (x . q + c) / n(x), and the folded query has the direction of q
+    s = mapper.samples(queries, np.float64)
+    q = s @ mapper.parameters["exemplar.weight"]
+    n = np.linalg.norm(x @ mapper.parameters["exemplar.weight"].T + mapper.parameters["exemplar.bias"], axis=1)
+    np.testing.assert_allclose(
+        (q @ x.T + (s @ mapper.parameters["exemplar.bias"])[:, None]) / n,
+        s @ mapper.exemplars(x, np.float64).T,
+        atol=1e-6,
+    )
+    np.testing.assert_allclose(ann.folded(queries, mapper), unit(q), atol=1e-5)
+    found = ann.top_k(
+        indexed.snapshot.tables["images"], indexed.snapshot.indices["points_16"], "true", queries, 10, mapper
+    )
+    exact = search.top_k(indexed.snapshot.features("points_16", "true"), queries, 10, mapper=mapper)
+    shares = [len({*a} & {*b}) / 10 for a, b in zip(found.ids, exact.ids, strict=True)]
+    assert np.mean(shares) > 0.95
+
+
+def test_a_mapper_that_does_not_fold_is_searched_exactly(indexed, monkeypatch):
+    rng = np.random.default_rng(0)
+    extra = {"up": rng.standard_normal((4, D)), "up_bias": np.zeros(4), "down": np.zeros((D, 4))}
+    parameters = dict(affine().parameters)
+    parameters |= {
+        f"{side}.{name}": v.astype(np.float32) for side in ("exemplar", "sample") for name, v in extra.items()
+    }
+    mlp = Mapper("some", "points_16", "mlp", parameters)
+    monkeypatch.setattr(ann, "top_k", None)
+    hits = attribution.nearest(indexed.snapshot, "points_16", clustered(2, 5), 3, mapper=mlp)
+    assert [len(ids) for ids in hits.ids] == [3, 3]
+
+
+def test_rows_that_come_and_go_are_honoured_at_once(indexed):
+    [new] = clustered(1, 9)
+    near = unit(new + 0.01 * np.random.default_rng(0).standard_normal((3, D)))
+    indexed.append_images(images("new", near))
+    found = indexed.attribute(new, k=3)["image_id"].to_pylist()
+    assert sorted(found) == ["new00000", "new00001", "new00002"]
+    indexed.delete("images", f"image_id = '{found[0]}'")
+    assert sorted(indexed.attribute(new, k=2)["image_id"].to_pylist()) == sorted(found[1:])
+    maintenance.optimize(indexed)
+    assert health.status(indexed.snapshot)["indices"][-1]["n_unindexed"] == 0
+    assert sorted(indexed.attribute(new, k=2)["image_id"].to_pylist()) == sorted(found[1:])
+
+
+def test_status_says_how_features_are_searched(indexed):
+    def state():
+        indexed.refresh()
+        return indexed.status()["encoders"]["points_16"]["index"]
+
+    assert state()["state"] == "ready"
+    assert state()["recall"] >= indexing.RECALL_WANTED
+    indexed.append_images(images("q", clustered(N, 11)))
+    assert state()["state"] == "behind"
+    maintenance.optimize(indexed)
+    assert state()["state"] == "ready"
+    indexed.append_images(images("r", clustered(N, 12)))
+    maintenance.optimize(indexed)
+    assert state()["state"] == "outgrown"
+    said = CliRunner().invoke(main, ["status", str(indexed.path)]).stdout
+    assert "outgrown: build it again with attrdb index" in said
+    lance.dataset(str(indexed.path / "images.lance")).drop_index("points_16_idx")
+    assert state() == {"state": "dropped"}
+    assert indexed.attribute("m/s00000", k=3).to_pylist() == indexed.attribute("m/s00000", k=3, exact=True).to_pylist()
+    lance.dataset(str(indexed.path / "images.lance")).create_index(
+        "points_16", "IVF_FLAT", num_partitions=2, metric="cosine"
+    )
+    assert state() == {"state": "unknown"}
+    indexing.build(indexed)
+    assert state()["state"] == "ready"
+    assert list(health.index_self_test(indexed.snapshot)) == []
+
+
+def test_building_again_and_an_encoder_of_odd_length(tmp_path):
+    db = attrdb.create(tmp_path / "db")
+    db.add_encoder("points:15", 15, {}, "none")
+    features = unit(np.random.default_rng(0).standard_normal((1200, 15)))
+    ids = [f"p{number}" for number in range(1200)]
+    db.append_images(pa.table({"image_id": ids, "role": ["pretraining"] * 1200, "points_15": feature_array(features)}))
+    done = CliRunner().invoke(main, ["index", str(db.path), "--quiet", "--device", "cpu"])
+    assert done.exit_code == 0, done.output
+    assert "IVF_SQ of some 1,200 features of points_15, 15-d: 32 cells, on cpu" in done.stderr
+    assert "recall@10" in done.stderr
+    again = indexing.build(attrdb.open(db.path))
+    assert (again["queries"], again["n_queries"]) == ("candidates", 200)
+    assert again["recall"] >= indexing.RECALL_WANTED
+
+
+def test_what_cannot_be_indexed(toy, indexed, monkeypatch):
+    with pytest.raises(InvalidValue, match="has 7 features of 'toy_2'; an index is of use from 1,000 on"):
+        indexing.build(toy)
+    with pytest.raises(NotFound, match="no encoder 'x'"):
+        indexing.build(indexed, "x")
+    monkeypatch.setattr(indexing, "_free_memory", lambda: 1000)
+    version = lance.dataset(str(indexed.path / "images.lance")).version
+    with pytest.raises(StorageError, match=r"needs 0\.5 GiB of memory, 0\.0 GiB are free; nothing was changed"):
+        indexing.build(indexed)
+    assert lance.dataset(str(indexed.path / "images.lance")).version == version
+    with pytest.raises(InvalidValue, match="device is 'cuda', and there is no GPU"):
+        search.accelerator("cuda")
+    assert search.accelerator("auto") == search.accelerator("cpu") == "cpu"
+
+
+def test_attributions_of_many_samples_are_stored(indexed, monkeypatch):
+    monkeypatch.setattr("attrdb.attributions.SAMPLES_A_COMMIT", 25)
+    command = ["attribute", str(indexed.path), "--samples", "image_id < 'm/s00040'", "--top", "3", "--quiet"]
+    done = CliRunner().invoke(main, command)
+    assert (done.exit_code, done.stderr) == (0, "40 samples attributed, 0 were already\n"), done.output
+    indexed.refresh()
+    stored = indexed.sql("SELECT * FROM attributions WHERE sample_id = 'm/s00030' ORDER BY rank").to_pylist()
+    found = indexed.attribute("m/s00030", k=3).to_pylist()
+    for row, one in zip(stored, found, strict=True):
+        assert row["candidate_id"] == one["image_id"]
+        assert [row[name] for name in ("rank", "similarity", "influence", "complete", "missing_influence")] == [
+            one[name] for name in ("rank", "similarity", "influence", "complete", "missing_influence")
+        ]
+    assert CliRunner().invoke(main, command).stderr == "0 samples attributed, 40 were already\n"
+    more = [word if word != "image_id < 'm/s00040'" else "true" for word in command]
+    assert CliRunner().invoke(main, more).stderr == "20 samples attributed, 40 were already\n"
+    # with other settings they are replaced, not added
+    assert CliRunner().invoke(main, [*more, "--tau", "0.2"]).stderr == "60 samples attributed, 0 were already\n"
+    indexed.refresh()
+    assert indexed.sql("SELECT count(*) AS n, min(tau) AS tau FROM attributions").to_pylist() == [
+        {"n": 180, "tau": 0.2}
+    ]
+    # and once the images have changed they are made again
+    indexed.append_images(images("late", clustered(1, 13)))
+    assert CliRunner().invoke(main, [*more, "--tau", "0.2"]).stderr == "60 samples attributed, 0 were already\n"
+    job = json.loads(indexed.sql("SELECT settings FROM jobs")["settings"][0].as_py())
+    assert job == {"samples": "true", "k": 3}
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--samples", "colour = 1"], "samples is 'colour = 1'; it must be an SQL predicate on the columns of images"),
+        (["--samples", "image_id = 'x'"], "no sample of"),
+        ([], "give an IMAGE, or --samples with a predicate"),
+        (["m/s00001", "--samples", "true"], "give an IMAGE, or --samples with a predicate"),
+        (["--samples", "true", "--candidates", "true"], "--samples stores attributions to all candidates"),
+    ],
+)
+def test_samples_that_cannot_be_attributed(indexed, words, says):
+    done = CliRunner().invoke(main, ["attribute", str(indexed.path), *words])
+    assert done.exit_code != 0
+    assert says in done.stderr
