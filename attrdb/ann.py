@@ -7,6 +7,9 @@ with the largest x . q; more of them are fetched than asked for, mapped, and com
 
 from __future__ import annotations
 
+import math
+import os
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +24,7 @@ from attrdb.schema import feature_matrix
 FETCHED = 65_536  # hits that Lance is asked for at a time, so that their features fit into memory
 ROWS_A_READ = 8_192
 FEW = 10  # hits: oversampling is chosen for as many
+ROOM = 4
 FOLDED = 4  # times as many hits for a mapper, whose n(x) the search does not know
 
 
@@ -64,62 +68,82 @@ def folded(queries: np.ndarray, mapper: Mapper | None) -> np.ndarray:
 
 
 def top_k(
-    images: lance.LanceDataset, index: Index, where: str, queries: np.ndarray, k: int, mapper: Mapper | None = None
+    images: lance.LanceDataset,
+    index: Index,
+    where: str,
+    n_candidates: int,
+    queries: np.ndarray,
+    k: int,
+    mapper: Mapper | None = None,
 ) -> search.Hits:
     """Nearly the k most similar candidates of each query, with their exact similarity, as `search.top_k` gives them all.
 
-    queries: (n_queries, dimension) float32, unit length, before they are mapped
-    where:   a predicate that candidates fulfil; it is applied before the search, not to what the search has found
+    Where the cells that are looked into hold fewer than k candidates, fewer come back.
+    queries:      (n_queries, dimension) float32, unit length, before they are mapped
+    where:        a predicate that candidates fulfil; it is applied before the search, not to what the search has found
+    n_candidates: about how many do
     """
-    ids: list[np.ndarray] = []
-    similarity: list[np.ndarray] = []
     wanted = max(k, FEW) * index.oversampling * (FOLDED if mapper else 1)
-    together = max(1, FETCHED // wanted)
+    # As many cells as hold, on average, several times what is wanted; more than usual only where very much is.
+    holding = math.ceil(ROOM * wanted * index.n_partitions / max(1, n_candidates))
+    n_probes = min(index.n_partitions, max(index.n_probes, holding))
     asked = folded(queries, mapper)
-    for first in range(0, len(queries), together):
-        part = slice(first, first + together)
-        query, row = _hits(images, index, where, asked[part], wanted)
-        unique, candidate = np.unique(row, return_inverse=True)
-        row_ids, features = _rows(images, index.encoder_id, unique)
-        best = search.Best(len(asked[part]), k)
+
+    def of_part(part: slice) -> search.Hits:
+        query, candidate, ids, features = _hits(images, index, where, asked[part], wanted, n_probes)
         exact = search.exact_similarity(features, queries[part], candidate, query, mapper)
-        best.add(query, exact, row_ids.take(pa.array(candidate)))
-        found = best.hits()
-        ids += found.ids
-        similarity += found.similarity
-    return search.Hits(ids, similarity)
+        best = search.Best(len(asked[part]), k)
+        best.add(query, exact, ids.take(pa.array(candidate)))
+        return best.hits()
+
+    # Lance keeps one core busy with a search, of however many queries.
+    n_cores = os.cpu_count() or 1
+    together = max(1, min(FETCHED // wanted, math.ceil(len(queries) / n_cores)))
+    parts = [slice(first, first + together) for first in range(0, len(queries), together)]
+    if len(parts) == 1:
+        return of_part(parts[0])
+    with ThreadPoolExecutor(n_cores) as pool:
+        found = list(pool.map(of_part, parts))
+    return search.Hits(
+        [ids for one in found for ids in one.ids], [similarity for one in found for similarity in one.similarity]
+    )
 
 
 def _hits(
-    images: lance.LanceDataset, index: Index, where: str, asked: np.ndarray, wanted: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Queries and row ids of what the index finds; more cells than usual are looked into where a predicate keeps few."""
+    images: lance.LanceDataset, index: Index, where: str, asked: np.ndarray, wanted: int, n_probes: int
+) -> tuple[np.ndarray, np.ndarray, pa.Array, np.ndarray]:
+    """What the index finds: pairs of a query and a candidate, and the ids and features of the candidates."""
+    alone = len(asked) == 1
+    described = ["image_id", index.encoder_id]
     found = images.to_table(
-        columns=["_distance"],
+        # Of several queries candidates are read together afterwards, which takes less time; for one query it would take more.
+        columns=[*(described if alone else []), "_distance"],
         filter=where,
         prefilter=True,
         with_row_id=True,
         nearest={
             "column": index.encoder_id,
-            "q": asked if len(asked) > 1 else asked[0],
+            "q": asked[0] if alone else asked,
             "k": wanted,
-            "minimum_nprobes": index.n_probes,
-            "maximum_nprobes": index.n_partitions,
+            "nprobes": n_probes,  # the least and the most: left to look further, Lance takes more than twice the time
         },
     )
-    query = found["query_index"].to_numpy() if len(asked) > 1 else np.zeros(len(found), np.int64)
-    return query.astype(np.int64), found["_rowid"].to_numpy()
-
-
-def _rows(images: lance.LanceDataset, encoder_id: str, rows: np.ndarray) -> tuple[pa.Array, np.ndarray]:
-    """Ids and features of rows by their row ids, in the order given."""
+    if alone:
+        place = np.arange(len(found))
+        return np.zeros_like(place), place, *_described(found, index.encoder_id)
+    rows, candidate = np.unique(found["_rowid"].to_numpy(), return_inverse=True)
     parts = [
         images.to_table(
-            columns=["image_id", encoder_id],
+            columns=described,
             filter=f"_rowid IN ({', '.join(map(str, rows[at : at + ROWS_A_READ].tolist()))})",
             with_row_id=True,
         )
         for at in range(0, len(rows), ROWS_A_READ)
     ]
-    found = pa.concat_tables(parts).sort_by("_rowid").combine_chunks()
-    return found["image_id"].chunk(0), feature_matrix(found[encoder_id])
+    read = pa.concat_tables(parts).sort_by("_rowid")
+    return found["query_index"].to_numpy().astype(np.int64), candidate, *_described(read, index.encoder_id)
+
+
+def _described(rows: pa.Table, encoder_id: str) -> tuple[pa.Array, np.ndarray]:
+    rows = rows.combine_chunks()
+    return rows["image_id"].chunk(0), feature_matrix(rows[encoder_id])

@@ -62,9 +62,13 @@ def nearest(
     """
     where = _where(candidates)
     index = None if exact or not ann.can_serve(mapper) else snapshot.indices.get(encoder_id)
-    if index and count(snapshot, candidates) > FEW:
+    n_candidates = count(snapshot, candidates) if index else 0
+    if index and n_candidates > max(FEW, k):
         with storage(snapshot.path):
-            return ann.top_k(snapshot.tables["images"], index, snapshot.visible(where), queries, k, mapper)
+            where = snapshot.visible(where)
+            found = ann.top_k(snapshot.tables["images"], index, where, n_candidates, queries, k, mapper)
+        if all(len(ids) == k for ids in found.ids):
+            return found
     return search.top_k(snapshot.features(encoder_id, where), queries, k, mapper=mapper)
 
 

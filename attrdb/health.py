@@ -278,5 +278,5 @@ def _recall(snapshot: Snapshot, encoder_id: str, chosen: np.ndarray) -> float:
         return 1.0
     queries = feature_matrix(features)
     exact = search.top_k(search.stream(images, encoder_id, "true"), queries, 10).similarity
-    found = ann.top_k(images, snapshot.indices[encoder_id], "true", queries, 10).similarity
+    found = ann.top_k(images, snapshot.indices[encoder_id], "true", images.count_rows(), queries, 10).similarity
     return float(np.mean([np.mean(ours[: len(best)] >= best[-1]) for ours, best in zip(found, exact, strict=True)]))

@@ -20,7 +20,7 @@ import numpy as np
 import pyarrow as pa
 
 from attrdb import ann, search
-from attrdb.attribution import CANDIDATES
+from attrdb.attribution import CANDIDATES, count
 from attrdb.cells import nearest_centroids, train_centroids
 from attrdb.database import Database
 from attrdb.errors import InvalidValue, StorageError
@@ -29,8 +29,9 @@ from attrdb.schema import feature_matrix
 from attrdb.snapshot import Snapshot, literal, storage
 
 MIN_ROWS = 1_000  # below, an exact scan takes no longer than a look into an index
-SAMPLES_A_CELL = 40  # features that a centroid is trained on
-ROUNDS = 8
+CELLS = 1.25  # times the square root of the number of features: more cells are quicker to ask and slower to build
+SAMPLES_A_CELL = 20  # features that a centroid is trained on
+ROUNDS = 6
 N_QUERIES = 200
 COUNTED, ESTIMATED_FROM = 50_000, 4_096  # images
 FEW_SAMPLES = 50  # fewer say little about recall
@@ -69,8 +70,7 @@ def plan(snapshot: Snapshot, encoder_id: str) -> Plan:
             f"{snapshot.path} has {n_rows:,} features of {encoder_id!r}; an index is of use from {MIN_ROWS:,} on, and until "
             "then every search is exact"
         )
-    # Cells of about the square root of the number of features: looking for cells costs as much as looking into one.
-    n_partitions = 2 ** round(np.log2(n_rows) / 2)
+    n_partitions = round(CELLS * np.sqrt(n_rows))
     # One bit a dimension, which Lance makes of whole bytes only; a byte a dimension otherwise.
     kind, width = ("IVF_RQ", dimension // 8) if dimension % 8 == 0 else ("IVF_SQ", dimension)
     sample = 2 * 4 * dimension * SAMPLES_A_CELL * n_partitions  # in the order of rows, and in that of cells
@@ -135,11 +135,12 @@ def measure(db: Database, entry: dict, report: Report = lambda stage, done, tota
         for n_probes in 2 ** np.arange(2, 2 + int(np.ceil(np.log2(n_partitions))))
         for oversampling in OVERSAMPLING
     ]
+    n_candidates = count(snapshot)
     for number, (n_probes, oversampling) in enumerate(tries):
         report("recall", number, len(tries))
         index = ann.Index(encoder_id, entry["kind"], n_partitions, int(n_probes), oversampling)
         where = snapshot.visible(CANDIDATES)
-        found = ann.top_k(snapshot.tables["images"], index, where, queries, K + 1)
+        found = ann.top_k(snapshot.tables["images"], index, where, n_candidates, queries, K + 1)
         recall = _recall(found, exact, ids)
         if recall >= RECALL_WANTED:
             break

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,7 +10,6 @@ import torch
 
 from attrdb.errors import InvalidValue, OutOfMemory
 
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 PRECISIONS = ("auto", "float32", "bf16")
 
 
@@ -57,18 +55,6 @@ def resolved_precision(precision: str, device: str | None = None) -> str:
     else:
         native = torch.cuda.is_bf16_supported(including_emulation=False)
     return "bf16" if native else "float32"
-
-
-def keep_freed_memory() -> None:
-    """Let this process keep up to 1 GiB of freed memory, where the C library is glibc.
-
-    Otherwise the activations of every step are given back to the system and fetched again: 1,100 to 1,700 page faults a
-    training step at icon-sd on a CPU, 10 with it, and 0.93 of the time.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(M_MMAP_THRESHOLD, 32 << 20)  # the most that glibc takes
-        mallopt(M_TRIM_THRESHOLD, 1 << 30)
 
 
 @contextmanager

@@ -104,7 +104,7 @@ def test_cells_by_torch_are_those_by_numpy():
 def test_an_index_answers_as_an_exact_search(indexed):
     db = indexed
     [row] = db.sql("SELECT * FROM indices").to_pylist()
-    assert (row["encoder_id"], row["kind"], row["n_partitions"], row["n_rows"]) == ("points_16", "IVF_RQ", 64, N + 62)
+    assert (row["encoder_id"], row["kind"], row["n_partitions"], row["n_rows"]) == ("points_16", "IVF_RQ", 69, N + 62)
     assert (row["queries"], row["n_queries"], row["device"]) == ("samples", 60, "cpu")
     assert row["recall"] >= indexing.RECALL_WANTED
     samples = [f"m/s{number:05d}" for number in range(60)]
@@ -132,7 +132,7 @@ def test_exact_answers_do_not_depend_on_the_index(indexed, tmp_path):
 def test_sql_asks_the_index_as_python_does(indexed, monkeypatch):
     asked = []
     ask = ann.top_k
-    monkeypatch.setattr(ann, "top_k", lambda *args: asked.append(len(args[3])) or ask(*args))
+    monkeypatch.setattr(ann, "top_k", lambda *args: asked.append(len(args[4])) or ask(*args))
     python = indexed.attribute("m/s00003", k=5)["image_id"].to_pylist()
     assert asked == [1]
     by_sql = indexed.sql("SELECT image_id FROM attribute('m/s00003', k := 5)")["image_id"].to_pylist()
@@ -210,7 +210,7 @@ def test_a_mapper_is_folded_into_the_query(indexed):
     )
     np.testing.assert_allclose(ann.folded(queries, mapper), unit(q), atol=1e-5)
     found = ann.top_k(
-        indexed.snapshot.tables["images"], indexed.snapshot.indices["points_16"], "true", queries, 10, mapper
+        indexed.snapshot.tables["images"], indexed.snapshot.indices["points_16"], "true", N, queries, 10, mapper
     )
     exact = search.top_k(indexed.snapshot.features("points_16", "true"), queries, 10, mapper=mapper)
     shares = [len({*a} & {*b}) / 10 for a, b in zip(found.ids, exact.ids, strict=True)]
@@ -279,7 +279,7 @@ def test_building_again_and_an_encoder_of_odd_length(tmp_path):
     db.append_images(pa.table({"image_id": ids, "role": ["pretraining"] * 1200, "points_15": feature_array(features)}))
     done = CliRunner().invoke(main, ["index", str(db.path), "--quiet", "--device", "cpu"])
     assert done.exit_code == 0, done.output
-    assert "IVF_SQ of some 1,200 features of points_15, 15-d: 32 cells, on cpu" in done.stderr
+    assert "IVF_SQ of some 1,200 features of points_15, 15-d: 43 cells, on cpu" in done.stderr
     assert "recall@10" in done.stderr
     again = indexing.build(attrdb.open(db.path))
     assert (again["queries"], again["n_queries"]) == ("candidates", 200)

@@ -10,6 +10,7 @@ import click
 import attrdb
 from attrdb.cli.common import DB, at_option, form_options, ml, print_table, queries_option, quiet_option
 from attrdb.errors import InvalidValue, NotFound
+from attrdb.memory import use_the_machine
 
 
 @click.command()
@@ -46,6 +47,7 @@ def attribute(
     With --samples instead of IMAGE (such as --samples "split = 'test'", or "true" for all), they are stored in the table
     `attributions` for every sample that fulfils the predicate. Interrupted, the command goes on when it is given again.
     """
+    use_the_machine()
     if (image is None) == (samples is None):
         raise click.UsageError("give an IMAGE, or --samples with a predicate")
     if samples is not None:
@@ -95,6 +97,7 @@ def _attribute_samples(db: Path, samples: str, quiet: bool, **settings: Any) -> 
 @form_options
 def run_sql(db: Path, statement: str, params: tuple[str, ...], at: str | None, form: str | None) -> None:
     """Run one SELECT over the database's tables and views."""
+    use_the_machine()
     print_table(attrdb.open(db, read_only=True, at=at).sql(statement, _given(params)), form)
 
 
@@ -114,6 +117,7 @@ def run_query(
     form: str | None,
 ) -> None:
     """Run a named query."""
+    use_the_machine()
     database = attrdb.open(db, read_only=True, at=at, query_folders=query_folders)
     print_table(database.query(name, **_given(params)), form)
 

@@ -12,6 +12,7 @@ import click
 import attrdb
 from attrdb.cli.common import DB, at_option, device_option, print_table, quiet_option
 from attrdb.errors import AttrdbError
+from attrdb.memory import use_the_machine
 
 EXACT = {
     "none": "searched exactly (attrdb index makes large galleries quicker)",
@@ -123,6 +124,7 @@ def index(db: Path, encoder_id: str | None, device: str, quiet: bool) -> None:
     from attrdb import indexing, search
     from attrdb.output import progress
 
+    use_the_machine()
     device, database = search.accelerator(device), attrdb.open(db)
     what = indexing.plan(database.snapshot, encoder_id)
     click.echo(

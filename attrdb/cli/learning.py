@@ -10,6 +10,7 @@ import click
 
 import attrdb
 from attrdb.cli.common import DB, at_option, device_option, ml, quiet_option
+from attrdb.memory import use_the_machine
 
 
 @click.command()
@@ -68,6 +69,7 @@ def calibrate(db: Path, encoder_id: str | None, mapper_id: str | None, split: st
 
     Give it again when the corpus has grown.
     """
+    use_the_machine()
     calibration = ml("training.calibrate")
     import pyarrow as pa
 
@@ -100,6 +102,7 @@ def evaluate(
     from attrdb.output import progress
     from attrdb.search import accelerator
 
+    use_the_machine()
     database, device = attrdb.open(db), accelerator(device)
     wanted = [(encoder_id, None) for encoder_id in encoder_ids]
     wanted += [(None, mapper_id) for mapper_id in mapper_ids]

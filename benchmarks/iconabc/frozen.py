@@ -89,12 +89,16 @@ def freeze(db: Database, plan: Path, out: Path = HERE) -> dict[str, int]:
 def gallery(icons: Path, out: Path, frozen: Path = HERE) -> dict[str, int]:
     """Write the candidates' pictures as one Parquet file for `attrdb ingest corpus`: the corpus, and the frozen names.
 
+    It takes some minutes; what is there is not made again.
     returns: how many there are, and how many are missing or look otherwise than when they were frozen
     """
+    told, part = out.with_suffix(".json"), out.with_suffix(".part")
+    if out.exists() and told.exists():
+        return json.loads(told.read_text())
     wanted = {row["name"]: row["pixels"] for row in pq.read_table(frozen / "candidates.parquet").to_pylist()}
     corpus = pq.read_table(bundled_icons(), filters=[("role", "=", "pretraining")])
     found, otherwise = 0, 0
-    with pq.ParquetWriter(out, SCHEMA) as writer:
+    with pq.ParquetWriter(part, SCHEMA) as writer:
         writer.write_table(corpus.cast(SCHEMA))
         for batch in pq.ParquetFile(icons).iter_batches(4096):
             rows = [{**row, "role": "pretraining"} for row in batch.to_pylist() if row["name"] in wanted]
@@ -103,7 +107,10 @@ def gallery(icons: Path, out: Path, frozen: Path = HERE) -> dict[str, int]:
             for row in rows:  # as exemplars and corpus are stored: what is lossless would be told apart by that alone
                 row["image"] = lossy(row["image"])
             writer.write_table(pa.Table.from_pylist(rows, SCHEMA))
-    return {"candidates": corpus.num_rows + found, "missing": len(wanted) - found, "otherwise": otherwise}
+    counts = {"candidates": corpus.num_rows + found, "missing": len(wanted) - found, "otherwise": otherwise}
+    part.replace(out)
+    told.write_text(json.dumps(counts))
+    return counts
 
 
 def load_models(db: Database, frozen: Path = HERE) -> int:

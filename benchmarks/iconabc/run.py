@@ -1,12 +1,13 @@
 """The experiments on IconAbC, from its frozen files: python benchmarks/iconabc/run.py WORK --json FILE
 
     gallery, exemplars and samples -> WORK/iconabc-DIGEST.attrdb    (render.py, frozen.py; the digest is of the frozen files)
-    features of every encoder
-    mappers: temperature and learning rate chosen on validation models; objects, styles, both; ablations
-    calibration on validation models, ranks of all models
+    for every encoder: its features
+        mappers: temperature and learning rate chosen on validation models; objects, styles, both; ablations
+        calibration on validation models, ranks of all models
     figures -> FILE, the page -> WORK/report.html
 
-Every step is skipped where its result is stored, so a run that was stopped goes on. Test models are looked at last.
+Every step is skipped where its result is stored, so a run that was stopped goes on. All that is chosen is chosen before test
+models are looked at.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from attrdb.training.calibrate import calibrate
 from attrdb.training.evaluation import evaluate
 from attrdb.training.train import TrainSettings, train
 
-ENCODERS = ("efficientnet-lite0", "vgg-gram", "pixels:8")
+ENCODERS = ("efficientnet-lite0", "pixels:8", "vgg-gram")
 TEMPERATURES = (1.0, 0.3, 0.1, 0.03)
 RATES = (1e-4, 1e-3)
 ABLATED = "efficientnet-lite0"
@@ -54,13 +55,6 @@ def digest() -> str:
     """Of the frozen files, so that what was measured on others is not taken for theirs."""
     files = [HERE / f"{name}.parquet" for name in ("models", "images", "candidates")]
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:8]
-
-
-def encode_all(db: Database, specs: tuple[str, ...]) -> None:
-    for spec in specs:
-        encoder = load_encoder(spec)
-        with console.status(f"encode {spec}"):
-            backfill(db, encoder)
 
 
 def on_both(encoder_id: str, temperature: float, lr: float) -> str:
@@ -114,23 +108,24 @@ def main(work: Path, out: Path | None) -> None:
     icons = rendered(work)
     db = open_or_create(work / f"iconabc-{digest()}.attrdb")
     counts = load(db, icons)
-    encode_all(db, ENCODERS)
-    tried, ways = [], []
-    for encoder_id in map(encoder_id_of, ENCODERS):
+    tried = []
+    for spec in ENCODERS:
+        with console.status(f"encode {spec}"):
+            backfill(db, load_encoder(spec))
+        encoder_id = encoder_id_of(spec)
         best, of_encoder = chosen_settings(db, encoder_id)
         tried += of_encoder
         paper = max((one for one in of_encoder if one["temperature"] == 1), key=lambda one: one["recall"])
         mappers = dict.fromkeys([on_both(encoder_id, **best), on_both(encoder_id, 1.0, paper["lr"])])
-        ways += [(encoder_id, None), *((encoder_id, mapper_id) for mapper_id in mappers)]
         for kind in ("object", "style"):
             trained(db, f"{encoder_id}-{kind}", encoder_id, kind=kind, **best)
-            ways.append((encoder_id, f"{encoder_id}-{kind}"))
-        if encoder_id == encoder_id_of(ABLATED):
-            for name, settings in ABLATIONS.items():
-                trained(db, f"{encoder_id}-both-{name}", encoder_id, **best | settings)
-                ways.append((encoder_id, f"{encoder_id}-both-{name}"))
-    for encoder_id, mapper_id in ways:
-        measured(db, encoder_id, mapper_id)
+            mappers[f"{encoder_id}-{kind}"] = None
+        for name, settings in ABLATIONS.items() if spec == ABLATED else ():
+            trained(db, f"{encoder_id}-both-{name}", encoder_id, **best | settings)
+            mappers[f"{encoder_id}-both-{name}"] = None
+        for mapper_id in (None, *mappers):
+            measured(db, encoder_id, mapper_id)
+        console.log(f"{spec}: done after {(time.monotonic() - started) / 60:.0f} minutes")
     told = figures(db)
     found = {"machine": describe("torch", "lancedb", "duckdb"), "counts": counts, "tried": tried, **told}
     found["seconds"] = time.monotonic() - started

@@ -1,0 +1,562 @@
+"""Search, beside what it would be done with otherwise: python benchmarks/search.py evaluation exact ann growth --json FILE
+
+    evaluation   ranks of true exemplars, against one matrix-vector product and a full argsort of the gallery a query
+    exact        the first ten, against faiss IndexFlatIP in memory and LanceDB's flat search
+    ann          recall@10 and time, against faiss IVF-PQ with refinement, hnswlib and usearch in memory, and Lance's defaults
+    growth       the index as the gallery grows, with rows that came later, and under predicates
+    folding      a mapper folded into the query, against a column of mapped features with an index of its own
+
+The peers are not among attrdb's packages: pip install faiss-cpu hnswlib usearch. All of a part is measured in one run, on the
+same data (clustered.py) with as many threads as there are cores. Parts are added to FILE.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+import clustered
+import lance
+import numpy as np
+import pyarrow as pa
+from machine import describe, peak_gib, spread
+
+import attrdb
+from attrdb import ann, attribution, indexing, search
+from attrdb.database import Database
+from attrdb.mapper import Mapper
+from attrdb.memory import use_the_machine
+
+N_CORES = os.cpu_count() or 1
+EVERYONE = attribution.CANDIDATES
+PROBES = (16, 32, 64, 96, 128, 192, 256)
+ROUNDS = 3
+
+
+def seconds(run: Callable[[], Any]) -> float:
+    started = time.perf_counter()
+    run()
+    return time.perf_counter() - started
+
+
+def limits() -> dict[str, float]:
+    """What the machine can do: large float32 matrix products, and reading memory, both with all cores; best of five."""
+    a = np.random.default_rng(0).standard_normal((3000, 3000), np.float32)
+    wide = np.ones(128 << 20, np.float32)
+    half = np.array_split(wide, N_CORES)
+
+    def read() -> None:
+        from concurrent.futures import ThreadPoolExecutor
+
+        with ThreadPoolExecutor(N_CORES) as pool:
+            list(pool.map(np.sum, half))
+
+    a @ a
+    return {
+        "gflops": 2 * 3000**3 / min(seconds(lambda: a @ a) for _ in range(5)) / 1e9,
+        "read_gb_a_second": wide.nbytes / min(seconds(read) for _ in range(5)) / 1e9,
+    }
+
+
+@dataclasses.dataclass
+class Data:
+    """A database of clustered features, the same features in memory, queries and what is true of them."""
+
+    db: Database
+    x: np.ndarray
+    queries: np.ndarray
+    of_query: np.ndarray  # the row that a query was moved from
+
+    @property
+    def encoder_id(self) -> str:
+        return self.db.encoder_id()
+
+    @property
+    def images(self) -> lance.LanceDataset:
+        return self.db.snapshot.tables["images"]
+
+    def blocks(self) -> Iterator[search.Block]:
+        return self.db.snapshot.features(self.encoder_id, EVERYONE)
+
+    def in_memory(self) -> list[search.Block]:
+        n = search.BLOCK_ROWS
+        starts = range(0, len(self.x), n)
+        return [
+            (pa.array([f"f/{i:09d}" for i in range(s, min(s + n, len(self.x)))]), self.x[s : s + n]) for s in starts
+        ]
+
+
+def make(folder: Path, rows: int, dimension: int, n_queries: int) -> Data:
+    db = clustered.database(folder / f"{rows}.attrdb", rows, dimension)
+    x = np.concatenate(list(clustered.features(rows, dimension)))
+    of_query = np.random.default_rng(2).choice(rows, n_queries, replace=False)
+    return Data(db, x, clustered.moved(x[of_query]), of_query)
+
+
+def rows_of(hits: search.Hits) -> np.ndarray:
+    return np.array([[int(one[2:]) for one in ids] for ids in hits.ids])
+
+
+def recall(found: np.ndarray, exact: np.ndarray) -> float:
+    return float(np.mean([len({*a} & {*b}) / len(b) for a, b in zip(found.tolist(), exact.tolist(), strict=True)]))
+
+
+# --- evaluation ------------------------------------------------------------------------------------------------------
+
+
+def evaluation(data: Data, n_queries: int = 1000) -> dict:
+    queries, of_query = data.queries[:n_queries], data.of_query[:n_queries]
+    places = np.arange(n_queries)
+    similarity = search.exact_similarity(data.x[of_query], queries, places, places)[:, None]
+    ids = np.array([[f"f/{row:09d}"] for row in of_query], dtype=object)
+    ours, ranks = [], None
+    for _ in range(ROUNDS):
+        started = time.perf_counter()
+        above, size = search.count_above(data.blocks(), queries, similarity, ids)
+        ours.append(time.perf_counter() - started)
+        ranks = above[:, 0] + 1
+    started = time.perf_counter()
+    reference = np.empty(n_queries, np.int64)
+    for number, query in enumerate(queries):
+        order = np.argsort(-(data.x @ query))
+        reference[number] = 1 + np.flatnonzero(order == of_query[number])[0]
+    theirs = time.perf_counter() - started
+    flops = 2 * n_queries * size * data.x.shape[1]
+    return {
+        "n_queries": n_queries,
+        "seconds": spread(ours),
+        "reference_seconds": theirs,
+        "times": theirs / np.median(ours),
+        "n_ranks_different": int((ranks != reference).sum()),
+        "gflops": flops / np.median(ours) / 1e9,
+        "peak_gib": peak_gib(),
+    }
+
+
+# --- exact -----------------------------------------------------------------------------------------------------------
+
+
+def exact(data: Data) -> dict:
+    import faiss
+
+    faiss.omp_set_num_threads(N_CORES)
+    flat = faiss.IndexFlatIP(data.x.shape[1])
+    adding = seconds(lambda: flat.add(data.x))
+    held = data.in_memory()
+    found = []
+    for n in (1, 16, 256, 1000):
+        queries = data.queries[:n]
+        ways = {
+            "attrdb": lambda queries=queries: search.top_k(data.blocks(), queries, 10),
+            "attrdb, features in memory": lambda queries=queries: search.top_k(held, queries, 10),
+            "faiss IndexFlatIP, in memory": lambda queries=queries: flat.search(queries, 10),
+        }
+        times: dict[str, list[float]] = {way: [] for way in ways}
+        for _ in range(ROUNDS):  # in turn, so that what else the machine does falls on all of them
+            for way, run in ways.items():
+                times[way].append(seconds(run))
+        if n <= 16:
+            times["LanceDB flat"] = [seconds(lambda queries=queries: lance_flat(data, queries))]
+        agree = recall(rows_of(search.top_k(held, queries, 10)), flat.search(queries, 10)[1])
+        flops = 2 * n * len(data.x) * data.x.shape[1]
+        found.append(
+            {
+                "n_queries": n,
+                "seconds": {way: spread(of) for way, of in times.items()},
+                "gflops": {way: flops / np.median(of) / 1e9 for way, of in times.items()},
+                "agrees_with_faiss": agree,
+            }
+        )
+    return {"faiss_adding_seconds": adding, "blocks": found}
+
+
+def lance_flat(data: Data, queries: np.ndarray) -> None:
+    for query in queries:
+        nearest = {"column": data.encoder_id, "q": query, "k": 10, "use_index": False, "metric": "cosine"}
+        data.images.to_table(columns=["image_id"], nearest=nearest, filter=EVERYONE, prefilter=True)
+
+
+# --- ann -------------------------------------------------------------------------------------------------------------
+
+
+def timed(ask: Callable[[np.ndarray], np.ndarray], queries: np.ndarray, truth: np.ndarray, single: int = 200) -> dict:
+    """Recall and time of answers to one query at a time, and to 256 at once."""
+    ask(queries[:1])
+    one = [seconds(lambda query=query: ask(query[None])) for query in queries[:single]]
+    ask(queries[:256])
+    many = [seconds(lambda: ask(queries[:256])) / 256 for _ in range(ROUNDS)]
+    return {
+        "recall": recall(ask(queries), truth),
+        "single_ms": {name: 1000 * value for name, value in spread(one).items() if name != "n"},
+        "single_p95_ms": 1000 * float(np.quantile(one, 0.95)),
+        "batch_ms": {name: 1000 * value for name, value in spread(many).items() if name != "n"},
+    }
+
+
+def index_bytes(data: Data) -> int:
+    data.db.refresh()
+    return sum(one["bytes"] for one in data.db.status()["indices"] if one["column"] == data.encoder_id)
+
+
+def ours(data: Data, truth: np.ndarray) -> dict:
+    row = indexing.build(data.db)
+    index = data.db.snapshot.indices[data.encoder_id]
+    found = []
+    for n_probes in (one for one in PROBES if one <= index.n_partitions):
+        asked = dataclasses.replace(index, n_probes=n_probes, oversampling=4)
+
+        def ask(queries: np.ndarray, asked: ann.Index = asked) -> np.ndarray:
+            return rows_of(ann.top_k(data.images, asked, EVERYONE, len(data.x), queries, 10))
+
+        found.append({"setting": f"{n_probes} cells", **timed(ask, data.queries, truth)})
+    return {
+        "what": f"attrdb ({row['kind']}, {row['n_partitions']:,} cells), from disk",
+        "build_seconds": row["seconds"],
+        "bytes": index_bytes(data),
+        "settings": found,
+        "chosen": {name: row[name] for name in ("n_probes", "oversampling", "recall")},
+    }
+
+
+def lance_default(data: Data, truth: np.ndarray) -> dict:
+    """Lance's own build with what it chooses by itself, asked by Lance alone."""
+    column = data.encoder_id
+    n_sub_vectors = data.x.shape[1] // 8
+    build = seconds(
+        lambda: data.images.create_index(
+            column, "IVF_PQ", name=f"{column}_idx", metric="cosine", num_sub_vectors=n_sub_vectors, replace=True
+        )
+    )
+    data.db.refresh()
+    found = []
+    for n_probes in (5, 10, 20, 40, 80):
+
+        def ask(queries: np.ndarray, n_probes: int = n_probes) -> np.ndarray:
+            many = len(queries) > 1
+            answer = data.images.to_table(
+                columns=["image_id", "_distance"],
+                nearest={
+                    "column": column,
+                    "q": queries if many else queries[0],
+                    "k": 10,
+                    "nprobes": n_probes,
+                    "refine_factor": 10,
+                },
+                filter=EVERYONE,
+                prefilter=True,
+            )
+            rows = np.array([int(one[2:]) for one in answer["image_id"].to_pylist()])
+            return rows.reshape(len(queries), -1)
+
+        found.append({"setting": f"nprobes {n_probes}, refine 10", **timed(ask, data.queries[:256], truth[:256], 50)})
+    return {
+        "what": "Lance's defaults (IVF_PQ), from disk",
+        "build_seconds": build,
+        "bytes": index_bytes(data),
+        "settings": found,
+    }
+
+
+def faiss_ivf(data: Data, truth: np.ndarray) -> dict:
+    import faiss
+
+    faiss.omp_set_num_threads(N_CORES)
+    n_cells = round(indexing.CELLS * np.sqrt(len(data.x)))
+    index = faiss.index_factory(
+        data.x.shape[1], f"IVF{n_cells},PQ{data.x.shape[1] // 8},RFlat", faiss.METRIC_INNER_PRODUCT
+    )
+    sample = data.x[np.random.default_rng(0).choice(len(data.x), min(len(data.x), 40 * n_cells), replace=False)]
+
+    def build() -> None:
+        index.train(sample)
+        index.add(data.x)
+
+    took = seconds(build)
+    found = []
+    for n_probes in (one for one in PROBES if one <= n_cells):
+        faiss.extract_index_ivf(index).nprobe = n_probes
+        index.k_factor = 4
+
+        def ask(queries: np.ndarray) -> np.ndarray:
+            return index.search(queries, 10)[1]
+
+        found.append({"setting": f"nprobe {n_probes}, k_factor 4", **timed(ask, data.queries, truth)})
+    size = len(data.x) * (data.x.shape[1] // 8 + 8 + 4 * data.x.shape[1])
+    return {"what": "faiss IVF-PQ with refinement, in memory", "build_seconds": took, "bytes": size, "settings": found}
+
+
+def graph_hnswlib(data: Data, truth: np.ndarray) -> dict:
+    import hnswlib
+
+    index = hnswlib.Index("ip", data.x.shape[1])
+    index.init_index(len(data.x), M=16, ef_construction=100)
+    index.set_num_threads(N_CORES)
+    took = seconds(lambda: index.add_items(data.x))
+    found = []
+    for ef in (16, 32, 64, 128, 256, 512):
+        index.set_ef(ef)
+
+        def ask(queries: np.ndarray) -> np.ndarray:
+            return index.knn_query(queries, 10)[0]
+
+        found.append({"setting": f"ef {ef}", **timed(ask, data.queries, truth)})
+    return {
+        "what": "hnswlib (M 16, ef_construction 100), in memory",
+        "build_seconds": took,
+        "bytes": index.index_file_size(),
+        "settings": found,
+    }
+
+
+def graph_usearch(data: Data, truth: np.ndarray) -> dict:
+    from usearch.index import Index
+
+    found = []
+    index = Index(ndim=data.x.shape[1], metric="ip", dtype="f32", connectivity=16, expansion_add=100)
+    took = seconds(lambda: index.add(np.arange(len(data.x)), data.x, threads=N_CORES))
+    for expansion in (16, 32, 64, 128, 256, 512):
+        index.expansion_search = expansion
+
+        def ask(queries: np.ndarray) -> np.ndarray:
+            answer = index.search(queries, 10, threads=N_CORES).keys
+            return np.atleast_2d(answer)
+
+        found.append({"setting": f"expansion {expansion}", **timed(ask, data.queries, truth)})
+    return {
+        "what": "usearch (connectivity 16, expansion_add 100), in memory",
+        "build_seconds": took,
+        "bytes": index.serialized_length,
+        "settings": found,
+    }
+
+
+PEERS = {
+    "attrdb": ours,
+    "lance": lance_default,
+    "faiss": faiss_ivf,
+    "hnswlib": graph_hnswlib,
+    "usearch": graph_usearch,
+}
+
+
+def approximate(data: Data, peers: tuple[str, ...]) -> list[dict]:
+    truth = rows_of(search.top_k(data.in_memory(), data.queries, 10))
+    found = []
+    for peer in peers:
+        found.append(PEERS[peer](data, truth))
+        click.echo(json.dumps(found[-1]), err=True)
+    return found
+
+
+# --- growth ----------------------------------------------------------------------------------------------------------
+
+
+def growth(folder: Path, sizes: tuple[int, ...], dimension: int) -> dict:
+    """The index at several sizes; at the largest below a million, rows that came later, and predicates."""
+    grown = []
+    for rows in sizes:
+        data = make(folder, rows, dimension, 200)
+        grown.append({"rows": rows, **_asked(data)})
+        if rows != sizes[-1]:
+            shutil.rmtree(data.db.path)
+        click.echo(json.dumps(grown[-1]), err=True)
+    return {"sizes": grown}
+
+
+def later(folder: Path, rows: int, dimension: int) -> list[dict]:
+    """With rows that came after the index, until `optimize`."""
+    data = make(folder, rows, dimension, 200)
+    indexing.build(data.db)
+    found = []
+    total = rows
+    for share in (0.0, 0.05, 0.2):
+        more = round(rows * (1 + share)) - total
+        if more:
+            block = np.concatenate(list(clustered.features(more, dimension, seed=10 + more)))
+            clustered.append(data.db, iter([block]), data.encoder_id, total)
+            data.x = np.concatenate([data.x, block])
+            total += more
+        found.append({"appended": share, **_times(data)})
+    return found
+
+
+def predicates(folder: Path, rows: int, dimension: int) -> list[dict]:
+    """Candidates that a predicate on a column without an index keeps: 1, 20 and 100 of a hundred."""
+    data = make(folder, rows, dimension, 200)
+    indexing.build(data.db)
+    kept = {1: "license = '7'", 20: "length(license) = 2 AND license < '30'", 100: None}
+    found = []
+    for share, predicate in kept.items():
+        n = attribution.count(data.db.snapshot, predicate)
+        found.append({"kept": share, "n_candidates": n, **_times(data, predicate)})
+    return found
+
+
+def _asked(data: Data) -> dict:
+    row = indexing.build(data.db)
+    told = {name: row[name] for name in ("seconds", "n_partitions", "n_probes", "oversampling", "recall")}
+    return {**told, "bytes": index_bytes(data), **_times(data)}
+
+
+def _times(data: Data, predicate: str | None = None) -> dict:
+    snapshot = data.db.snapshot
+
+    def ask(queries: np.ndarray, exact: bool = False) -> np.ndarray:
+        return rows_of(attribution.nearest(snapshot, data.encoder_id, queries, 10, candidates=predicate, exact=exact))
+
+    truth = ask(data.queries, True)
+    return timed(ask, data.queries, truth, 50)
+
+
+# --- folding ---------------------------------------------------------------------------------------------------------
+
+
+def some_mapper(dimension: int, encoder_id: str, spread_of_norms: float, seed: int = 0) -> Mapper:
+    """An affine mapper near the identity, as trained ones are, with about that std(n) / mean(n) over unit vectors."""
+    rng = np.random.default_rng(seed)
+    scale = spread_of_norms * np.sqrt(2)
+    parameters = {
+        f"{side}.{name}": np.asarray(value, np.float32)
+        for side in ("exemplar", "sample")
+        for name, value in (
+            (
+                "weight",
+                np.eye(dimension) + scale * rng.standard_normal((dimension, dimension)) / np.sqrt(dimension) * 2,
+            ),
+            ("bias", scale * rng.standard_normal(dimension) / np.sqrt(dimension)),
+        )
+    }
+    return Mapper("some", encoder_id, "affine", parameters)
+
+
+def folding(data: Data, mapper: Mapper) -> dict:
+    """The folded search over the encoder's index, beside an index over features that were mapped and stored."""
+    import lance as lance_
+
+    if data.encoder_id not in data.db.snapshot.indices:
+        indexing.build(data.db)
+    index = data.db.snapshot.indices[data.encoder_id]
+    truth = rows_of(search.top_k(data.in_memory(), data.queries, 10, mapper=mapper))
+    n = np.linalg.norm(
+        data.x[:20_000] @ mapper.parameters["exemplar.weight"].T + mapper.parameters["exemplar.bias"], axis=1
+    )
+    folder = Path(tempfile.mkdtemp(dir=data.db.path.parent))
+    mapped_db = attrdb.create(folder / "mapped.attrdb")
+    column = mapped_db.add_encoder(f"mapped:{data.x.shape[1]}", data.x.shape[1], {}, "none")
+    started = time.perf_counter()
+    for start in range(0, len(data.x), clustered.AT_ONCE):
+        block = mapper.exemplars(data.x[start : start + clustered.AT_ONCE])
+        clustered.append(mapped_db, iter([block]), column, start)
+    storing = time.perf_counter() - started
+    built = indexing.build(mapped_db)
+    own = mapped_db.snapshot.indices[column]
+    mapped_images = mapped_db.snapshot.tables["images"]
+    assert isinstance(mapped_images, lance_.LanceDataset)
+
+    def by_column(queries: np.ndarray) -> np.ndarray:
+        asked = mapper.samples(queries)
+        return rows_of(ann.top_k(mapped_images, own, EVERYONE, len(data.x), asked, 10))
+
+    found = {
+        "norms": float(n.std() / n.mean()),
+        "column": {
+            "storing_seconds": storing,
+            "build_seconds": built["seconds"],
+            "bytes": 4 * data.x.size,
+            "n_probes": own.n_probes,
+            "oversampling": own.oversampling,
+            **timed(by_column, data.queries[:256], truth[:256], 50),
+        },
+        "folded": [],
+    }
+    for more in (1, 2, 4, 8):
+        ann.FOLDED = more
+
+        def folded(queries: np.ndarray) -> np.ndarray:
+            return rows_of(ann.top_k(data.images, index, EVERYONE, len(data.x), queries, 10, mapper))
+
+        found["folded"].append(
+            {
+                "hits_an_answer": index.oversampling * more,
+                "n_probes": index.n_probes,
+                **timed(folded, data.queries[:256], truth[:256], 50),
+            }
+        )
+    shutil.rmtree(folder)
+    return found
+
+
+# --- the command -----------------------------------------------------------------------------------------------------
+
+
+@click.command()
+@click.argument(
+    "parts",
+    nargs=-1,
+    required=True,
+    type=click.Choice(["evaluation", "exact", "ann", "growth", "later", "predicates", "folding"]),
+)
+@click.option("--rows", type=click.IntRange(1000), default=1_000_000, show_default=True)
+@click.option("--dimension", type=click.IntRange(8), default=512, show_default=True)
+@click.option("--sizes", default="10000,100000,1000000,2000000", show_default=True, help="Of the part growth.")
+@click.option("--peer", "peers", multiple=True, type=click.Choice(list(PEERS)), help="Of the part ann; default all.")
+@click.option("--folder", type=click.Path(path_type=Path), help="Where databases are made; default a temporary one.")
+@click.option("--json", "out", type=click.Path(path_type=Path))
+def main(
+    parts: tuple[str, ...],
+    rows: int,
+    dimension: int,
+    sizes: str,
+    peers: tuple[str, ...],
+    folder: Path | None,
+    out: Path | None,
+) -> None:
+    """Measure searches."""
+    use_the_machine()
+    peers = peers or tuple(PEERS)
+    packages = ["numpy", "pylance"]
+    if {"exact", "ann"} & {*parts}:
+        packages += ["faiss-cpu"]
+    if "ann" in parts:
+        packages += [one for one in ("hnswlib", "usearch") if one in peers]
+    work = Path(tempfile.mkdtemp(prefix="attrdb-", dir=folder))
+    told: dict[str, Any] = {}
+    try:
+        data = make(work, rows, dimension, 1000) if {"evaluation", "exact", "ann", "folding"} & {*parts} else None
+        for part in parts:
+            run: dict[str, Callable[[], Any]] = {
+                "evaluation": lambda: evaluation(data),
+                "exact": lambda: exact(data),
+                "ann": lambda: approximate(data, peers),
+                "growth": lambda: growth(work, tuple(map(int, sizes.split(","))), dimension),
+                "later": lambda: later(work, rows, dimension),
+                "predicates": lambda: predicates(work, rows, dimension),
+                "folding": lambda: folding(data, some_mapper(dimension, data.encoder_id, 0.1)),
+            }
+            head = {"machine": describe(*packages), "limits": limits()}
+            name = part if part in ("growth", "folding") else f"{part} {rows}"
+            told[name] = {
+                **head,
+                "sizes": {"rows": rows, "dimension": dimension},
+                "command": " ".join(sys.argv[1:]),
+                "found": run[part](),
+            }
+            click.echo(json.dumps({name: told[name]["found"]}))
+            if out:
+                before = json.loads(out.read_text()) if out.exists() else {}
+                out.write_text(json.dumps(before | told, indent=1) + "\n")
+    finally:
+        shutil.rmtree(work)
+
+
+if __name__ == "__main__":
+    main()
