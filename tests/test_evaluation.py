@@ -112,6 +112,39 @@ def test_metrics_equal_the_oracle(random_db, k):
         assert got[case]["n_models"] == 20
 
 
+def test_the_average_over_cases_counts_every_case_once(random_db):
+    splits = [
+        {
+            "model_id": row["model_id"],
+            "kind": row["kind"],
+            "split": split,
+            "n_exemplars": row["n_exemplars"],
+            "n_samples": 4,
+        }
+        for number, row in enumerate(random_db.sql("FROM models ORDER BY model_id").to_pylist())
+        for split in [("val", "test_unseen", "test", "test")[number % 4] if number < 12 else "test"]
+    ]
+    random_db.upsert("models", splits, on="model_id")
+    evaluate(random_db)
+    for test_only in (1, 0):
+        cases = [
+            row
+            for row in random_db.query("recall_at_k", k=3).to_pylist()
+            if row["kind"] == "object" and (row["split"] != "val" or not test_only)
+        ]
+        [found] = [
+            row
+            for row in random_db.query("average_over_cases", k=3, test_only=test_only).to_pylist()
+            if row["kind"] == "object"
+        ]
+        assert found["n_cases"] == len(cases)
+        assert found["recall_at_k"] == pytest.approx(np.mean([row["recall_at_k"] for row in cases]))
+        assert found["recall_at_k"] != pytest.approx(
+            np.average([row["recall_at_k"] for row in cases], weights=[row["n_samples"] for row in cases])
+        )
+        assert found["n_models"] == sum(row["n_models"] for row in cases) // 2  # two prompt schemes
+
+
 def test_evaluating_again_changes_nothing(toy):
     evaluate(toy)
     before = toy.sql("SELECT * EXCLUDE (images_version) FROM exemplar_ranks ORDER BY ALL").to_pylist()
