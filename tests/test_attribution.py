@@ -11,6 +11,7 @@ from conftest import rows
 from attrdb import attribution, search
 from attrdb.errors import InvalidValue, NotFound
 from attrdb.influence import cut_off, influence
+from attrdb.mapper import Mapper
 
 
 def test_influence_by_hand():
@@ -54,29 +55,59 @@ def slow_order(ids, features, query):
     return sorted(zip(-similarity, ids, strict=True))
 
 
+# cpu:0 goes the way of an accelerator, through torch.
+@pytest.mark.parametrize("device", ["cpu", "cpu:0"])
 @pytest.mark.parametrize("size", [1, 7, 100, 500])
 @pytest.mark.parametrize("k", [1, 10, 499, 600])
-def test_top_k_equals_a_full_sort(size, k):
+def test_top_k_equals_a_full_sort(size, k, device):
     ids, features = random_gallery()
     queries = random_gallery(4, seed=1)[1]
-    hits = search.top_k(blocks(ids, features, size), queries, k)
+    hits = search.top_k(blocks(ids, features, size), queries, k, device=device)
     for row, query in enumerate(queries):
         expected = slow_order(ids, features, query)[:k]
         assert list(hits.ids[row]) == [image_id for _, image_id in expected]
         np.testing.assert_array_equal(hits.similarity[row], [-s for s, _ in expected])
 
 
+@pytest.mark.parametrize("device", ["cpu", "cpu:0"])
 @pytest.mark.parametrize("size", [1, 7, 500])
-def test_count_above_equals_the_place_in_a_full_sort(size):
+def test_count_above_equals_the_place_in_a_full_sort(size, device):
     ids, features = random_gallery()
     queries = random_gallery(4, seed=1)[1]
     given = np.stack([np.random.default_rng(2).permutation(500)[:6] for _ in queries])
     similarity = np.take_along_axis((queries @ features.T).astype(np.float64), given, axis=1)
-    above, n = search.count_above(blocks(ids, features, size), queries, similarity, ids[given])
+    above, n = search.count_above(blocks(ids, features, size), queries, similarity, ids[given], device=device)
     assert n == 500
     for row, query in enumerate(queries):
         order = [image_id for _, image_id in slow_order(ids, features, query)]
         assert list(above[row]) == [order.index(image_id) for image_id in ids[given[row]]]
+
+
+@pytest.mark.parametrize("device", ["cpu", "cpu:0"])
+def test_more_queries_than_a_product_takes_and_rows_that_differ_in_their_last_digits(monkeypatch, device):
+    """Against float64, with a mapper, where float32 alone would put near equal candidates in another order."""
+    monkeypatch.setattr(search, "QUERIES_A_PRODUCT", 7)
+    rng = np.random.default_rng(0)
+    centre = rng.standard_normal((1, 24))
+    features = centre + 1e-3 * rng.standard_normal((300, 24))
+    features = (features / np.linalg.norm(features, axis=1, keepdims=True)).astype(np.float32)
+    queries = np.roll(features[:20], 1, axis=1)
+    ids = np.array([f"i{number:03d}" for number in range(300)], dtype=object)
+    parameters = {
+        f"{side}.{name}": value.astype(np.float32)
+        for side in ("exemplar", "sample")
+        for name, value in (("weight", np.eye(24) + 0.1 * rng.standard_normal((24, 24))), ("bias", np.full(24, 0.1)))
+    }
+    mapper = Mapper("some", "e", "affine", parameters)
+    similarity = np.round(mapper.samples(queries, np.float64) @ mapper.exemplars(features, np.float64).T, search.DIGITS)
+    order = np.argsort(-similarity, axis=1, kind="stable")
+    hits = search.top_k(blocks(ids, features, 64), queries, 9, mapper=mapper, device=device)
+    assert [list(found) for found in hits.ids] == [list(ids[row[:9]]) for row in order]
+    given = similarity[:, :1]
+    above, _ = search.count_above(
+        blocks(ids, features, 64), queries, given, np.full((20, 1), "i000"), mapper=mapper, device=device
+    )
+    assert list(above[:, 0]) == [list(row).index(0) for row in order]
 
 
 def test_attribute_by_hand(toy):

@@ -101,15 +101,16 @@ def measured(db: Database, encoder_id: str, mapper_id: str | None) -> None:
 
 @click.command()
 @click.argument("work", type=click.Path(file_okay=False, path_type=Path))
+@click.option("--encoder", "specs", multiple=True, default=ENCODERS, show_default=True, help="Repeatable.")
 @click.option("--json", "out", type=click.Path(path_type=Path))
-def main(work: Path, out: Path | None) -> None:
+def main(work: Path, specs: tuple[str, ...], out: Path | None) -> None:
     """Repeat the experiments; nothing that is stored is done again."""
     started = time.monotonic()
     icons = rendered(work)
     db = open_or_create(work / f"iconabc-{digest()}.attrdb")
     counts = load(db, icons)
     tried = []
-    for spec in ENCODERS:
+    for spec in specs:
         with console.status(f"encode {spec}"):
             backfill(db, load_encoder(spec))
         encoder_id = encoder_id_of(spec)
