@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from attrdb import ann, search
-from attrdb.errors import InvalidValue, NotFound, StorageError
+from attrdb.errors import InvalidValue, NotFound
 from attrdb.influence import DEFAULT_LAM, DEFAULT_TAU, check_calibration, cut_off, influence
 from attrdb.mapper import Mapper
-from attrdb.snapshot import Snapshot, storage, words_of
+from attrdb.snapshot import Snapshot, storage
 
 # Said by what they are not: Lance tests rows against a short list of others in three quarters of the time.
 CANDIDATES = "role <> 'sample'"
@@ -62,7 +62,7 @@ def nearest(
     """
     where = _where(candidates)
     index = None if exact or not ann.can_serve(mapper) else snapshot.indices.get(encoder_id)
-    n_candidates = count(snapshot, candidates) if index else 0
+    n_candidates = count(snapshot, candidates) if index or candidates else 0
     if index and n_candidates > max(FEW, k):
         with storage(snapshot.path):
             where = snapshot.visible(where)
@@ -77,14 +77,9 @@ def count(snapshot: Snapshot, candidates: str | None = None) -> int:
 
     raises: InvalidValue for a predicate that Lance does not take
     """
-    try:
-        return snapshot.count(_where(candidates))
-    except (StorageError, ValueError) as error:
-        if candidates is None:
-            raise
-        raise InvalidValue(
-            f"candidates is {candidates!r}; it must be an SQL predicate on the columns of images: {words_of(error)}"
-        ) from error
+    if candidates is not None:
+        snapshot.check_predicate("candidates", candidates)
+    return snapshot.count(_where(candidates))
 
 
 def _where(candidates: str | None) -> str:

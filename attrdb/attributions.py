@@ -10,9 +10,9 @@ import pyarrow as pa
 from attrdb import jobs
 from attrdb.attribution import DEFAULT_K, attribute
 from attrdb.database import Database
-from attrdb.errors import InvalidValue, NotFound
+from attrdb.errors import NotFound
 from attrdb.schema import TABLES, feature_matrix
-from attrdb.snapshot import literal, words_of
+from attrdb.snapshot import literal
 
 SAMPLES_A_COMMIT = 1024
 KEY = ["encoder_id", "mapper_id", "sample_id", "rank"]
@@ -110,10 +110,6 @@ def attribute_samples(
 
 
 def _wanted(db: Database, samples: str, encoder_id: str) -> list[str]:
+    db.snapshot.check_predicate("samples", samples)
     where = f"role = 'sample' AND `{encoder_id}` IS NOT NULL AND ({samples})"
-    try:
-        return sorted(db.images(where, ["image_id"])["image_id"].to_pylist())
-    except Exception as error:
-        raise InvalidValue(
-            f"samples is {samples!r}; it must be an SQL predicate on the columns of images: {words_of(error)}"
-        ) from error
+    return sorted(db.images(where, ["image_id"])["image_id"].to_pylist())

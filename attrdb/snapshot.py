@@ -117,6 +117,20 @@ class Snapshot:
             return where
         return f"({where}) AND (model_id IS NULL OR model_id NOT IN ({', '.join(map(literal, self.hidden_models))}))"
 
+    def check_predicate(self, name: str, predicate: str) -> None:
+        """See that a text from outside is a predicate by itself, before it becomes part of a longer one.
+
+        raises: InvalidValue, with the name of the parameter that it was given as
+        """
+        try:
+            if not _closed(predicate):
+                raise ValueError("a bracket or quote that is not closed, or a comment")
+            self.tables["images"].scanner(columns=["image_id"], filter=predicate).explain_plan()
+        except Exception as error:  # Lance has many words for it
+            raise InvalidValue(
+                f"{name} is {predicate!r}; it must be an SQL predicate on the columns of images: {words_of(error)}"
+            ) from error
+
     def images(self, where: str, columns: list[str]) -> pa.Table:
         """Columns of the images that a predicate keeps."""
         with storage(self.path):
@@ -212,6 +226,22 @@ class Snapshot:
         if found.null_count:
             raise NotFound(f"image {image_id!r} has no {encoder_id!r} feature yet")
         return feature_matrix(found)[0]
+
+
+def _closed(predicate: str) -> bool:
+    """Whether brackets and quotes of an SQL text are closed in it: Lance ignores what comes after a bracket too many."""
+    depth, quote = 0, ""
+    for at, character in enumerate(predicate):
+        if quote:
+            quote = "" if character == quote else quote
+        elif character in "'\"`":
+            quote = character
+        elif predicate[at : at + 2] in ("--", "/*"):
+            return False
+        depth += 0 if quote else {"(": 1, ")": -1}.get(character, 0)
+        if depth < 0:
+            return False
+    return depth == 0 and not quote
 
 
 def open_snapshot(path: Path, at: int | str | datetime | None = None) -> Snapshot:

@@ -178,6 +178,7 @@ def test_only_candidates_that_fulfil_a_predicate(indexed):
             "k is 4000, .* has 3,002 candidates with a 'points_16' feature; ask for 3002 at most",
         ),
         ({"candidates": "license ="}, InvalidValue, "candidates is 'license ='; it must be an SQL predicate"),
+        ({"candidates": "true) OR (true"}, InvalidValue, "it must be an SQL predicate"),
         ({"candidates": "colour = 1"}, InvalidValue, "it must be an SQL predicate on the columns of images"),
         ({"candidates": "license = 'none'"}, NotFound, "no candidate with a 'points_16' feature that fulfils"),
         ({"k": 11, "candidates": "image_id < 'p00003'"}, InvalidValue, "k is 11, .* has 5 candidates"),
@@ -334,6 +335,7 @@ def test_attributions_of_many_samples_are_stored(indexed, monkeypatch):
     ("words", "says"),
     [
         (["--samples", "colour = 1"], "samples is 'colour = 1'; it must be an SQL predicate on the columns of images"),
+        (["--samples", "true) OR (true"], "it must be an SQL predicate"),
         (["--samples", "image_id = 'x'"], "no sample of"),
         ([], "give an IMAGE, or --samples with a predicate"),
         (["m/s00001", "--samples", "true"], "give an IMAGE, or --samples with a predicate"),
