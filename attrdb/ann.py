@@ -57,6 +57,11 @@ def can_serve(mapper: Mapper | None) -> bool:
     return mapper is None or mapper.form in ("affine", "gain")
 
 
+def n_hits(index: Index, k: int, mapper: Mapper | None) -> int:
+    """How many hits are compared exactly for an answer of k candidates."""
+    return max(k, FEW) * index.oversampling * (FOLDED if mapper else 1)
+
+
 def folded(queries: np.ndarray, mapper: Mapper | None) -> np.ndarray:
     """(n_queries, dimension) float32, unit length: what to look for among features that are not mapped."""
     if mapper is None:
@@ -83,7 +88,7 @@ def top_k(
     where:        a predicate that candidates fulfil; it is applied before the search, not to what the search has found
     n_candidates: about how many do
     """
-    wanted = max(k, FEW) * index.oversampling * (FOLDED if mapper else 1)
+    wanted = n_hits(index, k, mapper)
     # As many cells as hold, on average, several times what is wanted; more than usual only where very much is.
     holding = math.ceil(ROOM * wanted * index.n_partitions / max(1, n_candidates))
     n_probes = min(index.n_partitions, max(index.n_probes, holding))
@@ -98,7 +103,7 @@ def top_k(
 
     # Lance keeps one core busy with a search, of however many queries.
     n_cores = os.cpu_count() or 1
-    together = max(1, min(FETCHED // wanted, math.ceil(len(queries) / n_cores)))
+    together = max(1, min(FETCHED // wanted // n_cores, math.ceil(len(queries) / n_cores)))
     parts = [slice(first, first + together) for first in range(0, len(queries), together)]
     if len(parts) == 1:
         return of_part(parts[0])
@@ -128,6 +133,9 @@ def _hits(
             "nprobes": n_probes,  # the least and the most: left to look further, Lance takes more than twice the time
         },
     )
+    if not len(found):
+        nothing = np.empty(0, np.int64)
+        return nothing, nothing, pa.array([], pa.string()), np.empty((0, asked.shape[1]), np.float32)
     if alone:
         place = np.arange(len(found))
         return np.zeros_like(place), place, *_described(found, index.encoder_id)

@@ -28,7 +28,7 @@ class Attribution:
 
     similarity, influence: (n,) float64. Influence is normalised over every candidate above the cut-off, so it does not
     depend on how many are returned; where more than WIDEST are above it, complete is false and missing_influence bounds
-    the share of those left out.
+    the share of those left out. What an index does not find, as its recall says, is in neither.
     """
 
     ids: np.ndarray
@@ -40,7 +40,9 @@ class Attribution:
     def first(self, k: int | None) -> Attribution:
         """The first k candidates; for None all that have influence."""
         k = int(np.count_nonzero(self.influence)) if k is None else k
-        return Attribution(self.ids[:k], self.similarity[:k], self.influence[:k], self.complete, self.missing_influence)
+        # Copies, so that the many that were looked at are let go.
+        first = (part[:k].copy() for part in (self.ids, self.similarity, self.influence))
+        return Attribution(*first, self.complete, self.missing_influence)
 
 
 def nearest(
@@ -62,14 +64,19 @@ def nearest(
     """
     where = _where(candidates)
     index = None if exact or not ann.can_serve(mapper) else snapshot.indices.get(encoder_id)
-    n_candidates = count(snapshot, candidates) if index or candidates else 0
-    if index and n_candidates > max(FEW, k):
-        with storage(snapshot.path):
-            where = snapshot.visible(where)
-            found = ann.top_k(snapshot.tables["images"], index, where, n_candidates, queries, k, mapper)
-        if all(len(ids) == k for ids in found.ids):
-            return found
-    return search.top_k(snapshot.features(encoder_id, where), queries, k, mapper=mapper)
+    n_candidates = count(snapshot, candidates) if index or candidates is not None else 0
+    # So many hits that an exact scan takes no longer are not looked for in cells.
+    if index is None or n_candidates <= max(FEW, k) or ann.n_hits(index, k, mapper) > ann.FETCHED:
+        return search.top_k(snapshot.features(encoder_id, where), queries, k, mapper=mapper)
+    with storage(snapshot.path):
+        visible = snapshot.visible(where)
+        found = ann.top_k(snapshot.tables["images"], index, visible, n_candidates, queries, k, mapper)
+    short = [query for query, ids in enumerate(found.ids) if len(ids) < k]
+    if short:
+        whole = search.top_k(snapshot.features(encoder_id, where), queries[short], k, mapper=mapper)
+        for query, ids, similarity in zip(short, whole.ids, whole.similarity, strict=True):
+            found.ids[query], found.similarity[query] = ids, similarity
+    return found
 
 
 def count(snapshot: Snapshot, candidates: str | None = None) -> int:
@@ -111,7 +118,8 @@ def attribute(
     if k is not None and k < 1:
         raise InvalidValue(f"k is {k}; at least one candidate must be asked for")
     check_calibration(tau, lam)
-    size = count(snapshot, candidates)
+    if candidates is not None:
+        snapshot.check_predicate("candidates", candidates)
     answers: dict[int, Attribution] = {}
     # One more than wanted: a query that is a candidate itself finds itself.
     width = max(k or 0, FIRST_WIDTH) + 1
@@ -132,11 +140,17 @@ def attribute(
                     check_enough(snapshot, encoder_id, candidates, k, len(ids))
                 covered = everyone or bool(similarity[-1] <= cut_off(similarity[0], tau, lam))
                 if covered or width > WIDEST:
+                    size = len(ids) if covered else _n_features(snapshot, encoder_id, candidates)
                     answers[query] = _answer(ids, similarity, size, covered, tau, lam).first(k)
                 else:
                     wider.append(query)
         left, width = wider, min(4 * width, WIDEST + 1)
     return [answers[query] for query in range(len(queries))]
+
+
+def _n_features(snapshot: Snapshot, encoder_id: str, candidates: str | None) -> int:
+    """How many candidates have a feature; reads all of them, and is asked for incomplete answers alone."""
+    return snapshot.count(f"{_where(candidates)} AND `{encoder_id}` IS NOT NULL")
 
 
 def check_enough(snapshot: Snapshot, encoder_id: str, candidates: str | None, k: int, n: int) -> None:

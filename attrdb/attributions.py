@@ -4,18 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import reduce
+from typing import Any
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from attrdb import jobs
-from attrdb.attribution import DEFAULT_K, attribute
+from attrdb.attribution import DEFAULT_K, Attribution, attribute
 from attrdb.database import Database
 from attrdb.errors import NotFound
-from attrdb.schema import TABLES, feature_matrix
+from attrdb.locks import alone
+from attrdb.schema import feature_matrix
 from attrdb.snapshot import literal
 
 SAMPLES_A_COMMIT = 1024
-KEY = ["encoder_id", "mapper_id", "sample_id", "rank"]
 
 Report = Callable[[int, int], None]
 
@@ -46,7 +50,7 @@ def attribute_samples(
     are passed over; what was stored otherwise is replaced.
     samples: an SQL predicate on the columns of images
     raises:  InvalidValue for a predicate that Lance does not take, and as `attribution.attribute`; NotFound if no encoded
-             sample fulfils it
+             sample fulfils it; Busy if another process attributes by the same encoder and mapper
     """
     db.refresh()
     snapshot = db.snapshot
@@ -56,57 +60,54 @@ def attribute_samples(
     wanted = _wanted(db, samples, encoder_id)
     if not wanted:
         raise NotFound(f"no sample of {db.path} with a {encoder_id!r} feature fulfils {samples!r}")
-    same = f"{scope} AND k = {k} AND tau = {tau!r} AND lam = {lam!r} AND images_version = {snapshot.version}"
-    with jobs.running(db, "attribute", f"{encoder_id}/{mapper_id or ''}", {"samples": samples, "k": k}) as job:
-        stored = snapshot.tables["attributions"].to_table(columns=["sample_id"], filter=same)["sample_id"]
-        done = set(stored.to_pylist())
+    shared = {
+        "encoder_id": encoder_id,
+        "mapper_id": mapper_id or "",
+        "k": k,
+        "exact": exact,
+        "tau": tau,
+        "lam": lam,
+        "images_version": snapshot.version,
+    }
+    settings = {"samples": samples, **{name: shared[name] for name in ("k", "exact", "tau", "lam")}}
+    lock = db.path / "jobs" / f".attribute-{encoder_id}-{mapper_id or ''}.lock"
+    with (
+        alone(lock, f"samples of {db.path} are being attributed by {mapper_id or encoder_id}"),
+        jobs.running(db, "attribute", f"{encoder_id}/{mapper_id or ''}", settings) as job,
+    ):
+        stored = db.snapshot.tables["attributions"].to_table(columns=["sample_id", *shared], filter=scope)
+        same = reduce(pc.and_, [pc.equal(stored[name], value) for name, value in shared.items()])
+        done = set(stored.filter(same)["sample_id"].to_pylist())
+        old = set(stored["sample_id"].to_pylist()) - done
         left = [sample_id for sample_id in wanted if sample_id not in done]
-        shared = {
-            "encoder_id": encoder_id,
-            "mapper_id": mapper_id or "",
-            "k": k,
-            "tau": tau,
-            "lam": lam,
-            "images_version": snapshot.version,
-        }
         for start in range(0, len(left), SAMPLES_A_COMMIT):
             report(len(wanted) - len(left) + start, len(wanted))
             part = left[start : start + SAMPLES_A_COMMIT]
             listed = ", ".join(map(literal, part))
             features = snapshot.images(f"image_id IN ({listed})", ["image_id", encoder_id])
             ids = features["image_id"].to_pylist()
-            found = attribute(
-                snapshot,
-                encoder_id,
-                feature_matrix(features[encoder_id]),
-                ids,
-                k=k,
-                tau=tau,
-                lam=lam,
-                mapper=mapper,
-                exact=exact,
-            )
-            rows = [
-                shared
-                | {
-                    "sample_id": sample_id,
-                    "rank": rank,
-                    "candidate_id": candidate_id,
-                    "similarity": similarity,
-                    "influence": influence,
-                    "complete": one.complete,
-                    "missing_influence": one.missing_influence,
-                }
-                for sample_id, one in zip(ids, found, strict=True)
-                for rank, (candidate_id, similarity, influence) in enumerate(
-                    zip(one.ids, one.similarity, one.influence, strict=True), 1
-                )
-            ]
-            these = f"{scope} AND sample_id IN ({listed})"
-            db.replace("attributions", pa.Table.from_pylist(rows, TABLES["attributions"]), KEY, these)
+            queries = feature_matrix(features[encoder_id])
+            found = attribute(snapshot, encoder_id, queries, ids, k=k, tau=tau, lam=lam, mapper=mapper, exact=exact)
+            stale = f"{scope} AND sample_id IN ({listed})" if old.intersection(part) else None
+            db.append_attributions(_rows(ids, found, shared), stale)
             job.n_done += len(part)
         report(len(wanted), len(wanted))
     return Attributed(len(left), len(wanted) - len(left))
+
+
+def _rows(ids: list[str], found: list[Attribution], shared: dict[str, Any]) -> pa.Table:
+    """The answers to some samples as rows of `attributions`."""
+    sizes = [len(one.ids) for one in found]
+    columns = {
+        "sample_id": np.repeat(np.array(ids, dtype=object), sizes),
+        "rank": np.concatenate([np.arange(1, size + 1) for size in sizes]),
+        "candidate_id": np.concatenate([one.ids for one in found]),
+        "similarity": np.concatenate([one.similarity for one in found]),
+        "influence": np.concatenate([one.influence for one in found]),
+        "complete": np.repeat([one.complete for one in found], sizes),
+        "missing_influence": np.repeat([one.missing_influence for one in found], sizes),
+    }
+    return pa.table(columns | {name: [value] * sum(sizes) for name, value in shared.items()})
 
 
 def _wanted(db: Database, samples: str, encoder_id: str) -> list[str]:

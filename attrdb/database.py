@@ -422,21 +422,24 @@ class Database:
             for name, value in (("encoder_id", encoder_id), ("mapper_id", mapper_id), ("gallery", gallery))
         )
         key = ["encoder_id", "mapper_id", "gallery", "sample_id", "exemplar_id"]
-        self.replace("exemplar_ranks", rows, key, scope)
-
-    def replace(self, table: str, rows: pa.Table, key: list[str], scope: str) -> None:
-        """Store rows of one of the tables by their key in place of those that a predicate keeps, in one commit."""
-        rows = rows.select(TABLES[table].names).cast(TABLES[table])
+        table = rows.select(TABLES["exemplar_ranks"].names).cast(TABLES["exemplar_ranks"])
         self.commit(
             lambda: (
-                lance.dataset(str(self.path / f"{table}.lance"))
+                lance.dataset(str(self.path / "exemplar_ranks.lance"))
                 .merge_insert(key)
                 .when_matched_update_all()
                 .when_not_matched_insert_all()
                 .when_not_matched_by_source_delete(scope)
-                .execute(rows)
+                .execute(table)
             )
         )
+
+    def append_attributions(self, rows: pa.Table, stale: str | None) -> None:
+        """Store rows of `attributions`; those that the predicate stale keeps are taken out first."""
+        if stale is not None:
+            self.delete("attributions", stale)
+        table = rows.select(TABLES["attributions"].names).cast(TABLES["attributions"])
+        self.commit(lambda: lance.write_dataset(table, str(self.path / "attributions.lance"), mode="append"))
 
     def upsert(self, table: str, rows: list[dict], on: str, *, update: bool = True) -> None:
         """Store rows of one of the small tables by their key; with update=False what is stored stays as it is."""

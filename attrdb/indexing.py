@@ -18,9 +18,10 @@ from pathlib import Path
 import lance
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from attrdb import ann, search
-from attrdb.attribution import CANDIDATES, count
+from attrdb.attribution import CANDIDATES, FEW, count
 from attrdb.cells import nearest_centroids, train_centroids
 from attrdb.database import Database
 from attrdb.errors import InvalidValue, StorageError
@@ -28,16 +29,19 @@ from attrdb.locks import alone
 from attrdb.schema import feature_matrix
 from attrdb.snapshot import Snapshot, literal, storage
 
-MIN_ROWS = 1_000  # below, an exact scan takes no longer than a look into an index
+MIN_ROWS = FEW  # up to there, everything is compared
+BUILDING = ".index-"  # folder, in the database's, of what lies beside an index while it is built
 CELLS = 1.25  # times the square root of the number of features: more cells are quicker to ask and slower to build
 SAMPLES_A_CELL = 20  # features that a centroid is trained on
 ROUNDS = 6
 N_QUERIES = 200
 COUNTED, ESTIMATED_FROM = 50_000, 4_096  # images
+SPARSE = 0.25  # share of images that have a feature below which they are looked for, and not met by chance
+DRAWN = 20_000  # rows among which queries are looked for
 FEW_SAMPLES = 50  # fewer say little about recall
 K = 10
 RECALL_WANTED = 0.99
-OVERSAMPLING = (4, 16)
+OVERSAMPLING = (4, 16, 64)  # one bit a dimension says little of short features
 
 Report = Callable[[str, int, int], None]
 
@@ -90,7 +94,7 @@ def build(
     raises: as `plan`; Busy if maintenance runs already, StorageError if memory or disk are too small
     """
     with alone(db.path / ".maintenance.lock", f"{db.path} is being maintained"), storage(db.path):
-        db.refresh()
+        db.commit(lambda: None)  # refuses a database that is read-only before anything is computed
         what = plan(db.snapshot, encoder_id)
         _check_room(db.path, what)
         started = time.perf_counter()
@@ -99,7 +103,9 @@ def build(
         features = _some_features(images, what.encoder_id, SAMPLES_A_CELL * what.n_partitions, what.n_rows)
         centroids = train_centroids(features, what.n_partitions, ROUNDS, 0, device)
         del features
-        with tempfile.TemporaryDirectory(prefix="attrdb-index-") as folder:
+        for left in db.path.glob(f"{BUILDING}*"):  # of a build that was killed
+            shutil.rmtree(left)
+        with tempfile.TemporaryDirectory(prefix=BUILDING, dir=db.path) as folder:
             divided = str(Path(folder) / "cells.lance")
             # Lance wants it in one file.
             lance.write_dataset(
@@ -107,7 +113,7 @@ def build(
             )
             n_rows = lance.dataset(divided).count_rows()
             report("index", 0, 1)
-            db.commit(lambda: _create(db, what, centroids, divided))
+            db.commit(lambda: _create(db.path, images.version, what, centroids, divided))
         seconds = time.perf_counter() - started
         entry = {
             "encoder_id": what.encoder_id,
@@ -130,15 +136,12 @@ def measure(db: Database, entry: dict, report: Report = lambda stage, done, tota
     said, ids, queries = _queries(snapshot, encoder_id)
     report("recall", 0, 1)
     exact = search.top_k(snapshot.features(encoder_id, CANDIDATES), queries, K + 1)
-    tries = [
-        (min(n_probes, n_partitions), oversampling)
-        for n_probes in 2 ** np.arange(2, 2 + int(np.ceil(np.log2(n_partitions))))
-        for oversampling in OVERSAMPLING
-    ]
+    probes = sorted({min(2**power, n_partitions) for power in range(2, n_partitions.bit_length() + 1)})
+    tries = [(n_probes, oversampling) for n_probes in probes for oversampling in OVERSAMPLING]
     n_candidates = count(snapshot)
     for number, (n_probes, oversampling) in enumerate(tries):
         report("recall", number, len(tries))
-        index = ann.Index(encoder_id, entry["kind"], n_partitions, int(n_probes), oversampling)
+        index = ann.Index(encoder_id, entry["kind"], n_partitions, n_probes, oversampling)
         where = snapshot.visible(CANDIDATES)
         found = ann.top_k(snapshot.tables["images"], index, where, n_candidates, queries, K + 1)
         recall = _recall(found, exact, ids)
@@ -166,8 +169,10 @@ def _n_features(snapshot: Snapshot, encoder_id: str) -> int:
     n_images = snapshot.tables["images"].count_rows()
     if n_images <= COUNTED:
         return snapshot.count(f"`{encoder_id}` IS NOT NULL")
-    found = _some_features(snapshot.tables["images"], encoder_id, ESTIMATED_FROM, n_images)
-    return round(len(found) / ESTIMATED_FROM * n_images)
+    found = len(_some_features(snapshot.tables["images"], encoder_id, ESTIMATED_FROM, n_images))
+    if found < SPARSE * ESTIMATED_FROM:
+        return snapshot.count(f"`{encoder_id}` IS NOT NULL")
+    return round(found / ESTIMATED_FROM * n_images)
 
 
 def _check_room(path: Path, what: Plan) -> None:
@@ -190,9 +195,12 @@ def _free_memory() -> int:
 
 
 def _some_features(images: lance.LanceDataset, encoder_id: str, wanted: int, n_rows: int) -> np.ndarray:
-    """About so many features, chosen at random from all rows."""
-    n_images = images.count_rows()
-    chosen = np.random.default_rng(0).choice(n_images, min(n_images, wanted * n_images // n_rows), replace=False)
+    """About so many features, chosen at random from all n_rows of them."""
+    n_images, rng = images.count_rows(), np.random.default_rng(0)
+    if n_rows < SPARSE * n_images:
+        blocks = [features for _, features in search.stream(images, encoder_id, "true")]
+        return np.concatenate([block[rng.random(len(block)) * n_rows < 1.1 * wanted] for block in blocks])
+    chosen = rng.choice(n_images, min(n_images, wanted * n_images // n_rows), replace=False)
     return feature_matrix(images.take(np.sort(chosen), columns=[encoder_id])[encoder_id].drop_null())
 
 
@@ -208,11 +216,17 @@ def _divided(
         report("divide", done, what.n_rows)
 
 
-def _create(db: Database, what: Plan, centroids: np.ndarray, divided: str) -> None:
-    lance.dataset(str(db.path / "images.lance")).create_index(
+def _create(path: Path, version: int, what: Plan, centroids: np.ndarray, divided: str) -> None:
+    # Of the version that was divided: a row that came later would count as indexed, and be in no cell.
+    images = lance.dataset(str(path / "images.lance"), version=version)
+    name = ann.index_name(what.encoder_id)
+    for other in images.describe_indices():
+        if other.field_names == [what.encoder_id] and other.name != name:
+            lance.dataset(str(path / "images.lance")).drop_index(other.name)
+    images.create_index(
         what.encoder_id,
         what.kind,
-        name=ann.index_name(what.encoder_id),
+        name=name,
         metric="cosine",
         replace=True,
         num_partitions=what.n_partitions,
@@ -224,15 +238,21 @@ def _create(db: Database, what: Plan, centroids: np.ndarray, divided: str) -> No
 
 def _queries(snapshot: Snapshot, encoder_id: str) -> tuple[str, np.ndarray, np.ndarray]:
     """What recall is measured with, its ids, and its features: samples, or candidates where there are hardly any samples."""
+    images, encoded = snapshot.tables["images"], f"`{encoder_id}` IS NOT NULL"
     rng = np.random.default_rng(1)
-    encoded = f"`{encoder_id}` IS NOT NULL"
-    for said, where in (("samples", f"role = 'sample' AND {encoded}"), ("candidates", f"{CANDIDATES} AND {encoded}")):
-        ids = snapshot.images(where, ["image_id"])["image_id"].to_numpy()
-        if len(ids) >= FEW_SAMPLES or said == "candidates":
-            chosen = rng.choice(np.sort(ids), min(N_QUERIES, len(ids)), replace=False)
-            found = snapshot.images(f"image_id IN ({', '.join(map(literal, chosen))})", ["image_id", encoder_id])
-            return said, found["image_id"].to_numpy(), feature_matrix(found[encoder_id])
-    raise AssertionError("an index has candidates")
+    chosen = rng.choice(images.count_rows(), min(images.count_rows(), DRAWN), replace=False)
+    drawn = images.take(np.sort(chosen), columns=["image_id", "role"])
+    said, role = "samples", pc.equal(drawn["role"], "sample")
+    if snapshot.count("role = 'sample'") < FEW_SAMPLES:
+        said, role = "candidates", pc.invert(role)
+    ids = drawn.filter(role)["image_id"].to_numpy()
+    where = f"image_id IN ({', '.join(map(literal, rng.permutation(ids)[: 4 * N_QUERIES]))})" if len(ids) else "false"
+    found = snapshot.images(f"{where} AND {encoded}", ["image_id", encoder_id])[:N_QUERIES]
+    if len(found) < min(N_QUERIES, FEW_SAMPLES):  # too rare to be met by chance
+        where = f"role = 'sample' AND {encoded}" if said == "samples" else f"{CANDIDATES} AND {encoded}"
+        found = snapshot.images(where, ["image_id", encoder_id])
+        found = found.take(np.sort(rng.choice(len(found), min(len(found), N_QUERIES), replace=False)))
+    return said, found["image_id"].to_numpy(), feature_matrix(found[encoder_id])
 
 
 def _recall(found: search.Hits, exact: search.Hits, own_ids: np.ndarray) -> float:

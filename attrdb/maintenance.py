@@ -60,13 +60,16 @@ def optimize(
             step()
         report("check", len(steps), len(steps))
         db.refresh()
+        _measure(db, before, report)
         wrong = list(health.index_self_test(db.snapshot))
         if wrong:
+            cure = "drop it with a Lance client and give the command again"
+            if wrong[0]["column"] in db.encoders:
+                cure = f"build it again: attrdb index {db.path} --encoder {wrong[0]['column']}"
             raise AttrdbError(
                 f"index {wrong[0]['index']!r} of {db.path} answers wrongly ({wrong[0]['found']}, needed "
-                f"{wrong[0]['needed']}); drop it with a Lance client and give the command again"
+                f"{wrong[0]['needed']}); {cure}"
             )
-        _measure(db, before, report)
         return Optimized(before, health.status(db.snapshot))
 
 

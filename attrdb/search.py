@@ -62,7 +62,10 @@ class _Exact:
     def __call__(self, features: np.ndarray, candidate: np.ndarray, query: np.ndarray) -> np.ndarray:
         if self.mapper:
             used, candidate = np.unique(candidate, return_inverse=True)
-            features = self.mapper.exemplars(features[used], np.float64)
+            mapped = np.empty((len(used), features.shape[1]))
+            for at in range(0, len(used), PAIRS):
+                mapped[at : at + PAIRS] = self.mapper.exemplars(features[used[at : at + PAIRS]], np.float64)
+            features = mapped
         found = np.empty(len(candidate))
         for at in range(0, len(candidate), PAIRS):
             part = slice(at, at + PAIRS)
@@ -151,6 +154,8 @@ class Best:
         self.waiting, self.n_waiting = [], 0
 
     def hits(self) -> Hits:
+        if not self.n_queries:
+            return Hits([], [])
         self._merge()
         bounds = np.searchsorted(self.kept["query"].to_numpy(), np.arange(1, self.n_queries))
         ids, similarity = (self.kept[name].to_numpy() for name in ("id", "similarity"))
@@ -192,6 +197,8 @@ def count_above(
                     before = found > threshold
                     tied = np.flatnonzero(found == threshold)
                     before[tied] = block_ids.take(pa.array(candidate[tied])).to_numpy(False) < ids[query[tied], column]
+                    # Mapped by another product, the given candidate itself may differ from what is given in the last digit.
+                    before &= block_ids.take(pa.array(candidate)).to_numpy(False) != ids[query, column]
                     np.add.at(counts[:, column], query[before], 1)
     return counts, size
 

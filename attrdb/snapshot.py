@@ -125,7 +125,7 @@ class Snapshot:
         try:
             if not _closed(predicate):
                 raise ValueError("a bracket or quote that is not closed, or a comment")
-            self.tables["images"].scanner(columns=["image_id"], filter=predicate).explain_plan()
+            self.tables["images"].scanner(columns=["image_id"], filter=f"({predicate})").explain_plan()
         except Exception as error:  # Lance has many words for it
             raise InvalidValue(
                 f"{name} is {predicate!r}; it must be an SQL predicate on the columns of images: {words_of(error)}"

@@ -195,6 +195,24 @@ def quality(found: dict) -> str:
     )
 
 
+def training(found: dict) -> str:
+    sizes, seconds = found["sizes"], found["seconds"]
+    says = {
+        "loader": "loader alone: the query of an epoch's pairs, their features gathered",
+        "step": "step alone, on one preloaded batch",
+        "together": "together, as `attrdb train` does it",
+    }
+    rows = [[says[way], shown(of, 0)] for way, of in found["rates"].items()]
+    return (
+        f"## Reading pairs for training\n\n{sizes['pairs']:,} pairs of {sizes['models']:,} models, {sizes['dimension']}-d, "
+        f"batches of {sizes['batch']:,}. Features are gathered into one file first, once a run ({seconds['prepare']:.1f} s); "
+        f"an epoch's pairs are drawn and put in order by one query ({seconds['query']:.1f} s). {machine(found['machine'])}\n"
+        + table(["what", "pairs a second, median (range)"], rows)
+        + f"\nTogether / the slower of the two, round by round: **{shown(found['ratio'])}**; needed: 0.8. Peak memory "
+        f"{found['peak_gib']:.2f} GiB.\n"
+    )
+
+
 # The section of each file of figures, and the command that makes it again.
 SECTIONS = {
     "importing": (importing, "benchmarks/importing.py --json importing.json"),
@@ -203,6 +221,7 @@ SECTIONS = {
     "customizing": (customizing, "benchmarks/customize.py --json customizing.json"),
     "sd15": (sd15, "benchmarks/customize.py --shape sd15 --steps 250 --json sd15.json"),
     "quality": (quality, "benchmarks/quality.py iconabc.attrdb --models 30 --json quality.json"),
+    "training": (training, "benchmarks/training.py --json training.json"),
     "iconabc": (attribution.section, "benchmarks/iconabc/run.py runs/iconabc --json iconabc.json"),
 }
 

@@ -3,7 +3,9 @@
     evaluation   ranks of true exemplars, against one matrix-vector product and a full argsort of the gallery a query
     exact        the first ten, against faiss IndexFlatIP in memory and LanceDB's flat search
     ann          recall@10 and time, against faiss IVF-PQ with refinement, hnswlib and usearch in memory, and Lance's defaults
-    growth       the index as the gallery grows, with rows that came later, and under predicates
+    growth       the index as the gallery grows
+    later        with rows that came after it
+    predicates   with few candidates left
     folding      a mapper folded into the query, against a column of mapped features with an index of its own
 
 The peers are not among attrdb's packages: pip install faiss-cpu hnswlib usearch. All of a part is measured in one run, on the
@@ -16,6 +18,7 @@ import dataclasses
 import json
 import os
 import shutil
+import subprocess
 import sys
 import tempfile
 import time
@@ -28,7 +31,7 @@ import clustered
 import lance
 import numpy as np
 import pyarrow as pa
-from machine import describe, peak_gib, spread
+from machine import describe, spread
 
 import attrdb
 from attrdb import ann, attribution, indexing, search
@@ -96,14 +99,15 @@ class Data:
 
 
 def make(folder: Path, rows: int, dimension: int, n_queries: int) -> Data:
-    db = clustered.database(folder / f"{rows}.attrdb", rows, dimension)
+    db = clustered.database(Path(tempfile.mkdtemp(dir=folder)) / f"{rows}.attrdb", rows, dimension)
     x = np.concatenate(list(clustered.features(rows, dimension)))
     of_query = np.random.default_rng(2).choice(rows, n_queries, replace=False)
     return Data(db, x, clustered.moved(x[of_query]), of_query)
 
 
-def rows_of(hits: search.Hits) -> np.ndarray:
-    return np.array([[int(one[2:]) for one in ids] for ids in hits.ids])
+def rows_of(hits: search.Hits, k: int = 10) -> np.ndarray:
+    """(n_queries, k) row numbers, -1 where there are fewer."""
+    return np.array([[int(one[2:]) for one in ids] + [-1] * (k - len(ids)) for ids in hits.ids])
 
 
 def recall(found: np.ndarray, exact: np.ndarray) -> float:
@@ -111,6 +115,20 @@ def recall(found: np.ndarray, exact: np.ndarray) -> float:
 
 
 # --- evaluation ------------------------------------------------------------------------------------------------------
+
+
+def scan_peak(path: Path, queries: np.ndarray) -> dict:
+    """Memory of a process of its own that searches exactly: before, and at its peak."""
+    np.save(path.parent / "queries.npy", queries)
+    code = (
+        "import sys, numpy as np, attrdb; sys.path.insert(0, sys.argv[3]); from machine import peak_gib\n"
+        "from attrdb import search; db = attrdb.open(sys.argv[1]); q = np.load(sys.argv[2])\n"
+        "e = db.encoder_id(); before = peak_gib()\n"
+        "search.top_k(db.snapshot.features(e, \"role <> 'sample'\"), q, 10); print(before, peak_gib())"
+    )
+    command = [sys.executable, "-c", code, str(path), str(path.parent / "queries.npy"), str(Path(__file__).parent)]
+    before, peak = map(float, subprocess.run(command, capture_output=True, text=True, check=True).stdout.split())
+    return {"before_gib": before, "peak_gib": peak}
 
 
 def evaluation(data: Data, n_queries: int = 1000) -> dict:
@@ -138,7 +156,7 @@ def evaluation(data: Data, n_queries: int = 1000) -> dict:
         "times": theirs / np.median(ours),
         "n_ranks_different": int((ranks != reference).sum()),
         "gflops": flops / np.median(ours) / 1e9,
-        "peak_gib": peak_gib(),
+        "memory": scan_peak(data.db.path, queries),
     }
 
 
@@ -165,7 +183,9 @@ def exact(data: Data) -> dict:
             for way, run in ways.items():
                 times[way].append(seconds(run))
         if n <= 16:
-            times["LanceDB flat"] = [seconds(lambda queries=queries: lance_flat(data, queries))]
+            times["LanceDB flat, query by query"] = [
+                seconds(lambda queries=queries: lance_flat(data, queries)) for _ in range(ROUNDS)
+            ]
         agree = recall(rows_of(search.top_k(held, queries, 10)), flat.search(queries, 10)[1])
         flops = 2 * n * len(data.x) * data.x.shape[1]
         found.append(
@@ -193,7 +213,7 @@ def timed(ask: Callable[[np.ndarray], np.ndarray], queries: np.ndarray, truth: n
     ask(queries[:1])
     one = [seconds(lambda query=query: ask(query[None])) for query in queries[:single]]
     ask(queries[:256])
-    many = [seconds(lambda: ask(queries[:256])) / 256 for _ in range(ROUNDS)]
+    many = [seconds(lambda: ask(queries[:256])) / len(queries[:256]) for _ in range(ROUNDS)]
     return {
         "recall": recall(ask(queries), truth),
         "single_ms": {name: 1000 * value for name, value in spread(one).items() if name != "n"},
@@ -209,19 +229,22 @@ def index_bytes(data: Data) -> int:
 
 def ours(data: Data, truth: np.ndarray) -> dict:
     row = indexing.build(data.db)
-    index = data.db.snapshot.indices[data.encoder_id]
+    snapshot = data.db.snapshot
+    index = snapshot.indices[data.encoder_id]
     found = []
     for n_probes in (one for one in PROBES if one <= index.n_partitions):
         asked = dataclasses.replace(index, n_probes=n_probes, oversampling=4)
 
         def ask(queries: np.ndarray, asked: ann.Index = asked) -> np.ndarray:
-            return rows_of(ann.top_k(data.images, asked, EVERYONE, len(data.x), queries, 10))
+            snapshot.indices[data.encoder_id] = asked
+            return rows_of(attribution.nearest(snapshot, data.encoder_id, queries, 10))
 
         found.append({"setting": f"{n_probes} cells", **timed(ask, data.queries, truth)})
     return {
         "what": f"attrdb ({row['kind']}, {row['n_partitions']:,} cells), from disk",
         "build_seconds": row["seconds"],
         "bytes": index_bytes(data),
+        "bytes_of_features": data.x.nbytes,
         "settings": found,
         "chosen": {name: row[name] for name in ("n_probes", "oversampling", "recall")},
     }
@@ -262,6 +285,7 @@ def lance_default(data: Data, truth: np.ndarray) -> dict:
         "what": "Lance's defaults (IVF_PQ), from disk",
         "build_seconds": build,
         "bytes": index_bytes(data),
+        "bytes_of_features": data.x.nbytes,
         "settings": found,
     }
 
@@ -290,8 +314,13 @@ def faiss_ivf(data: Data, truth: np.ndarray) -> dict:
             return index.search(queries, 10)[1]
 
         found.append({"setting": f"nprobe {n_probes}, k_factor 4", **timed(ask, data.queries, truth)})
-    size = len(data.x) * (data.x.shape[1] // 8 + 8 + 4 * data.x.shape[1])
-    return {"what": "faiss IVF-PQ with refinement, in memory", "build_seconds": took, "bytes": size, "settings": found}
+    return {
+        "what": "faiss IVF-PQ with refinement, in memory",
+        "build_seconds": took,
+        "bytes": len(data.x) * (data.x.shape[1] // 8 + 8),
+        "bytes_of_features": data.x.nbytes,
+        "settings": found,
+    }
 
 
 def graph_hnswlib(data: Data, truth: np.ndarray) -> dict:
@@ -312,7 +341,8 @@ def graph_hnswlib(data: Data, truth: np.ndarray) -> dict:
     return {
         "what": "hnswlib (M 16, ef_construction 100), in memory",
         "build_seconds": took,
-        "bytes": index.index_file_size(),
+        "bytes": index.index_file_size() - data.x.nbytes,
+        "bytes_of_features": data.x.nbytes,
         "settings": found,
     }
 
@@ -334,7 +364,8 @@ def graph_usearch(data: Data, truth: np.ndarray) -> dict:
     return {
         "what": "usearch (connectivity 16, expansion_add 100), in memory",
         "build_seconds": took,
-        "bytes": index.serialized_length,
+        "bytes": index.serialized_length - data.x.nbytes,
+        "bytes_of_features": data.x.nbytes,
         "settings": found,
     }
 
@@ -360,16 +391,15 @@ def approximate(data: Data, peers: tuple[str, ...]) -> list[dict]:
 # --- growth ----------------------------------------------------------------------------------------------------------
 
 
-def growth(folder: Path, sizes: tuple[int, ...], dimension: int) -> dict:
-    """The index at several sizes; at the largest below a million, rows that came later, and predicates."""
+def growth(folder: Path, sizes: tuple[int, ...], dimension: int) -> list[dict]:
+    """The index at several sizes; without one where there are too few features."""
     grown = []
     for rows in sizes:
         data = make(folder, rows, dimension, 200)
-        grown.append({"rows": rows, **_asked(data)})
-        if rows != sizes[-1]:
-            shutil.rmtree(data.db.path)
+        grown.append({"rows": rows, **(_asked(data) if rows >= indexing.MIN_ROWS else _times(data))})
+        shutil.rmtree(data.db.path)
         click.echo(json.dumps(grown[-1]), err=True)
-    return {"sizes": grown}
+    return grown
 
 
 def later(folder: Path, rows: int, dimension: int) -> list[dict]:
@@ -440,8 +470,6 @@ def some_mapper(dimension: int, encoder_id: str, spread_of_norms: float, seed: i
 
 def folding(data: Data, mapper: Mapper) -> dict:
     """The folded search over the encoder's index, beside an index over features that were mapped and stored."""
-    import lance as lance_
-
     if data.encoder_id not in data.db.snapshot.indices:
         indexing.build(data.db)
     index = data.db.snapshot.indices[data.encoder_id]
@@ -460,7 +488,6 @@ def folding(data: Data, mapper: Mapper) -> dict:
     built = indexing.build(mapped_db)
     own = mapped_db.snapshot.indices[column]
     mapped_images = mapped_db.snapshot.tables["images"]
-    assert isinstance(mapped_images, lance_.LanceDataset)
 
     def by_column(queries: np.ndarray) -> np.ndarray:
         asked = mapper.samples(queries)
@@ -478,6 +505,7 @@ def folding(data: Data, mapper: Mapper) -> dict:
         },
         "folded": [],
     }
+    usual = ann.FOLDED
     for more in (1, 2, 4, 8):
         ann.FOLDED = more
 
@@ -491,6 +519,7 @@ def folding(data: Data, mapper: Mapper) -> dict:
                 **timed(folded, data.queries[:256], truth[:256], 50),
             }
         )
+    ann.FOLDED = usual
     shutil.rmtree(folder)
     return found
 
@@ -543,7 +572,7 @@ def main(
                 "folding": lambda: folding(data, some_mapper(dimension, data.encoder_id, 0.1)),
             }
             head = {"machine": describe(*packages), "limits": limits()}
-            name = part if part in ("growth", "folding") else f"{part} {rows}"
+            name = part if part == "growth" else f"{part} {rows}"
             told[name] = {
                 **head,
                 "sizes": {"rows": rows, "dimension": dimension},

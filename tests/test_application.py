@@ -78,7 +78,7 @@ WRITES = {
     "append_bulk": lambda db: db.append_bulk(rows([("x", "pretraining", None, 1)])),
     "append_model": lambda db: db.append_model(rows([("n/0/1", "sample", "n", 1)]), {"model_id": "n"}),
     "replace_exemplar_ranks": lambda db: db.replace_exemplar_ranks(ranks([("m/0/1", "m/e0", 1)]), "toy_2", "", "own"),
-    "replace": lambda db: db.replace("exemplar_ranks", ranks([("m/0/1", "m/e0", 1)]), ["sample_id"], "true"),
+    "append_attributions": lambda db: db.append_attributions(db.sql("FROM attributions"), "true"),
     "upsert": lambda db: db.upsert("models", [{"model_id": "n"}], on="model_id"),
     "delete": lambda db: db.delete("models", "true"),
     "commit": lambda db: db.commit(lambda: None),

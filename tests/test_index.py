@@ -12,6 +12,8 @@ import attrdb
 from attrdb import ann, attribution, cells, health, indexing, maintenance, search
 from attrdb.cli import main
 from attrdb.errors import InvalidValue, NotFound, StorageError
+from attrdb.influence import DEFAULT_LAM
+from attrdb.locks import alone
 from attrdb.mapper import Mapper
 from attrdb.schema import feature_array
 
@@ -48,7 +50,9 @@ def filled(path):
 @pytest.fixture(scope="module")
 def built_once(tmp_path_factory):
     db = filled(tmp_path_factory.mktemp("index") / "points.attrdb")
-    indexing.build(db)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(indexing, "MIN_ROWS", 100)
+        indexing.build(db)
     return db
 
 
@@ -58,6 +62,7 @@ def indexed(built_once, tmp_path, monkeypatch):
     import shutil
 
     monkeypatch.setattr(attribution, "FEW", 100)
+    monkeypatch.setattr(indexing, "MIN_ROWS", 100)
     shutil.copytree(built_once.path, tmp_path / "db")
     return attrdb.open(tmp_path / "db")
 
@@ -89,7 +94,7 @@ def test_a_cell_that_lost_its_features_takes_part_of_the_largest():
     features = np.repeat(np.eye(3, dtype=np.float32), [10, 10, 10], axis=0)
     centroids = cells.train_centroids(features, 5, 3, 0, "cpu")
     assert np.isfinite(centroids).all()
-    assert set(features[cells.nearest_centroids(features, centroids, "cpu") == 0].sum(axis=1)) <= {1.0}
+    np.testing.assert_allclose(centroids[cells.nearest_centroids(features, centroids, "cpu")], features, atol=0.01)
 
 
 def test_cells_by_torch_are_those_by_numpy():
@@ -179,6 +184,8 @@ def test_only_candidates_that_fulfil_a_predicate(indexed):
         ),
         ({"candidates": "license ="}, InvalidValue, "candidates is 'license ='; it must be an SQL predicate"),
         ({"candidates": "true) OR (true"}, InvalidValue, "it must be an SQL predicate"),
+        ({"candidates": "license = 'CC0' ORDER BY license"}, InvalidValue, "it must be an SQL predicate"),
+        ({"candidates": ""}, InvalidValue, "it must be an SQL predicate"),
         ({"candidates": "colour = 1"}, InvalidValue, "it must be an SQL predicate on the columns of images"),
         ({"candidates": "license = 'none'"}, NotFound, "no candidate with a 'points_16' feature that fulfils"),
         ({"k": 11, "candidates": "image_id < 'p00003'"}, InvalidValue, "k is 11, .* has 5 candidates"),
@@ -272,7 +279,45 @@ def test_status_says_how_features_are_searched(indexed):
     assert list(health.index_self_test(indexed.snapshot)) == []
 
 
-def test_building_again_and_an_encoder_of_odd_length(tmp_path):
+def test_rows_that_come_while_it_is_built_are_found(indexed):
+    [new] = clustered(1, 21)
+
+    def report(stage, done, total):
+        if (stage, done) == ("index", 0):
+            attrdb.open(indexed.path).append_images(images("meanwhile", new[None]))
+
+    indexing.build(indexed, report=report)
+    indexed.refresh()
+    assert indexed.attribute(new, k=1)["image_id"].to_pylist() == ["meanwhile00000"]
+    assert indexed.status()["encoders"]["points_16"]["index"]["state"] == "ready"
+    assert [file.name for file in indexed.path.glob(".index-*")] == []
+
+
+def test_cells_that_hold_nothing(indexed):
+    """Where no cell that is looked into holds a candidate that fulfils a predicate, all candidates are compared."""
+    index = indexed.snapshot.indices["points_16"]
+    queries = clustered(3, 5)
+    for n in (1, 3):
+        found = ann.top_k(indexed.snapshot.tables["images"], index, "image_id = 'none'", N, queries[:n], 4)
+        assert [list(ids) for ids in found.ids] == [[]] * n
+    assert (
+        search.top_k([], queries[:0], 4).ids
+        == ann.top_k(indexed.snapshot.tables["images"], index, "true", N, queries[:0], 4).ids
+    )
+
+
+def test_wide_answers_are_exact(indexed, monkeypatch):
+    """Influence of a flat profile needs more hits than an index is worth asking for."""
+    monkeypatch.setattr(ann, "FETCHED", 5_000)
+    found, exact = (
+        indexed.attribute("m/s00000", k=1500, tau=5.0, lam=0.0, exact=way)["influence"].to_pylist()
+        for way in (False, True)
+    )
+    assert found == exact
+
+
+def test_building_again_and_an_encoder_of_odd_length(tmp_path, monkeypatch):
+    monkeypatch.setattr(indexing, "MIN_ROWS", 100)
     db = attrdb.create(tmp_path / "db")
     db.add_encoder("points:15", 15, {}, "none")
     features = unit(np.random.default_rng(0).standard_normal((1200, 15)))
@@ -288,7 +333,7 @@ def test_building_again_and_an_encoder_of_odd_length(tmp_path):
 
 
 def test_what_cannot_be_indexed(toy, indexed, monkeypatch):
-    with pytest.raises(InvalidValue, match="has 7 features of 'toy_2'; an index is of use from 1,000 on"):
+    with pytest.raises(InvalidValue, match="has 7 features of 'toy_2'; an index is of use from 100 on"):
         indexing.build(toy)
     with pytest.raises(NotFound, match="no encoder 'x'"):
         indexing.build(indexed, "x")
@@ -324,11 +369,19 @@ def test_attributions_of_many_samples_are_stored(indexed, monkeypatch):
     assert indexed.sql("SELECT count(*) AS n, min(tau) AS tau FROM attributions").to_pylist() == [
         {"n": 180, "tau": 0.2}
     ]
-    # and once the images have changed they are made again
+    assert CliRunner().invoke(main, [*more, "--tau", "0.2"]).stderr == "0 samples attributed, 60 were already\n"
+    # and once the images have changed, or all candidates are to be compared, they are made again
     indexed.append_images(images("late", clustered(1, 13)))
     assert CliRunner().invoke(main, [*more, "--tau", "0.2"]).stderr == "60 samples attributed, 0 were already\n"
+    assert (
+        CliRunner().invoke(main, [*more, "--tau", "0.2", "--exact"]).stderr == "60 samples attributed, 0 were already\n"
+    )
+    with alone(indexed.path / "jobs" / ".attribute-points_16-.lock", "held"):
+        busy = CliRunner().invoke(main, more)
+    assert "are being attributed by points_16 by another process" in busy.stderr
+    indexed.refresh()
     job = json.loads(indexed.sql("SELECT settings FROM jobs")["settings"][0].as_py())
-    assert job == {"samples": "true", "k": 3}
+    assert job == {"samples": "true", "k": 3, "exact": True, "tau": 0.2, "lam": DEFAULT_LAM}
 
 
 @pytest.mark.parametrize(
