@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import attribution
+import searching
 from markdown import machine, shown, table
 
 HERE = Path(__file__).parent
@@ -222,6 +223,7 @@ SECTIONS = {
     "sd15": (sd15, "benchmarks/customize.py --shape sd15 --steps 250 --json sd15.json"),
     "quality": (quality, "benchmarks/quality.py iconabc.attrdb --models 30 --json quality.json"),
     "training": (training, "benchmarks/training.py --json training.json"),
+    "search": (searching.section, "benchmarks/search.py PART ... --json search.json"),
     "iconabc": (attribution.section, "benchmarks/iconabc/run.py runs/iconabc --json iconabc.json"),
 }
 

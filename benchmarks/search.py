@@ -6,6 +6,7 @@
     growth       the index as the gallery grows
     later        with rows that came after it
     predicates   with few candidates left
+    real         indices of the features of a database that exists, with its mappers folded into the query
     folding      a mapper folded into the query, against a column of mapped features with an index of its own
 
 The peers are not among attrdb's packages: pip install faiss-cpu hnswlib usearch. All of a part is measured in one run, on the
@@ -524,6 +525,50 @@ def folding(data: Data, mapper: Mapper) -> dict:
     return found
 
 
+# --- real features --------------------------------------------------------------------------------------------------
+
+
+def real(path: Path) -> list[dict]:
+    """Every encoder of a database: its index, and its affine mappers folded into the query, asked by its samples."""
+    db = attrdb.open(path)
+    found = []
+    for encoder_id in db.encoders:
+        row = indexing.build(db, encoder_id)
+        snapshot = db.snapshot
+        _, own, queries = indexing._queries(snapshot, encoder_id)
+        told = {
+            name: row[name] for name in ("encoder_id", "kind", "n_rows", "n_partitions", "n_probes", "oversampling")
+        }
+        found.append({**told, "recall": row["recall"], "seconds": row["seconds"], "mappers": []})
+        mappers = snapshot.tables["mappers"].to_table(
+            columns=["mapper_id"], filter=f"encoder_id = '{encoder_id}' AND form = 'affine'"
+        )
+        for mapper_id in sorted(mappers["mapper_id"].to_pylist()):
+            mapper = snapshot.mapper(mapper_id)
+            exact = search.top_k(snapshot.features(encoder_id, EVERYONE), queries, 11, mapper=mapper)
+            blocks = [x for _, x in snapshot.features(encoder_id, EVERYONE)]
+            norms = np.concatenate(
+                [
+                    np.linalg.norm(
+                        x @ mapper.parameters["exemplar.weight"].T + mapper.parameters["exemplar.bias"], axis=1
+                    )
+                    for x in blocks
+                ]
+            )
+            recalls = {}
+            usual = ann.FOLDED
+            for more in (1, 2, 4, 8):
+                ann.FOLDED = more
+                hits = attribution.nearest(snapshot, encoder_id, queries, 11, mapper=mapper)
+                recalls[more] = indexing._recall(hits, exact, own)
+            ann.FOLDED = usual
+            found[-1]["mappers"].append(
+                {"mapper_id": mapper_id, "norms": float(norms.std() / norms.mean()), "recall": recalls}
+            )
+            click.echo(json.dumps(found[-1]["mappers"][-1]), err=True)
+    return found
+
+
 # --- the command -----------------------------------------------------------------------------------------------------
 
 
@@ -532,12 +577,15 @@ def folding(data: Data, mapper: Mapper) -> dict:
     "parts",
     nargs=-1,
     required=True,
-    type=click.Choice(["evaluation", "exact", "ann", "growth", "later", "predicates", "folding"]),
+    type=click.Choice(["evaluation", "exact", "ann", "growth", "later", "predicates", "folding", "real"]),
 )
 @click.option("--rows", type=click.IntRange(1000), default=1_000_000, show_default=True)
 @click.option("--dimension", type=click.IntRange(8), default=512, show_default=True)
 @click.option("--sizes", default="10000,100000,1000000,2000000", show_default=True, help="Of the part growth.")
 @click.option("--peer", "peers", multiple=True, type=click.Choice(list(PEERS)), help="Of the part ann; default all.")
+@click.option(
+    "--database", type=click.Path(exists=True, path_type=Path), help="Of the part real; indices are built in it."
+)
 @click.option("--folder", type=click.Path(path_type=Path), help="Where databases are made; default a temporary one.")
 @click.option("--json", "out", type=click.Path(path_type=Path))
 def main(
@@ -546,6 +594,7 @@ def main(
     dimension: int,
     sizes: str,
     peers: tuple[str, ...],
+    database: Path | None,
     folder: Path | None,
     out: Path | None,
 ) -> None:
@@ -569,10 +618,11 @@ def main(
                 "growth": lambda: growth(work, tuple(map(int, sizes.split(","))), dimension),
                 "later": lambda: later(work, rows, dimension),
                 "predicates": lambda: predicates(work, rows, dimension),
+                "real": lambda: real(database),
                 "folding": lambda: folding(data, some_mapper(dimension, data.encoder_id, 0.1)),
             }
             head = {"machine": describe(*packages), "limits": limits()}
-            name = part if part == "growth" else f"{part} {rows}"
+            name = part if part in ("growth", "real") else f"{part} {rows}"
             told[name] = {
                 **head,
                 "sizes": {"rows": rows, "dimension": dimension},

@@ -1,0 +1,159 @@
+"""The section of RESULTS.md on searches, from what benchmarks/search.py measured."""
+
+from __future__ import annotations
+
+from markdown import machine, shown, table
+
+
+def section(found: dict) -> str:
+    parts = ["## Searching\n"]
+    for name, told in sorted(found.items(), key=lambda item: list(SAYS).index(item[0].split()[0])):
+        part = name.split()[0]
+        sizes, limits = told["sizes"], told["limits"]
+        rates = f"{limits['gflops']:,.0f} GFLOP/s of matrix products, {limits['read_gb_a_second']:.0f} GB/s of reading"
+        says = SAYS[part](told["found"], sizes, limits)
+        parts.append(f"{says}\nThe machine, in the same run: {rates}. {machine(told['machine'])}")
+    return "\n".join(parts)
+
+
+def evaluation(found: dict, sizes: dict, limits: dict) -> str:
+    memory = found["memory"]
+    return (
+        f"### Ranks of {found['n_queries']:,} exemplars among {sizes['rows']:,} x {sizes['dimension']}\n\n"
+        + table(
+            ["what", "seconds"],
+            [
+                ["attrdb, from disk, median (range)", shown(found["seconds"])],
+                ["a matrix-vector product and an argsort a query, in memory", f"{found['reference_seconds']:.1f}"],
+            ],
+        )
+        + f"\n**{found['times']:.1f} times** as fast, at {found['gflops'] / limits['gflops']:.2f} of the rate of large "
+        f"matrix products; {found['n_ranks_different']} ranks differ. A process that searches so takes "
+        f"{memory['peak_gib']:.2f} GiB at its peak, {memory['before_gib']:.2f} GiB before.\n"
+    )
+
+
+def exact(found: dict, sizes: dict, limits: dict) -> str:
+    ways = list(dict.fromkeys(way for block in found["blocks"] for way in block["seconds"]))
+    rows = [
+        [
+            f"{block['n_queries']:,}",
+            *(shown(block["seconds"][way]) if way in block["seconds"] else "" for way in ways),
+            f"{block['gflops']['attrdb, features in memory'] / limits['gflops']:.2f}",
+            f"{block['agrees_with_faiss']:.4f}",
+        ]
+        for block in found["blocks"]
+    ]
+    return (
+        f"### The exact first ten of {sizes['rows']:,} x {sizes['dimension']}\n\nSeconds for a block of queries, median "
+        f"(range). faiss holds the features in memory, which took it {found['faiss_adding_seconds']:.1f} s.\n\n"
+        + table(["queries", *ways, "share of the product rate, in memory", "same ids as faiss"], rows)
+    )
+
+
+def approximate(found: list[dict], sizes: dict, limits: dict) -> str:
+    rows = []
+    for peer in found:
+        for number, one in enumerate(peer["settings"]):
+            rows.append(
+                [
+                    peer["what"] if not number else "",
+                    f"{peer['build_seconds']:.0f}" if not number else "",
+                    f"{peer['bytes'] / 2**20:,.0f} + {peer['bytes_of_features'] / 2**20:,.0f}" if not number else "",
+                    one["setting"],
+                    f"{one['recall']:.3f}",
+                    shown(one["single_ms"], 1),
+                    shown(one["batch_ms"], 2),
+                ]
+            )
+    return (
+        f"### Approximate search of {sizes['rows']:,} x {sizes['dimension']}\n\nRecall@10 and milliseconds a query, one at a "
+        "time and 256 at once, median (range). attrdb and Lance read from disk, with the role as a prefilter; the others "
+        "hold everything in memory and filter nothing.\n\n"
+        + table(["what", "build, s", "MiB: index + features", "setting", "recall@10", "alone, ms", "of 256, ms"], rows)
+    )
+
+
+def real(found: list[dict], sizes: dict, limits: dict) -> str:
+    indices = [
+        [
+            one["encoder_id"],
+            one["kind"],
+            f"{one['n_rows']:,}",
+            f"{one['seconds']:.1f}",
+            f"{one['n_probes']:,} of {one['n_partitions']:,}",
+            str(one["oversampling"]),
+            f"{one['recall']:.3f}",
+        ]
+        for one in found
+    ]
+    mappers = [
+        [mapper["mapper_id"], f"{mapper['norms']:.3f}", *(f"{value:.3f}" for value in mapper["recall"].values())]
+        for one in found
+        for mapper in one["mappers"]
+    ]
+    return (
+        "### Indices of IconAbC's features\n\nBuilt with what attrdb chooses by itself; recall@10 against an exact search, "
+        "of 200 samples.\n\n"
+        + table(["features", "kind", "rows", "build, s", "cells looked into", "hits an answer", "recall@10"], indices)
+        + "\nTheir affine mappers, folded into the query: spread of n(x), and recall@10 with so many times as many hits.\n\n"
+        + table(["mapper", "std(n) / mean(n)", "1", "2", "4 (default)", "8"], mappers)
+    )
+
+
+def folding(found: dict, sizes: dict, limits: dict) -> str:
+    column = found["column"]
+    rows = [["a column of mapped features, with an index of its own", f"{column['oversampling']}", *_asked(column)]]
+    rows += [["folded into the query", str(one["hits_an_answer"]), *_asked(one)] for one in found["folded"]]
+    return (
+        f"### A mapper, folded or materialised, {sizes['rows']:,} x {sizes['dimension']}\n\nstd(n) / mean(n) is "
+        f"{found['norms']:.3f}. The column took {column['storing_seconds']:.1f} s to map and store, "
+        f"{column['build_seconds']:.1f} s to index, and {column['bytes'] / 2**20:,.0f} MiB, for each mapper.\n\n"
+        + table(["what", "hits an answer", "recall@10", "alone, ms", "of 256, ms"], rows)
+    )
+
+
+def growth(found: list[dict], sizes: dict, limits: dict) -> str:
+    rows = [
+        [
+            f"{one['rows']:,}",
+            f"{one['seconds']:.1f}" if "seconds" in one else "no index",
+            f"{one['n_probes']:,} of {one['n_partitions']:,}" if "seconds" in one else "",
+            f"{one['bytes'] / 2**20:,.0f}" if "seconds" in one else "",
+            *_asked(one),
+        ]
+        for one in found
+    ]
+    return "### As the gallery grows\n\n" + table(
+        ["rows", "build, s", "cells looked into", "index, MiB", "recall@10", "alone, ms", "of 256, ms"], rows
+    )
+
+
+def later(found: list[dict], sizes: dict, limits: dict) -> str:
+    rows = [[f"{one['appended']:.0%}", *_asked(one)] for one in found]
+    return f"### Rows that came after the index, {sizes['rows']:,} before\n\n" + table(
+        ["appended", "recall@10", "alone, ms", "of 256, ms"], rows
+    )
+
+
+def predicates(found: list[dict], sizes: dict, limits: dict) -> str:
+    rows = [[f"{one['kept']} %", f"{one['n_candidates']:,}", *_asked(one)] for one in found]
+    return f"### Under a predicate, {sizes['rows']:,} rows\n\n" + table(
+        ["kept", "candidates", "recall@10", "alone, ms", "of 256, ms"], rows
+    )
+
+
+def _asked(one: dict) -> list[str]:
+    return [f"{one['recall']:.3f}", shown(one["single_ms"], 1), shown(one["batch_ms"], 2)]
+
+
+SAYS = {
+    "evaluation": evaluation,
+    "exact": exact,
+    "ann": approximate,
+    "real": real,
+    "folding": folding,
+    "growth": growth,
+    "later": later,
+    "predicates": predicates,
+}
