@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+LEGEND_WIDTH = 2.6  # inches a column
 SOFT, LINE = "#667085", "#e4e7ec"
 COLOURS = ("#1f5fa8", "#c2410c", "#15803d", "#7c3aed", "#b45309", "#0e7490", "#be185d", "#4d7c0f")
 DASHES, MARKERS = ("-", "--", "-."), ("o", "s", "^")
@@ -60,9 +61,9 @@ def reliability(rows: Sequence[dict]) -> str:
 
     rows: features, influence, share
     """
-    figure, [axis] = _panels(1, width=4.4, height=3.6)
+    figure, [axis] = _panels(1, width=5.4, height=5)
     for number, (name, points) in enumerate(_by(rows, "features").items()):
-        points = [row for row in points if row["influence"] > 0]
+        points = [row for row in points if row["influence"] > 0 and row["share"] > 0]  # the axes are logarithmic
         x, y = [row["influence"] for row in points], [row["share"] for row in points]
         axis.plot(x, y, label=name, **_line(number), marker="o", markersize=3)
     axis.plot([1e-4, 1], [1e-4, 1], ":", color=SOFT, label="equal")
@@ -123,9 +124,8 @@ def _legend(figure: Figure) -> None:
     for axis in figure.axes:
         for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
             once.setdefault(label, handle)
-    figure.legend(
-        once.values(), once.keys(), loc="outside lower center", ncols=min(4, len(once)), fontsize=8, frameon=False
-    )
+    columns = max(1, min(4, len(once), int(figure.get_figwidth() // LEGEND_WIDTH)))
+    figure.legend(once.values(), once.keys(), loc="outside lower center", ncols=columns, fontsize=8, frameon=False)
 
 
 def _svg(figure: Figure) -> str:
