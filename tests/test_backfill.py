@@ -63,6 +63,7 @@ def test_every_image_gets_its_feature(stored, photos):
         "dimension": 12,
         "n_encoded": N,
         "n_to_encode": 0,
+        "index": {"state": "none"},
     }
     assert not (stored.path / "jobs" / ".encode-pixels_2").exists()
 

@@ -64,7 +64,7 @@ def read_until(path, done, go, says):
         ).to_pylist()
         wrong += [row for row in found if list(row.values())[1:] != [1, SAMPLES, 1, SAMPLES, 1 + SAMPLES]]
         [strangers] = db.sql(
-            "SELECT count(*) AS n FROM images WHERE model_id NOT IN (SELECT model_id FROM models)"
+            "SELECT count(*) AS n FROM images ANTI JOIN models USING (model_id) WHERE model_id IS NOT NULL"
         ).to_pylist()
         now = (len(found), db.sql("SELECT count(*) AS n FROM images")["n"][0].as_py())
         if strangers["n"] or now < before or now[1] < before[1]:

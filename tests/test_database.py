@@ -238,5 +238,6 @@ def test_status_counts(toy):
     assert found["n_images"] == 7
     assert found["images_by_role"] == {"exemplar": 2, "pretraining": 3, "sample": 2}
     assert found["models_by_kind"] == {"style": 1}
-    assert found["encoders"] == {"toy_2": {"spec": "toy:2", "dimension": 2, "n_encoded": 7, "n_to_encode": 0}}
+    told = {"spec": "toy:2", "dimension": 2, "n_encoded": 7, "n_to_encode": 0, "index": {"state": "none"}}
+    assert found["encoders"] == {"toy_2": told}
     assert found["bytes"] > 0

@@ -108,8 +108,9 @@ def gallery(icons: Path, out: Path, frozen: Path = HERE) -> dict[str, int]:
                 row["image"] = lossy(row["image"])
             writer.write_table(pa.Table.from_pylist(rows, SCHEMA))
     counts = {"candidates": corpus.num_rows + found, "missing": len(wanted) - found, "otherwise": otherwise}
-    part.replace(out)
-    told.write_text(json.dumps(counts))
+    if not counts["missing"]:
+        part.replace(out)
+        told.write_text(json.dumps(counts))
     return counts
 
 
