@@ -1,8 +1,9 @@
 """Approximate search over an encoder's index: a query looks into a few of its cells, and what it hits is compared exactly.
 
-One index serves every mapper: similarity(x, x~) = (x . q + c) / n(x) with q = W^T s, c = b . s, n(x) = |W x + b| and
+One index could serve every mapper: similarity(x, x~) = (x . q + c) / n(x) with q = W^T s, c = b . s, n(x) = |W x + b| and
 s = F~(x~) / |F~(x~)|. c is the same for all candidates and n(x) nearly so, so that the best candidates are among those
-with the largest x . q; more of them are fetched than asked for, mapped, and compared exactly. (Ours, not of a paper.)
+with the largest x . q; more of them are fetched than asked for, mapped, and compared exactly. (Ours, not of a paper.) How
+well that works depends on the mapper, so that searches of attrdb do not do it yet; benchmarks/search.py measures it.
 """
 
 from __future__ import annotations
@@ -50,11 +51,6 @@ class Index:
 def index_name(encoder_id: str) -> str:
     """Of the Lance index on an encoder's column: the name that Lance would give it itself."""
     return f"{encoder_id}_idx"
-
-
-def can_serve(mapper: Mapper | None) -> bool:
-    """Whether an index over features can be asked for a mapper's candidates: where the mapper folds into the query."""
-    return mapper is None or mapper.form in ("affine", "gain")
 
 
 def n_hits(index: Index, k: int, mapper: Mapper | None) -> int:

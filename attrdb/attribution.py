@@ -57,23 +57,26 @@ def nearest(
 ) -> search.Hits:
     """The k most similar candidates of each query, by the encoder's index where there is one; fewer if there are fewer.
 
+    With a mapper all candidates are compared.
+
     queries:    (n_queries, dimension) float32, unit length, before they are mapped
     candidates: an SQL predicate on the columns of images; only candidates that fulfil it are searched
     exact:      do without the index
     raises:     InvalidValue for a predicate that Lance does not take
     """
     where = _where(candidates)
-    index = None if exact or not ann.can_serve(mapper) else snapshot.indices.get(encoder_id)
+    # Folded into the query, some mappers find nearly all of their candidates and some hardly any: see docs/DECISIONS.md.
+    index = None if exact or mapper else snapshot.indices.get(encoder_id)
     n_candidates = count(snapshot, candidates) if index or candidates is not None else 0
     # So many hits that an exact scan takes no longer are not looked for in cells.
-    if index is None or n_candidates <= max(FEW, k) or ann.n_hits(index, k, mapper) > ann.FETCHED:
+    if index is None or n_candidates <= max(FEW, k) or ann.n_hits(index, k, None) > ann.FETCHED:
         return search.top_k(snapshot.features(encoder_id, where), queries, k, mapper=mapper)
     with storage(snapshot.path):
         visible = snapshot.visible(where)
-        found = ann.top_k(snapshot.tables["images"], index, visible, n_candidates, queries, k, mapper)
+        found = ann.top_k(snapshot.tables["images"], index, visible, n_candidates, queries, k)
     short = [query for query, ids in enumerate(found.ids) if len(ids) < k]
     if short:
-        whole = search.top_k(snapshot.features(encoder_id, where), queries[short], k, mapper=mapper)
+        whole = search.top_k(snapshot.features(encoder_id, where), queries[short], k)
         for query, ids, similarity in zip(short, whole.ids, whole.similarity, strict=True):
             found.ids[query], found.similarity[query] = ids, similarity
     return found

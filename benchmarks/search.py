@@ -559,7 +559,9 @@ def real(path: Path) -> list[dict]:
             usual = ann.FOLDED
             for more in (1, 2, 4, 8):
                 ann.FOLDED = more
-                hits = attribution.nearest(snapshot, encoder_id, queries, 11, mapper=mapper)
+                n = attribution.count(snapshot)
+                index = snapshot.indices[encoder_id]
+                hits = ann.top_k(snapshot.tables["images"], index, EVERYONE, n, queries, 11, mapper)
                 recalls[more] = indexing._recall(hits, exact, own)
             ann.FOLDED = usual
             found[-1]["mappers"].append(

@@ -225,17 +225,13 @@ def test_a_mapper_is_folded_into_the_query(indexed):
     assert np.mean(shares) > 0.95
 
 
-def test_a_mapper_that_does_not_fold_is_searched_exactly(indexed, monkeypatch):
-    rng = np.random.default_rng(0)
-    extra = {"up": rng.standard_normal((4, D)), "up_bias": np.zeros(4), "down": np.zeros((D, 4))}
-    parameters = dict(affine().parameters)
-    parameters |= {
-        f"{side}.{name}": v.astype(np.float32) for side in ("exemplar", "sample") for name, v in extra.items()
-    }
-    mlp = Mapper("some", "points_16", "mlp", parameters)
+def test_with_a_mapper_all_candidates_are_compared(indexed, monkeypatch):
     monkeypatch.setattr(ann, "top_k", None)
-    hits = attribution.nearest(indexed.snapshot, "points_16", clustered(2, 5), 3, mapper=mlp)
-    assert [len(ids) for ids in hits.ids] == [3, 3]
+    hits = attribution.nearest(indexed.snapshot, "points_16", clustered(2, 5), 3, mapper=affine())
+    exact = search.top_k(
+        indexed.snapshot.features("points_16", attribution.CANDIDATES), clustered(2, 5), 3, mapper=affine()
+    )
+    assert [list(ids) for ids in hits.ids] == [list(ids) for ids in exact.ids]
 
 
 def test_rows_that_come_and_go_are_honoured_at_once(indexed):

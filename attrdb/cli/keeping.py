@@ -118,7 +118,7 @@ def optimize(db: Path, drop_older_than: int | None, quiet: bool) -> None:
 def index(db: Path, encoder_id: str | None, device: str, quiet: bool) -> None:
     """Build the index of an encoder's features, and measure its recall against an exact search.
 
-    Searches look into it from then on, with any mapper; images that come later are found too, and are taken into it by
+    Searches without a mapper look into it from then on; images that come later are found too, and are taken into it by
     `optimize`.
     """
     from attrdb import indexing, search
