@@ -203,7 +203,7 @@ def exact(data: Data) -> dict:
 def lance_flat(data: Data, queries: np.ndarray) -> None:
     for query in queries:
         nearest = {"column": data.encoder_id, "q": query, "k": 10, "use_index": False, "metric": "cosine"}
-        data.images.to_table(columns=["image_id"], nearest=nearest, filter=EVERYONE, prefilter=True)
+        data.images.to_table(columns=["image_id", "_distance"], nearest=nearest, filter=EVERYONE, prefilter=True)
 
 
 # --- ann -------------------------------------------------------------------------------------------------------------
