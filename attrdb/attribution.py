@@ -64,10 +64,12 @@ def nearest(
     exact:      do without the index
     raises:     InvalidValue for a predicate that Lance does not take
     """
+    if candidates is not None:
+        snapshot.check_predicate("candidates", candidates)
     where = _where(candidates)
     # Folded into the query, some mappers find nearly all of their candidates and some hardly any: see docs/DECISIONS.md.
     index = None if exact or mapper else snapshot.indices.get(encoder_id)
-    n_candidates = count(snapshot, candidates) if index or candidates is not None else 0
+    n_candidates = count(snapshot, candidates) if index else 0
     # So many hits that an exact scan takes no longer are not looked for in cells.
     if index is None or n_candidates <= max(FEW, k) or ann.n_hits(index, k, None) > ann.FETCHED:
         return search.top_k(snapshot.features(encoder_id, where), queries, k, mapper=mapper)
@@ -83,12 +85,7 @@ def nearest(
 
 
 def count(snapshot: Snapshot, candidates: str | None = None) -> int:
-    """How many candidates there are that fulfil a predicate, whether they have a feature or not.
-
-    raises: InvalidValue for a predicate that Lance does not take
-    """
-    if candidates is not None:
-        snapshot.check_predicate("candidates", candidates)
+    """How many candidates there are that fulfil a predicate that has been checked, whether they have a feature or not."""
     return snapshot.count(_where(candidates))
 
 
@@ -121,8 +118,6 @@ def attribute(
     if k is not None and k < 1:
         raise InvalidValue(f"k is {k}; at least one candidate must be asked for")
     check_calibration(tau, lam)
-    if candidates is not None:
-        snapshot.check_predicate("candidates", candidates)
     answers: dict[int, Attribution] = {}
     # One more than wanted: a query that is a candidate itself finds itself.
     width = max(k or 0, FIRST_WIDTH) + 1

@@ -1,7 +1,7 @@
 """Build an encoder's index: choose its cells, divide all features among them, hand both to Lance, measure how it answers.
 
 Lance (pylance 14.0) spends nearly all of a build on dividing the features, at a small part of what the machine's matrix
-products could do (benchmarks/RESULTS.md); here that is a matrix product, and Lance takes its result over.
+products could do (docs/DECISIONS.md); here that is a matrix product, and Lance takes its result over.
 """
 
 from __future__ import annotations
