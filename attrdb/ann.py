@@ -1,9 +1,10 @@
 """Approximate search over an encoder's index: a query looks into a few of its cells, and what it hits is compared exactly.
 
-One index could serve every mapper: similarity(x, x~) = (x . q + c) / n(x) with q = W^T s, c = b . s, n(x) = |W x + b| and
-s = F~(x~) / |F~(x~)|. c is the same for all candidates and n(x) nearly so, so that the best candidates are among those
-with the largest x . q; more of them are fetched than asked for, mapped, and compared exactly. (Ours, not of a paper.) How
-well that works depends on the mapper, so that searches of attrdb do not do it yet; benchmarks/search.py measures it.
+One index serves every mapper whose maps are linear but for a bias: similarity(x, x~) = (x . q + c) / n(x) with q = W^T s,
+c = b . s, n(x) = |W x + b| and s = F~(x~) / |F~(x~)|. Candidates of similarity t and more are those with
+x . q + c >= t n(x). Over the features of a gallery n(x) is nearly a plane a + g . x, so that they are nearly those with
+the largest x . (q - t g): the index is asked for these, and what it hits is mapped and compared exactly. t is where the
+tenth candidates of a mapper are, g is fitted (`attrdb.indexing`). (Ours, not of a paper.)
 """
 
 from __future__ import annotations
@@ -11,8 +12,7 @@ from __future__ import annotations
 import math
 import os
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
 
 import lance
 import numpy as np
@@ -26,22 +26,24 @@ FETCHED = 65_536  # hits that Lance is asked for at a time, so that their featur
 ROWS_A_READ = 8_192
 FEW = 10  # hits: oversampling is chosen for as many
 ROOM = 4
-FOLDED = 4  # times as many hits for a mapper, whose n(x) the search does not know
+FOLDABLE = ("affine", "gain")  # forms of mappers
 
 
 @dataclass(frozen=True)
 class Index:
-    """An index that attrdb built, and how it is asked; see the table `indices`."""
+    """An index that attrdb built, and how it is asked; see the tables `indices` and `mapper_searches`.
+
+    later: the fragments of images that it does not cover
+    tilt:  (dimension,) float32, of a mapper: t g, which is taken from its folded query
+    """
 
     encoder_id: str
     kind: str
     n_partitions: int
     n_probes: int
     oversampling: int
-
-    @classmethod
-    def of_row(cls, row: dict[str, Any]) -> Index:
-        return cls(**{name: row[name] for name in cls.__dataclass_fields__})
+    later: tuple[int, ...] = ()
+    tilt: np.ndarray | None = field(default=None, compare=False)
 
     @property
     def name(self) -> str:
@@ -53,18 +55,29 @@ def index_name(encoder_id: str) -> str:
     return f"{encoder_id}_idx"
 
 
-def n_hits(index: Index, k: int, mapper: Mapper | None) -> int:
+def n_hits(index: Index, k: int) -> int:
     """How many hits are compared exactly for an answer of k candidates."""
-    return max(k, FEW) * index.oversampling * (FOLDED if mapper else 1)
+    return max(k, FEW) * index.oversampling
 
 
-def folded(queries: np.ndarray, mapper: Mapper | None) -> np.ndarray:
+def uncovered(images: lance.LanceDataset, encoder_id: str) -> tuple[int, ...]:
+    """Fragments of images that the encoder's index does not cover: they came later, or their features did."""
+    segments = [one.segments for one in images.describe_indices() if one.name == index_name(encoder_id)]
+    covered = {fragment_id for one in segments for segment in one for fragment_id in segment.fragment_ids}
+    return tuple(sorted({one.fragment_id for one in images.get_fragments()} - covered))
+
+
+def folded(queries: np.ndarray, mapper: Mapper | None, tilt: np.ndarray | None = None) -> np.ndarray:
     """(n_queries, dimension) float32, unit length: what to look for among features that are not mapped."""
     if mapper is None:
         return queries
     own = mapper.samples(queries)
-    weight = mapper.parameters["exemplar.weight" if mapper.form == "affine" else "exemplar.gain"]
-    own = own @ weight if mapper.form == "affine" else own * weight
+    own = (
+        own @ mapper.parameters["exemplar.weight"]
+        if mapper.form == "affine"
+        else own * mapper.parameters["exemplar.gain"]
+    )
+    own = own - (0 if tilt is None else tilt)
     return own / np.linalg.norm(own, axis=1, keepdims=True)
 
 
@@ -84,11 +97,29 @@ def top_k(
     where:        a predicate that candidates fulfil; it is applied before the search, not to what the search has found
     n_candidates: about how many do
     """
-    wanted = n_hits(index, k, mapper)
+    found = [_by_index(images, index, where, n_candidates, queries, k, mapper)]
+    if index.later:
+        # Lance would compare them for one query after the other.
+        blocks = search.stream(images, index.encoder_id, where, fragments=index.later)
+        found.append(search.top_k(blocks, queries, k, mapper=mapper))
+    return found[0] if len(found) == 1 else search.merged(found, k)
+
+
+def _by_index(
+    images: lance.LanceDataset,
+    index: Index,
+    where: str,
+    n_candidates: int,
+    queries: np.ndarray,
+    k: int,
+    mapper: Mapper | None,
+) -> search.Hits:
+    """As `top_k`, among what the index covers."""
+    wanted = n_hits(index, k)
     # As many cells as hold, on average, several times what is wanted; more than usual only where very much is.
     holding = math.ceil(ROOM * wanted * index.n_partitions / max(1, n_candidates))
     n_probes = min(index.n_partitions, max(index.n_probes, holding))
-    asked = folded(queries, mapper)
+    asked = folded(queries, mapper, index.tilt)
 
     def of_part(part: slice) -> search.Hits:
         query, candidate, ids, features = _hits(images, index, where, asked[part], wanted, n_probes)
@@ -121,6 +152,7 @@ def _hits(
         columns=[*(described if alone else []), "_distance"],
         filter=where,
         prefilter=True,
+        fast_search=True,  # what the index covers
         with_row_id=True,
         nearest={
             "column": index.encoder_id,

@@ -57,7 +57,7 @@ def nearest(
 ) -> search.Hits:
     """The k most similar candidates of each query, by the encoder's index where there is one; fewer if there are fewer.
 
-    With a mapper all candidates are compared.
+    With a mapper all candidates are compared, unless the index was found to serve it.
 
     queries:    (n_queries, dimension) float32, unit length, before they are mapped
     candidates: an SQL predicate on the columns of images; only candidates that fulfil it are searched
@@ -67,18 +67,17 @@ def nearest(
     if candidates is not None:
         snapshot.check_predicate("candidates", candidates)
     where = _where(candidates)
-    # Folded into the query, some mappers find nearly all of their candidates and some hardly any: see docs/DECISIONS.md.
-    index = None if exact or mapper else snapshot.indices.get(encoder_id)
+    index = None if exact else snapshot.index(encoder_id, mapper)
     n_candidates = count(snapshot, candidates) if index else 0
     # So many hits that an exact scan takes no longer are not looked for in cells.
-    if index is None or n_candidates <= max(FEW, k) or ann.n_hits(index, k, None) > ann.FETCHED:
+    if index is None or n_candidates <= max(FEW, k) or ann.n_hits(index, k) > ann.FETCHED:
         return search.top_k(snapshot.features(encoder_id, where), queries, k, mapper=mapper)
     with storage(snapshot.path):
         visible = snapshot.visible(where)
-        found = ann.top_k(snapshot.tables["images"], index, visible, n_candidates, queries, k)
+        found = ann.top_k(snapshot.tables["images"], index, visible, n_candidates, queries, k, mapper)
     short = [query for query, ids in enumerate(found.ids) if len(ids) < k]
     if short:
-        whole = search.top_k(snapshot.features(encoder_id, where), queries[short], k)
+        whole = search.top_k(snapshot.features(encoder_id, where), queries[short], k, mapper=mapper)
         for query, ids, similarity in zip(short, whole.ids, whole.similarity, strict=True):
             found.ids[query], found.similarity[query] = ids, similarity
     return found

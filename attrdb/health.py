@@ -46,7 +46,8 @@ def status(snapshot: Snapshot) -> dict[str, Any]:
                 "SELECT role, count(*) AS n FROM images GROUP BY role ORDER BY role",
                 "SELECT kind, count(*) AS n FROM models GROUP BY kind ORDER BY kind",
                 "SELECT job_id, state, n_done, n_failed, message, host, pid FROM jobs WHERE state <> 'done' ORDER BY job_id",
-                "SELECT mapper_id, encoder_id, form, trained_on FROM mappers ORDER BY mapper_id",
+                "SELECT mapper_id, m.encoder_id, form, trained_on, used AS by_index, recall FROM mappers AS m "
+                "LEFT JOIN mapper_searches USING (mapper_id) ORDER BY mapper_id",
                 "SELECT encoder_id, mapper_id, tau, lam, gallery_size FROM calibrations ORDER BY calibration_id",
             )
         )

@@ -11,7 +11,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -26,6 +26,7 @@ from attrdb.cells import nearest_centroids, train_centroids
 from attrdb.database import Database
 from attrdb.errors import InvalidValue, StorageError
 from attrdb.locks import alone
+from attrdb.mapper import Mapper
 from attrdb.schema import feature_matrix
 from attrdb.snapshot import Snapshot, literal, storage
 
@@ -42,6 +43,11 @@ FEW_SAMPLES = 50  # fewer say little about recall
 K = 10
 RECALL_WANTED = 0.99
 OVERSAMPLING = (4, 16, 64)  # one bit a dimension says little of short features
+MORE_FOR_A_MAPPER = ((1, 1), (1, 2), (2, 4), (4, 8), (8, 16))  # times as many cells and hits as without it
+N_FITTED, RIDGE = (
+    20_000,
+    1e-6,
+)  # features that a mapper's n(x) is fitted on, and what keeps that from depending on noise
 
 Report = Callable[[str, int, int], None]
 
@@ -90,6 +96,8 @@ def build(
 ) -> dict:
     """Build, or build again, an encoder's index; the row of `indices` that says how well it answers.
 
+    The searches of its mappers are measured too, see `measure_mapper`.
+
     Readers and writers go on meanwhile: rows that come later are searched without the index until `optimize` takes them in.
     raises: as `plan`; Busy if maintenance runs already, StorageError if memory or disk are too small
     """
@@ -113,6 +121,8 @@ def build(
             )
             n_rows = lance.dataset(divided).count_rows()
             report("index", 0, 1)
+            # Measured with other cells; until they are measured again, mappers are searched exactly.
+            db.delete("mapper_searches", f"encoder_id = {literal(what.encoder_id)}")
             db.commit(lambda: _create(db.path, images.version, what, centroids, divided))
         seconds = time.perf_counter() - started
         entry = {
@@ -123,7 +133,10 @@ def build(
             "device": device,
             "seconds": seconds,
         }
-        return measure(db, entry, report)
+        row = measure(db, entry, report)
+        for mapper_id in mapper_ids(db.snapshot, what.encoder_id):
+            measure_mapper(db, mapper_id, report)
+        return row
 
 
 def measure(db: Database, entry: dict, report: Report = lambda stage, done, total: None) -> dict:
@@ -137,14 +150,15 @@ def measure(db: Database, entry: dict, report: Report = lambda stage, done, tota
     report("recall", 0, 1)
     exact = search.top_k(snapshot.features(encoder_id, CANDIDATES), queries, K + 1)
     probes = sorted({min(2**power, n_partitions) for power in range(2, n_partitions.bit_length() + 1)})
-    tries = [(n_probes, oversampling) for n_probes in probes for oversampling in OVERSAMPLING]
-    n_candidates = count(snapshot)
-    for number, (n_probes, oversampling) in enumerate(tries):
+    later = ann.uncovered(snapshot.tables["images"], encoder_id)
+    tries = [
+        ann.Index(encoder_id, entry["kind"], n_partitions, n_probes, oversampling, later)
+        for n_probes in probes
+        for oversampling in OVERSAMPLING
+    ]
+    for number, index in enumerate(tries):
         report("recall", number, len(tries))
-        index = ann.Index(encoder_id, entry["kind"], n_partitions, n_probes, oversampling)
-        where = snapshot.visible(CANDIDATES)
-        found = ann.top_k(snapshot.tables["images"], index, where, n_candidates, queries, K + 1)
-        recall = _recall(found, exact, ids)
+        recall = _recall_of(snapshot, index, ids, queries, exact)
         if recall >= RECALL_WANTED:
             break
     report("recall", len(tries), len(tries))
@@ -159,6 +173,97 @@ def measure(db: Database, entry: dict, report: Report = lambda stage, done, tota
     }
     db.upsert("indices", [row], on="encoder_id")
     return row
+
+
+def measure_mapper(db: Database, mapper_id: str, report: Report = lambda stage, done, total: None) -> dict | None:
+    """See what a mapper, folded into the query, finds through its encoder's index, and store how it is asked for that.
+
+    The least that finds RECALL_WANTED of the exact first K; where not even the most does, all candidates are compared.
+    returns: the row of `mapper_searches`; None where there is no index, or the mapper's form cannot be folded
+    """
+    db.refresh()
+    snapshot = db.snapshot
+    mapper = snapshot.mapper(mapper_id)
+    own = snapshot.indices.get(mapper.encoder_id)
+    if own is None or mapper.form not in ann.FOLDABLE:
+        return None
+    report(f"recall of {mapper_id}", 0, 1)
+    _, ids, queries = _queries(snapshot, mapper.encoder_id)
+    exact = search.top_k(snapshot.features(mapper.encoder_id, CANDIDATES), queries, K + 1, mapper=mapper)
+    tilt = _tilt(snapshot, mapper, exact)
+    tries = [
+        replace(
+            own, n_probes=min(more * own.n_probes, own.n_partitions), oversampling=hits * own.oversampling, tilt=tilt
+        )
+        for more, hits in MORE_FOR_A_MAPPER
+    ]
+    # The most is tried first: it says whether anything else need be.
+    recall, index = _recall_of(snapshot, tries[-1], ids, queries, exact, mapper), tries[-1]
+    if used := recall >= RECALL_WANTED:
+        for number, index in enumerate(tries):
+            report(f"recall of {mapper_id}", number, len(tries))
+            recall = _recall_of(snapshot, index, ids, queries, exact, mapper)
+            if recall >= RECALL_WANTED:
+                break
+    report(f"recall of {mapper_id}", len(tries), len(tries))
+    row = {
+        "mapper_id": mapper_id,
+        "encoder_id": mapper.encoder_id,
+        "used": used,
+        "n_probes": index.n_probes,
+        "oversampling": index.oversampling,
+        "tilt": tilt,
+        "recall": recall,
+        "n_queries": len(queries),
+        "images_version": snapshot.version,
+        "created_at": datetime.now(UTC),
+    }
+    db.upsert("mapper_searches", [row], on="mapper_id")
+    return row
+
+
+def measure_missing(db: Database, report: Report = lambda stage, done, total: None) -> None:
+    """Measure the mappers of indexed encoders that are not measured: the job that should have was killed."""
+    done = set(db.snapshot.tables["mapper_searches"].to_table(columns=["mapper_id"])["mapper_id"].to_pylist())
+    for encoder_id in db.snapshot.indices:
+        for mapper_id in mapper_ids(db.snapshot, encoder_id):
+            if mapper_id not in done:
+                measure_mapper(db, mapper_id, report)
+
+
+def mapper_ids(snapshot: Snapshot, encoder_id: str) -> list[str]:
+    """Of the encoder's mappers that can be folded."""
+    forms = ", ".join(map(literal, ann.FOLDABLE))
+    where = f"encoder_id = {literal(encoder_id)} AND form IN ({forms})"
+    return sorted(snapshot.tables["mappers"].to_table(columns=["mapper_id"], filter=where)["mapper_id"].to_pylist())
+
+
+def _tilt(snapshot: Snapshot, mapper: Mapper, exact: search.Hits) -> np.ndarray:
+    """(dimension,) float32: t g, where n(x) is nearly a + g . x, and t is the mean similarity of the K-th candidates."""
+    images = snapshot.tables["images"]
+    n_rows = _n_features(snapshot, mapper.encoder_id)
+    x = _some_features(images, mapper.encoder_id, N_FITTED, n_rows).astype(np.float64)
+    n = mapper.norms(x)
+    centre = x.mean(axis=0)
+    x -= centre
+    square = x.T @ x
+    square[np.diag_indices_from(square)] += RIDGE * np.trace(square) / len(square)
+    g = np.linalg.solve(square, x.T @ (n - n.mean()))
+    t = np.mean([similarity[min(K, len(similarity)) - 1] for similarity in exact.similarity])
+    return (t * g).astype(np.float32)
+
+
+def _recall_of(
+    snapshot: Snapshot,
+    index: ann.Index,
+    ids: np.ndarray,
+    queries: np.ndarray,
+    exact: search.Hits,
+    mapper: Mapper | None = None,
+) -> float:
+    where = snapshot.visible(CANDIDATES)
+    found = ann.top_k(snapshot.tables["images"], index, where, count(snapshot), queries, K + 1, mapper)
+    return _recall(found, exact, ids)
 
 
 _CELLS = pa.schema([("row_id", pa.uint64()), ("partition", pa.uint32())])

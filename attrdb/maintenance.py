@@ -74,11 +74,14 @@ def optimize(
 
 
 def _measure(db: Database, before: dict[str, Any], report: Report) -> None:
-    """Measure the indices again that have taken in many rows."""
+    """Measure the indices again that have taken in many rows, and mappers that are not measured yet."""
     for encoder_id, encoder in before["encoders"].items():
         if encoder["index"]["state"] == "behind":
             [row] = db.snapshot.tables["indices"].to_table(filter=f"encoder_id = {literal(encoder_id)}").to_pylist()
             indexing.measure(db, row, report)
+            for mapper_id in indexing.mapper_ids(db.snapshot, encoder_id):
+                indexing.measure_mapper(db, mapper_id, report)
+    indexing.measure_missing(db, report)
 
 
 def _index(db: Database) -> None:

@@ -70,18 +70,26 @@ class Mapper:
         """F~(x) / |F~(x)| of samples: (n, dimension) in and out, computed in dtype."""
         return self._mapped("sample", features, dtype)
 
+    def norms(self, features: np.ndarray) -> np.ndarray:
+        """(n,): n(x) = |F(x)| of training images, computed in the dtype of the features."""
+        return np.linalg.norm(self._unscaled("exemplar", features, features.dtype.type), axis=1)
+
     def candidates(self, gallery: Iterable[tuple[np.ndarray, np.ndarray]]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """The blocks of a gallery, ids and features, with their features mapped as those of training images."""
         for ids, features in gallery:
             yield ids, self.exemplars(features)
 
     def _mapped(self, side: str, features: np.ndarray, dtype: type) -> np.ndarray:
+        mapped = self._unscaled(side, features, dtype)
+        norms = np.linalg.norm(mapped, axis=1, keepdims=True)
+        if not (np.isfinite(norms) & (norms > 0)).all():
+            raise InvalidValue(f"mapper {self.mapper_id!r} makes a feature that is zero or not finite; train it again")
+        return mapped / norms
+
+    def _unscaled(self, side: str, features: np.ndarray, dtype: type) -> np.ndarray:
         own = {name: self.parameters[f"{side}.{name}"].astype(dtype, copy=False) for name in ARRAYS[self.form]}
         features = features.astype(dtype, copy=False)
         mapped = (features * own["gain"] if self.form == "gain" else features @ own["weight"].T) + own["bias"]
         if self.form == "mlp":
             mapped = mapped + np.maximum(features @ own["up"].T + own["up_bias"], 0) @ own["down"].T
-        norms = np.linalg.norm(mapped, axis=1, keepdims=True)
-        if not (np.isfinite(norms) & (norms > 0)).all():
-            raise InvalidValue(f"mapper {self.mapper_id!r} makes a feature that is zero or not finite; train it again")
-        return mapped / norms
+        return mapped

@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from attrdb.errors import InvalidValue
 
-SCHEMA_VERSION = 4  # every change has a step in upgrades.py
+SCHEMA_VERSION = 5  # every change has a step in upgrades.py
 
 ROLES = ("exemplar", "sample", "pretraining")
 KINDS = ("object", "style", "mixed")
@@ -220,6 +220,23 @@ DICTIONARY = {
             Column("n_rows", WHOLE, "features when its cells were chosen; with many more of them, build it again"),
             Column("device", TEXT, "that it was built on"),
             Column("seconds", NUMBER, "that the build took, without measuring recall"),
+            Column("images_version", WHOLE, "version of images that recall was measured on"),
+            Column("created_at", MOMENT, "when its row was written"),
+        ),
+    ),
+    "mapper_searches": TableSchema(
+        "one row per mapper that was folded into queries of its encoder's index, and how well that answers",
+        (
+            _key("mapper_id", "the mapper"),
+            Column("encoder_id", TEXT, "whose index is asked", required=True),
+            Column("used", pa.bool_(), "whether searches do so; otherwise they compare all candidates", required=True),
+            Column("n_probes", SMALL, "cells that a query looks into", required=True),
+            Column("oversampling", SMALL, "hits an answer that are compared exactly", required=True),
+            Column(
+                "tilt", pa.list_(pa.float32()), "what is taken from the folded query, see attrdb/ann.py", required=True
+            ),
+            Column("recall", NUMBER, "recall@10 against an exact scan, with these settings", required=True),
+            Column("n_queries", SMALL, "that recall was measured with"),
             Column("images_version", WHOLE, "version of images that recall was measured on"),
             Column("created_at", MOMENT, "when its row was written"),
         ),

@@ -6,6 +6,7 @@ import difflib
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
@@ -150,9 +151,36 @@ class Snapshot:
     def indices(self) -> dict[str, ann.Index]:
         """The indices that attrdb built and that are there, by encoder_id; one that was dropped is not asked."""
         with storage(self.path):
-            there = {one.name: one.index_type for one in self.tables["images"].describe_indices()}
-            known = map(ann.Index.of_row, self.tables["indices"].to_table().to_pylist())
-            return {one.encoder_id: one for one in known if there.get(one.name) == one.kind}
+            images = self.tables["images"]
+            there = {one.name: one.index_type for one in images.describe_indices()}
+            columns = ["encoder_id", "kind", "n_partitions", "n_probes", "oversampling"]
+            known = [ann.Index(**row) for row in self.tables["indices"].to_table(columns=columns).to_pylist()]
+            return {
+                one.encoder_id: replace(one, later=ann.uncovered(images, one.encoder_id))
+                for one in known
+                if there.get(one.name) == one.kind
+            }
+
+    def index(self, encoder_id: str, mapper: Mapper | None) -> ann.Index | None:
+        """The index that searches look into, asked as suits the mapper; None where all candidates are compared."""
+        index = self.indices.get(encoder_id)
+        return index if index is None or mapper is None else self._mapper_indices.get(mapper.mapper_id)
+
+    @cached_property
+    def _mapper_indices(self) -> dict[str, ann.Index]:
+        """The indices of mappers that find enough through them, by mapper_id."""
+        with storage(self.path):
+            rows = self.tables["mapper_searches"].to_table(filter="used").to_pylist()
+        return {
+            row["mapper_id"]: replace(
+                self.indices[row["encoder_id"]],
+                n_probes=row["n_probes"],
+                oversampling=row["oversampling"],
+                tilt=np.asarray(row["tilt"], np.float32),
+            )
+            for row in rows
+            if row["encoder_id"] in self.indices
+        }
 
     def encoder_id(self, encoder_id: str | None = None) -> str:
         """The given encoder's id, or the first one's.

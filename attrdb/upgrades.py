@@ -28,7 +28,12 @@ def _to_4(path: Path) -> None:
     create_table(path, "indices")
 
 
-STEPS = {2: _to_2, 3: _to_3, 4: _to_4}
+def _to_5(path: Path) -> None:
+    """How mappers are searched for is kept."""
+    create_table(path, "mapper_searches")
+
+
+STEPS = {2: _to_2, 3: _to_3, 4: _to_4, 5: _to_5}
 BEGAN = {
     "jobs": 2,
     "failures": 2,
@@ -36,6 +41,7 @@ BEGAN = {
     "calibrations": 3,
     "attributions": 4,
     "indices": 4,
+    "mapper_searches": 5,
 }  # the version that made a table, where it was not the first
 
 

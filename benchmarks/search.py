@@ -451,33 +451,59 @@ def _times(data: Data, predicate: str | None = None) -> dict:
 # --- folding ---------------------------------------------------------------------------------------------------------
 
 
-def some_mapper(dimension: int, encoder_id: str, spread_of_norms: float, seed: int = 0) -> Mapper:
-    """An affine mapper near the identity, as trained ones are, with about that std(n) / mean(n) over unit vectors."""
+def some_mapper(x: np.ndarray, encoder_id: str, wanted: float, seed: int = 0) -> Mapper:
+    """An affine mapper with that std(n) / mean(n) over the features x.
+
+    It turns every direction a little, and stretches and moves the 32 in which the features differ most, as trained ones do.
+    """
     rng = np.random.default_rng(seed)
-    scale = spread_of_norms * np.sqrt(2)
-    parameters = {
-        f"{side}.{name}": np.asarray(value, np.float32)
-        for side in ("exemplar", "sample")
-        for name, value in (
-            (
-                "weight",
-                np.eye(dimension) + scale * rng.standard_normal((dimension, dimension)) / np.sqrt(dimension) * 2,
-            ),
-            ("bias", scale * rng.standard_normal(dimension) / np.sqrt(dimension)),
-        )
-    }
-    return Mapper("some", encoder_id, "affine", parameters)
+    dimension = x.shape[1]
+    leading = np.linalg.eigh(np.cov(x[:20_000].T))[1][:, -32:]
+    turned = np.eye(dimension) + 0.3 * rng.standard_normal((dimension, dimension)) / np.sqrt(dimension)
+    stretch, bias = rng.standard_normal((2, 32))
+
+    def of(scale: float) -> Mapper:
+        weight = turned @ (np.eye(dimension) + leading * (scale * stretch) @ leading.T)
+        arrays = {"weight": weight, "bias": scale * leading @ bias / 4}
+        both = {
+            f"{side}.{name}": np.float32(value) for side in ("exemplar", "sample") for name, value in arrays.items()
+        }
+        return Mapper("some", encoder_id, "affine", both)
+
+    scale = 0.1
+    for _ in range(20):
+        scale *= wanted / unevenness(of(scale), x[:20_000])
+    return of(scale)
 
 
-def folding(data: Data, mapper: Mapper) -> dict:
-    """The folded search over the encoder's index, beside an index over features that were mapped and stored."""
+def unevenness(mapper: Mapper, x: np.ndarray) -> float:
+    """std(n) / mean(n), with n(x) = |W x + b|."""
+    n = mapper.norms(x)
+    return float(n.std() / n.mean())
+
+
+def folding(data: Data) -> list[dict]:
+    """Mappers folded into queries of the encoder's index, beside indices over features that were mapped and stored."""
     if data.encoder_id not in data.db.snapshot.indices:
         indexing.build(data.db)
-    index = data.db.snapshot.indices[data.encoder_id]
-    truth = rows_of(search.top_k(data.in_memory(), data.queries, 10, mapper=mapper))
-    n = np.linalg.norm(
-        data.x[:20_000] @ mapper.parameters["exemplar.weight"].T + mapper.parameters["exemplar.bias"], axis=1
-    )
+    return [_folding(data, some_mapper(data.x, data.encoder_id, wanted)) for wanted in (0.03, 0.1, 0.2)]
+
+
+def _folding(data: Data, mapper: Mapper) -> dict:
+    truth = rows_of(search.top_k(data.in_memory(), data.queries[:256], 10, mapper=mapper))
+    data.db.upsert("mappers", [mapper.row() | {"trained_on": "both"}], on="mapper_id")
+    data.db.refresh()
+    measuring = seconds(lambda: indexing.measure_mapper(data.db, mapper.mapper_id))
+    data.db.refresh()
+    snapshot = data.db.snapshot
+    columns = ["used", "n_probes", "oversampling", "recall"]
+    [row] = snapshot.tables["mapper_searches"].to_table(columns=columns).to_pylist()
+
+    def folded(queries: np.ndarray) -> np.ndarray:
+        return rows_of(attribution.nearest(snapshot, data.encoder_id, queries, 10, mapper=mapper))
+
+    found = {"norms": unevenness(mapper, data.x), "folded": row | {"measuring_seconds": measuring}}
+    found["folded"] |= timed(folded, data.queries[:256], truth, 50)
     folder = Path(tempfile.mkdtemp(dir=data.db.path.parent))
     mapped_db = attrdb.create(folder / "mapped.attrdb")
     column = mapped_db.add_encoder(f"mapped:{data.x.shape[1]}", data.x.shape[1], {}, "none")
@@ -487,41 +513,21 @@ def folding(data: Data, mapper: Mapper) -> dict:
         clustered.append(mapped_db, iter([block]), column, start)
     storing = time.perf_counter() - started
     built = indexing.build(mapped_db)
-    own = mapped_db.snapshot.indices[column]
-    mapped_images = mapped_db.snapshot.tables["images"]
+    mapped_db.refresh()
+    mapped = mapped_db.snapshot
 
     def by_column(queries: np.ndarray) -> np.ndarray:
-        asked = mapper.samples(queries)
-        return rows_of(ann.top_k(mapped_images, own, EVERYONE, len(data.x), asked, 10))
+        return rows_of(attribution.nearest(mapped, column, mapper.samples(queries), 10))
 
-    found = {
-        "norms": float(n.std() / n.mean()),
-        "column": {
-            "storing_seconds": storing,
-            "build_seconds": built["seconds"],
-            "bytes": 4 * data.x.size,
-            "n_probes": own.n_probes,
-            "oversampling": own.oversampling,
-            **timed(by_column, data.queries[:256], truth[:256], 50),
-        },
-        "folded": [],
+    found["column"] = {
+        "storing_seconds": storing,
+        "build_seconds": built["seconds"],
+        "bytes": 4 * data.x.size + index_bytes(Data(mapped_db, data.x, data.queries, data.of_query)),
+        **{name: built[name] for name in ("n_probes", "oversampling")},
+        **timed(by_column, data.queries[:256], truth, 50),
     }
-    usual = ann.FOLDED
-    for more in (1, 2, 4, 8):
-        ann.FOLDED = more
-
-        def folded(queries: np.ndarray) -> np.ndarray:
-            return rows_of(ann.top_k(data.images, index, EVERYONE, len(data.x), queries, 10, mapper))
-
-        found["folded"].append(
-            {
-                "hits_an_answer": index.oversampling * more,
-                "n_probes": index.n_probes,
-                **timed(folded, data.queries[:256], truth[:256], 50),
-            }
-        )
-    ann.FOLDED = usual
     shutil.rmtree(folder)
+    click.echo(json.dumps(found), err=True)
     return found
 
 
@@ -529,43 +535,36 @@ def folding(data: Data, mapper: Mapper) -> dict:
 
 
 def real(path: Path) -> list[dict]:
-    """Every encoder of a database: its index, and its affine mappers folded into the query, asked by its samples."""
+    """Every encoder of a database: its index, and what its mappers find through it, asked by its samples.
+
+    A mapper's row besides: recall with its tilt and without, at the third of the settings that are tried for mappers.
+    """
     db = attrdb.open(path)
     found = []
     for encoder_id in db.encoders:
         row = indexing.build(db, encoder_id)
         snapshot = db.snapshot
+        told = ("encoder_id", "kind", "n_rows", "n_partitions", "n_probes", "oversampling", "recall", "seconds")
+        found.append({**{name: row[name] for name in told}, "mappers": []})
+        measured = snapshot.tables["mapper_searches"].to_table(filter=f"encoder_id = '{encoder_id}'").to_pylist()
+        x = np.concatenate([block for _, block in snapshot.features(encoder_id, EVERYONE)])
         _, own, queries = indexing._queries(snapshot, encoder_id)
-        told = {
-            name: row[name] for name in ("encoder_id", "kind", "n_rows", "n_partitions", "n_probes", "oversampling")
-        }
-        found.append({**told, "recall": row["recall"], "seconds": row["seconds"], "mappers": []})
-        mappers = snapshot.tables["mappers"].to_table(
-            columns=["mapper_id"], filter=f"encoder_id = '{encoder_id}' AND form = 'affine'"
-        )
-        for mapper_id in sorted(mappers["mapper_id"].to_pylist()):
-            mapper = snapshot.mapper(mapper_id)
+        for one in sorted(measured, key=lambda one: one["mapper_id"]):
+            mapper = snapshot.mapper(one["mapper_id"])
             exact = search.top_k(snapshot.features(encoder_id, EVERYONE), queries, 11, mapper=mapper)
-            blocks = [x for _, x in snapshot.features(encoder_id, EVERYONE)]
-            norms = np.concatenate(
-                [
-                    np.linalg.norm(
-                        x @ mapper.parameters["exemplar.weight"].T + mapper.parameters["exemplar.bias"], axis=1
-                    )
-                    for x in blocks
-                ]
-            )
+            cells, hits = indexing.MORE_FOR_A_MAPPER[2]
             recalls = {}
-            usual = ann.FOLDED
-            for more in (1, 2, 4, 8):
-                ann.FOLDED = more
-                n = attribution.count(snapshot)
-                index = snapshot.indices[encoder_id]
-                hits = ann.top_k(snapshot.tables["images"], index, EVERYONE, n, queries, 11, mapper)
-                recalls[more] = indexing._recall(hits, exact, own)
-            ann.FOLDED = usual
+            for name, tilt in (("plain", None), ("tilted", np.asarray(one["tilt"], np.float32))):
+                index = dataclasses.replace(
+                    snapshot.indices[encoder_id],
+                    n_probes=min(cells * row["n_probes"], row["n_partitions"]),
+                    oversampling=hits * row["oversampling"],
+                    tilt=tilt,
+                )
+                recalls[name] = indexing._recall_of(snapshot, index, own, queries, exact, mapper)
+            told = ("mapper_id", "used", "n_probes", "oversampling", "recall")
             found[-1]["mappers"].append(
-                {"mapper_id": mapper_id, "norms": float(norms.std() / norms.mean()), "recall": recalls}
+                {**{name: one[name] for name in told}, "norms": unevenness(mapper, x), "recall_at_the_third": recalls}
             )
             click.echo(json.dumps(found[-1]["mappers"][-1]), err=True)
     return found
@@ -621,7 +620,7 @@ def main(
                 "later": lambda: later(work, rows, dimension),
                 "predicates": lambda: predicates(work, rows, dimension),
                 "real": lambda: real(database),
-                "folding": lambda: folding(data, some_mapper(dimension, data.encoder_id, 0.1)),
+                "folding": lambda: folding(data),
             }
             head = {"machine": describe(*packages), "limits": limits()}
             name = part if part in ("growth", "real") else f"{part} {rows}"

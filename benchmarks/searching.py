@@ -88,7 +88,12 @@ def real(found: list[dict], sizes: dict, limits: dict) -> str:
         for one in found
     ]
     mappers = [
-        [mapper["mapper_id"], f"{mapper['norms']:.3f}", *(f"{value:.3f}" for value in mapper["recall"].values())]
+        [
+            mapper["mapper_id"],
+            f"{mapper['norms']:.3f}",
+            *(f"{mapper['recall_at_the_third'][way]:.3f}" for way in ("plain", "tilted")),
+            *_settings(mapper),
+        ]
         for one in found
         for mapper in one["mappers"]
     ]
@@ -96,20 +101,38 @@ def real(found: list[dict], sizes: dict, limits: dict) -> str:
         "### Indices of IconAbC's features\n\nBuilt with what attrdb chooses by itself; recall@10 against an exact search, "
         "of 200 samples.\n\n"
         + table(["features", "kind", "rows", "build, s", "cells looked into", "hits an answer", "recall@10"], indices)
-        + "\nTheir affine mappers, folded into the query: spread of n(x), and recall@10 with so many times as many hits.\n\n"
-        + table(["mapper", "std(n) / mean(n)", "1", "2", "4 (default)", "8"], mappers)
+        + "\nTheir mappers, folded into the query: how uneven n(x) is; recall@10 with twice the cells and four times the "
+        "hits of the encoder, without and with what is taken from the query for n(x); what attrdb chose.\n\n"
+        + table(
+            ["mapper", "std(n) / mean(n)", "without", "with", "chosen: cells", "hits an answer", "recall@10"], mappers
+        )
     )
 
 
-def folding(found: dict, sizes: dict, limits: dict) -> str:
-    column = found["column"]
-    rows = [["a column of mapped features, with an index of its own", f"{column['oversampling']}", *_asked(column)]]
-    rows += [["folded into the query", str(one["hits_an_answer"]), *_asked(one)] for one in found["folded"]]
+def _settings(measured: dict) -> list[str]:
+    """Of a mapper's search: cells, hits, and recall."""
+    if not measured["used"]:
+        return ["exact", "", f"({measured['recall']:.3f} by index)"]
+    return [f"{measured['n_probes']:,}", str(measured["oversampling"]), f"{measured['recall']:.3f}"]
+
+
+def folding(found: list[dict], sizes: dict, limits: dict) -> str:
+    rows = []
+    for one in found:
+        column, folded = one["column"], one["folded"]
+        takes = f"{column['storing_seconds'] + column['build_seconds']:.0f} s, {column['bytes'] / 2**20:,.0f} MiB"
+        cells = [[f"{way['n_probes']:,}", str(way["oversampling"])] for way in (column, folded)]
+        rows.append([f"{one['norms']:.3f}", "a column of its own", takes, *cells[0], *_asked(column)])
+        measuring = f"{folded['measuring_seconds']:.0f} s"
+        how = "folded into the query" if folded["used"] else "all candidates compared"
+        rows.append(["", how, measuring, *(cells[1] if folded["used"] else ["", ""]), *_asked(folded)])
     return (
-        f"### A mapper, folded or materialised, {sizes['rows']:,} x {sizes['dimension']}\n\nstd(n) / mean(n) is "
-        f"{found['norms']:.3f}. The column took {column['storing_seconds']:.1f} s to map and store, "
-        f"{column['build_seconds']:.1f} s to index, and {column['bytes'] / 2**20:,.0f} MiB, for each mapper.\n\n"
-        + table(["what", "hits an answer", "recall@10", "alone, ms", "of 256, ms"], rows)
+        f"### Mappers, folded or materialised, {sizes['rows']:,} x {sizes['dimension']}\n\nA column of mapped features has "
+        "to be stored and indexed for each mapper; a folded one is measured once. Both are asked with what attrdb chose.\n\n"
+        + table(
+            ["std(n) / mean(n)", "what", "takes", "cells", "hits an answer", "recall@10", "alone, ms", "of 256, ms"],
+            rows,
+        )
     )
 
 

@@ -1,5 +1,6 @@
 """Indices: built, asked, kept and reported; and what they answer beside an exact search."""
 
+import dataclasses
 import json
 
 import lance
@@ -217,21 +218,131 @@ def test_a_mapper_is_folded_into_the_query(indexed):
         atol=1e-6,
     )
     np.testing.assert_allclose(ann.folded(queries, mapper), unit(q), atol=1e-5)
-    found = ann.top_k(
-        indexed.snapshot.tables["images"], indexed.snapshot.indices["points_16"], "true", N, queries, 10, mapper
+    tilt = np.linspace(-1, 1, D, dtype=np.float32)
+    np.testing.assert_allclose(ann.folded(queries, mapper, tilt), unit(q - tilt), atol=1e-5)
+
+
+def stored(db, mapper):
+    db.upsert("mappers", [mapper.row() | {"trained_on": "both"}], on="mapper_id")
+    db.refresh()
+    return db.snapshot.mapper(mapper.mapper_id)
+
+
+def test_the_tilt_of_a_query_is_the_slope_of_the_mapped_lengths(indexed):
+    """A mapper whose n(x) is a plane over unit features, but for its square: W = I, and a bias that is not small."""
+    mapper = stored(
+        indexed,
+        dataclasses.replace(
+            affine(scale=0.0),
+            parameters=affine(scale=0.0).parameters | {"exemplar.bias": np.linspace(0, 0.5, D, dtype=np.float32)},
+        ),
     )
-    exact = search.top_k(indexed.snapshot.features("points_16", "true"), queries, 10, mapper=mapper)
-    shares = [len({*a} & {*b}) / 10 for a, b in zip(found.ids, exact.ids, strict=True)]
-    assert np.mean(shares) > 0.95
-
-
-def test_with_a_mapper_all_candidates_are_compared(indexed, monkeypatch):
-    monkeypatch.setattr(ann, "top_k", None)
-    hits = attribution.nearest(indexed.snapshot, "points_16", clustered(2, 5), 3, mapper=affine())
+    x = np.concatenate([features for _, features in indexed.snapshot.features("points_16", "true")])
     exact = search.top_k(
-        indexed.snapshot.features("points_16", attribution.CANDIDATES), clustered(2, 5), 3, mapper=affine()
+        indexed.snapshot.features("points_16", attribution.CANDIDATES), clustered(40, 5), 11, mapper=mapper
+    )
+    tilt = indexing._tilt(indexed.snapshot, mapper, exact)
+    t = np.mean([similarity[9] for similarity in exact.similarity])
+    n = mapper.norms(x)
+    left = n - x @ (tilt / t)
+    assert left.std() < 0.1 * n.std()
+
+
+@pytest.mark.parametrize("form", ["affine", "gain"])
+def test_a_mapper_is_searched_by_index_once_that_is_measured(indexed, monkeypatch, form):
+    mapper = affine()
+    if form == "gain":
+        parameters = {
+            f"{side}.{name}": np.linspace(0.8, low, D, dtype=np.float32)
+            for side in ("exemplar", "sample")
+            for name, low in (("gain", 1.2), ("bias", 0.9))
+        }
+        mapper = dataclasses.replace(mapper, form="gain", parameters=parameters)
+    mapper = stored(indexed, mapper)
+    queries = clustered(40, 5)
+    asked = []
+    ask = ann.top_k
+    monkeypatch.setattr(ann, "top_k", lambda *args: asked.append(1) or ask(*args))
+
+    def nearest(exact=False):
+        return attribution.nearest(indexed.snapshot, "points_16", queries, 10, mapper=mapper, exact=exact)
+
+    exact = nearest(exact=True)
+    assert [list(ids) for ids in nearest().ids] == [list(ids) for ids in exact.ids]
+    assert asked == [], "not measured yet: all candidates are compared"
+    indexing.measure_missing(indexed)
+    [row] = indexed.sql("SELECT * FROM mapper_searches").to_pylist()
+    assert (row["mapper_id"], row["used"], row["n_queries"]) == ("some", True, 60)
+    assert row["recall"] >= indexing.RECALL_WANTED
+    asked.clear()
+    indexed.refresh()
+    found = nearest()
+    assert asked == [1]
+    shares = [len({*a} & {*b}) / 10 for a, b in zip(found.ids, exact.ids, strict=True)]
+    assert np.mean(shares) >= 0.95
+    assert indexed.status()["mappers"][0]["recall"] == row["recall"]
+    said = CliRunner().invoke(main, ["status", str(indexed.path)]).stdout
+    assert f"mapper some: {form}, on points_16, of both; searched by index, recall@10" in said
+    # with other cells it is measured again
+    done = CliRunner().invoke(main, ["index", str(indexed.path), "--quiet"])
+    assert "mapper some: searched by index, recall@10" in done.stderr
+    indexed.refresh()
+    again = indexed.sql("SELECT created_at, used FROM mapper_searches").to_pylist()
+    assert (again[0]["used"], again[0]["created_at"] > row["created_at"]) == (True, True)
+
+
+def test_a_mapper_that_the_index_does_not_serve_is_searched_exactly(indexed, monkeypatch):
+    monkeypatch.setattr(indexing, "MORE_FOR_A_MAPPER", ((1, 1),))
+    rng = np.random.default_rng(1)
+    wild = {
+        name: value + 3 * rng.standard_normal(value.shape).astype(np.float32)
+        for name, value in affine().parameters.items()
+    }
+    mapper = stored(indexed, dataclasses.replace(affine(), parameters=wild))
+    row = indexing.measure_mapper(indexed, "some")
+    assert row["recall"] < indexing.RECALL_WANTED
+    assert not row["used"]
+    monkeypatch.setattr(ann, "top_k", None)
+    hits = attribution.nearest(indexed.snapshot, "points_16", clustered(2, 5), 3, mapper=mapper)
+    exact = search.top_k(
+        indexed.snapshot.features("points_16", attribution.CANDIDATES), clustered(2, 5), 3, mapper=mapper
     )
     assert [list(ids) for ids in hits.ids] == [list(ids) for ids in exact.ids]
+    said = CliRunner().invoke(main, ["status", str(indexed.path)]).stdout
+    assert "mapper some: affine, on points_16, of both; searched exactly, its index finds 0." in said
+
+
+def test_what_cannot_be_folded_is_not_measured(toy, indexed):
+    mapper = affine()
+    parameters = mapper.parameters | {
+        f"{side}.{name}": np.ones(shape, np.float32)
+        for side in ("exemplar", "sample")
+        for name, shape in (("up", (3, D)), ("up_bias", 3), ("down", (D, 3)))
+    }
+    stored(indexed, dataclasses.replace(mapper, form="mlp", parameters=parameters))
+    assert indexing.measure_mapper(indexed, "some") is None
+    two = {name: np.ones((2, 2) if name.endswith("weight") else 2, np.float32) for name in mapper.parameters}
+    stored(toy, dataclasses.replace(mapper, encoder_id="toy_2", parameters=two))
+    assert indexing.measure_mapper(toy, "some") is None  # without an index
+
+
+def test_rows_after_the_index_are_compared_for_all_queries_together(indexed):
+    mapper = stored(indexed, affine())
+    indexing.measure_missing(indexed)
+    indexed.append_images(images("later", clustered(500, 31)))
+    snapshot = indexed.snapshot
+    assert len(snapshot.indices["points_16"].later) == 1
+    queries = clustered(50, 5)
+    for one in (None, mapper):
+        found, exact = (
+            attribution.nearest(snapshot, "points_16", queries, 10, mapper=one, exact=way) for way in (False, True)
+        )
+        shares = [len({*a} & {*b}) / 10 for a, b in zip(found.ids, exact.ids, strict=True)]
+        assert np.mean(shares) >= 0.95
+        for ids, best in zip(found.ids, exact.ids, strict=True):
+            assert {name for name in best if name.startswith("later")} <= {*ids}
+    maintenance.optimize(indexed)
+    assert indexed.snapshot.indices["points_16"].later == ()
 
 
 def test_rows_that_come_and_go_are_honoured_at_once(indexed):

@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from attrdb import jobs
+from attrdb import indexing, jobs
 from attrdb.database import Database
 from attrdb.errors import InvalidValue
 from attrdb.ingest.views import VIEWS
@@ -118,6 +118,7 @@ def train(
             job.mkdir(parents=True, exist_ok=True)
             _check_same(job, mapper_id, record)
             result = _trained(db, encoder_id, settings, mapper_id, record, job, report)
+            indexing.measure_mapper(db, mapper_id)
         shutil.rmtree(job, ignore_errors=True)
     return result
 

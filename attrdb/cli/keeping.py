@@ -45,7 +45,8 @@ def status(db: Path, at: str | None, as_json: bool) -> None:
         click.echo(f"  encoder {name}: {encoder['dimension']}-d, {done}; {_searched(encoder['index'])}")
     for mapper in found["mappers"]:
         click.echo(
-            f"  mapper {mapper['mapper_id']}: {mapper['form']}, on {mapper['encoder_id']}, of {mapper['trained_on']}"
+            f"  mapper {mapper['mapper_id']}: {mapper['form']}, on {mapper['encoder_id']}, of {mapper['trained_on']}; "
+            f"{_searched_with(mapper)}"
         )
     for one in found["calibrations"]:
         of = f"mapper {one['mapper_id']}" if one["mapper_id"] else f"encoder {one['encoder_id']}"
@@ -73,6 +74,15 @@ def _searched(index: dict[str, Any]) -> str:
     said = f"recall@10 {index['recall']:.3f} on {index['n_queries']} {index['queries']}"
     cells = f"{index['n_probes']:,} of {index['n_partitions']:,} cells"
     return f"searched by index, {said}, {cells}{BEHIND.get(state, '')}"
+
+
+def _searched_with(mapper: dict[str, Any]) -> str:
+    """How features are searched with a mapper, in words."""
+    if mapper["recall"] is None:
+        return "searched exactly"
+    if not mapper["by_index"]:
+        return f"searched exactly, its index finds {mapper['recall']:.2f} of the exact first 10"
+    return f"searched by index, recall@10 {mapper['recall']:.3f}"
 
 
 def _print_upkeep(found: dict[str, Any], indent: str) -> None:
@@ -118,8 +128,8 @@ def optimize(db: Path, drop_older_than: int | None, quiet: bool) -> None:
 def index(db: Path, encoder_id: str | None, device: str, quiet: bool) -> None:
     """Build the index of an encoder's features, and measure its recall against an exact search.
 
-    Searches without a mapper look into it from then on; images that come later are found too, and are taken into it by
-    `optimize`.
+    Searches look into it from then on, those with a mapper if enough is found through it; images that come later are found
+    too, and are taken into it by `optimize`.
     """
     from attrdb import indexing, search
     from attrdb.output import progress
@@ -137,6 +147,10 @@ def index(db: Path, encoder_id: str | None, device: str, quiet: bool) -> None:
     asked = f"looking into {row['n_probes']:,} of {row['n_partitions']:,} cells, {row['oversampling']} hits an answer"
     measured = f"recall@10 {row['recall']:.3f} on {row['n_queries']} {row['queries']}"
     click.echo(f"built in {row['seconds']:.1f} s; {measured}, {asked}", err=True)
+    database.refresh()
+    mappers = "SELECT mapper_id, used AS by_index, recall FROM mapper_searches WHERE encoder_id = $id ORDER BY mapper_id"
+    for mapper in database.sql(mappers, {"id": what.encoder_id}).to_pylist():
+        click.echo(f"mapper {mapper['mapper_id']}: {_searched_with(mapper)}", err=True)
 
 
 @click.command()
