@@ -13,6 +13,7 @@ import math
 import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import Any
 
 import lance
 import numpy as np
@@ -33,8 +34,9 @@ FOLDABLE = ("affine", "gain")  # forms of mappers
 class Index:
     """An index that attrdb built, and how it is asked; see the tables `indices` and `mapper_searches`.
 
-    later: the fragments of images that it does not cover
-    tilt:  (dimension,) float32, of a mapper: t g, which is taken from its folded query
+    later:    the fragments of images that it does not cover: they came after it, or their features did
+    filtered: whether all other indices of images cover what it covers
+    tilt:     (dimension,) float32, of a mapper: t g, which is taken from its folded query
     """
 
     encoder_id: str
@@ -43,6 +45,7 @@ class Index:
     n_probes: int
     oversampling: int
     later: tuple[int, ...] = ()
+    filtered: bool = False
     tilt: np.ndarray | None = field(default=None, compare=False)
 
     @property
@@ -60,11 +63,15 @@ def n_hits(index: Index, k: int) -> int:
     return max(k, FEW) * index.oversampling
 
 
-def uncovered(images: lance.LanceDataset, encoder_id: str) -> tuple[int, ...]:
-    """Fragments of images that the encoder's index does not cover: they came later, or their features did."""
-    segments = [one.segments for one in images.describe_indices() if one.name == index_name(encoder_id)]
-    covered = {fragment_id for one in segments for segment in one for fragment_id in segment.fragment_ids}
-    return tuple(sorted({one.fragment_id for one in images.get_fragments()} - covered))
+def coverage(images: lance.LanceDataset, encoder_id: str) -> dict[str, Any]:
+    """`later` and `filtered` of the encoder's index."""
+    covered = {
+        one.name: {fragment_id for segment in one.segments for fragment_id in segment.fragment_ids}
+        for one in images.describe_indices()
+    }
+    there = {one.fragment_id for one in images.get_fragments()}
+    own = covered[index_name(encoder_id)] & there
+    return {"later": tuple(sorted(there - own)), "filtered": all(own <= one for one in covered.values())}
 
 
 def folded(queries: np.ndarray, mapper: Mapper | None, tilt: np.ndarray | None = None) -> np.ndarray:
@@ -124,12 +131,16 @@ def _by_index(
     def of_part(part: slice) -> search.Hits:
         query, candidate, ids, features = _hits(images, index, where, asked[part], wanted, n_probes)
         exact = search.exact_similarity(features, queries[part], candidate, query, mapper)
+        if len(asked[part]) == 1:  # an Arrow sort takes longer than it
+            names = ids.to_pylist()
+            first = sorted(range(len(names)), key=lambda place: (-exact[place], names[place]))[:k]
+            return search.Hits([ids.take(pa.array(first, pa.int64())).to_numpy(False)], [exact[first]])
         best = search.Best(len(asked[part]), k)
         best.add(query, exact, ids.take(pa.array(candidate)))
         return best.hits()
 
     # Lance keeps one core busy with a search, of however many queries.
-    n_cores = os.cpu_count() or 1
+    n_cores = max(1, min(os.cpu_count() or 1, FETCHED // wanted))
     together = max(1, min(FETCHED // wanted // n_cores, math.ceil(len(queries) / n_cores)))
     parts = [slice(first, first + together) for first in range(0, len(queries), together)]
     if len(parts) == 1:
@@ -152,7 +163,9 @@ def _hits(
         columns=[*(described if alone else []), "_distance"],
         filter=where,
         prefilter=True,
-        fast_search=True,  # what the index covers
+        # Leaves out what the index does not cover, and what another index that Lance filters by does not.
+        fast_search=bool(index.later),
+        use_scalar_index=index.filtered or not index.later,
         with_row_id=True,
         nearest={
             "column": index.encoder_id,
@@ -177,7 +190,10 @@ def _hits(
         for at in range(0, len(rows), ROWS_A_READ)
     ]
     read = pa.concat_tables(parts).sort_by("_rowid")
-    return found["query_index"].to_numpy().astype(np.int64), candidate, *_described(read, index.encoder_id)
+    query = found["query_index"].to_numpy().astype(np.int64)
+    # An index in several segments may give a row twice.
+    _, once = np.unique(query * len(rows) + candidate, return_index=True)
+    return query[once], candidate[once], *_described(read, index.encoder_id)
 
 
 def _described(rows: pa.Table, encoder_id: str) -> tuple[pa.Array, np.ndarray]:

@@ -18,6 +18,8 @@ CANDIDATES = "role <> 'sample'"
 DEFAULT_K = 10  # a smaller gallery than this answers with all it has; asked for more than it has, it refuses
 FIRST_WIDTH = 256  # candidates that are looked at before it is known how many have influence
 WIDEST = 65_536  # candidates that are kept of a query before its answer is called incomplete
+HIT = 8  # times what a candidate takes in a scan, which reads one after the other
+TOGETHER = 128  # queries whose products with a candidate take as long as reading it
 HITS_A_PASS = 4 << 20  # of all queries that are searched for together
 FEW = 20_000  # candidates of which all are compared, whether there is an index or not
 
@@ -69,8 +71,7 @@ def nearest(
     where = _where(candidates)
     index = None if exact else snapshot.index(encoder_id, mapper)
     n_candidates = count(snapshot, candidates) if index else 0
-    # So many hits that an exact scan takes no longer are not looked for in cells.
-    if index is None or n_candidates <= max(FEW, k) or ann.n_hits(index, k) > ann.FETCHED:
+    if index is None or n_candidates <= max(FEW, k) or not _worthwhile(index, n_candidates, len(queries), k):
         return search.top_k(snapshot.features(encoder_id, where), queries, k, mapper=mapper)
     with storage(snapshot.path):
         visible = snapshot.visible(where)
@@ -81,6 +82,12 @@ def nearest(
         for query, ids, similarity in zip(short, whole.ids, whole.similarity, strict=True):
             found.ids[query], found.similarity[query] = ids, similarity
     return found
+
+
+def _worthwhile(index: ann.Index, n_candidates: int, n_queries: int, k: int) -> bool:
+    """Whether looking for hits takes less than comparing all candidates, whose reading many queries share."""
+    hits = ann.n_hits(index, k)
+    return hits <= ann.FETCHED and n_queries * hits * HIT < n_candidates * (1 + n_queries / TOGETHER)
 
 
 def count(snapshot: Snapshot, candidates: str | None = None) -> int:

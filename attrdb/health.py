@@ -14,7 +14,7 @@ import lance
 import numpy as np
 import pyarrow as pa
 
-from attrdb import ann, queries, search, sql
+from attrdb import ann, attribution, queries, search, sql
 from attrdb.leases import holder
 from attrdb.locks import alive
 from attrdb.schema import SCHEMA_VERSION, feature_columns, feature_matrix
@@ -61,7 +61,7 @@ def status(snapshot: Snapshot) -> dict[str, Any]:
             "models_by_kind": {row["kind"]: row["n"] for row in kinds},
             "unfinished_models": list(snapshot.hidden_models),
             "encoders": {name: _encoder(snapshot, name, n_images) for name in snapshot.encoders},
-            "mappers": mappers,
+            "mappers": [_mapper(snapshot, row) for row in mappers],
             "calibrations": calibrations,
             "indices": [_index(snapshot.tables["images"], one) for one in _indices(snapshot)],
             "tables": {name: _table(snapshot, name) for name in snapshot.tables},
@@ -112,6 +112,11 @@ def _encoder(snapshot: Snapshot, encoder_id: str, n_images: int) -> dict[str, An
 
 def _indices(snapshot: Snapshot) -> list:
     return sorted(snapshot.tables["images"].describe_indices(), key=lambda one: one.name)
+
+
+def _mapper(snapshot: Snapshot, row: dict[str, Any]) -> dict[str, Any]:
+    """A mapper's row, with by_index: whether searches with it look into its encoder's index; None where that is not known."""
+    return row if row["encoder_id"] in snapshot.indices else row | {"by_index": None, "recall": None}
 
 
 def _index(images: lance.LanceDataset, one: Any) -> dict[str, Any]:
@@ -280,7 +285,8 @@ def _recall(snapshot: Snapshot, encoder_id: str, chosen: np.ndarray) -> float:
     if not len(features):
         return 1.0
     queries = feature_matrix(features)
-    exact = search.top_k(search.stream(images, encoder_id, "true"), queries, 10).similarity
-    found = ann.top_k(images, snapshot.indices[encoder_id], "true", images.count_rows(), queries, 10).similarity
+    where = snapshot.visible(attribution.CANDIDATES)
+    exact = search.top_k(search.stream(images, encoder_id, where), queries, 10).similarity
+    found = ann.top_k(images, snapshot.indices[encoder_id], where, images.count_rows(), queries, 10).similarity
     shares = [np.count_nonzero(ours >= best[-1]) / len(best) for ours, best in zip(found, exact, strict=True)]
     return float(np.mean(np.minimum(shares, 1)))

@@ -11,9 +11,11 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import lance
 import numpy as np
@@ -24,12 +26,14 @@ from attrdb import ann, search
 from attrdb.attribution import CANDIDATES, FEW, count
 from attrdb.cells import nearest_centroids, train_centroids
 from attrdb.database import Database
-from attrdb.errors import InvalidValue, StorageError
+from attrdb.errors import Busy, InvalidValue, StorageError
 from attrdb.locks import alone
 from attrdb.mapper import Mapper
 from attrdb.schema import feature_matrix
 from attrdb.snapshot import Snapshot, literal, storage
 
+SCALAR_INDICES = {"role": "BITMAP", "image_id": "BTREE", "model_id": "BTREE"}
+ALL_SEGMENTS = 10_000
 MIN_ROWS = FEW  # up to there, everything is compared
 BUILDING = ".index-"  # folder, in the database's, of what lies beside an index while it is built
 CELLS = 1.25  # times the square root of the number of features: more cells are quicker to ask and slower to build
@@ -105,6 +109,8 @@ def build(
         db.commit(lambda: None)  # refuses a database that is read-only before anything is computed
         what = plan(db.snapshot, encoder_id)
         _check_room(db.path, what)
+        cover_columns(db)  # searches filter by them
+        db.refresh()
         started = time.perf_counter()
         images = db.snapshot.tables["images"]
         report("cells", 0, 1)
@@ -139,6 +145,33 @@ def build(
         return row
 
 
+def cover_columns(db: Database) -> None:
+    """Make the indices of SCALAR_INDICES where they are missing, and let them cover all rows."""
+    images = db.path / "images.lance"
+    present = {one.field_names[0] for one in lance.dataset(str(images)).describe_indices()}
+    for column, kind in SCALAR_INDICES.items():
+        if column not in present:
+            db.commit(
+                lambda column=column, kind=kind: lance.dataset(str(images)).create_scalar_index(
+                    column, kind, replace=False
+                )
+            )
+    for one in lance.dataset(str(images)).describe_indices():
+        if one.field_names[0] in SCALAR_INDICES:
+            cover(db, one)
+
+
+def cover(db: Database, index: Any) -> None:
+    """Let one index, as Lance describes it, cover all rows in one segment."""
+    images = lance.dataset(str(db.path / "images.lance"))
+    if len(index.segments) > 1 or index.num_rows_indexed < images.count_rows():
+        db.commit(
+            lambda: lance.dataset(str(db.path / "images.lance")).optimize.optimize_indices(
+                num_indices_to_merge=ALL_SEGMENTS, index_names=[index.name]
+            )
+        )
+
+
 def measure(db: Database, entry: dict, report: Report = lambda stage, done, total: None) -> dict:
     """Choose how many cells a query looks into and how many hits are compared exactly, and store that with its recall.
 
@@ -150,9 +183,9 @@ def measure(db: Database, entry: dict, report: Report = lambda stage, done, tota
     report("recall", 0, 1)
     exact = search.top_k(snapshot.features(encoder_id, CANDIDATES), queries, K + 1)
     probes = sorted({min(2**power, n_partitions) for power in range(2, n_partitions.bit_length() + 1)})
-    later = ann.uncovered(snapshot.tables["images"], encoder_id)
+    covers = ann.coverage(snapshot.tables["images"], encoder_id)
     tries = [
-        ann.Index(encoder_id, entry["kind"], n_partitions, n_probes, oversampling, later)
+        ann.Index(encoder_id, entry["kind"], n_partitions, n_probes, oversampling, **covers)
         for n_probes in probes
         for oversampling in OVERSAMPLING
     ]
@@ -179,17 +212,23 @@ def measure_mapper(db: Database, mapper_id: str, report: Report = lambda stage, 
     """See what a mapper, folded into the query, finds through its encoder's index, and store how it is asked for that.
 
     The least that finds RECALL_WANTED of the exact first K; where not even the most does, all candidates are compared.
-    returns: the row of `mapper_searches`; None where there is no index, or the mapper's form cannot be folded
+    returns: the row of `mapper_searches`; None where there is no index, or rows that it does not cover yet (`optimize`
+             measures then), or nothing to ask, or a mapper that cannot be folded or is broken
     """
     db.refresh()
     snapshot = db.snapshot
     mapper = snapshot.mapper(mapper_id)
     own = snapshot.indices.get(mapper.encoder_id)
-    if own is None or mapper.form not in ann.FOLDABLE:
+    if own is None or own.later or mapper.form not in ann.FOLDABLE:
         return None
     report(f"recall of {mapper_id}", 0, 1)
     _, ids, queries = _queries(snapshot, mapper.encoder_id)
-    exact = search.top_k(snapshot.features(mapper.encoder_id, CANDIDATES), queries, K + 1, mapper=mapper)
+    try:
+        exact = search.top_k(snapshot.features(mapper.encoder_id, CANDIDATES), queries, K + 1, mapper=mapper)
+    except InvalidValue:  # said when it is searched with
+        return None
+    if not any(map(len, exact.ids)):
+        return None
     tilt = _tilt(snapshot, mapper, exact)
     tries = [
         replace(
@@ -222,6 +261,12 @@ def measure_mapper(db: Database, mapper_id: str, report: Report = lambda stage, 
     return row
 
 
+def measure_trained(db: Database, mapper_id: str) -> None:
+    """`measure_mapper` for a new mapper; left to `optimize` where maintenance runs already."""
+    with suppress(Busy), alone(db.path / ".maintenance.lock", f"{db.path} is being maintained"):
+        measure_mapper(db, mapper_id)
+
+
 def measure_missing(db: Database, report: Report = lambda stage, done, total: None) -> None:
     """Measure the mappers of indexed encoders that are not measured: the job that should have was killed."""
     done = set(db.snapshot.tables["mapper_searches"].to_table(columns=["mapper_id"])["mapper_id"].to_pylist())
@@ -247,9 +292,9 @@ def _tilt(snapshot: Snapshot, mapper: Mapper, exact: search.Hits) -> np.ndarray:
     centre = x.mean(axis=0)
     x -= centre
     square = x.T @ x
-    square[np.diag_indices_from(square)] += RIDGE * np.trace(square) / len(square)
+    square[np.diag_indices_from(square)] += RIDGE * (1 + np.trace(square) / len(square))
     g = np.linalg.solve(square, x.T @ (n - n.mean()))
-    t = np.mean([similarity[min(K, len(similarity)) - 1] for similarity in exact.similarity])
+    t = np.mean([similarity[:K][-1] for similarity in exact.similarity if len(similarity)])
     return (t * g).astype(np.float32)
 
 

@@ -19,8 +19,6 @@ from attrdb.snapshot import literal, storage
 # fragment by fragment, so this also bounds how much of them is in memory.
 FRAGMENT_ROWS = 131_072
 SMALL_ROWS = 4_096  # of a fragment that is always merged
-SCALAR_INDICES = {"role": "BITMAP", "image_id": "BTREE", "model_id": "BTREE"}
-ALL_SEGMENTS = 10_000
 
 Report = Callable[[str, int, int], None]
 
@@ -75,8 +73,9 @@ def optimize(
 
 def _measure(db: Database, before: dict[str, Any], report: Report) -> None:
     """Measure the indices again that have taken in many rows, and mappers that are not measured yet."""
-    for encoder_id, encoder in before["encoders"].items():
-        if encoder["index"]["state"] == "behind":
+    behind = {one["column"] for one in before["indices"] if one["n_unindexed"] > health.BEHIND * before["n_images"]}
+    for encoder_id in db.snapshot.indices:
+        if encoder_id in behind:
             [row] = db.snapshot.tables["indices"].to_table(filter=f"encoder_id = {literal(encoder_id)}").to_pylist()
             indexing.measure(db, row, report)
             for mapper_id in indexing.mapper_ids(db.snapshot, encoder_id):
@@ -85,18 +84,9 @@ def _measure(db: Database, before: dict[str, Any], report: Report) -> None:
 
 
 def _index(db: Database) -> None:
-    images = db.snapshot.tables["images"]
-    present = {one.field_names[0] for one in images.describe_indices()}
-    for column, kind in SCALAR_INDICES.items():
-        if column not in present:
-            db.commit(lambda column=column, kind=kind: _images(db).create_scalar_index(column, kind, replace=False))
+    indexing.cover_columns(db)
     for one in _images(db).describe_indices():
-        if len(one.segments) > 1 or one.num_rows_indexed < images.count_rows():
-            db.commit(
-                lambda name=one.name: _images(db).optimize.optimize_indices(
-                    num_indices_to_merge=ALL_SEGMENTS, index_names=[name]
-                )
-            )
+        indexing.cover(db, one)
 
 
 def _compact(db: Database, name: str) -> None:

@@ -219,7 +219,7 @@ DICTIONARY = {
             Column("queries", TEXT, "what they were: `samples`, or `candidates` where there are no samples"),
             Column("n_rows", WHOLE, "features when its cells were chosen; with many more of them, build it again"),
             Column("device", TEXT, "that it was built on"),
-            Column("seconds", NUMBER, "that the build took, without measuring recall"),
+            Column("seconds", NUMBER, "that dividing and building took, without measuring recall"),
             Column("images_version", WHOLE, "version of images that recall was measured on"),
             Column("created_at", MOMENT, "when its row was written"),
         ),

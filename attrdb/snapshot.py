@@ -24,6 +24,7 @@ from attrdb.influence import DEFAULT_LAM, DEFAULT_TAU
 from attrdb.mapper import Mapper
 from attrdb.schema import SCHEMA_VERSION, TABLES, feature_columns, feature_matrix
 
+COUNTS = 100  # predicates whose counts are remembered
 STAMP = b"attrdb.schema_version"
 
 
@@ -85,6 +86,7 @@ class Snapshot:
         self.tables = tables
         self.lock = Lock()
         self.catalog: Any = None  # what attrdb.sql has made for it
+        self._counts: dict[str, int] = {}
 
     @property
     def version(self) -> int:
@@ -138,9 +140,14 @@ class Snapshot:
             return self.tables["images"].to_table(columns=columns, filter=self.visible(where))
 
     def count(self, where: str) -> int:
-        """How many images a predicate keeps."""
-        with storage(self.path):
-            return self.tables["images"].count_rows(self.visible(where))
+        """How many images a predicate keeps; remembered, since every search through an index asks it."""
+        if where not in self._counts:
+            with storage(self.path):
+                n = self.tables["images"].count_rows(self.visible(where))
+            if len(self._counts) >= COUNTS:
+                self._counts.clear()
+            self._counts[where] = n
+        return self._counts[where]
 
     def features(self, encoder_id: str, where: str) -> Iterator[search.Block]:
         """Ids and features of the encoded images that a predicate keeps, streamed in blocks."""
@@ -156,7 +163,7 @@ class Snapshot:
             columns = ["encoder_id", "kind", "n_partitions", "n_probes", "oversampling"]
             known = [ann.Index(**row) for row in self.tables["indices"].to_table(columns=columns).to_pylist()]
             return {
-                one.encoder_id: replace(one, later=ann.uncovered(images, one.encoder_id))
+                one.encoder_id: replace(one, **ann.coverage(images, one.encoder_id))
                 for one in known
                 if there.get(one.name) == one.kind
             }

@@ -63,6 +63,7 @@ def indexed(built_once, tmp_path, monkeypatch):
     import shutil
 
     monkeypatch.setattr(attribution, "FEW", 100)
+    monkeypatch.setattr(attribution, "HIT", 0.01)
     monkeypatch.setattr(indexing, "MIN_ROWS", 100)
     shutil.copytree(built_once.path, tmp_path / "db")
     return attrdb.open(tmp_path / "db")
@@ -343,6 +344,60 @@ def test_rows_after_the_index_are_compared_for_all_queries_together(indexed):
             assert {name for name in best if name.startswith("later")} <= {*ids}
     maintenance.optimize(indexed)
     assert indexed.snapshot.indices["points_16"].later == ()
+
+
+def test_all_are_compared_where_that_takes_less(indexed, monkeypatch):
+    monkeypatch.undo()
+    index = dataclasses.replace(indexed.snapshot.indices["points_16"], oversampling=4)
+    asked = {(n, k): attribution._worthwhile(index, 1_000_000, n, k) for n in (1, 128, 10_000) for k in (10, 257)}
+    assert asked == {
+        (1, 10): True,
+        (1, 257): True,
+        (128, 10): True,
+        (128, 257): True,
+        (10_000, 10): True,
+        (10_000, 257): False,
+    }
+    assert not attribution._worthwhile(index, 100_000, 128, 257)
+    assert not attribution._worthwhile(index, 10**9, 1, ann.FETCHED)
+
+
+def test_other_indices_may_cover_less_or_more(indexed):
+    """Lance's fast search leaves out what a scalar index does not cover: samples and hidden models must not come through."""
+
+    def right():
+        indexed.refresh()
+        for predicate in (None, "image_id >= 'a'", "model_id IS NULL", "license = 'CC0'"):
+            found, exact = (
+                attribution.nearest(
+                    indexed.snapshot, "points_16", clustered(40, 5), 10, candidates=predicate, exact=way
+                )
+                for way in (False, True)
+            )
+            ids = {name for one in found.ids for name in one}
+            assert not {name for name in ids if name.startswith(("m/s", "n/s", "hidden"))}
+            shares = [len({*a} & {*b}) / 10 for a, b in zip(found.ids, exact.ids, strict=True)]
+            assert np.mean(shares) >= 0.95, predicate
+
+    def more(prefix, role, seed, n=300, **columns):
+        indexed.append_images(images(prefix, clustered(n, seed), role, **columns))
+
+    one = indexed.snapshot.indices["points_16"]
+    assert (one.later, one.filtered) == ((), True)
+    more("late", "pretraining", 41)
+    indexed.append_images(images("hidden", clustered(300, 42), "sample", model_id=["hidden"] * 300))
+    right()  # neither covers them
+    table = lance.dataset(str(indexed.path / "images.lance"))
+    table.optimize.optimize_indices(num_indices_to_merge=10, index_names=["points_16_idx"])
+    right()  # the features' index does, the others do not
+    more("later", "pretraining", 43)
+    indexed.append_images(images("n/s", clustered(300, 44), "sample", model_id=["n"] * 300))
+    indexed.refresh()
+    one = indexed.snapshot.indices["points_16"]
+    assert (len(one.later), one.filtered) == (2, False)
+    right()  # and some come after both
+    maintenance.optimize(indexed)
+    right()
 
 
 def test_rows_that_come_and_go_are_honoured_at_once(indexed):

@@ -11,8 +11,9 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from conftest import rows
+from test_index import filled
 
-from attrdb import maintenance
+from attrdb import indexing, maintenance
 from attrdb.schema import feature_array
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "node"
@@ -88,6 +89,16 @@ def test_node_reads_what_optimize_made_and_leaves_hidden_models_out(toy, search)
     done = search(toy.path, "m/0/1", 7)
     assert done.returncode == 0, done.stderr
     compare(toy, json.loads(done.stdout), "m/0/1", 7)
+
+
+def test_node_reads_a_database_whose_features_are_indexed(search, tmp_path, monkeypatch):
+    monkeypatch.setattr(indexing, "MIN_ROWS", 100)
+    db = filled(tmp_path / "points.attrdb")
+    assert indexing.build(db)["kind"] == "IVF_RQ"
+    db.refresh()
+    done = search(db.path, "m/s00003", 7)
+    assert done.returncode == 0, done.stderr
+    compare(db, json.loads(done.stdout), "m/s00003", 7)
 
 
 def test_node_says_what_is_wrong(toy, search, tmp_path):

@@ -118,8 +118,8 @@ def train(
             job.mkdir(parents=True, exist_ok=True)
             _check_same(job, mapper_id, record)
             result = _trained(db, encoder_id, settings, mapper_id, record, job, report)
-            indexing.measure_mapper(db, mapper_id)
         shutil.rmtree(job, ignore_errors=True)
+    indexing.measure_trained(db, mapper_id)
     return result
 
 

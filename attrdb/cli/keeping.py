@@ -148,7 +148,9 @@ def index(db: Path, encoder_id: str | None, device: str, quiet: bool) -> None:
     measured = f"recall@10 {row['recall']:.3f} on {row['n_queries']} {row['queries']}"
     click.echo(f"built in {row['seconds']:.1f} s; {measured}, {asked}", err=True)
     database.refresh()
-    mappers = "SELECT mapper_id, used AS by_index, recall FROM mapper_searches WHERE encoder_id = $id ORDER BY mapper_id"
+    mappers = (
+        "SELECT mapper_id, used AS by_index, recall FROM mapper_searches WHERE encoder_id = $id ORDER BY mapper_id"
+    )
     for mapper in database.sql(mappers, {"id": what.encoder_id}).to_pylist():
         click.echo(f"mapper {mapper['mapper_id']}: {_searched_with(mapper)}", err=True)
 
