@@ -11,15 +11,21 @@ would not tie. What lies within MARGIN of a decision is computed again in float6
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import cache
+from threading import Lock
 from typing import Any
 
 import lance
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from threadpoolctl import ThreadpoolController
 
 from attrdb.errors import InvalidValue
 from attrdb.mapper import Mapper
@@ -27,13 +33,15 @@ from attrdb.schema import feature_matrix
 
 Block = tuple[pa.Array, np.ndarray]  # image ids (n,) of text, features (n, dimension) float32
 
-BLOCK_ROWS = 8192
+BLOCK_ROWS = 4096
 BLOCK_BYTES = 16 << 20  # of features
 READ_AHEAD = {"batch_readahead": 4, "fragment_readahead": 1, "io_buffer_size": 128 << 20}  # bounds what Lance holds
-QUERIES_A_PRODUCT = 1024  # so that its result, 32 MiB, bounds memory whatever the number of queries
+QUERIES_A_PRODUCT = 1024  # so that its result, 16 MiB a worker, bounds memory whatever the number of queries
 MARGIN = 1e-5  # far above the error of a float32 product of unit vectors of a few thousand elements
 DIGITS = 12
 FEW_QUERIES = 0.25  # share whose scores are copied rather than compared with all others'
+N_CORES = os.cpu_count() or 1
+WORKERS = 8  # at most, since each holds the result of a product
 PAIRS = 4096  # pairs of vectors that are held in float64 at a time
 
 
@@ -126,12 +134,19 @@ def top_k(
     """
     products, exact = _products(queries, mapper, device), _Exact(queries, mapper)
     best = Best(len(queries), k)
-    for block_ids, features in gallery:
+
+    def of_block(block: Block) -> list[tuple[np.ndarray, np.ndarray, pa.Array]]:
+        block_ids, features = block
+        found = []
         for first, scores in products(features):
-            part = slice(first, first + len(scores))
-            query, candidate = scores.at_least(best.needed(scores, part))
+            query, candidate = scores.at_least(best.needed(scores, slice(first, first + len(scores))))
             query += first
-            best.add(query, exact(features, candidate, query), block_ids.take(pa.array(candidate)))
+            found.append((query, exact(features, candidate, query), block_ids.take(pa.array(candidate))))
+        return found
+
+    for found in products.worked(of_block, gallery):
+        for one in found:
+            best.add(*one)
     return best.hits()
 
 
@@ -203,10 +218,10 @@ def count_above(
     returns:    (n_queries, m) int64, and the size of the gallery
     """
     products, exact = _products(queries, mapper, device), _Exact(queries, mapper)
-    counts = np.zeros(similarity.shape, dtype=np.int64)
-    size = 0
-    for block_ids, features in gallery:
-        size += len(block_ids)
+
+    def of_block(block: Block) -> tuple[np.ndarray, int]:
+        block_ids, features = block
+        counts = np.zeros(similarity.shape, dtype=np.int64)
         for first, scores in products(features):
             for column in range(similarity.shape[1]):
                 (given,) = np.nonzero(np.isfinite(similarity[first : first + len(scores), column]))
@@ -224,6 +239,12 @@ def count_above(
                     # Mapped by another product, the given candidate itself may differ from what is given in the last digit.
                     before &= block_ids.take(pa.array(candidate)).to_numpy(False) != ids[query, column]
                     np.add.at(counts[:, column], query[before], 1)
+        return counts, len(block_ids)
+
+    counts, size = np.zeros(similarity.shape, dtype=np.int64), 0
+    for of_one, n in products.worked(of_block, gallery):
+        counts += of_one
+        size += n
     return counts, size
 
 
@@ -247,6 +268,48 @@ class _Numpy:
             features = self.mapper.exemplars(features)
         for first in range(0, len(self.queries), QUERIES_A_PRODUCT):
             yield first, _NumpyScores(self.queries[first : first + QUERIES_A_PRODUCT] @ features.T)
+
+    def worked(self, work: Callable[[Block], Any], gallery: Iterable[Block]) -> Iterator[Any]:
+        """What is made of each block, in order; each core works on a block of its own, so that none waits for another."""
+        workers = min(N_CORES, WORKERS)
+        waiting: deque[Future] = deque()
+        with _product_threads(max(1, N_CORES // workers)), ThreadPoolExecutor(workers) as pool:
+            for block in gallery:
+                waiting.append(pool.submit(work, block))
+                if len(waiting) > workers:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+
+
+@contextmanager
+def _product_threads(n: int) -> Iterator[None]:
+    """So many threads a matrix product of NumPy's, in this whole process, while any search runs."""
+    with _running.lock:
+        if not _running.n:
+            _running.limited = _blas().limit(limits=n, user_api="blas")
+        _running.n += 1
+    try:
+        yield
+    finally:
+        with _running.lock:
+            _running.n -= 1
+            if not _running.n:
+                _running.limited.restore_original_limits()
+
+
+@cache
+def _blas() -> ThreadpoolController:
+    return ThreadpoolController()  # looks through all libraries that are loaded
+
+
+class _Running:
+    """Searches that run now, and what undoes their limit."""
+
+    lock, n, limited = Lock(), 0, None
+
+
+_running = _Running()
 
 
 class _NumpyScores:
@@ -308,6 +371,9 @@ class _Torch:
         block = torch.tensor(features, device=self.device)
         for first in range(0, len(self.queries), QUERIES_A_PRODUCT):
             yield first, _TorchScores(self.queries[first : first + QUERIES_A_PRODUCT] @ block.T)
+
+    def worked(self, work: Callable[[Block], Any], gallery: Iterable[Block]) -> Iterator[Any]:
+        return map(work, gallery)
 
 
 class _TorchScores:

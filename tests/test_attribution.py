@@ -7,6 +7,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from conftest import rows
+from threadpoolctl import threadpool_info
 
 from attrdb import attribution, search
 from attrdb.errors import InvalidValue, NotFound
@@ -108,6 +109,31 @@ def test_more_queries_than_a_product_takes_and_rows_that_differ_in_their_last_di
         blocks(ids, features, 64), queries, given, np.full((20, 1), "i000"), mapper=mapper, device=device
     )
     assert list(above[:, 0]) == [list(row).index(0) for row in order]
+
+
+def test_a_search_gives_the_threads_of_products_back():
+    """Also where searches overlap: one begins before another ends, and ends after it."""
+
+    def n_threads():
+        return {one["num_threads"] for one in threadpool_info() if one["user_api"] == "blas"}
+
+    before = n_threads()
+    first, second = (search._product_threads(1) for _ in range(2))
+    first.__enter__()
+    second.__enter__()
+    assert n_threads() == {1}
+    first.__exit__(None, None, None)
+    assert n_threads() == {1}
+    second.__exit__(None, None, None)
+    assert n_threads() == before
+
+    def broken():
+        yield pa.array(["a"]), np.ones((1, 4), np.float32)
+        raise OSError("disk")
+
+    with pytest.raises(OSError, match="disk"):
+        search.top_k(broken(), np.ones((1, 4), np.float32), 1)
+    assert n_threads() == before
 
 
 def test_attribute_by_hand(toy):
