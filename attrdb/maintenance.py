@@ -9,7 +9,7 @@ from typing import Any
 
 import lance
 
-from attrdb import health, indexing
+from attrdb import health, indexing, recall
 from attrdb.database import Database
 from attrdb.errors import AttrdbError
 from attrdb.locks import alone
@@ -77,10 +77,10 @@ def _measure(db: Database, before: dict[str, Any], report: Report) -> None:
     for encoder_id in db.snapshot.indices:
         if encoder_id in behind:
             [row] = db.snapshot.tables["indices"].to_table(filter=f"encoder_id = {literal(encoder_id)}").to_pylist()
-            indexing.measure(db, row, report)
-            for mapper_id in indexing.mapper_ids(db.snapshot, encoder_id):
-                indexing.measure_mapper(db, mapper_id, report)
-    indexing.measure_missing(db, report)
+            recall.measure(db, row, report)
+            for mapper_id in recall.mapper_ids(db.snapshot, encoder_id):
+                recall.measure_mapper(db, mapper_id, report)
+    recall.measure_missing(db, report)
 
 
 def _index(db: Database) -> None:

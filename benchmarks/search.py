@@ -35,7 +35,8 @@ import pyarrow as pa
 from machine import describe, spread
 
 import attrdb
-from attrdb import ann, attribution, indexing, search
+from attrdb import ann, attribution, drawn, indexing, search
+from attrdb import recall as measuring
 from attrdb.database import Database
 from attrdb.mapper import Mapper
 from attrdb.memory import use_the_machine
@@ -493,7 +494,7 @@ def _folding(data: Data, mapper: Mapper) -> dict:
     truth = rows_of(search.top_k(data.in_memory(), data.queries[:256], 10, mapper=mapper))
     data.db.upsert("mappers", [mapper.row() | {"trained_on": "both"}], on="mapper_id")
     data.db.refresh()
-    measuring = seconds(lambda: indexing.measure_mapper(data.db, mapper.mapper_id))
+    measuring = seconds(lambda: measuring.measure_mapper(data.db, mapper.mapper_id))
     data.db.refresh()
     snapshot = data.db.snapshot
     columns = ["used", "n_probes", "oversampling", "recall"]
@@ -548,11 +549,11 @@ def real(path: Path) -> list[dict]:
         found.append({**{name: row[name] for name in told}, "mappers": []})
         measured = snapshot.tables["mapper_searches"].to_table(filter=f"encoder_id = '{encoder_id}'").to_pylist()
         x = np.concatenate([block for _, block in snapshot.features(encoder_id, EVERYONE)])
-        _, own, queries = indexing._queries(snapshot, encoder_id)
+        _, own, queries = drawn.queries(snapshot, encoder_id)
         for one in sorted(measured, key=lambda one: one["mapper_id"]):
             mapper = snapshot.mapper(one["mapper_id"])
             exact = search.top_k(snapshot.features(encoder_id, EVERYONE), queries, 11, mapper=mapper)
-            cells, hits = indexing.MORE_FOR_A_MAPPER[2]
+            cells, hits = measuring.MORE_FOR_A_MAPPER[2]
             recalls = {}
             for name, tilt in (("plain", None), ("tilted", np.asarray(one["tilt"], np.float32))):
                 index = dataclasses.replace(
@@ -561,7 +562,7 @@ def real(path: Path) -> list[dict]:
                     oversampling=hits * row["oversampling"],
                     tilt=tilt,
                 )
-                recalls[name] = indexing._recall_of(snapshot, index, own, queries, exact, mapper)
+                recalls[name] = measuring._recall_of(snapshot, index, own, queries, exact, mapper)
             told = ("mapper_id", "used", "n_probes", "oversampling", "recall")
             found[-1]["mappers"].append(
                 {**{name: one[name] for name in told}, "norms": unevenness(mapper, x), "recall_at_the_third": recalls}

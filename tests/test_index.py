@@ -10,7 +10,7 @@ import pytest
 from click.testing import CliRunner
 
 import attrdb
-from attrdb import ann, attribution, cells, health, indexing, maintenance, search
+from attrdb import ann, attribution, cells, health, indexing, maintenance, recall, search
 from attrdb.cli import main
 from attrdb.errors import InvalidValue, NotFound, StorageError
 from attrdb.influence import DEFAULT_LAM
@@ -113,7 +113,7 @@ def test_an_index_answers_as_an_exact_search(indexed):
     [row] = db.sql("SELECT * FROM indices").to_pylist()
     assert (row["encoder_id"], row["kind"], row["n_partitions"], row["n_rows"]) == ("points_16", "IVF_RQ", 69, N + 62)
     assert (row["queries"], row["n_queries"], row["device"]) == ("samples", 60, "cpu")
-    assert row["recall"] >= indexing.RECALL_WANTED
+    assert row["recall"] >= recall.RECALL_WANTED
     samples = [f"m/s{number:05d}" for number in range(60)]
     shares = []
     for sample in samples:
@@ -124,7 +124,7 @@ def test_an_index_answers_as_an_exact_search(indexed):
             assert image["role"] != "sample"
             if image["image_id"] in by_id:  # compared exactly, whoever found it
                 assert image["similarity"] == by_id[image["image_id"]]
-    assert np.mean(shares) >= indexing.RECALL_WANTED
+    assert np.mean(shares) >= recall.RECALL_WANTED
 
 
 def test_exact_answers_do_not_depend_on_the_index(indexed, tmp_path):
@@ -242,7 +242,7 @@ def test_the_tilt_of_a_query_is_the_slope_of_the_mapped_lengths(indexed):
     exact = search.top_k(
         indexed.snapshot.features("points_16", attribution.CANDIDATES), clustered(40, 5), 11, mapper=mapper
     )
-    tilt = indexing._tilt(indexed.snapshot, mapper, exact)
+    tilt = recall._tilt(indexed.snapshot, mapper, exact)
     t = np.mean([similarity[9] for similarity in exact.similarity])
     n = mapper.norms(x)
     left = n - x @ (tilt / t)
@@ -271,10 +271,10 @@ def test_a_mapper_is_searched_by_index_once_that_is_measured(indexed, monkeypatc
     exact = nearest(exact=True)
     assert [list(ids) for ids in nearest().ids] == [list(ids) for ids in exact.ids]
     assert asked == [], "not measured yet: all candidates are compared"
-    indexing.measure_missing(indexed)
+    recall.measure_missing(indexed)
     [row] = indexed.sql("SELECT * FROM mapper_searches").to_pylist()
     assert (row["mapper_id"], row["used"], row["n_queries"]) == ("some", True, 60)
-    assert row["recall"] >= indexing.RECALL_WANTED
+    assert row["recall"] >= recall.RECALL_WANTED
     asked.clear()
     indexed.refresh()
     found = nearest()
@@ -293,15 +293,15 @@ def test_a_mapper_is_searched_by_index_once_that_is_measured(indexed, monkeypatc
 
 
 def test_a_mapper_that_the_index_does_not_serve_is_searched_exactly(indexed, monkeypatch):
-    monkeypatch.setattr(indexing, "MORE_FOR_A_MAPPER", ((1, 1),))
+    monkeypatch.setattr(recall, "MORE_FOR_A_MAPPER", ((1, 1),))
     rng = np.random.default_rng(1)
     wild = {
         name: value + 3 * rng.standard_normal(value.shape).astype(np.float32)
         for name, value in affine().parameters.items()
     }
     mapper = stored(indexed, dataclasses.replace(affine(), parameters=wild))
-    row = indexing.measure_mapper(indexed, "some")
-    assert row["recall"] < indexing.RECALL_WANTED
+    row = recall.measure_mapper(indexed, "some")
+    assert row["recall"] < recall.RECALL_WANTED
     assert not row["used"]
     monkeypatch.setattr(ann, "top_k", None)
     hits = attribution.nearest(indexed.snapshot, "points_16", clustered(2, 5), 3, mapper=mapper)
@@ -321,15 +321,15 @@ def test_what_cannot_be_folded_is_not_measured(toy, indexed):
         for name, shape in (("up", (3, D)), ("up_bias", 3), ("down", (D, 3)))
     }
     stored(indexed, dataclasses.replace(mapper, form="mlp", parameters=parameters))
-    assert indexing.measure_mapper(indexed, "some") is None
+    assert recall.measure_mapper(indexed, "some") is None
     two = {name: np.ones((2, 2) if name.endswith("weight") else 2, np.float32) for name in mapper.parameters}
     stored(toy, dataclasses.replace(mapper, encoder_id="toy_2", parameters=two))
-    assert indexing.measure_mapper(toy, "some") is None  # without an index
+    assert recall.measure_mapper(toy, "some") is None  # without an index
 
 
 def test_rows_after_the_index_are_compared_for_all_queries_together(indexed):
     mapper = stored(indexed, affine())
-    indexing.measure_missing(indexed)
+    recall.measure_missing(indexed)
     indexed.append_images(images("later", clustered(500, 31)))
     snapshot = indexed.snapshot
     assert len(snapshot.indices["points_16"].later) == 1
@@ -419,7 +419,7 @@ def test_status_says_how_features_are_searched(indexed):
         return indexed.status()["encoders"]["points_16"]["index"]
 
     assert state()["state"] == "ready"
-    assert state()["recall"] >= indexing.RECALL_WANTED
+    assert state()["recall"] >= recall.RECALL_WANTED
     indexed.append_images(images("q", clustered(N, 11)))
     assert state()["state"] == "behind"
     maintenance.optimize(indexed)
@@ -491,7 +491,7 @@ def test_building_again_and_an_encoder_of_odd_length(tmp_path, monkeypatch):
     assert "recall@10" in done.stderr
     again = indexing.build(attrdb.open(db.path))
     assert (again["queries"], again["n_queries"]) == ("candidates", 200)
-    assert again["recall"] >= indexing.RECALL_WANTED
+    assert again["recall"] >= recall.RECALL_WANTED
 
 
 def test_what_cannot_be_indexed(toy, indexed, monkeypatch):

@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from attrdb import indexing, jobs
+from attrdb import jobs, recall
 from attrdb.database import Database
 from attrdb.errors import InvalidValue
 from attrdb.ingest.views import VIEWS
@@ -119,7 +119,7 @@ def train(
             _check_same(job, mapper_id, record)
             result = _trained(db, encoder_id, settings, mapper_id, record, job, report)
         shutil.rmtree(job, ignore_errors=True)
-    indexing.measure_trained(db, mapper_id)
+    recall.measure_trained(db, mapper_id)
     return result
 
 
