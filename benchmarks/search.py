@@ -44,6 +44,7 @@ from attrdb.memory import use_the_machine
 N_CORES = os.cpu_count() or 1
 EVERYONE = attribution.CANDIDATES
 PROBES = (16, 32, 64, 96, 128, 192, 256)
+GRAPH_WIDTHS = (64, 256, 512, 1024, 2048, 4096)
 ROUNDS = 3
 
 
@@ -308,14 +309,14 @@ def faiss_ivf(data: Data, truth: np.ndarray) -> dict:
 
     took = seconds(build)
     found = []
-    for n_probes in (one for one in PROBES if one <= n_cells):
+    for n_probes, k_factor in ((probes, k) for k in (4, 16) for probes in PROBES[2:] if probes <= n_cells):
         faiss.extract_index_ivf(index).nprobe = n_probes
-        index.k_factor = 4
+        index.k_factor = k_factor
 
         def ask(queries: np.ndarray) -> np.ndarray:
             return index.search(queries, 10)[1]
 
-        found.append({"setting": f"nprobe {n_probes}, k_factor 4", **timed(ask, data.queries, truth)})
+        found.append({"setting": f"nprobe {n_probes}, k_factor {k_factor}", **timed(ask, data.queries, truth)})
     return {
         "what": "faiss IVF-PQ with refinement, in memory",
         "build_seconds": took,
@@ -333,7 +334,7 @@ def graph_hnswlib(data: Data, truth: np.ndarray) -> dict:
     index.set_num_threads(N_CORES)
     took = seconds(lambda: index.add_items(data.x))
     found = []
-    for ef in (16, 32, 64, 128, 256, 512):
+    for ef in GRAPH_WIDTHS:
         index.set_ef(ef)
 
         def ask(queries: np.ndarray) -> np.ndarray:
@@ -355,7 +356,7 @@ def graph_usearch(data: Data, truth: np.ndarray) -> dict:
     found = []
     index = Index(ndim=data.x.shape[1], metric="ip", dtype="f32", connectivity=16, expansion_add=100)
     took = seconds(lambda: index.add(np.arange(len(data.x)), data.x, threads=N_CORES))
-    for expansion in (16, 32, 64, 128, 256, 512):
+    for expansion in GRAPH_WIDTHS:
         index.expansion_search = expansion
 
         def ask(queries: np.ndarray) -> np.ndarray:
