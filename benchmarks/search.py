@@ -507,7 +507,10 @@ def _folding(data: Data, mapper: Mapper) -> dict:
     def folded(queries: np.ndarray) -> np.ndarray:
         return rows_of(attribution.nearest(snapshot, data.encoder_id, queries, 10, mapper=mapper))
 
-    found = {"norms": unevenness(mapper, data.x), "folded": row | {"measuring_seconds": took}}
+    found = {
+        "norms": unevenness(mapper, data.x),
+        "folded": {**row, "recall_measured": row["recall"], "measuring_seconds": took},
+    }
     found["folded"] |= timed(folded, data.queries[:256], truth, 50)
     folder = Path(tempfile.mkdtemp(dir=data.db.path.parent))
     mapped_db = attrdb.create(folder / "mapped.attrdb")
