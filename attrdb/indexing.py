@@ -26,6 +26,7 @@ from attrdb.database import Database
 from attrdb.errors import InvalidValue, StorageError
 from attrdb.locks import alone
 from attrdb.snapshot import Snapshot, literal, storage
+from attrdb.threads import worked
 
 SCALAR_INDICES = {"role": "BITMAP", "image_id": "BTREE", "model_id": "BTREE"}
 ALL_SEGMENTS = 10_000
@@ -180,9 +181,13 @@ def _divided(
     images: lance.LanceDataset, what: Plan, centroids: np.ndarray, device: str, report: Report
 ) -> Iterator[pa.RecordBatch]:
     """Every row that has a feature, and its cell."""
+
+    def cells_of(block: search.Block) -> tuple[pa.Array, np.ndarray]:
+        rows, features = block
+        return rows, nearest_centroids(features, centroids, device).astype(np.uint32)
+
     done = 0
-    for rows, features in search.stream(images, what.encoder_id, "true", "_rowid"):
-        cells = nearest_centroids(features, centroids, device).astype(np.uint32)
+    for rows, cells in worked(cells_of, search.stream(images, what.encoder_id, "true", "_rowid"), device):
         yield pa.record_batch([rows, pa.array(cells)], _CELLS)
         done += len(cells)
         report("divide", done, what.n_rows)

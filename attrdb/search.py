@@ -11,25 +11,20 @@ would not tie. What lies within MARGIN of a decision is computed again in float6
 from __future__ import annotations
 
 import ctypes
-import os
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from functools import cache
-from threading import Lock
 from typing import Any
 
 import lance
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from threadpoolctl import ThreadpoolController
 
 from attrdb.errors import InvalidValue
 from attrdb.mapper import Mapper
 from attrdb.schema import feature_matrix
+from attrdb.threads import worked
 
 Block = tuple[pa.Array, np.ndarray]  # image ids (n,) of text, features (n, dimension) float32
 
@@ -41,8 +36,6 @@ QUERIES_A_PRODUCT = 1024  # so that its result, 16 MiB a worker, bounds memory w
 MARGIN = 1e-5  # far above the error of a float32 product of unit vectors of a few thousand elements
 DIGITS = 12
 FEW_QUERIES = 0.25  # share whose scores are copied rather than compared with all others'
-N_CORES = os.cpu_count() or 1
-WORKERS = 8  # at most, since each holds the result of a product
 PAIRS = 4096  # pairs of vectors that are held in float64 at a time
 
 
@@ -148,7 +141,7 @@ def top_k(
             found.append((query, exact(features, candidate, query), block_ids.take(pa.array(candidate))))
         return found
 
-    for found in products.worked(of_block, gallery):
+    for found in worked(of_block, gallery, device):
         for one in found:
             best.add(*one)
     return best.hits()
@@ -246,7 +239,7 @@ def count_above(
         return counts, len(block_ids)
 
     counts, size = np.zeros(similarity.shape, dtype=np.int64), 0
-    for of_one, n in products.worked(of_block, gallery):
+    for of_one, n in worked(of_block, gallery, device):
         counts += of_one
         size += n
     return counts, size
@@ -272,48 +265,6 @@ class _Numpy:
             features = self.mapper.exemplars(features)
         for first in range(0, len(self.queries), QUERIES_A_PRODUCT):
             yield first, _NumpyScores(self.queries[first : first + QUERIES_A_PRODUCT] @ features.T)
-
-    def worked(self, work: Callable[[Block], Any], gallery: Iterable[Block]) -> Iterator[Any]:
-        """What is made of each block, in order; each core works on a block of its own, so that none waits for another."""
-        workers = min(N_CORES, WORKERS)
-        waiting: deque[Future] = deque()
-        with _product_threads(max(1, N_CORES // workers)), ThreadPoolExecutor(workers) as pool:
-            for block in gallery:
-                waiting.append(pool.submit(work, block))
-                if len(waiting) > workers:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-
-
-@contextmanager
-def _product_threads(n: int) -> Iterator[None]:
-    """So many threads a matrix product of NumPy's, in this whole process, while any search runs."""
-    with _running.lock:
-        if not _running.n:
-            _running.limited = _blas().limit(limits=n, user_api="blas")
-        _running.n += 1
-    try:
-        yield
-    finally:
-        with _running.lock:
-            _running.n -= 1
-            if not _running.n:
-                _running.limited.restore_original_limits()
-
-
-@cache
-def _blas() -> ThreadpoolController:
-    return ThreadpoolController()  # looks through all libraries that are loaded
-
-
-class _Running:
-    """Searches that run now, and what undoes their limit."""
-
-    lock, n, limited = Lock(), 0, None
-
-
-_running = _Running()
 
 
 class _NumpyScores:
@@ -375,9 +326,6 @@ class _Torch:
         block = torch.tensor(features, device=self.device)
         for first in range(0, len(self.queries), QUERIES_A_PRODUCT):
             yield first, _TorchScores(self.queries[first : first + QUERIES_A_PRODUCT] @ block.T)
-
-    def worked(self, work: Callable[[Block], Any], gallery: Iterable[Block]) -> Iterator[Any]:
-        return map(work, gallery)
 
 
 class _TorchScores:

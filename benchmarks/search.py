@@ -55,7 +55,10 @@ def seconds(run: Callable[[], Any]) -> float:
 
 
 def limits() -> dict[str, float]:
-    """What the machine can do: large float32 matrix products, and reading memory, both with all cores; best of five."""
+    """What the machine can do: large float32 matrix products, and reading memory, both with all cores; best of five.
+
+    Taken before a part and after it, since what else the machine does comes and goes; the higher counts.
+    """
     a = np.random.default_rng(0).standard_normal((3000, 3000), np.float32)
     wide = np.ones(128 << 20, np.float32)
     half = np.array_split(wide, N_CORES)
@@ -495,7 +498,7 @@ def _folding(data: Data, mapper: Mapper) -> dict:
     truth = rows_of(search.top_k(data.in_memory(), data.queries[:256], 10, mapper=mapper))
     data.db.upsert("mappers", [mapper.row() | {"trained_on": "both"}], on="mapper_id")
     data.db.refresh()
-    measuring = seconds(lambda: measuring.measure_mapper(data.db, mapper.mapper_id))
+    took = seconds(lambda: measuring.measure_mapper(data.db, mapper.mapper_id))
     data.db.refresh()
     snapshot = data.db.snapshot
     columns = ["used", "n_probes", "oversampling", "recall"]
@@ -504,7 +507,10 @@ def _folding(data: Data, mapper: Mapper) -> dict:
     def folded(queries: np.ndarray) -> np.ndarray:
         return rows_of(attribution.nearest(snapshot, data.encoder_id, queries, 10, mapper=mapper))
 
-    found = {"norms": unevenness(mapper, data.x), "folded": row | {"measuring_seconds": measuring}}
+    found = {
+        "norms": unevenness(mapper, data.x),
+        "folded": {**row, "recall_measured": row["recall"], "measuring_seconds": took},
+    }
     found["folded"] |= timed(folded, data.queries[:256], truth, 50)
     folder = Path(tempfile.mkdtemp(dir=data.db.path.parent))
     mapped_db = attrdb.create(folder / "mapped.attrdb")
@@ -624,13 +630,18 @@ def main(
                 "real": lambda: real(database),
                 "folding": lambda: folding(data),
             }
-            head = {"machine": describe(*packages), "limits": limits()}
+            machine, before = describe(*packages), limits()
+            found = run[part]()
             name = part if part in ("growth", "real") else f"{part} {rows}"
             told[name] = {
-                **head,
+                "machine": machine,
+                "limits": {
+                    what: max(value, after)
+                    for (what, value), after in zip(before.items(), limits().values(), strict=True)
+                },
                 "sizes": {"rows": rows, "dimension": dimension},
                 "command": " ".join(sys.argv[1:]),
-                "found": run[part](),
+                "found": found,
             }
             click.echo(json.dumps({name: told[name]["found"]}))
             if out:

@@ -9,7 +9,7 @@ import pytest
 from conftest import rows
 from threadpoolctl import threadpool_info
 
-from attrdb import attribution, search
+from attrdb import attribution, search, threads
 from attrdb.errors import InvalidValue, NotFound
 from attrdb.influence import cut_off, influence
 from attrdb.mapper import Mapper
@@ -118,7 +118,7 @@ def test_a_search_gives_the_threads_of_products_back():
         return {one["num_threads"] for one in threadpool_info() if one["user_api"] == "blas"}
 
     before = n_threads()
-    first, second = (search._product_threads(1) for _ in range(2))
+    first, second = (threads.product_threads(1) for _ in range(2))
     first.__enter__()
     second.__enter__()
     assert n_threads() == {1}

@@ -10,7 +10,7 @@ from conftest import TOY, rows
 import attrdb
 from attrdb.conform import conform_images
 from attrdb.errors import InvalidValue, NotFound
-from attrdb.schema import feature_array
+from attrdb.schema import SCHEMA_VERSION, feature_array
 
 
 def ids(db):
@@ -187,7 +187,9 @@ def test_another_schema_version_is_refused(tmp_path):
     db = attrdb.create(tmp_path / "db")
     dataset = lance.dataset(str(db.path / "images.lance"))
     dataset.update_schema_metadata({"attrdb.schema_version": "99"}, replace=True)
-    with pytest.raises(InvalidValue, match="has schema version 99, this attrdb reads 4; install a newer attrdb"):
+    with pytest.raises(
+        InvalidValue, match=f"has schema version 99, this attrdb reads {SCHEMA_VERSION}; install a newer attrdb"
+    ):
         attrdb.open(db.path)
 
 
