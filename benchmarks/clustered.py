@@ -18,7 +18,8 @@ import attrdb
 from attrdb.database import Database
 from attrdb.schema import feature_array
 
-N_CENTRES, RANK, AT_ONCE = 4096, 64, 50_000
+N_CENTRES, RANK = 4096, 64
+AT_ONCE = 125_000  # rows, as `ingest embeddings` commits them
 
 
 def features(n: int, dimension: int, seed: int = 0) -> Iterator[np.ndarray]:

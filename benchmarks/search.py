@@ -43,7 +43,7 @@ from attrdb.memory import use_the_machine
 
 N_CORES = os.cpu_count() or 1
 EVERYONE = attribution.CANDIDATES
-PROBES = (16, 32, 64, 96, 128, 192, 256)
+PROBES = (16, 32, 64, 96, 112, 128, 192, 256)
 GRAPH_WIDTHS = (64, 256, 512, 1024, 2048, 4096)
 ROUNDS = 3
 
