@@ -4,7 +4,7 @@ One index serves every mapper whose maps are linear but for a bias: similarity(x
 c = b . s, n(x) = |W x + b| and s = F~(x~) / |F~(x~)|. Candidates of similarity t and more are those with
 x . q + c >= t n(x). Over the features of a gallery n(x) is nearly a plane a + g . x, so that they are nearly those with
 the largest x . (q - t g): the index is asked for these, and what it hits is mapped and compared exactly. t is where the
-tenth candidates of a mapper are, g is fitted (`attrdb.indexing`). (Ours, not of a paper.)
+tenth candidates of a mapper are, g is fitted (`attrdb.recall`). (Ours, not of a paper.)
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import pyarrow as pa
 
 from attrdb import search
 from attrdb.mapper import Mapper
-from attrdb.schema import feature_matrix
+from attrdb.schema import feature_columns, feature_matrix
 
 FETCHED = 65_536  # hits that Lance is asked for at a time, so that their features fit into memory
 ROWS_A_READ = 8_192
@@ -35,7 +35,7 @@ class Index:
     """An index that attrdb built, and how it is asked; see the tables `indices` and `mapper_searches`.
 
     later:    the fragments of images that it does not cover: they came after it, or their features did
-    filtered: whether all other indices of images cover what it covers
+    filtered: whether the indices of other columns, which predicates are answered by, cover all that it covers
     tilt:     (dimension,) float32, of a mapper: t g, which is taken from its folded query
     """
 
@@ -65,13 +65,17 @@ def n_hits(index: Index, k: int) -> int:
 
 def coverage(images: lance.LanceDataset, encoder_id: str) -> dict[str, Any]:
     """`later` and `filtered` of the encoder's index."""
-    covered = {
-        one.name: {fragment_id for segment in one.segments for fragment_id in segment.fragment_ids}
-        for one in images.describe_indices()
-    }
+    features = feature_columns(images.schema)
+    own, others = set(), []
+    for one in images.describe_indices():
+        covered = {fragment_id for segment in one.segments for fragment_id in segment.fragment_ids}
+        if one.name == index_name(encoder_id):
+            own = covered
+        elif one.field_names[0] not in features:
+            others.append(covered)
     there = {one.fragment_id for one in images.get_fragments()}
-    own = covered[index_name(encoder_id)] & there
-    return {"later": tuple(sorted(there - own)), "filtered": all(own <= one for one in covered.values())}
+    own &= there
+    return {"later": tuple(sorted(there - own)), "filtered": all(own <= one for one in others)}
 
 
 def folded(queries: np.ndarray, mapper: Mapper | None, tilt: np.ndarray | None = None) -> np.ndarray:
@@ -178,6 +182,9 @@ def _hits(
         nothing = np.empty(0, np.int64)
         return nothing, nothing, pa.array([], pa.string()), np.empty((0, asked.shape[1]), np.float32)
     if alone:
+        _, once = np.unique(found["_rowid"].to_numpy(), return_index=True)  # see below
+        if len(once) < len(found):
+            found = found.take(np.sort(once))
         place = np.arange(len(found))
         return np.zeros_like(place), place, *_described(found, index.encoder_id)
     rows, candidate = np.unique(found["_rowid"].to_numpy(), return_inverse=True)

@@ -33,7 +33,7 @@ def features(snapshot: Snapshot, encoder_id: str, wanted: int, n_rows: int) -> n
     images = snapshot.tables["images"]
     n_images, rng = images.count_rows(), np.random.default_rng(0)
     if n_rows < SPARSE * n_images:
-        blocks = [features for _, features in search.stream(images, encoder_id, "true")]
+        blocks = [block for _, block in search.stream(images, encoder_id, "true")]
         return np.concatenate([block[rng.random(len(block)) * n_rows < 1.1 * wanted] for block in blocks])
     chosen = rng.choice(n_images, min(n_images, wanted * n_images // n_rows), replace=False)
     return feature_matrix(images.take(np.sort(chosen), columns=[encoder_id])[encoder_id].drop_null())

@@ -287,6 +287,9 @@ def _recall(snapshot: Snapshot, encoder_id: str, chosen: np.ndarray) -> float:
     queries = feature_matrix(features)
     where = snapshot.visible(attribution.CANDIDATES)
     exact = search.top_k(search.stream(images, encoder_id, where), queries, 10).similarity
-    found = ann.top_k(images, snapshot.indices[encoder_id], where, images.count_rows(), queries, 10).similarity
-    shares = [np.count_nonzero(ours >= best[-1]) / len(best) for ours, best in zip(found, exact, strict=True)]
-    return float(np.mean(np.minimum(shares, 1)))
+    n_candidates = attribution.count(snapshot)
+    found = ann.top_k(images, snapshot.indices[encoder_id], where, n_candidates, queries, 10).similarity
+    shares = [
+        np.count_nonzero(ours >= best[-1]) / len(best) for ours, best in zip(found, exact, strict=True) if len(best)
+    ]
+    return float(np.mean(np.minimum(shares, 1))) if shares else 1.0

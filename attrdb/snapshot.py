@@ -141,13 +141,14 @@ class Snapshot:
 
     def count(self, where: str) -> int:
         """How many images a predicate keeps; remembered, since every search through an index asks it."""
-        if where not in self._counts:
+        n = self._counts.get(where)
+        if n is None:
             with storage(self.path):
                 n = self.tables["images"].count_rows(self.visible(where))
             if len(self._counts) >= COUNTS:
                 self._counts.clear()
             self._counts[where] = n
-        return self._counts[where]
+        return n
 
     def features(self, encoder_id: str, where: str) -> Iterator[search.Block]:
         """Ids and features of the encoded images that a predicate keeps, streamed in blocks."""

@@ -14,10 +14,10 @@ from functools import cache
 from threading import Lock
 from typing import Any
 
+import numpy  # noqa: F401  whose BLAS is to be found
 from threadpoolctl import ThreadpoolController
 
-N_CORES = os.cpu_count() or 1
-WORKERS = min(N_CORES, 8)  # each holds the result of a product
+WORKERS = 8  # at most, since each holds the result of a product
 
 
 def worked(work: Callable[[Any], Any], blocks: Iterable[Any], device: str = "cpu") -> Iterator[Any]:
@@ -26,10 +26,11 @@ def worked(work: Callable[[Any], Any], blocks: Iterable[Any], device: str = "cpu
         yield from map(work, blocks)
         return
     waiting: deque[Future] = deque()
-    with product_threads(max(1, N_CORES // WORKERS)), ThreadPoolExecutor(WORKERS) as pool:
+    workers = min(_n_threads(), WORKERS)
+    with product_threads(_n_threads() // workers), ThreadPoolExecutor(workers) as pool:
         for block in blocks:
             waiting.append(pool.submit(work, block))
-            if len(waiting) > WORKERS:
+            if len(waiting) > workers:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
@@ -37,10 +38,10 @@ def worked(work: Callable[[Any], Any], blocks: Iterable[Any], device: str = "cpu
 
 @contextmanager
 def product_threads(n: int) -> Iterator[None]:
-    """So many threads a matrix product of NumPy's, in this whole process; the last that asked for it lifts it."""
+    """At most so many threads a matrix product of NumPy's, in this whole process; the last that asked for it lifts it."""
     with _Asked.lock:
         if not _Asked.n:
-            _Asked.limited = _blas().limit(limits=n, user_api="blas")
+            _Asked.limited = _blas().limit(limits=n)
         _Asked.n += 1
     try:
         yield
@@ -56,7 +57,24 @@ class _Asked:
 
     lock, n, limited = Lock(), 0, None
 
+    @classmethod
+    def in_child(cls) -> None:
+        """A process that is forked while others search has none of their searches."""
+        if cls.n:
+            cls.limited.restore_original_limits()
+        cls.lock, cls.n, cls.limited = Lock(), 0, None
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_Asked.in_child)
+
+
+@cache
+def _n_threads() -> int:
+    """Of a product as it was before any limit: the cores, or what the environment allows."""
+    return max((library["num_threads"] for library in _blas().info()), default=os.cpu_count() or 1)
+
 
 @cache
 def _blas() -> ThreadpoolController:
-    return ThreadpoolController()  # looks through all libraries that are loaded
+    return ThreadpoolController().select(user_api="blas")  # looks through all libraries that are loaded

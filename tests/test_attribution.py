@@ -7,7 +7,6 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from conftest import rows
-from threadpoolctl import threadpool_info
 
 from attrdb import attribution, search, threads
 from attrdb.errors import InvalidValue, NotFound
@@ -115,7 +114,7 @@ def test_a_search_gives_the_threads_of_products_back():
     """Also where searches overlap: one begins before another ends, and ends after it."""
 
     def n_threads():
-        return {one["num_threads"] for one in threadpool_info() if one["user_api"] == "blas"}
+        return {one["num_threads"] for one in threads._blas().info()}
 
     before = n_threads()
     first, second = (threads.product_threads(1) for _ in range(2))
