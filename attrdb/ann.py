@@ -108,24 +108,6 @@ def top_k(
     where:        a predicate that candidates fulfil; it is applied before the search, not to what the search has found
     n_candidates: about how many do
     """
-    found = [_by_index(images, index, where, n_candidates, queries, k, mapper)]
-    if index.later:
-        # Lance would compare them for one query after the other.
-        blocks = search.stream(images, index.encoder_id, where, fragments=index.later)
-        found.append(search.top_k(blocks, queries, k, mapper=mapper))
-    return found[0] if len(found) == 1 else search.merged(found, k)
-
-
-def _by_index(
-    images: lance.LanceDataset,
-    index: Index,
-    where: str,
-    n_candidates: int,
-    queries: np.ndarray,
-    k: int,
-    mapper: Mapper | None,
-) -> search.Hits:
-    """As `top_k`, among what the index covers."""
     wanted = n_hits(index, k)
     # As many cells as hold, on average, several times what is wanted; more than usual only where very much is.
     holding = math.ceil(ROOM * wanted * index.n_partitions / max(1, n_candidates))
@@ -148,12 +130,19 @@ def _by_index(
     together = max(1, min(FETCHED // wanted // n_cores, math.ceil(len(queries) / n_cores)))
     parts = [slice(first, first + together) for first in range(0, len(queries), together)]
     if len(parts) == 1:
-        return of_part(parts[0])
-    with ThreadPoolExecutor(n_cores) as pool:
-        found = list(pool.map(of_part, parts))
-    return search.Hits(
-        [ids for one in found for ids in one.ids], [similarity for one in found for similarity in one.similarity]
-    )
+        found = of_part(parts[0])
+    else:
+        with ThreadPoolExecutor(n_cores) as pool:
+            of_parts = list(pool.map(of_part, parts))
+        found = search.Hits(
+            [ids for one in of_parts for ids in one.ids],
+            [similarity for one in of_parts for similarity in one.similarity],
+        )
+    if not index.later:
+        return found
+    # Lance would compare what the index does not cover for one query after the other.
+    blocks = search.stream(images, index.encoder_id, where, fragments=index.later)
+    return search.merged([found, search.top_k(blocks, queries, k, mapper=mapper)], k)
 
 
 def _hits(

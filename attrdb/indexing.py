@@ -122,10 +122,7 @@ def build(
             "device": device,
             "seconds": seconds,
         }
-        row = recall.measure(db, entry, report)
-        for mapper_id in recall.mapper_ids(db.snapshot, what.encoder_id):
-            recall.measure_mapper(db, mapper_id, report)
-        return row
+        return recall.measure(db, entry, report)
 
 
 def cover_columns(db: Database) -> None:

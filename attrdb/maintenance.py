@@ -78,8 +78,6 @@ def _measure(db: Database, before: dict[str, Any], report: Report) -> None:
         if encoder_id in behind:
             [row] = db.snapshot.tables["indices"].to_table(filter=f"encoder_id = {literal(encoder_id)}").to_pylist()
             recall.measure(db, row, report)
-            for mapper_id in recall.mapper_ids(db.snapshot, encoder_id):
-                recall.measure_mapper(db, mapper_id, report)
     recall.measure_missing(db, report)
 
 

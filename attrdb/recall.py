@@ -33,7 +33,8 @@ Report = Callable[[str, int, int], None]
 def measure(db: Database, entry: dict, report: Report = lambda stage, done, total: None) -> dict:
     """Choose how many cells a query looks into and how many hits are compared exactly, and store that with its recall.
 
-    The least that finds RECALL_WANTED of the exact first K; where nothing does, all that was tried.
+    The least that finds RECALL_WANTED of the exact first K; where nothing does, all that was tried. Then the same for the
+    encoder's mappers, see `measure_mapper`.
     """
     snapshot = db.snapshot
     encoder_id, n_partitions = entry["encoder_id"], entry["n_partitions"]
@@ -47,12 +48,7 @@ def measure(db: Database, entry: dict, report: Report = lambda stage, done, tota
         for n_probes in probes
         for oversampling in OVERSAMPLING
     ]
-    for number, index in enumerate(tries):
-        report("recall", number, len(tries))
-        recall = _recall_of(snapshot, index, ids, queries, exact)
-        if recall >= RECALL_WANTED:
-            break
-    report("recall", len(tries), len(tries))
+    index, recall = _least(tries, lambda index: _recall_of(snapshot, index, ids, queries, exact), "recall", report)
     row = entry | {
         "n_probes": index.n_probes,
         "oversampling": index.oversampling,
@@ -63,6 +59,8 @@ def measure(db: Database, entry: dict, report: Report = lambda stage, done, tota
         "created_at": datetime.now(UTC),
     }
     db.upsert("indices", [row], on="encoder_id")
+    for mapper_id in _mapper_ids(db.snapshot, encoder_id):
+        measure_mapper(db, mapper_id, report)
     return row
 
 
@@ -79,7 +77,8 @@ def measure_mapper(db: Database, mapper_id: str, report: Report = lambda stage, 
     own = snapshot.indices.get(mapper.encoder_id)
     if own is None or own.later or mapper.form not in ann.FOLDABLE:
         return None
-    report(f"recall of {mapper_id}", 0, 1)
+    stage = f"recall of {mapper_id}"
+    report(stage, 0, 1)
     _, ids, queries = drawn.queries(snapshot, mapper.encoder_id)
     try:
         exact = search.top_k(snapshot.features(mapper.encoder_id, CANDIDATES), queries, K + 1, mapper=mapper)
@@ -95,14 +94,11 @@ def measure_mapper(db: Database, mapper_id: str, report: Report = lambda stage, 
         for more, hits in MORE_FOR_A_MAPPER
     ]
     # The most is tried first: it says whether anything else need be.
-    recall, index = _recall_of(snapshot, tries[-1], ids, queries, exact, mapper), tries[-1]
+    index, recall = tries[-1], _recall_of(snapshot, tries[-1], ids, queries, exact, mapper)
     if used := recall >= RECALL_WANTED:
-        for number, index in enumerate(tries):
-            report(f"recall of {mapper_id}", number, len(tries))
-            recall = _recall_of(snapshot, index, ids, queries, exact, mapper)
-            if recall >= RECALL_WANTED:
-                break
-    report(f"recall of {mapper_id}", len(tries), len(tries))
+        index, recall = _least(
+            tries, lambda index: _recall_of(snapshot, index, ids, queries, exact, mapper), stage, report
+        )
     row = {
         "mapper_id": mapper_id,
         "encoder_id": mapper.encoder_id,
@@ -129,12 +125,25 @@ def measure_missing(db: Database, report: Report = lambda stage, done, total: No
     """Measure the mappers of indexed encoders that are not measured: the job that should have was killed."""
     done = set(db.snapshot.tables["mapper_searches"].to_table(columns=["mapper_id"])["mapper_id"].to_pylist())
     for encoder_id in db.snapshot.indices:
-        for mapper_id in mapper_ids(db.snapshot, encoder_id):
+        for mapper_id in _mapper_ids(db.snapshot, encoder_id):
             if mapper_id not in done:
                 measure_mapper(db, mapper_id, report)
 
 
-def mapper_ids(snapshot: Snapshot, encoder_id: str) -> list[str]:
+def _least(
+    tries: list[ann.Index], recall_of: Callable[[ann.Index], float], stage: str, report: Report
+) -> tuple[ann.Index, float]:
+    """The first of the tries, or else the last, with which RECALL_WANTED is found, and what is found with it."""
+    for number, index in enumerate(tries):
+        report(stage, number, len(tries))
+        recall = recall_of(index)
+        if recall >= RECALL_WANTED:
+            break
+    report(stage, len(tries), len(tries))
+    return index, recall
+
+
+def _mapper_ids(snapshot: Snapshot, encoder_id: str) -> list[str]:
     """Of the encoder's mappers that can be folded."""
     forms = ", ".join(map(literal, ann.FOLDABLE))
     where = f"encoder_id = {literal(encoder_id)} AND form IN ({forms})"
