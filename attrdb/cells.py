@@ -16,18 +16,43 @@ def train_centroids(features: np.ndarray, n_centroids: int, n_rounds: int, seed:
     """
     rng = np.random.default_rng(seed)
     centroids = features[rng.choice(len(features), n_centroids, replace=False)].copy()
+    sums = _sums_by_numpy(features) if device == "cpu" else _sums_by_torch(features, device)
     for _ in range(n_rounds):
         cell = nearest_centroids(features, centroids, device)
-        order = np.argsort(cell, kind="stable")
         n = np.bincount(cell, minlength=n_centroids)
         used = np.flatnonzero(n)
-        starts = np.cumsum(n)[used] - n[used]
-        centroids[used] = np.add.reduceat(features[order], starts, axis=0) / n[used][:, None]
+        centroids[used] = sums(cell, n)[used] / n[used][:, None]
         empty = np.flatnonzero(n == 0)
         largest = np.argsort(-n, kind="stable")[: len(empty)]
         nudge = 1e-3 * rng.standard_normal((len(empty), features.shape[1]), np.float32)
         centroids[empty] = centroids[largest] * (1 + nudge)
     return centroids
+
+
+def _sums_by_numpy(features: np.ndarray) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
+    def sums(cell: np.ndarray, n: np.ndarray) -> np.ndarray:
+        """(n_cells, dimension): of the features in each cell, n of them; any number where there are none."""
+        order = np.argsort(cell, kind="stable")
+        found = np.empty((len(n), features.shape[1]), np.float32)
+        used = np.flatnonzero(n)
+        found[used] = np.add.reduceat(features[order], np.cumsum(n)[used] - n[used], axis=0)
+        return found
+
+    return sums
+
+
+def _sums_by_torch(features: np.ndarray, device: str) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
+    import torch
+
+    from attrdb.accelerated import placed
+
+    there = placed(features, device).double()  # so that the order in which a GPU adds them does not show
+
+    def sums(cell: np.ndarray, n: np.ndarray) -> np.ndarray:
+        found = there.new_zeros((len(n), there.shape[1]))
+        return found.index_add_(0, torch.tensor(cell, device=device), there).float().cpu().numpy()
+
+    return sums
 
 
 def nearest_centroids(features: np.ndarray, centroids: np.ndarray, device: str) -> np.ndarray:
@@ -53,9 +78,11 @@ def _by_numpy(centroids: np.ndarray, half: np.ndarray) -> Callable[[np.ndarray],
 def _by_torch(centroids: np.ndarray, half: np.ndarray, device: str) -> Callable[[np.ndarray], np.ndarray]:
     import torch
 
-    columns, half_there = torch.from_numpy(centroids).to(device).T, torch.from_numpy(half).to(device)
+    from attrdb.accelerated import placed
+
+    columns, half_there = placed(centroids, device).T, torch.from_numpy(half).to(device)
 
     def product(features: np.ndarray) -> np.ndarray:
-        return torch.addmm(-half_there, torch.tensor(features, device=device), columns).argmax(dim=1).cpu().numpy()
+        return torch.addmm(-half_there, placed(features, device), columns).argmax(dim=1).cpu().numpy()
 
     return product

@@ -79,17 +79,29 @@ class Mapper:
         for ids, features in gallery:
             yield ids, self.exemplars(features)
 
+    def arrays(self, side: str) -> dict[str, np.ndarray]:
+        """The arrays of one side by name, see ARRAYS."""
+        return {name: self.parameters[f"{side}.{name}"] for name in ARRAYS[self.form]}
+
+    def applied(self, arrays: Mapping[str, Any], features: Any) -> Any:
+        """F(x) by the arrays of a side: (n, dimension) in and out, all NumPy's or all torch's, not made unit length."""
+        mapped = features * arrays["gain"] if self.form == "gain" else features @ arrays["weight"].T
+        mapped = mapped + arrays["bias"]
+        if self.form == "mlp":
+            mapped = mapped + (features @ arrays["up"].T + arrays["up_bias"]).clip(0) @ arrays["down"].T
+        return mapped
+
+    def check_norms(self, norms: np.ndarray) -> None:
+        """raises: InvalidValue for mapped features of a length that is zero or not finite"""
+        if not (np.isfinite(norms) & (norms > 0)).all():
+            raise InvalidValue(f"mapper {self.mapper_id!r} makes a feature that is zero or not finite; train it again")
+
     def _mapped(self, side: str, features: np.ndarray, dtype: type) -> np.ndarray:
         mapped = self._unscaled(side, features, dtype)
         norms = np.linalg.norm(mapped, axis=1, keepdims=True)
-        if not (np.isfinite(norms) & (norms > 0)).all():
-            raise InvalidValue(f"mapper {self.mapper_id!r} makes a feature that is zero or not finite; train it again")
+        self.check_norms(norms)
         return mapped / norms
 
     def _unscaled(self, side: str, features: np.ndarray, dtype: type) -> np.ndarray:
-        own = {name: self.parameters[f"{side}.{name}"].astype(dtype, copy=False) for name in ARRAYS[self.form]}
-        features = features.astype(dtype, copy=False)
-        mapped = (features * own["gain"] if self.form == "gain" else features @ own["weight"].T) + own["bias"]
-        if self.form == "mlp":
-            mapped = mapped + np.maximum(features @ own["up"].T + own["up_bias"], 0) @ own["down"].T
-        return mapped
+        arrays = {name: array.astype(dtype, copy=False) for name, array in self.arrays(side).items()}
+        return self.applied(arrays, features.astype(dtype, copy=False))

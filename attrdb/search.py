@@ -4,8 +4,8 @@ A gallery is given as an iterable of (ids, features) blocks, so that nothing her
 Similarity is the inner product of unit-length features, which is their cosine; a mapper, where one is given, maps queries
 as samples and candidates as training images first. Ties go to the smaller image_id.
 
-A float32 matrix product decides what it can: its last digits depend on the shape of the product, so that equal features
-would not tie. What lies within MARGIN of a decision is computed again in float64, rounded to DIGITS.
+A matrix product decides what it can: its last digits depend on its shape, so that equal features would not tie. What it does
+not decide is computed again in float64, rounded to DIGITS.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ import pyarrow.compute as pc
 
 from attrdb.errors import InvalidValue
 from attrdb.mapper import Mapper
+from attrdb.products import MARGIN, Products
 from attrdb.schema import feature_matrix
 from attrdb.threads import worked
 
-Block = tuple[pa.Array, np.ndarray]  # image ids (n,) of text, features (n, dimension) float32
+# Image ids (n,) of text, features (n, dimension) float32; or these as a torch tensor, on the device that is to search them.
+Block = tuple[pa.Array, Any]
 
 BLOCK_ROWS = 4096
 BLOCK_BYTES = 16 << 20  # of features
 READ_AHEAD = {"batch_readahead": 4, "fragment_readahead": 1, "io_buffer_size": 128 << 20}  # bounds what Lance holds
 FEW_ROWS = 0.1  # share of all
-QUERIES_A_PRODUCT = 1024  # so that its result, 16 MiB a worker, bounds memory whatever the number of queries
-MARGIN = 1e-5  # far above the error of a float32 product of unit vectors of a few thousand elements
+ROWS_A_KERNEL = 1 << 18  # on an accelerator
 DIGITS = 12
-FEW_QUERIES = 0.25  # share whose scores are copied rather than compared with all others'
 PAIRS = 4096  # pairs of vectors that are held in float64 at a time
 
 
@@ -77,7 +77,10 @@ class _Exact:
         self.queries = mapper.samples(queries, np.float64) if mapper else queries
         self.mapper = mapper
 
-    def __call__(self, features: np.ndarray, candidate: np.ndarray, query: np.ndarray) -> np.ndarray:
+    def __call__(self, features: Any, candidate: np.ndarray, query: np.ndarray) -> np.ndarray:
+        if not isinstance(features, np.ndarray):
+            used, candidate = np.unique(candidate, return_inverse=True)
+            features = features[used].cpu().numpy()
         if self.mapper:
             used, candidate = np.unique(candidate, return_inverse=True)
             mapped = np.empty((len(used), features.shape[1]))
@@ -135,13 +138,13 @@ def top_k(
     def of_block(block: Block) -> list[tuple[np.ndarray, np.ndarray, pa.Array]]:
         block_ids, features = block
         found = []
-        for first, scores in products(features):
+        for first, scores in products.scores(features):
             query, candidate = scores.at_least(best.needed(scores, slice(first, first + len(scores))))
             query += first
             found.append((query, exact(features, candidate, query), block_ids.take(pa.array(candidate))))
         return found
 
-    for found in worked(of_block, gallery, device):
+    for found in worked(of_block, _cut(gallery, device), device):
         for one in found:
             best.add(*one)
     return best.hits()
@@ -218,148 +221,43 @@ def count_above(
 
     def of_block(block: Block) -> tuple[np.ndarray, int]:
         block_ids, features = block
-        counts = np.zeros(similarity.shape, dtype=np.int64)
-        for first, scores in products(features):
-            for column in range(similarity.shape[1]):
-                (given,) = np.nonzero(np.isfinite(similarity[first : first + len(scores), column]))
-                if not len(given):
-                    continue
-                threshold = similarity[first + given, column]
-                above, (near, candidate) = scores.count(given, threshold - MARGIN, threshold + MARGIN)
-                counts[first + given, column] += above
-                if len(near):
-                    query, threshold = first + given[near], threshold[near]
-                    found = exact(features, candidate, query)
-                    before = found > threshold
-                    tied = np.flatnonzero(found == threshold)
-                    before[tied] = block_ids.take(pa.array(candidate[tied])).to_numpy(False) < ids[query[tied], column]
-                    # Mapped by another product, the given candidate itself may differ from what is given in the last digit.
-                    before &= block_ids.take(pa.array(candidate)).to_numpy(False) != ids[query, column]
-                    np.add.at(counts[:, column], query[before], 1)
+        counts, (query, column, candidate) = products.count(features, similarity)
+        if len(query):
+            found, threshold = exact(features, candidate, query), similarity[query, column]
+            names, given = block_ids.take(pa.array(candidate)).to_numpy(False), ids[query, column]
+            before = (found > threshold) | ((found == threshold) & (names < given))
+            # Mapped by another product, the given candidate itself may differ from what is given in the last digit.
+            np.add.at(counts, (query, column), before & (names != given))
         return counts, len(block_ids)
 
     counts, size = np.zeros(similarity.shape, dtype=np.int64), 0
-    for of_one, n in worked(of_block, gallery, device):
+    for of_one, n in worked(of_block, _cut(gallery, device), device):
         counts += of_one
         size += n
     return counts, size
 
 
-# --- products --------------------------------------------------------------------------------------------------------
+def _cut(gallery: Iterable[Block], device: str) -> Iterator[Block]:
+    """The gallery in blocks whose scores fit into memory."""
+    most = BLOCK_ROWS if device == "cpu" else ROWS_A_KERNEL
+    for ids, features in gallery:
+        for at in range(0, len(ids), most):
+            yield ids[at : at + most], features[at : at + most]
 
 
-def _products(queries: np.ndarray, mapper: Mapper | None, device: str) -> _Numpy | _Torch:
-    """What multiplies blocks of features with some queries: yields the first query and `scores` of every product."""
-    ours = mapper.samples(queries) if mapper else queries
-    return _Numpy(ours, mapper) if device == "cpu" else _Torch(ours, mapper, device)
+def _products(queries: np.ndarray, mapper: Mapper | None, device: str) -> Any:
+    """What multiplies blocks of features with some queries there."""
+    if device == "cpu":
+        return Products(queries, mapper)
+    from attrdb import accelerated
 
-
-class _Numpy:
-    """Products by NumPy, at the rate of its BLAS."""
-
-    def __init__(self, queries: np.ndarray, mapper: Mapper | None):
-        self.queries, self.mapper = np.ascontiguousarray(queries), mapper
-
-    def __call__(self, features: np.ndarray) -> Iterator[tuple[int, _NumpyScores]]:
-        if self.mapper:
-            features = self.mapper.exemplars(features)
-        for first in range(0, len(self.queries), QUERIES_A_PRODUCT):
-            yield first, _NumpyScores(self.queries[first : first + QUERIES_A_PRODUCT] @ features.T)
-
-
-class _NumpyScores:
-    """(n_queries, n_candidates) float32."""
-
-    def __init__(self, scores: np.ndarray):
-        self.scores, self.shape = scores, scores.shape
-
-    def __len__(self) -> int:
-        return len(self.scores)
-
-    def kth_best(self, k: int) -> np.ndarray:
-        """(n_queries,): the k-th highest score of each query."""
-        return np.partition(self.scores, -k, axis=1)[:, -k]
-
-    def at_least(self, needed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Queries and candidates of the scores that reach what their query needs."""
-        found = np.flatnonzero(self.scores >= needed[:, None])
-        return np.divmod(found, self.shape[1])
-
-    def count(
-        self, given: np.ndarray, low: np.ndarray, high: np.ndarray
-    ) -> tuple[np.ndarray, tuple[np.ndarray, np.ndarray]]:
-        """How many scores of the given queries are above high, and which of them lie between low and high."""
-        scores = self.scores if len(given) == len(self.scores) else self.scores[given]
-        low, high = low.astype(np.float32)[:, None], high.astype(np.float32)[:, None]
-        n_reach, n_above = _count_true(scores >= low), np.zeros(len(given), np.int64)
-        # A comparison reads all that the product has written. The second is for the queries that need it, where they are few.
-        (some,) = np.nonzero(n_reach)
-        some = some if len(some) < FEW_QUERIES * len(given) else slice(None)
-        n_above[some] = _count_true(scores[some] > high[some])
-        (unsure,) = np.nonzero(n_reach > n_above)
-        near, candidate = np.nonzero((scores[unsure] >= low[unsure]) & (scores[unsure] <= high[unsure]))
-        return n_above, (unsure[near], candidate)
-
-
-def _count_true(rows: np.ndarray) -> np.ndarray:
-    """(n,) the number of true values in each row; several times as fast as a sum, which widens every value."""
-    packed = np.packbits(rows, axis=1)
-    whole = packed.shape[1] // 8 * 8
-    words = np.bitwise_count(np.ascontiguousarray(packed[:, :whole]).view(np.uint64)).sum(axis=1, dtype=np.int64)
-    return words + np.bitwise_count(packed[:, whole:]).sum(axis=1, dtype=np.int64)
-
-
-class _Torch:
-    """Products by torch on an accelerator; float32 throughout, so that MARGIN holds there as well."""
-
-    def __init__(self, queries: np.ndarray, mapper: Mapper | None, device: str):
-        import torch
-
-        self.device, self.mapper = torch.device(device), mapper
-        self.queries = torch.from_numpy(np.ascontiguousarray(queries)).to(self.device)
-
-    def __call__(self, features: np.ndarray) -> Iterator[tuple[int, _TorchScores]]:
-        import torch
-
-        if self.mapper:
-            features = self.mapper.exemplars(features)
-        block = torch.tensor(features, device=self.device)
-        for first in range(0, len(self.queries), QUERIES_A_PRODUCT):
-            yield first, _TorchScores(self.queries[first : first + QUERIES_A_PRODUCT] @ block.T)
-
-
-class _TorchScores:
-    """As _NumpyScores, on a torch device; what comes back from it is small."""
-
-    def __init__(self, scores: Any):
-        self.scores, self.shape = scores, tuple(scores.shape)
-
-    def __len__(self) -> int:
-        return len(self.scores)
-
-    def kth_best(self, k: int) -> np.ndarray:
-        return self.scores.topk(k, dim=1).values[:, -1].cpu().numpy()
-
-    def at_least(self, needed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        found = (self.scores >= self._column(needed)).nonzero().cpu().numpy()
-        return found[:, 0], found[:, 1]
-
-    def count(
-        self, given: np.ndarray, low: np.ndarray, high: np.ndarray
-    ) -> tuple[np.ndarray, tuple[np.ndarray, np.ndarray]]:
-        scores = self.scores if len(given) == len(self.scores) else self.scores[given]
-        above = scores > self._column(high)
-        near = ((scores >= self._column(low)) & ~above).nonzero().cpu().numpy()
-        return above.sum(dim=1).cpu().numpy(), (near[:, 0], near[:, 1])
-
-    def _column(self, values: np.ndarray) -> Any:
-        return self.scores.new_tensor(values.astype(np.float32))[:, None]
+    return accelerated.Products(queries, mapper, device)
 
 
 def accelerator(device: str) -> str:
     """The device that a word stands for: `auto` is the GPU where there is one, else the CPU.
 
-    raises: InvalidValue for a GPU where there is none, or no torch to use it
+    raises: InvalidValue for a GPU where there is none, or no torch and Triton to use it
     """
     if device == "cpu":
         return device
@@ -368,6 +266,7 @@ def accelerator(device: str) -> str:
     with suppress(OSError, ImportError):
         ctypes.CDLL("libcuda.so.1")
         import torch
+        import triton  # noqa: F401
     if torch is not None and torch.cuda.is_available():
         return "cuda"
     if device == "auto":

@@ -7,6 +7,7 @@
     later        with rows that came after it
     predicates   with few candidates left
     real         indices of the features of a database that exists, with its mappers folded into the query
+    accelerator  ranks and builds on a GPU, against the CPU of the same machine
     folding      a mapper folded into the query, against a column of mapped features with an index of its own
 
 The peers are not among attrdb's packages: pip install faiss-cpu hnswlib usearch. All of a part is measured in one run, on the
@@ -578,6 +579,144 @@ def real(path: Path) -> list[dict]:
     return found
 
 
+# --- accelerator ----------------------------------------------------------------------------------------------------
+
+
+def accelerator(data: Data) -> dict:
+    """Ranks of exemplars with the features on the GPU and from disk, and the build of an index, beside the CPU."""
+    import torch
+
+    return {
+        "gpu": torch.cuda.get_device_name(),
+        "limits": gpu_limits(),
+        "ranks": list(ranks_on_gpu(data)),
+        "builds": builds_on_gpu(data),
+    }
+
+
+def gpu_seconds(run: Callable[[], Any], n: int = 5) -> list[float]:
+    import torch
+
+    times = []
+    for _ in range(n + 1):  # the first compiles
+        torch.cuda.synchronize()
+        started = time.perf_counter()
+        run()
+        torch.cuda.synchronize()
+        times.append(time.perf_counter() - started)
+    return times[1:]
+
+
+def gpu_limits() -> dict[str, float]:
+    """Large matrix products, in TFLOP/s, by what they are computed in."""
+    import torch
+
+    a, b = torch.randn(2, 8192, 8192, device="cuda")
+    found = {}
+    for name, tf32, dtype in (
+        ("float32", False, torch.float32),
+        ("tf32", True, torch.float32),
+        ("bf16", False, torch.bfloat16),
+    ):
+        torch.backends.cuda.matmul.allow_tf32 = tf32
+        one, other = a.to(dtype), b.to(dtype)
+        found[name] = 2 * 8192**3 / min(gpu_seconds(lambda one=one, other=other: one @ other.T)) / 1e12
+    torch.backends.cuda.matmul.allow_tf32 = False
+    return found
+
+
+def ranks_on_gpu(data: Data) -> Iterator[dict]:
+    """Of the feature that a query was moved from, and of one drawn from all: then many others lie near it."""
+    import torch
+
+    rows = search.ROWS_A_KERNEL
+    there = [
+        (
+            pa.array([f"f/{i:09d}" for i in range(at, min(at + rows, len(data.x)))]),
+            torch.tensor(data.x[at : at + rows]).cuda(),
+        )
+        for at in range(0, len(data.x), rows)
+    ]
+    drawn_from_all = np.random.default_rng(3).integers(len(data.x), size=len(data.queries))
+    for given, of_query in (("the true exemplar", data.of_query), ("drawn from all", drawn_from_all)):
+        similarity = search.exact_similarity(data.x, data.queries, of_query, np.arange(len(data.queries)))[:, None]
+        ids = np.array([[f"f/{row:09d}"] for row in of_query], dtype=object)
+        for n in (1000, len(data.queries)):
+            asked = data.queries[:n], similarity[:n], ids[:n]
+            times = {
+                "GPU, features on it": gpu_seconds(
+                    lambda asked=asked: search.count_above(there, *asked, device="cuda")
+                ),
+                "GPU, from disk": gpu_seconds(
+                    lambda asked=asked: search.count_above(data.blocks(), *asked, device="cuda"), 3
+                ),
+            }
+            found = {
+                "given": given,
+                "n_queries": n,
+                "seconds": {way: spread(of) for way, of in times.items()},
+                "tflops": 2 * n * data.x.size / np.median(times["GPU, features on it"]) / 1e12,
+            }
+            if n == 1000:
+                started = time.perf_counter()
+                exact = search.count_above(data.blocks(), *asked)[0]
+                found["seconds"]["CPU, from disk"] = spread([time.perf_counter() - started])
+                counted = search.count_above(there, *asked, device="cuda")[0]
+                found["n_ranks_different"] = int((counted != exact).sum())
+                found |= {
+                    f"n_ranks_different_{name}": int(
+                        (by_product(there, asked[0], of_query[:n], tf32) != exact[:, 0]).sum()
+                    )
+                    for name, tf32 in (("float32", False), ("tf32", True))
+                }
+            yield found
+
+
+def by_product(there: list[search.Block], queries: np.ndarray, of_query: np.ndarray, tf32: bool) -> np.ndarray:
+    """(n_queries,): how many features torch's product alone puts above the given one."""
+    import torch
+
+    torch.backends.cuda.matmul.allow_tf32 = tf32
+    asked, place = torch.tensor(queries).cuda(), torch.tensor(of_query).cuda()
+    parts = [x[at : at + 65_536] for _, x in there for at in range(0, len(x), 65_536)]
+    given, first = torch.empty(len(queries), 1, device=asked.device), 0
+    for x in parts:
+        inside = (place >= first) & (place < first + len(x))
+        given[inside] = (asked @ x.T)[inside].gather(1, place[inside, None] - first)
+        first += len(x)
+    above = sum(((asked @ x.T) > given).sum(dim=1) for x in parts)
+    torch.backends.cuda.matmul.allow_tf32 = False
+    return above.cpu().numpy()
+
+
+def builds_on_gpu(data: Data) -> list[dict]:
+    found = []
+    for device in ("cuda", "cpu") * 2:
+        began, start = {}, time.perf_counter()
+
+        def report(stage: str, done: int, total: int, began: dict = began, start: float = start) -> None:
+            began.setdefault(stage, time.perf_counter() - start)
+
+        row = indexing.build(data.db, device=device, report=report)
+        told = {name: row[name] for name in ("device", "seconds", "n_partitions", "n_probes", "oversampling", "recall")}
+        began = {stage: at for stage, at in began.items() if at <= row["seconds"]}
+        ends = [*list(began.values())[1:], row["seconds"]]
+        stages = {stage: end - at for (stage, at), end in zip(began.items(), ends, strict=True)}
+        found.append({**told, "stages": stages})
+        click.echo(json.dumps(found[-1]), err=True)
+    truth = rows_of(search.top_k(data.in_memory(), data.queries[:256], 10))
+    lance = lance_default(dataclasses.replace(data, queries=data.queries[:256]), truth)
+    return [
+        *found,
+        {
+            "device": "cpu",
+            "what": lance["what"],
+            "seconds": lance["build_seconds"],
+            "recall": max(one["recall"] for one in lance["settings"]),
+        },
+    ]
+
+
 # --- the command -----------------------------------------------------------------------------------------------------
 
 
@@ -586,7 +725,9 @@ def real(path: Path) -> list[dict]:
     "parts",
     nargs=-1,
     required=True,
-    type=click.Choice(["evaluation", "exact", "ann", "growth", "later", "predicates", "folding", "real"]),
+    type=click.Choice(
+        ["evaluation", "exact", "ann", "growth", "later", "predicates", "folding", "real", "accelerator"]
+    ),
 )
 @click.option("--rows", type=click.IntRange(1000), default=1_000_000, show_default=True)
 @click.option("--dimension", type=click.IntRange(8), default=512, show_default=True)
@@ -613,12 +754,15 @@ def main(
     packages = ["numpy", "pylance"]
     if {"exact", "ann"} & {*parts}:
         packages += ["faiss-cpu"]
+    if "accelerator" in parts:
+        packages += ["torch", "triton"]
     if "ann" in parts:
         packages += [one for one in ("hnswlib", "usearch") if one in peers]
     work = Path(tempfile.mkdtemp(prefix="attrdb-", dir=folder))
     told: dict[str, Any] = {}
     try:
-        data = make(work, rows, dimension, 1000) if {"evaluation", "exact", "ann", "folding"} & {*parts} else None
+        of_data = {"evaluation", "exact", "ann", "folding", "accelerator"} & {*parts}
+        data = make(work, rows, dimension, 8192 if "accelerator" in parts else 1000) if of_data else None
         for part in parts:
             run: dict[str, Callable[[], Any]] = {
                 "evaluation": lambda: evaluation(data),
@@ -629,6 +773,7 @@ def main(
                 "predicates": lambda: predicates(work, rows, dimension),
                 "real": lambda: real(database),
                 "folding": lambda: folding(data),
+                "accelerator": lambda: accelerator(data),
             }
             machine, before = describe(*packages), limits()
             found = run[part]()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,13 @@ from PIL import Image
 
 import attrdb
 from attrdb.schema import feature_array
+from attrdb.search import accelerator
+
+# What goes the way of an accelerator is run on one, or else by torch on the CPU with its kernels interpreted.
+OTHER = {"cuda": "cuda", "cpu": "cpu:0"}[accelerator("auto")]
+if OTHER == "cpu:0":
+    os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported
+DEVICES = ("cpu", OTHER)
 
 TOY = {"spec": "toy:2", "dimension": 2, "preprocessing": {}, "weights_fingerprint": "none"}
 

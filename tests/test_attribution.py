@@ -6,12 +6,12 @@ from itertools import pairwise
 import numpy as np
 import pyarrow as pa
 import pytest
-from conftest import rows
+from conftest import DEVICES, OTHER, rows
 
-from attrdb import attribution, search, threads
+from attrdb import attribution, products, search, threads
 from attrdb.errors import InvalidValue, NotFound
 from attrdb.influence import cut_off, influence
-from attrdb.mapper import Mapper
+from attrdb.mapper import ARRAYS, FORMS, SIDES, Mapper
 
 
 def test_influence_by_hand():
@@ -55,8 +55,7 @@ def slow_order(ids, features, query):
     return sorted(zip(-similarity, ids, strict=True))
 
 
-# cpu:0 goes the way of an accelerator, through torch.
-@pytest.mark.parametrize("device", ["cpu", "cpu:0"])
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("size", [1, 7, 100, 500])
 @pytest.mark.parametrize("k", [1, 10, 499, 600])
 def test_top_k_equals_a_full_sort(size, k, device):
@@ -69,8 +68,8 @@ def test_top_k_equals_a_full_sort(size, k, device):
         np.testing.assert_array_equal(hits.similarity[row], [-s for s, _ in expected])
 
 
-@pytest.mark.parametrize("device", ["cpu", "cpu:0"])
-@pytest.mark.parametrize("size", [1, 7, 500])
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("size", [40, 500])
 def test_count_above_equals_the_place_in_a_full_sort(size, device):
     ids, features = random_gallery()
     queries = random_gallery(4, seed=1)[1]
@@ -83,10 +82,10 @@ def test_count_above_equals_the_place_in_a_full_sort(size, device):
         assert list(above[row]) == [order.index(image_id) for image_id in ids[given[row]]]
 
 
-@pytest.mark.parametrize("device", ["cpu", "cpu:0"])
+@pytest.mark.parametrize("device", DEVICES)
 def test_more_queries_than_a_product_takes_and_rows_that_differ_in_their_last_digits(monkeypatch, device):
     """Against float64, with a mapper, where float32 alone would put near equal candidates in another order."""
-    monkeypatch.setattr(search, "QUERIES_A_PRODUCT", 7)
+    monkeypatch.setattr(products, "QUERIES_A_PRODUCT", 7)
     rng = np.random.default_rng(0)
     centre = rng.standard_normal((1, 24))
     features = centre + 1e-3 * rng.standard_normal((300, 24))
@@ -108,6 +107,58 @@ def test_more_queries_than_a_product_takes_and_rows_that_differ_in_their_last_di
         blocks(ids, features, 64), queries, given, np.full((20, 1), "i000"), mapper=mapper, device=device
     )
     assert list(above[:, 0]) == [list(row).index(0) for row in order]
+
+
+def test_an_accelerator_ranks_as_float64_does(monkeypatch):
+    """Features that its product cannot tell apart, more than it can keep; on the device already, and of an odd dimension."""
+    torch = pytest.importorskip("torch")
+    accelerated = pytest.importorskip("attrdb.accelerated")
+    monkeypatch.setattr(accelerated, "ROOM", 200)
+    rng = np.random.default_rng(0)
+    near = rng.standard_normal(21) + 1e-4 * rng.standard_normal((150, 21))
+    features = np.concatenate([near, rng.standard_normal((150, 21))])[rng.permutation(300)]
+    features = np.float32(features / np.linalg.norm(features, axis=1, keepdims=True))
+    features[7] = features[3]
+    ids, queries, given = (
+        np.array([f"i{number:03d}" for number in range(300)], object),
+        features[:9],
+        rng.integers(300, size=(9, 4)),
+    )
+    similarity = np.round(queries.astype(np.float64) @ features.T.astype(np.float64), search.DIGITS)
+    order = np.argsort(-similarity, axis=1, kind="stable").argsort(axis=1)
+    there = [(ids_, torch.tensor(block, device=OTHER)) for ids_, block in blocks(ids, features, 130)]
+    thresholds = np.take_along_axis(similarity, given, 1)
+    thresholds[2, 3] = np.inf
+    for gallery in (there, blocks(ids, features, 300)):
+        above, n = search.count_above(gallery, queries, thresholds, ids[given], device=OTHER)
+        expected = np.where(np.isfinite(thresholds), np.take_along_axis(order, given, 1), 0)
+        np.testing.assert_array_equal(above, expected)
+        assert n == 300
+    hits = search.top_k(there, queries, 5, device=OTHER)
+    np.testing.assert_array_equal(np.array(hits.ids), ids[np.argsort(-similarity, axis=1, kind="stable")[:, :5]])
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_an_accelerator_maps_as_numpy_does(form):
+    pytest.importorskip("torch")
+    rng = np.random.default_rng(0)
+    shapes = {"weight": (16, 16), "bias": 16, "gain": 16, "up": (8, 16), "up_bias": 8, "down": (16, 8)}
+    parameters = {
+        f"{side}.{name}": np.float32(rng.standard_normal(shapes[name])) for side in SIDES for name in ARRAYS[form]
+    }
+    mapper = Mapper("some", "e", form, parameters)
+    ids, features = random_gallery(dimension=16)
+    queries = random_gallery(20, seed=1, dimension=16)[1]
+    given = rng.integers(500, size=20)
+    similarity = search.exact_similarity(features, queries, given, np.arange(20), mapper)[:, None]
+    found = [
+        search.count_above(
+            blocks(ids, features, 200), queries, similarity, ids[given][:, None], mapper=mapper, device=one
+        )
+        for one in DEVICES
+    ]
+    np.testing.assert_array_equal(found[0][0], found[1][0])
+    assert found[0][0].max() > 0
 
 
 def test_a_search_gives_the_threads_of_products_back():

@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from click.testing import CliRunner
+from conftest import DEVICES
 
 import attrdb
 from attrdb import ann, attribution, cells, health, indexing, maintenance, recall, search
@@ -102,9 +103,7 @@ def test_a_cell_that_lost_its_features_takes_part_of_the_largest():
 def test_cells_by_torch_are_those_by_numpy():
     pytest.importorskip("torch")
     features = clustered(500, 4)
-    by = [
-        cells.train_centroids(features, 8, 5, 0, device) for device in ("cpu", "cpu:0")
-    ]  # the second goes through torch
+    by = [cells.train_centroids(features, 8, 5, 0, device) for device in DEVICES]
     np.testing.assert_allclose(*by, atol=1e-5)
 
 
