@@ -16,7 +16,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from attrdb.mapper import Mapper
-from attrdb.products import MARGIN, QUERIES_A_PRODUCT, Undecided, joined
+from attrdb.products import MARGIN, QUERIES_A_PRODUCT, Undecided
 
 Features = np.ndarray | torch.Tensor  # (n, dimension) float32; a tensor is on the device already
 
@@ -44,21 +44,20 @@ class Products:
         for first in range(0, len(self.queries), QUERIES_A_PRODUCT):
             yield first, Scores(self.queries[first : first + QUERIES_A_PRODUCT] @ candidates.T)
 
-    def count(self, features: Features, thresholds: np.ndarray) -> tuple[np.ndarray, Undecided]:
-        """How many features are surely more similar to each query than its thresholds, and which may be or not.
+    def count(self, features: Features, thresholds: np.ndarray, counts: np.ndarray) -> Iterator[Undecided]:
+        """Add up how many features are surely more similar to each query than its thresholds; yields which may be or not.
 
-        thresholds: (n_queries, m) float64, +inf for none; the counts are (n_queries, m) int64
+        thresholds, counts: (n_queries, m) float64, +inf for none, and int64
         """
-        if not thresholds.size or not len(features):
-            return np.zeros(thresholds.shape, np.int64), joined([])
-        n_columns, candidates = thresholds.shape[1], self._candidates(features)
+        if not thresholds.size:
+            return
+        candidates, n_columns = self._candidates(features), thresholds.shape[1]
         exact = torch.tensor(thresholds, device=self.device)
         low, high = ((exact + margin).float() for margin in (-TF32_MARGIN, TF32_MARGIN))
         least = low.amin(dim=1)
-        counts = torch.zeros(thresholds.size, dtype=torch.int64, device=self.device)
         room = max(ROOM, thresholds.size)
         margin = MARGIN if self.mapper else FLOAT64_MARGIN
-        undecided, left = [], [(0, len(candidates))]
+        left = [(0, len(candidates))]
         while left:
             start, stop = left.pop()
             part = candidates[start:stop]
@@ -68,10 +67,11 @@ class Products:
                 continue
             place, candidate = pairs[:n_pairs].T
             gap = self._similarity(part, place // n_columns, candidate) - exact.view(-1)[place]
-            counts += above + torch.bincount(place[gap > margin], minlength=thresholds.size)
-            place, candidate = (one[gap.abs() <= margin].cpu().numpy().astype(np.int64) for one in (place, candidate))
-            undecided.append((*np.divmod(place, n_columns), start + candidate))
-        return counts.view(thresholds.shape).cpu().numpy(), joined(undecided)
+            sure = above + torch.bincount(place[gap > margin], minlength=thresholds.size)
+            counts += sure.view(thresholds.shape).cpu().numpy()
+            near = gap.abs() <= margin
+            place, candidate = (one[near].cpu().numpy().astype(np.int64) for one in (place, candidate))
+            yield *np.divmod(place, n_columns), start + candidate
 
     def _candidates(self, features: Features) -> torch.Tensor:
         """Mapped as training images, and aligned."""

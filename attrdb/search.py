@@ -14,6 +14,7 @@ import ctypes
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any
 
 import lance
@@ -124,6 +125,20 @@ def merged(found: Sequence[Hits], k: int) -> Hits:
     return best.hits()
 
 
+def recall(found: Hits, exact: Hits, k: int, own_ids: Sequence[str | None]) -> float:
+    """Mean share of each query's exact first k candidates that were found; what ties with the last of them counts.
+
+    found, exact: k + 1 candidates a query, of which its own image, if it is among them, does not count
+    """
+    shares = []
+    for own, ids, similarity, best_ids, best in zip(
+        own_ids, found.ids, found.similarity, exact.ids, exact.similarity, strict=True
+    ):
+        best, hits = best[best_ids != own][:k], similarity[ids != own][:k]
+        shares.append(np.count_nonzero(hits >= best[-1]) / len(best) if len(best) else 1.0)
+    return float(np.mean(shares))
+
+
 def top_k(
     gallery: Iterable[Block], queries: np.ndarray, k: int, *, mapper: Mapper | None = None, device: str = "cpu"
 ) -> Hits:
@@ -221,8 +236,10 @@ def count_above(
 
     def of_block(block: Block) -> tuple[np.ndarray, int]:
         block_ids, features = block
-        counts, (query, column, candidate) = products.count(features, similarity)
-        if len(query):
+        counts = np.zeros(similarity.shape, dtype=np.int64)
+        for query, column, candidate in products.count(features, similarity, counts):
+            if not len(query):
+                continue
             found, threshold = exact(features, candidate, query), similarity[query, column]
             names, given = block_ids.take(pa.array(candidate)).to_numpy(False), ids[query, column]
             before = (found > threshold) | ((found == threshold) & (names < given))
@@ -265,8 +282,7 @@ def accelerator(device: str) -> str:
     torch = None
     with suppress(OSError, ImportError):
         ctypes.CDLL("libcuda.so.1")
-        import torch
-        import triton  # noqa: F401
+        torch, _ = import_module("torch"), import_module("triton")
     if torch is not None and torch.cuda.is_available():
         return "cuda"
     if device == "auto":

@@ -168,7 +168,7 @@ def test_a_search_gives_the_threads_of_products_back():
         return {one["num_threads"] for one in threads._blas().info()}
 
     before = n_threads()
-    first, second = (threads.product_threads(1) for _ in range(2))
+    first, second = (threads.one_thread_a_product() for _ in range(2))
     first.__enter__()
     second.__enter__()
     assert n_threads() == {1}
