@@ -1,4 +1,4 @@
-"""Blocks worked on by all cores, one a core.
+"""Blocks worked on by all cores, one a core, up to WORKERS.
 
 With all cores on one matrix product after the other, each waits for the slowest, and what is not a product runs on one.
 A product has one thread: OpenBLAS, NumPy's, lets those that have several run only one after the other.
