@@ -1,13 +1,15 @@
 """Products of queries with blocks of features on an accelerator, as `attrdb.products` has them for a CPU.
 
-Counting is one kernel, so that scores never leave the processor: a product at the rate of TF32, of which it keeps how many
-scores lie surely above a threshold, and the pairs that lie within TF32_MARGIN of it. These are multiplied again in float64
-there and then; only what float64 cannot tell apart either comes back. Ranks are therefore those of float64.
+Counting is one kernel, so that scores never leave the processor: a product in TF32, of which it keeps how many scores lie
+surely above a threshold, and the pairs that may or may not. These are multiplied again in float64 there and then; only what
+float64 cannot tell apart either comes back. Ranks are therefore those of float64.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import numpy as np
 import torch
@@ -15,72 +17,83 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from attrdb import products
 from attrdb.mapper import Mapper
-from attrdb.products import MARGIN, QUERIES_A_PRODUCT, Undecided, joined
 
 Features = np.ndarray | torch.Tensor  # (n, dimension) float32; a tensor is on the device already
 
-# A product of unit vectors whose last 13 bits are dropped is off by 2^-9 at most; the rest is for adding up.
-TF32_MARGIN = 2.2e-3
 FLOAT64_MARGIN = 1e-11  # as `search.DIGITS` rounds
-ROOM = 1 << 23  # pairs near a threshold that a launch can keep; with more, it is done again in halves
+ROOM = 1 << 23  # pairs near a threshold that a launch can keep; with more, it is done again in parts
+SPARE = 1.25  # times the parts that should do
 LARGE, SMALL = (128, 256, 32, 8), (64, 128, 32, 4)  # tiles: queries, features, elements at a time; warps
 STAGES = 3
 PAIRS, ELEMENTS = 32, 64  # of `_similarity`
 ALIGNED = 4  # elements: rows of a tensor that tiles are fetched from begin at multiples of 16 bytes
 
 
+def tf32_margin(dimension: int) -> float:
+    """By how much a TF32 product of unit vectors of that dimension may be off.
+
+    Both factors lose their last 13 bits, 2^-10 of each at most; besides, every step of eight elements adds up with an error.
+    """
+    return 1.01 * (2**-9 + 2**-20 * math.ceil(dimension / 8))
+
+
 class Products:
-    """queries: (n_queries, dimension) float32, unit length, before they are mapped."""
+    """queries: (n_queries, dimension) float32, unit length, before they are mapped; device: one of CUDA's."""
 
     def __init__(self, queries: np.ndarray, mapper: Mapper | None, device: str):
-        self.device, self.mapper = torch.device(device), mapper
+        self.device, self.mapper, self.tile = torch.device(device), mapper, _tile(torch.device(device))
         self.queries = _aligned(placed(mapper.samples(queries) if mapper else queries, self.device))
-        self.tile = _tile(self.device)
+        exemplar = mapper.arrays("exemplar") if mapper else {}
+        self.arrays = {name: placed(array, self.device) for name, array in exemplar.items()}
 
     def scores(self, features: Features) -> Iterator[tuple[int, Scores]]:
         """The first query and the scores, in float32, of some queries and all features, until all had their turn."""
         candidates = self._candidates(features)
-        for first in range(0, len(self.queries), QUERIES_A_PRODUCT):
-            yield first, Scores(self.queries[first : first + QUERIES_A_PRODUCT] @ candidates.T)
+        for first in range(0, len(self.queries), products.QUERIES_A_PRODUCT):
+            with _whole_float32():
+                scores = self.queries[first : first + products.QUERIES_A_PRODUCT] @ candidates.T
+            yield first, Scores(scores)
 
-    def count(self, features: Features, thresholds: np.ndarray) -> tuple[np.ndarray, Undecided]:
-        """How many features are surely more similar to each query than its thresholds, and which may be or not.
+    def count(self, features: Features, thresholds: np.ndarray, counts: np.ndarray) -> Iterator[products.Undecided]:
+        """Add up how many features are surely more similar to each query than its thresholds; yields which may be or not.
 
-        thresholds: (n_queries, m) float64, +inf for none; the counts are (n_queries, m) int64
+        thresholds, counts: (n_queries, m) float64, +inf for none, and int64
         """
-        if not thresholds.size or not len(features):
-            return np.zeros(thresholds.shape, np.int64), joined([])
-        n_columns, candidates = thresholds.shape[1], self._candidates(features)
-        exact = torch.tensor(thresholds, device=self.device)
-        low, high = ((exact + margin).float() for margin in (-TF32_MARGIN, TF32_MARGIN))
+        if not thresholds.size:
+            return
+        candidates, n_columns = self._candidates(features), thresholds.shape[1]
+        finite = np.where(np.isfinite(thresholds), thresholds, np.inf)
+        exact = torch.tensor(np.ascontiguousarray(finite), device=self.device)
+        widest = tf32_margin(candidates.shape[1])
+        low, high = ((exact + margin).float() for margin in (-widest, widest))
         least = low.amin(dim=1)
-        counts = torch.zeros(thresholds.size, dtype=torch.int64, device=self.device)
         room = max(ROOM, thresholds.size)
-        margin = MARGIN if self.mapper else FLOAT64_MARGIN
-        undecided, left = [], [(0, len(candidates))]
+        margin = products.MARGIN if self.mapper else FLOAT64_MARGIN
+        left = [(0, len(candidates))]
         while left:
             start, stop = left.pop()
             part = candidates[start:stop]
             above, pairs, n_pairs = self._near(part, low, high, least, room)
             if n_pairs > room:
-                left += [(start, (start + stop) // 2), ((start + stop) // 2, stop)]
+                step = max(1, math.floor(len(part) * room / (SPARE * n_pairs)))
+                left += [(at, min(at + step, stop)) for at in range(start, stop, step)]
                 continue
             place, candidate = pairs[:n_pairs].T
             gap = self._similarity(part, place // n_columns, candidate) - exact.view(-1)[place]
-            counts += above + torch.bincount(place[gap > margin], minlength=thresholds.size)
-            place, candidate = (one[gap.abs() <= margin].cpu().numpy().astype(np.int64) for one in (place, candidate))
-            undecided.append((*np.divmod(place, n_columns), start + candidate))
-        return counts.view(thresholds.shape).cpu().numpy(), joined(undecided)
+            sure = above + torch.bincount(place[gap > margin], minlength=thresholds.size)
+            counts += sure.view(thresholds.shape).cpu().numpy()
+            near = gap.abs() <= margin
+            place, candidate = (one[near].cpu().numpy().astype(np.int64) for one in (place, candidate))
+            yield *np.divmod(place, n_columns), start + candidate
 
     def _candidates(self, features: Features) -> torch.Tensor:
         """Mapped as training images, and aligned."""
         there = placed(features, self.device)
         if self.mapper:
-            arrays = {
-                name: torch.tensor(one, device=self.device) for name, one in self.mapper.arrays("exemplar").items()
-            }
-            there = self.mapper.applied(arrays, there)
+            with _whole_float32():
+                there = self.mapper.applied(self.arrays, there)
             norms = there.norm(dim=1, keepdim=True)
             self.mapper.check_norms(norms.cpu().numpy())
             there = there / norms
@@ -95,44 +108,50 @@ class Products:
         above = torch.zeros(low.numel(), dtype=torch.int32, device=self.device)
         pairs = torch.empty((room, 2), dtype=torch.int32, device=self.device)
         n_pairs = torch.zeros(1, dtype=torch.int64, device=self.device)
-        _count[(triton.cdiv(n_queries, of_queries) * triton.cdiv(n_candidates, of_candidates),)](
-            TensorDescriptor.from_tensor(self.queries, [of_queries, elements]),
-            TensorDescriptor.from_tensor(candidates, [of_candidates, elements]),
-            low,
-            high,
-            least,
-            above,
-            pairs,
-            n_pairs,
-            n_queries,
-            n_candidates,
-            room,
-            DIMENSION=candidates.shape[1],
-            N_COLUMNS=n_columns,
-            OF_QUERIES=of_queries,
-            OF_CANDIDATES=of_candidates,
-            ELEMENTS=elements,
-            num_warps=warps,
-            num_stages=STAGES,
-        )
+        with self._current():
+            _count[(triton.cdiv(n_queries, of_queries) * triton.cdiv(n_candidates, of_candidates),)](
+                TensorDescriptor.from_tensor(self.queries, [of_queries, elements]),
+                TensorDescriptor.from_tensor(candidates, [of_candidates, elements]),
+                low,
+                high,
+                least,
+                above,
+                pairs,
+                n_pairs,
+                n_queries,
+                n_candidates,
+                n_columns,
+                room,
+                DIMENSION=candidates.shape[1],
+                OF_QUERIES=of_queries,
+                OF_CANDIDATES=of_candidates,
+                ELEMENTS=elements,
+                num_warps=warps,
+                num_stages=STAGES,
+            )
         return above, pairs, int(n_pairs)
 
     def _similarity(self, candidates: torch.Tensor, query: torch.Tensor, candidate: torch.Tensor) -> torch.Tensor:
         """(n,) float64: the inner products of pairs, whose factors are float32."""
         found = torch.empty(len(query), dtype=torch.float64, device=self.device)
         if len(query):
-            _similarity[(triton.cdiv(len(query), PAIRS),)](
-                self.queries,
-                candidates,
-                query.contiguous(),
-                candidate.contiguous(),
-                found,
-                len(query),
-                DIMENSION=candidates.shape[1],
-                PAIRS=PAIRS,
-                ELEMENTS=ELEMENTS,
-            )
+            with self._current():
+                _similarity[(triton.cdiv(len(query), PAIRS),)](
+                    self.queries,
+                    candidates,
+                    query.contiguous(),
+                    candidate.contiguous(),
+                    found,
+                    len(query),
+                    DIMENSION=candidates.shape[1],
+                    PAIRS=PAIRS,
+                    ELEMENTS=ELEMENTS,
+                )
         return found
+
+    def _current(self) -> AbstractContextManager:
+        """Triton launches on the current device."""
+        return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
 
 
 class Scores:
@@ -156,15 +175,29 @@ def placed(features: Features, device: torch.device | str) -> torch.Tensor:
     """The features on the device; by way of memory that it reads itself, at several times the rate of any other."""
     device = torch.device(device)
     if isinstance(features, torch.Tensor):
-        return features.to(device)
+        return features.to(device, torch.float32)
     staged = torch.empty(features.shape, dtype=torch.float32, pin_memory=device.type == "cuda")
     np.copyto(staged.numpy(), features)
     return staged.to(device, non_blocking=True)
 
 
 def _aligned(features: torch.Tensor) -> torch.Tensor:
-    missing = -features.shape[1] % ALIGNED
-    return torch.nn.functional.pad(features, (0, missing)) if missing else features.contiguous()
+    if missing := -features.shape[1] % ALIGNED:
+        return torch.nn.functional.pad(features, (0, missing))
+    if features.stride() != (features.shape[1], 1) or features.data_ptr() % 16:
+        return features.clone(memory_format=torch.contiguous_format)
+    return features
+
+
+@contextmanager
+def _whole_float32() -> Iterator[None]:
+    """Products in float32, whatever the application has set for its own."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def _tile(device: torch.device) -> tuple[int, int, int, int]:
@@ -191,9 +224,9 @@ def _count(
     n_pairs,
     n_queries,
     n_candidates,
+    n_columns,
     room,
     DIMENSION: tl.constexpr,
-    N_COLUMNS: tl.constexpr,
     OF_QUERIES: tl.constexpr,
     OF_CANDIDATES: tl.constexpr,
     ELEMENTS: tl.constexpr,
@@ -212,8 +245,8 @@ def _count(
     there = query < n_queries
     reached = scores >= tl.load(least + query, mask=there, other=float("inf"))[:, None]
     if tl.max(tl.max(reached.to(tl.int32), 1), 0) > 0:
-        for column in tl.static_range(N_COLUMNS):
-            place = query * N_COLUMNS + column
+        for column in tl.range(n_columns, num_stages=1):
+            place = query * n_columns + column
             lowest = tl.load(low + place, mask=there, other=float("inf"))[:, None]
             highest = tl.load(high + place, mask=there, other=float("inf"))[:, None]
             tl.atomic_add(above + place, tl.sum((scores > highest).to(tl.int32), 1), mask=there)

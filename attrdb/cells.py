@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-ROWS_A_PRODUCT = 4096
+SCORES = 4 << 20  # of a product, 16 MiB
 
 
 def train_centroids(features: np.ndarray, n_centroids: int, n_rounds: int, seed: int, device: str) -> np.ndarray:
@@ -61,8 +61,9 @@ def nearest_centroids(features: np.ndarray, centroids: np.ndarray, device: str) 
     # The nearest centroid c of x has the largest x . c - |c|^2 / 2.
     half = (centroids * centroids).sum(axis=1) / 2
     product = _by_numpy(centroids, half) if device == "cpu" else _by_torch(centroids, half, device)
-    for at in range(0, len(features), ROWS_A_PRODUCT):
-        nearest[at : at + ROWS_A_PRODUCT] = product(features[at : at + ROWS_A_PRODUCT])
+    rows = max(1, SCORES // len(centroids))
+    for at in range(0, len(features), rows):
+        nearest[at : at + rows] = product(features[at : at + rows])
     return nearest
 
 

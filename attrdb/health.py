@@ -279,17 +279,13 @@ def index_self_test(snapshot: Snapshot) -> Iterator[dict]:
 
 
 def _recall(snapshot: Snapshot, encoder_id: str, chosen: np.ndarray) -> float:
-    """recall@10 of attrdb's index on some stored features, by similarity: ties count as found."""
+    """recall@10 of attrdb's index on some stored features."""
     images = snapshot.tables["images"]
-    features = images.take(chosen, columns=[encoder_id])[encoder_id].drop_null()
-    if not len(features):
+    rows = images.take(chosen, columns=["image_id", encoder_id])
+    rows = rows.filter(rows[encoder_id].is_valid())
+    if not len(rows):
         return 1.0
-    queries = feature_matrix(features)
-    where = snapshot.visible(attribution.CANDIDATES)
-    exact = search.top_k(search.stream(images, encoder_id, where), queries, 10).similarity
-    n_candidates = attribution.count(snapshot)
-    found = ann.top_k(images, snapshot.indices[encoder_id], where, n_candidates, queries, 10).similarity
-    shares = [
-        np.count_nonzero(ours >= best[-1]) / len(best) for ours, best in zip(found, exact, strict=True) if len(best)
-    ]
-    return float(np.mean(np.minimum(shares, 1))) if shares else 1.0
+    queries, where = feature_matrix(rows[encoder_id]), snapshot.visible(attribution.CANDIDATES)
+    exact = search.top_k(search.stream(images, encoder_id, where), queries, 11)
+    found = ann.top_k(images, snapshot.indices[encoder_id], where, attribution.count(snapshot), queries, 11)
+    return search.recall(found, exact, 10, rows["image_id"].to_pylist())

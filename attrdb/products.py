@@ -31,12 +31,11 @@ class Products:
         for first in range(0, len(self.queries), QUERIES_A_PRODUCT):
             yield first, Scores(self.queries[first : first + QUERIES_A_PRODUCT] @ features.T)
 
-    def count(self, features: np.ndarray, thresholds: np.ndarray) -> tuple[np.ndarray, Undecided]:
-        """How many features are surely more similar to each query than its thresholds, and which may be or not.
+    def count(self, features: np.ndarray, thresholds: np.ndarray, counts: np.ndarray) -> Iterator[Undecided]:
+        """Add up how many features are surely more similar to each query than its thresholds; yields which may be or not.
 
-        thresholds: (n_queries, m) float64, +inf for none; the counts are (n_queries, m) int64
+        thresholds, counts: (n_queries, m) float64, +inf for none, and int64
         """
-        counts, undecided = np.zeros(thresholds.shape, np.int64), []
         for first, scores in self.scores(features):
             for column in range(thresholds.shape[1]):
                 (given,) = np.nonzero(np.isfinite(thresholds[first : first + len(scores), column]))
@@ -44,15 +43,8 @@ class Products:
                     continue
                 at = thresholds[first + given, column]
                 above, (near, candidate) = scores.count(given, at - MARGIN, at + MARGIN)
-                counts[first + given, column] = above
-                undecided.append((first + given[near], np.full(len(near), column), candidate))
-        return counts, joined(undecided)
-
-
-def joined(parts: list[Undecided]) -> Undecided:
-    nothing = np.empty(0, np.int64)
-    query, column, candidate = (np.concatenate(part) for part in zip(*parts, (nothing,) * 3, strict=True))
-    return query, column, candidate
+                counts[first + given, column] += above
+                yield first + given[near], np.full(len(near), column), candidate
 
 
 class Scores:

@@ -174,16 +174,4 @@ def _recall_of(
 ) -> float:
     where = snapshot.visible(CANDIDATES)
     found = ann.top_k(snapshot.tables["images"], index, where, count(snapshot), queries, K + 1, mapper)
-    return _recall(found, exact, ids)
-
-
-def _recall(found: search.Hits, exact: search.Hits, own_ids: np.ndarray) -> float:
-    """Share of the exact first K candidates that were found, a query's own image left out; ties with the last count."""
-    shares = []
-    for own, ids, similarity, best_ids, best in zip(
-        own_ids, found.ids, found.similarity, exact.ids, exact.similarity, strict=True
-    ):
-        best = best[best_ids != own][:K]
-        hits = similarity[ids != own][:K]
-        shares.append(np.count_nonzero(hits >= best[-1]) / len(best) if len(best) else 1.0)
-    return float(np.mean(shares))
+    return search.recall(found, exact, K, ids)

@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
+from importlib import import_module
+from subprocess import SubprocessError
 from typing import Any
 
 import lance
@@ -34,7 +35,7 @@ BLOCK_ROWS = 4096
 BLOCK_BYTES = 16 << 20  # of features
 READ_AHEAD = {"batch_readahead": 4, "fragment_readahead": 1, "io_buffer_size": 128 << 20}  # bounds what Lance holds
 FEW_ROWS = 0.1  # share of all
-ROWS_A_KERNEL = 1 << 18  # on an accelerator
+ROWS_A_KERNEL = 1 << 17  # on an accelerator; half a GiB of scores
 DIGITS = 12
 PAIRS = 4096  # pairs of vectors that are held in float64 at a time
 
@@ -124,13 +125,27 @@ def merged(found: Sequence[Hits], k: int) -> Hits:
     return best.hits()
 
 
+def recall(found: Hits, exact: Hits, k: int, own_ids: Sequence[str | None]) -> float:
+    """Mean share of each query's exact first k candidates that were found; what ties with the last of them counts.
+
+    found, exact: k + 1 candidates a query, of which its own image, if it is among them, does not count
+    """
+    shares = []
+    for own, ids, similarity, best_ids, best in zip(
+        own_ids, found.ids, found.similarity, exact.ids, exact.similarity, strict=True
+    ):
+        best, hits = best[best_ids != own][:k], similarity[ids != own][:k]
+        shares.append(np.count_nonzero(hits >= best[-1]) / len(best) if len(best) else 1.0)
+    return float(np.mean(shares))
+
+
 def top_k(
     gallery: Iterable[Block], queries: np.ndarray, k: int, *, mapper: Mapper | None = None, device: str = "cpu"
 ) -> Hits:
     """The k most similar candidates of each query, fewer where the gallery is smaller.
 
     queries: (n_queries, dimension) float32, unit length, before they are mapped
-    device:  of the matrix products: `cpu` (NumPy), or one that torch knows
+    device:  of the matrix products: `cpu` (NumPy), or `cuda` (torch and Triton; see `accelerator`)
     """
     products, exact = _products(queries, mapper, device), _Exact(queries, mapper)
     best = Best(len(queries), k)
@@ -221,8 +236,10 @@ def count_above(
 
     def of_block(block: Block) -> tuple[np.ndarray, int]:
         block_ids, features = block
-        counts, (query, column, candidate) = products.count(features, similarity)
-        if len(query):
+        counts = np.zeros(similarity.shape, dtype=np.int64)
+        for query, column, candidate in products.count(features, similarity, counts):
+            if not len(query):
+                continue
             found, threshold = exact(features, candidate, query), similarity[query, column]
             names, given = block_ids.take(pa.array(candidate)).to_numpy(False), ids[query, column]
             before = (found > threshold) | ((found == threshold) & (names < given))
@@ -238,7 +255,7 @@ def count_above(
 
 
 def _cut(gallery: Iterable[Block], device: str) -> Iterator[Block]:
-    """The gallery in blocks whose scores fit into memory."""
+    """The gallery in blocks of no more rows than are multiplied at a time."""
     most = BLOCK_ROWS if device == "cpu" else ROWS_A_KERNEL
     for ids, features in gallery:
         for at in range(0, len(ids), most):
@@ -257,18 +274,26 @@ def _products(queries: np.ndarray, mapper: Mapper | None, device: str) -> Any:
 def accelerator(device: str) -> str:
     """The device that a word stands for: `auto` is the GPU where there is one, else the CPU.
 
-    raises: InvalidValue for a GPU where there is none, or no torch and Triton to use it
+    raises: InvalidValue for a GPU where there is none that torch and Triton can use
     """
     if device == "cpu":
         return device
-    # Looked for first, so that a machine without one does not wait for torch.
-    torch = None
-    with suppress(OSError, ImportError):
-        ctypes.CDLL("libcuda.so.1")
-        import torch
-        import triton  # noqa: F401
-    if torch is not None and torch.cuda.is_available():
+    missing = _missing_for_gpu()
+    if missing is None:
         return "cuda"
     if device == "auto":
         return "cpu"
-    raise InvalidValue(f"device is {device!r}, and there is no GPU that torch can use here; give cpu or auto")
+    raise InvalidValue(
+        f"device is {device!r}, and there is no GPU that torch and Triton can use here ({missing}); give cpu or auto"
+    )
+
+
+def _missing_for_gpu() -> str | None:
+    try:
+        ctypes.CDLL("libcuda.so.1")  # looked for first, so that a machine without one does not wait for torch
+        if not import_module("torch").cuda.is_available():
+            return "torch finds none"
+        import_module("triton").runtime.driver.active.get_current_target()  # compiles what it launches kernels with
+    except (OSError, ImportError, RuntimeError, SubprocessError) as error:
+        return f"{type(error).__name__}: {error}".splitlines()[0]
+    return None

@@ -1,6 +1,7 @@
-"""Blocks worked on by all cores, one a core.
+"""Blocks worked on by all cores, one a core, up to WORKERS.
 
 With all cores on one matrix product after the other, each waits for the slowest, and what is not a product runs on one.
+A product has one thread: OpenBLAS, NumPy's, lets those that have several run only one after the other.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any
 import numpy  # noqa: F401  whose BLAS is to be found
 from threadpoolctl import ThreadpoolController
 
-WORKERS = 8  # at most, since each holds the result of a product
+WORKERS = 16  # at most, since each holds the result of a product: half a GiB together
 
 
 def worked(work: Callable[[Any], Any], blocks: Iterable[Any], device: str = "cpu") -> Iterator[Any]:
@@ -27,7 +28,7 @@ def worked(work: Callable[[Any], Any], blocks: Iterable[Any], device: str = "cpu
         return
     waiting: deque[Future] = deque()
     workers = min(_n_threads(), WORKERS)
-    with product_threads(_n_threads() // workers), ThreadPoolExecutor(workers) as pool:
+    with one_thread_a_product(), ThreadPoolExecutor(workers) as pool:
         for block in blocks:
             waiting.append(pool.submit(work, block))
             if len(waiting) > workers:
@@ -37,11 +38,11 @@ def worked(work: Callable[[Any], Any], blocks: Iterable[Any], device: str = "cpu
 
 
 @contextmanager
-def product_threads(n: int) -> Iterator[None]:
-    """At most so many threads a matrix product of NumPy's, in this whole process; the last that asked for it lifts it."""
+def one_thread_a_product() -> Iterator[None]:
+    """One thread a matrix product of NumPy's, in this whole process; the last that asked for it lifts it."""
     with _Asked.lock:
         if not _Asked.n:
-            _Asked.limited = _blas().limit(limits=n)
+            _Asked.limited = _blas().limit(limits=1)
         _Asked.n += 1
     try:
         yield

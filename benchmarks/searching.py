@@ -166,6 +166,40 @@ def predicates(found: list[dict], sizes: dict, limits: dict) -> str:
     )
 
 
+def accelerator(found: dict, sizes: dict, limits: dict) -> str:
+    ways = list(dict.fromkeys(way for one in found["ranks"] for way in one["seconds"]))
+    peak = found["limits"]
+    ranks = [
+        [
+            one["given"],
+            f"{one['n_queries']:,}",
+            *(shown(one["seconds"][way], 3) if way in one["seconds"] else "" for way in ways),
+            f"{one['tflops'] / peak['tf32']:.2f}",
+            *(str(one.get(f"n_ranks_different{product}", "")) for product in ("", "_float32", "_tf32")),
+        ]
+        for one in found["ranks"]
+    ]
+    builds = [
+        [
+            one.get("what", "attrdb"),
+            one["device"],
+            f"{one['seconds']:.1f}",
+            *(f"{one['stages'][stage]:.1f}" if "stages" in one else "" for stage in ("cells", "divide", "index")),
+            f"{one['recall']:.3f}" if "recall" in one else "",
+        ]
+        for one in found["builds"]
+    ]
+    products = ", ".join(f"{name} {rate:,.0f}" for name, rate in peak.items())
+    return (
+        f"### On an accelerator, {sizes['rows']:,} x {sizes['dimension']}\n\n{found['gpu']}; large matrix products, in "
+        f"TFLOP/s: {products}. Seconds for ranks of one exemplar a query, median (range); how many ranks differ from the "
+        "CPU's, and would if a product in float32 or TF32 had the last word.\n\n"
+        + table(["exemplar", "queries", *ways, "share of TF32", "differ", "by float32", "by TF32"], ranks)
+        + "\nSeconds that an index takes; Lance does the last stage, on the CPU.\n\n"
+        + table(["what", "device", "all", "cells", "dividing", "Lance's part", "recall@10"], builds)
+    )
+
+
 def _asked(one: dict) -> list[str]:
     return [f"{one['recall']:.3f}", shown(one["single_ms"], 1), shown(one["batch_ms"], 2)]
 
@@ -179,4 +213,5 @@ SAYS = {
     "growth": growth,
     "later": later,
     "predicates": predicates,
+    "accelerator": accelerator,
 }

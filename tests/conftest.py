@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +17,9 @@ from attrdb.search import accelerator
 
 # What goes the way of an accelerator is run on one, or else by torch on the CPU with its kernels interpreted.
 OTHER = {"cuda": "cuda", "cpu": "cpu:0"}[accelerator("auto")]
+DEVICES = ("cpu", OTHER) if find_spec("triton") else ("cpu",)
 if OTHER == "cpu:0":
     os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported
-DEVICES = ("cpu", OTHER)
 
 TOY = {"spec": "toy:2", "dimension": 2, "preprocessing": {}, "weights_fingerprint": "none"}
 

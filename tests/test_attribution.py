@@ -68,8 +68,10 @@ def test_top_k_equals_a_full_sort(size, k, device):
         np.testing.assert_array_equal(hits.similarity[row], [-s for s, _ in expected])
 
 
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("size", [40, 500])
+# Kernels are slow to interpret.
+@pytest.mark.parametrize(
+    ("size", "device"), [(1, "cpu"), (7, "cpu"), *((size, one) for one in DEVICES for size in (40, 500))]
+)
 def test_count_above_equals_the_place_in_a_full_sort(size, device):
     ids, features = random_gallery()
     queries = random_gallery(4, seed=1)[1]
@@ -134,13 +136,38 @@ def test_an_accelerator_ranks_as_float64_does(monkeypatch):
         expected = np.where(np.isfinite(thresholds), np.take_along_axis(order, given, 1), 0)
         np.testing.assert_array_equal(above, expected)
         assert n == 300
+    above, _ = search.count_above(
+        [(pa.array(ids[:1]), features[:1])], queries[:1], thresholds[:1, :1], ids[given[:1, :1]], device=OTHER
+    )
+    assert above[0, 0] == (order[0, 0] < order[0, given[0, 0]])
     hits = search.top_k(there, queries, 5, device=OTHER)
     np.testing.assert_array_equal(np.array(hits.ids), ids[np.argsort(-similarity, axis=1, kind="stable")[:, :5]])
 
 
+def test_the_margin_of_tf32_covers_what_its_factors_lose():
+    """Worst where all elements are of one sign and lose as much as they can, as nothing is made up for then."""
+    accelerated = pytest.importorskip("attrdb.accelerated")
+    rng = np.random.default_rng(0)
+    most = 0
+    for dimension in (3, 64, 768, 4096):
+        for x in (
+            rng.standard_normal((50, dimension)),
+            np.abs(rng.standard_normal((50, dimension))),
+            np.ones((1, dimension)),
+        ):
+            x = np.float32(x / np.linalg.norm(x, axis=1, keepdims=True))
+            x = (x.view(np.uint32) | 0x1FFF).view(np.float32)
+            cut = (x.view(np.uint32) & ~np.uint32(0x1FFF)).view(np.float32)
+            exact, coarse = (np.einsum("nd,md->nm", one, one, dtype=np.float64) for one in (x, cut))
+            off = np.abs(exact - coarse).max()
+            assert off <= accelerated.tf32_margin(dimension)
+            most = max(most, off)
+    assert most > accelerated.tf32_margin(3) / 3  # and is no wider than need be
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_an_accelerator_maps_as_numpy_does(form):
-    pytest.importorskip("torch")
+    pytest.importorskip("attrdb.accelerated")
     rng = np.random.default_rng(0)
     shapes = {"weight": (16, 16), "bias": 16, "gain": 16, "up": (8, 16), "up_bias": 8, "down": (16, 8)}
     parameters = {
@@ -168,7 +195,7 @@ def test_a_search_gives_the_threads_of_products_back():
         return {one["num_threads"] for one in threads._blas().info()}
 
     before = n_threads()
-    first, second = (threads.product_threads(1) for _ in range(2))
+    first, second = (threads.one_thread_a_product() for _ in range(2))
     first.__enter__()
     second.__enter__()
     assert n_threads() == {1}

@@ -503,7 +503,14 @@ def test_what_cannot_be_indexed(toy, indexed, monkeypatch):
     with pytest.raises(StorageError, match=r"needs 0\.5 GiB of memory, 0\.0 GiB are free; nothing was changed"):
         indexing.build(indexed)
     assert lance.dataset(str(indexed.path / "images.lance")).version == version
-    with pytest.raises(InvalidValue, match="device is 'cuda', and there is no GPU"):
+
+
+def test_without_a_gpu_the_cpu_is_taken(monkeypatch):
+    def missing(name):
+        raise OSError(f"{name}: no such file")
+
+    monkeypatch.setattr(search.ctypes, "CDLL", missing)
+    with pytest.raises(InvalidValue, match=r"device is 'cuda', and there is no GPU .*libcuda.so.1: no such file"):
         search.accelerator("cuda")
     assert search.accelerator("auto") == search.accelerator("cpu") == "cpu"
 
