@@ -101,7 +101,7 @@ def test_a_cell_that_lost_its_features_takes_part_of_the_largest():
 
 
 def test_cells_by_torch_are_those_by_numpy():
-    pytest.importorskip("torch")
+    pytest.importorskip("attrdb.accelerated")
     features = clustered(500, 4)
     by = [cells.train_centroids(features, 8, 5, 0, device) for device in DEVICES]
     np.testing.assert_allclose(*by, atol=1e-5)
