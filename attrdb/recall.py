@@ -24,6 +24,7 @@ K = 10
 RECALL_WANTED = 0.99
 OVERSAMPLING = (4, 16, 64)  # one bit a dimension says little of short features
 MORE_FOR_A_MAPPER = ((1, 1), (1, 2), (2, 4), (4, 8), (8, 16))  # times as many cells and hits as without it
+BETWEEN = MORE_FOR_A_MAPPER[2]  # with which it is seen whether a mapper's tilt helps
 N_FITTED = 20_000  # features that a mapper's n(x) is fitted on
 RIDGE = 1e-6  # of that fit, so that it does not follow noise
 
@@ -67,7 +68,8 @@ def measure(db: Database, entry: dict, report: Report = lambda stage, done, tota
 def measure_mapper(db: Database, mapper_id: str, report: Report = lambda stage, done, total: None) -> dict | None:
     """See what a mapper, folded into the query, finds through its encoder's index, and store how it is asked for that.
 
-    The least that finds RECALL_WANTED of the exact first K; where not even the most does, all candidates are compared.
+    With the tilt that is fitted, or with none where more is found so. The least that finds RECALL_WANTED of the exact first K;
+    where not even the most does, all candidates are compared.
     returns: the row of `mapper_searches`; None where there is no index, or rows that it does not cover yet (`optimize`
              measures then), or nothing to ask, or a mapper that cannot be folded or is broken
     """
@@ -86,19 +88,21 @@ def measure_mapper(db: Database, mapper_id: str, report: Report = lambda stage, 
         return None
     if not any(map(len, exact.ids)):
         return None
-    tilt = _tilt(snapshot, mapper, exact)
-    tries = [
-        replace(
-            own, n_probes=min(more * own.n_probes, own.n_partitions), oversampling=hits * own.oversampling, tilt=tilt
-        )
-        for more, hits in MORE_FOR_A_MAPPER
-    ]
+
+    def asked(more: int, hits: int, tilt: np.ndarray) -> ann.Index:
+        n_probes = min(more * own.n_probes, own.n_partitions)
+        return replace(own, n_probes=n_probes, oversampling=hits * own.oversampling, tilt=tilt)
+
+    def recall_of(index: ann.Index) -> float:
+        return _recall_of(snapshot, index, ids, queries, exact, mapper)
+
+    fitted = _tilt(snapshot, mapper, exact)
+    tilt = max((fitted, np.zeros_like(fitted)), key=lambda tilt: recall_of(asked(*BETWEEN, tilt)))
+    tries = [asked(more, hits, tilt) for more, hits in MORE_FOR_A_MAPPER]
     # The most is tried first: it says whether anything else need be.
-    index, recall = tries[-1], _recall_of(snapshot, tries[-1], ids, queries, exact, mapper)
+    index, recall = tries[-1], recall_of(tries[-1])
     if used := recall >= RECALL_WANTED:
-        index, recall = _least(
-            tries, lambda index: _recall_of(snapshot, index, ids, queries, exact, mapper), stage, report
-        )
+        index, recall = _least(tries, recall_of, stage, report)
     row = {
         "mapper_id": mapper_id,
         "encoder_id": mapper.encoder_id,

@@ -36,6 +36,7 @@ BLOCK_BYTES = 16 << 20  # of features
 READ_AHEAD = {"batch_readahead": 4, "fragment_readahead": 1, "io_buffer_size": 128 << 20}  # bounds what Lance holds
 FEW_ROWS = 0.1  # share of all
 ROWS_A_KERNEL = 1 << 17  # on an accelerator; half a GiB of scores
+ROWS_COUNTED = 1 << 20  # there, without a mapper: no scores are kept
 DIGITS = 12
 PAIRS = 4096  # pairs of vectors that are held in float64 at a time
 
@@ -159,7 +160,7 @@ def top_k(
             found.append((query, exact(features, candidate, query), block_ids.take(pa.array(candidate))))
         return found
 
-    for found in worked(of_block, _cut(gallery, device), device):
+    for found in worked(of_block, _cut(gallery, BLOCK_ROWS if device == "cpu" else ROWS_A_KERNEL), device):
         for one in found:
             best.add(*one)
     return best.hits()
@@ -238,25 +239,26 @@ def count_above(
         block_ids, features = block
         counts = np.zeros(similarity.shape, dtype=np.int64)
         for query, column, candidate in products.count(features, similarity, counts):
-            if not len(query):
-                continue
-            found, threshold = exact(features, candidate, query), similarity[query, column]
             names, given = block_ids.take(pa.array(candidate)).to_numpy(False), ids[query, column]
-            before = (found > threshold) | ((found == threshold) & (names < given))
-            # Mapped by another product, the given candidate itself may differ from what is given in the last digit.
-            np.add.at(counts, (query, column), before & (names != given))
+            # Most are the given candidates themselves; mapped by another product, these may differ in the last digit.
+            others = np.flatnonzero(names != given)
+            if not len(others):
+                continue
+            query, column, names, given = query[others], column[others], names[others], given[others]
+            found, threshold = exact(features, candidate[others], query), similarity[query, column]
+            np.add.at(counts, (query, column), (found > threshold) | ((found == threshold) & (names < given)))
         return counts, len(block_ids)
 
     counts, size = np.zeros(similarity.shape, dtype=np.int64), 0
-    for of_one, n in worked(of_block, _cut(gallery, device), device):
+    most = BLOCK_ROWS if device == "cpu" else ROWS_A_KERNEL if mapper else ROWS_COUNTED
+    for of_one, n in worked(of_block, _cut(gallery, most), device):
         counts += of_one
         size += n
     return counts, size
 
 
-def _cut(gallery: Iterable[Block], device: str) -> Iterator[Block]:
-    """The gallery in blocks of no more rows than are multiplied at a time."""
-    most = BLOCK_ROWS if device == "cpu" else ROWS_A_KERNEL
+def _cut(gallery: Iterable[Block], most: int) -> Iterator[Block]:
+    """The gallery in blocks of that many rows at most."""
     for ids, features in gallery:
         for at in range(0, len(ids), most):
             yield ids[at : at + most], features[at : at + most]

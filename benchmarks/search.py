@@ -634,7 +634,7 @@ def ranks_on_gpu(data: Data) -> Iterator[dict]:
     """Of the feature that a query was moved from, and of one drawn from all: then many others lie near it."""
     import torch
 
-    rows = search.ROWS_A_KERNEL
+    rows = search.ROWS_COUNTED
     there = [
         (
             pa.array([f"f/{i:09d}" for i in range(at, min(at + rows, len(data.x)))]),

@@ -222,6 +222,13 @@ def test_a_mapper_is_folded_into_the_query(indexed):
     np.testing.assert_allclose(ann.folded(queries, mapper, tilt), unit(q - tilt), atol=1e-5)
 
 
+def sloping():
+    """A mapper whose n(x) is a plane over unit features, but for its square: W = I, and a bias that is not small."""
+    flat = affine(scale=0.0)
+    bias = {"exemplar.bias": np.linspace(0, 0.5, D, dtype=np.float32)}
+    return dataclasses.replace(flat, parameters=flat.parameters | bias)
+
+
 def stored(db, mapper):
     db.upsert("mappers", [mapper.row() | {"trained_on": "both"}], on="mapper_id")
     db.refresh()
@@ -229,14 +236,7 @@ def stored(db, mapper):
 
 
 def test_the_tilt_of_a_query_is_the_slope_of_the_mapped_lengths(indexed):
-    """A mapper whose n(x) is a plane over unit features, but for its square: W = I, and a bias that is not small."""
-    mapper = stored(
-        indexed,
-        dataclasses.replace(
-            affine(scale=0.0),
-            parameters=affine(scale=0.0).parameters | {"exemplar.bias": np.linspace(0, 0.5, D, dtype=np.float32)},
-        ),
-    )
+    mapper = stored(indexed, sloping())
     x = np.concatenate([features for _, features in indexed.snapshot.features("points_16", "true")])
     exact = search.top_k(
         indexed.snapshot.features("points_16", attribution.CANDIDATES), clustered(40, 5), 11, mapper=mapper
@@ -310,6 +310,15 @@ def test_a_mapper_that_the_index_does_not_serve_is_searched_exactly(indexed, mon
     assert [list(ids) for ids in hits.ids] == [list(ids) for ids in exact.ids]
     said = CliRunner().invoke(main, ["status", str(indexed.path)]).stdout
     assert "mapper some: affine, on points_16, of both; searched exactly, its index finds 0." in said
+
+
+def test_a_tilt_with_which_less_is_found_is_not_taken(indexed, monkeypatch):
+    stored(indexed, sloping())
+    assert np.any(recall.measure_mapper(indexed, "some")["tilt"])
+    monkeypatch.setattr(recall, "_tilt", lambda *_: np.full(D, 9, np.float32))
+    row = recall.measure_mapper(indexed, "some")
+    assert row["used"]
+    assert not np.any(row["tilt"])
 
 
 def test_what_cannot_be_folded_is_not_measured(toy, indexed):
