@@ -68,8 +68,8 @@ def measure(db: Database, entry: dict, report: Report = lambda stage, done, tota
 def measure_mapper(db: Database, mapper_id: str, report: Report = lambda stage, done, total: None) -> dict | None:
     """See what a mapper, folded into the query, finds through its encoder's index, and store how it is asked for that.
 
-    With the tilt that is fitted, or with none where more is found so. The least that finds RECALL_WANTED of the exact first K;
-    where not even the most does, all candidates are compared.
+    With the tilt that is fitted, or with none where more is found so; the least that finds RECALL_WANTED of the exact first
+    K. Where not even the most does, all candidates are compared.
     returns: the row of `mapper_searches`; None where there is no index, or rows that it does not cover yet (`optimize`
              measures then), or nothing to ask, or a mapper that cannot be folded or is broken
     """
