@@ -14,6 +14,7 @@ from attrdb import plots
 from attrdb.database import Database
 from attrdb.errors import NotFound
 from attrdb.pages import data_uri
+from attrdb.snapshot import literal
 
 CUT_OFFS = (5, 10, 100)
 CURVE = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
@@ -219,24 +220,48 @@ def _queries(db: Database, encoder_id: str, tuned: dict | None) -> list[dict]:
         {"n": QUERIES_A_CASE, "encoder_id": encoder_id},
     ).to_pylist()
     tests = [row for row in chosen if (row["split"] or "").startswith("test")] or chosen
-    ways = [
-        {"encoder_id": encoder_id, "mapper_id": mapper_id}
-        for mapper_id in [None] + ([tuned["mapper_id"]] if tuned else [])
-    ]
+    if not tests:
+        return []
+    mappers = [None] + ([tuned["mapper_id"]] if tuned else [])
+    hits = [_hits(db, [row["image_id"] for row in tests], encoder_id, mapper_id) for mapper_id in mappers]
+    exemplars = db.images(
+        f"role = 'exemplar' AND {_among('model_id', [row['model_id'] for row in tests])}",
+        ["image_id", "model_id", "image"],
+    )
+    exemplars = exemplars.sort_by("image_id").to_pylist()
+    candidates = _among("image_id", [hit["image_id"] for of_mapper in hits for hit in of_mapper])
+    image_of = {one["image_id"]: one["image"] for one in db.images(candidates, ["image_id", "image"]).to_pylist()}
     for row in tests:
-        exemplars = db.sql(
-            "SELECT image_id, image FROM exemplars WHERE model_id = $id ORDER BY image_id", {"id": row["model_id"]}
-        ).to_pylist()
-        true = {one["image_id"] for one in exemplars}
-        row["exemplars"] = [one["image"] for one in exemplars]
-        row["answers"] = []
-        for way in ways:
-            hits = db.attribute(row["image_id"], k=N_CANDIDATES, **way).to_pylist()
-            ids = {f"id{n}": hit["image_id"] for n, hit in enumerate(hits)}
-            listed = ", ".join(f"${name}" for name in ids)
-            images = db.sql(f"SELECT image_id, image FROM images WHERE image_id IN ({listed})", ids).to_pylist()
-            image_of = {one["image_id"]: one["image"] for one in images}
-            for hit in hits:
-                hit |= {"image": image_of[hit["image_id"]], "true": hit["image_id"] in true}
-            row["answers"].append({"features": features_name(way), "hits": hits})
+        own = {one["image_id"]: one["image"] for one in exemplars if one["model_id"] == row["model_id"]}
+        row["exemplars"] = list(own.values())
+        row["answers"] = [
+            {
+                "features": mapper_id or encoder_id,
+                "hits": [
+                    hit | {"image": image_of[hit["image_id"]], "true": hit["image_id"] in own}
+                    for hit in of_mapper
+                    if hit["sample_id"] == row["image_id"]
+                ],
+            }
+            for mapper_id, of_mapper in zip(mappers, hits, strict=True)
+        ]
     return tests
+
+
+def _hits(db: Database, sample_ids: list[str], encoder_id: str, mapper_id: str | None) -> list[dict]:
+    """The first candidates of some samples, best first; they are searched for together."""
+    return db.sql(
+        f"""
+        SELECT asked.image_id AS sample_id, found.image_id, found.influence
+        FROM samples AS asked, attribute(
+            asked.image_id, k := $k, encoder_id := $encoder_id, mapper_id := $mapper_id
+        ) AS found
+        WHERE {_among("asked.image_id", sample_ids)}
+        ORDER BY found.rank
+        """,
+        {"k": N_CANDIDATES, "encoder_id": encoder_id, "mapper_id": mapper_id},
+    ).to_pylist()
+
+
+def _among(column: str, values: list[str]) -> str:
+    return f"{column} IN ({', '.join(map(literal, sorted(set(values))))})"

@@ -80,14 +80,15 @@ class _Exact:
         self.mapper = mapper
 
     def __call__(self, features: Any, candidate: np.ndarray, query: np.ndarray) -> np.ndarray:
+        if self.mapper or not isinstance(features, np.ndarray):
+            used, candidate = np.unique(candidate, return_inverse=True)
+            features = features[used]
         if not isinstance(features, np.ndarray):
-            used, candidate = np.unique(candidate, return_inverse=True)
-            features = features[used].cpu().numpy()
+            features = features.cpu().numpy()
         if self.mapper:
-            used, candidate = np.unique(candidate, return_inverse=True)
-            mapped = np.empty((len(used), features.shape[1]))
-            for at in range(0, len(used), PAIRS):
-                mapped[at : at + PAIRS] = self.mapper.exemplars(features[used[at : at + PAIRS]], np.float64)
+            mapped = np.empty(features.shape)
+            for at in range(0, len(features), PAIRS):
+                mapped[at : at + PAIRS] = self.mapper.exemplars(features[at : at + PAIRS], np.float64)
             features = mapped
         found = np.empty(len(candidate))
         for at in range(0, len(candidate), PAIRS):

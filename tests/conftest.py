@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
+from learnable import build
 from PIL import Image
 
 import attrdb
@@ -41,6 +42,12 @@ def rows(entries: list[tuple[str, str, str | None, float]], **columns: list) -> 
             **columns,
         }
     )
+
+
+@pytest.fixture(scope="session")
+def learnable(tmp_path_factory):
+    """Only to be read, or copied."""
+    return build(tmp_path_factory.mktemp("learnable") / "some.attrdb")
 
 
 @pytest.fixture

@@ -155,6 +155,26 @@ def test_sql_asks_the_index_as_python_does(indexed, monkeypatch):
     assert asked == [1]
 
 
+def test_the_index_is_asked_where_that_takes_less(tmp_path, monkeypatch):
+    """By attrdb's own rule: one query is, hundreds together and few candidates are compared with everything."""
+    n, queries = indexing.MIN_ROWS + 4000, clustered(400, 5)
+    db = attrdb.create(tmp_path / "points.attrdb")
+    db.add_encoder("points:16", D, {}, "none")
+    licenses = pa.array([("CC0", "CC-BY")[number % 10 == 0] for number in range(n)])
+    db.append_bulk(images("p", clustered(n, 1), license=licenses))
+    indexing.build(db)
+    asked, ask = [], ann.top_k
+    monkeypatch.setattr(ann, "top_k", lambda *args: asked.append(len(args[4])) or ask(*args))
+    for n_queries, candidates, by_index in ((1, None, [1]), (400, None, []), (1, "license = 'CC-BY'", [])):
+        found, exact = (
+            attribution.nearest(db.snapshot, "points_16", queries[:n_queries], 10, candidates=candidates, exact=exact)
+            for exact in (False, True)
+        )
+        assert asked == by_index
+        asked.clear()
+        assert search.recall(found, exact, 10, [None] * n_queries) >= 0.9
+
+
 def test_only_candidates_that_fulfil_a_predicate(indexed):
     where = "license = 'CC0'"
     for exact in (False, True):

@@ -3,14 +3,14 @@
 import json
 import shutil
 import signal
-import subprocess
-import sys
 import time
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from conftest import picture
+from killing import attrdb_runs, log_of, run_whole, start
 
 import attrdb
 from attrdb.errors import Busy, InvalidValue, NotFound, OutOfMemory
@@ -157,33 +157,26 @@ def schemes_of(record):
     return [("gpt" if n < half else "procedural", text) for n, text in enumerate(record["prompts"])]
 
 
+def customize_vase(base, db, exemplars):
+    what = "--category vase --kind object --model-id vase-1 --encoder pixels:4 --steps 12 --quiet"
+    attrdb_runs("ingest", "model", db, "--exemplars", exemplars, "--base-model", base, *what.split())
+
+
 def test_killed_outright_and_rerun_is_run_once(tmp_path, exemplar_folder, tiny_base):
     """SIGKILL at three moments of the command, then the command again: the images of an undisturbed run."""
-    words = [
-        "--exemplars",
-        str(exemplar_folder),
-        "--category",
-        "vase",
-        "--kind",
-        "object",
-        "--base-model",
-        str(tiny_base),
-    ]
-    words += ["--model-id", "vase-1", "--encoder", "pixels:4", "--steps", "12"]
-    command = [sys.executable, "-m", "attrdb.cli", "ingest", "model"]
-    subprocess.run([*command, str(tmp_path / "whole.attrdb"), *words], check=True, capture_output=True)
-    killed = tmp_path / "killed.attrdb"
-    job = killed / "jobs" / "vase-1"
+    run = partial(customize_vase, tiny_base)
+    whole, killed = tmp_path / "whole.attrdb", tmp_path / "killed.attrdb"
+    assert run_whole(run, whole, exemplar_folder), log_of(whole).read_text()
     for moment in ("settings.json", "figures.json", "batch-0000.parquet"):
-        process = subprocess.Popen([*command, str(killed), *words], stderr=subprocess.DEVNULL)
-        while not (job / moment).exists() and process.poll() is None:
+        process, _ = start(run, killed, exemplar_folder)
+        while not (killed / "jobs" / "vase-1" / moment).exists() and process.is_alive():
             time.sleep(0.002)
         process.kill()
-        process.wait()
-        if process.returncode == -signal.SIGKILL:
+        process.join()
+        if process.exitcode == -signal.SIGKILL:
             assert images(attrdb.open(killed)) == []
-    subprocess.run([*command, str(killed), *words], check=True, capture_output=True)
-    assert images(attrdb.open(killed)) == images(attrdb.open(tmp_path / "whole.attrdb"))
+    assert run_whole(run, killed, exemplar_folder), log_of(killed).read_text()
+    assert images(attrdb.open(killed)) == images(attrdb.open(whole))
 
 
 def test_two_processes_do_not_make_the_same_model(empty, exemplar_folder, tiny_base, toy_encoder):

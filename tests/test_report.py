@@ -9,7 +9,8 @@ import pyarrow as pa
 import pytest
 from click.testing import CliRunner
 from conftest import rows
-from test_train import QUICK, build, table
+from learnable import table
+from test_train import QUICK
 
 import attrdb
 from attrdb import plots
@@ -22,14 +23,24 @@ from attrdb.training.train import train
 
 
 @pytest.fixture(scope="module")
-def db(tmp_path_factory):
+def db(learnable, tmp_path_factory):
     """A database with everything that a report shows but mixed models: ranks, a mapper, a calibration."""
-    db = build(tmp_path_factory.mktemp("report") / "some.attrdb")
+    db = attrdb.open(shutil.copytree(learnable.path, tmp_path_factory.mktemp("report") / "some.attrdb"))
     train(db, settings=QUICK, mapper_id="tuned<b>")
     calibrate(db, mapper_id="tuned<b>")
     for mapper_id in (None, "tuned<b>"):
         evaluate(db, mapper_id=mapper_id)
     return db
+
+
+@pytest.fixture(scope="module")
+def found(db):
+    return figures(db)
+
+
+@pytest.fixture(scope="module")
+def page(db, found):
+    return render(db, found)
 
 
 def page_of(db):
@@ -47,8 +58,7 @@ class Page(HTMLParser):
         self.sources += [value for name, value in attributes if name in ("src", "href")]
 
 
-def test_figures_are_those_of_the_queries(db):
-    found = figures(db)
+def test_figures_are_those_of_the_queries(db, found):
     for k in (5, 10, 100):
         wanted = {
             tuple(row[name] for name in ("mapper_id", "kind", "split", "prompt_scheme")): row["recall_at_k"]
@@ -74,24 +84,22 @@ def test_figures_are_those_of_the_queries(db):
     assert style["chance_5"] == pytest.approx(5 / 203)
 
 
-def test_page_needs_nothing_beside_it(db):
-    text = page_of(db)
-    page = Page(text)
-    assert text.count("<svg") == 3
-    assert not [source for source in page.sources if not source.startswith(("data:", "#"))]
-    assert "script" not in page.tags
-    assert "<b>estimate</b>" in text
-    assert "tuned&lt;b&gt;" in text
-    assert "tuned<b>" not in text
+def test_page_needs_nothing_beside_it(page):
+    parsed = Page(page)
+    assert page.count("<svg") == 3
+    assert not [source for source in parsed.sources if not source.startswith(("data:", "#"))]
+    assert "script" not in parsed.tags
+    assert "<b>estimate</b>" in page
+    assert "tuned&lt;b&gt;" in page
+    assert "tuned<b>" not in page
 
 
-def test_queries_of_the_page_are_test_samples(db):
-    shown = set(re.findall(r"(?:object|style) · (\w+) · m\d\d", page_of(db)))
+def test_queries_of_the_page_are_test_samples(page):
+    shown = set(re.findall(r"(?:object|style) · (\w+) · m\d\d", page))
     assert shown == {"test"}
 
 
-def test_plots_are_the_same_for_the_same_figures(db):
-    found = figures(db)
+def test_plots_are_the_same_for_the_same_figures(found):
     assert drawn(found) == drawn(found)
     assert set(drawn(found)) == {"curves", "gains", "reliability"}
 
@@ -120,9 +128,9 @@ def test_a_report_of_nothing_says_what_to_do(tmp_path, db):
         figures(db, "all")
 
 
-def test_ranks_that_a_grown_database_lacks_are_told(db, tmp_path):
+def test_ranks_that_a_grown_database_lacks_are_told(db, page, tmp_path):
+    assert "never ranked" not in page
     grown = attrdb.open(shutil.copytree(db.path, tmp_path / "grown.attrdb"))
-    assert "never ranked" not in page_of(grown)
     names = ["new/e", "new/0/0"]
     matrix = np.eye(12, dtype=np.float32)[:2]
     both = [

@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from click.testing import CliRunner
+from learnable import DIMENSION, table
 from PIL import Image
 
 import attrdb
@@ -18,76 +19,27 @@ from attrdb.ingest.corpus import image_rows, register
 from attrdb.ingest.encoders import encode, load_encoder
 from attrdb.ingest.pictures import read_picture, webp
 from attrdb.ingest.views import VIEWS, views
-from attrdb.schema import feature_array
 from attrdb.training import augment as augment_module
 from attrdb.training import pairs as pairs_module
 from attrdb.training.evaluation import evaluate
 from attrdb.training.pairs import Choice, Pairs
 from attrdb.training.train import TrainSettings, train
 
-DIMENSION, TELLING = 12, 4  # of a feature: all, and those that say which exemplar a sample comes from
 QUICK = TrainSettings(lr=0.01, batch=8, epochs=6, patience=6)
 
 
-def features(rng, telling):
-    """Rows whose last elements are noise, larger than what tells."""
-    noise = 1.5 * rng.standard_normal((len(telling), DIMENSION - TELLING))
-    x = np.concatenate([telling, noise], axis=1)
-    return (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float32)
-
-
-def table(ids, role, matrix, model_id=None, schemes=None):
-    n = len(ids)
-    return pa.table(
-        {
-            "image_id": ids,
-            "role": [role] * n,
-            "model_id": pa.array([model_id] * n, pa.string()),
-            "prompt_scheme": pa.array(schemes or [None] * n, pa.string()),
-            "toy_12": feature_array(matrix),
-        }
-    )
-
-
-def build(path):
-    """72 models to train on, 12 to validate and 6 to test, of both kinds, 4 samples each, and 200 pretraining images."""
-    rng = np.random.default_rng(0)
-    db = attrdb.create(path)
-    db.add_encoder("toy:12", DIMENSION, {}, "none")
-    corpus = features(rng, rng.standard_normal((200, TELLING)))
-    db.append_images(table([f"p{n:03d}" for n in range(200)], "pretraining", corpus))
-    for number in range(90):
-        split = "train" if number < 72 else "val" if number < 84 else "test"
-        kind = "style" if number % 3 == 0 else "object"
-        model_id = f"m{number:02d}"
-        telling = rng.standard_normal((1 + 2 * (kind == "style"), TELLING))
-        own = table([f"{model_id}/e{n}" for n in range(len(telling))], "exemplar", features(rng, telling), model_id)
-        near = telling[np.arange(4) % len(telling)] + 0.2 * rng.standard_normal((4, TELLING))
-        drawn = features(rng, near)
-        schemes = ["gpt", "procedural"] * 2
-        samples = table([f"{model_id}/{n}/0" for n in range(4)], "sample", drawn, model_id, schemes)
-        row = {"model_id": model_id, "kind": kind, "split": split}
-        db.append_model(pa.concat_tables([own, samples]), row)
-    return db
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    return build(tmp_path_factory.mktemp("train") / "some.attrdb")
-
-
 @pytest.fixture
-def db(made, tmp_path):
+def db(learnable, tmp_path):
     """A copy that a test may change."""
-    return attrdb.open(shutil.copytree(made.path, tmp_path / "copy.attrdb"))
+    return attrdb.open(shutil.copytree(learnable.path, tmp_path / "copy.attrdb"))
 
 
 # --- pairs ------------------------------------------------------------------------------------------------------------
 
 
-def test_an_epoch_takes_every_sample_once_with_an_exemplar_of_its_model(made):
-    rows = made.query("pairs").to_pylist()
-    wanted = made.sql(
+def test_an_epoch_takes_every_sample_once_with_an_exemplar_of_its_model(learnable):
+    rows = learnable.query("pairs").to_pylist()
+    wanted = learnable.sql(
         "SELECT image_id FROM samples JOIN models USING (model_id) WHERE models.split = 'train' ORDER BY 1"
     )
     assert sorted(row["sample_id"] for row in rows) == wanted["image_id"].to_pylist()
@@ -98,12 +50,12 @@ def test_an_epoch_takes_every_sample_once_with_an_exemplar_of_its_model(made):
     assert [position for position, _ in at] == sorted(position for position, _ in at)
 
 
-def test_pairs_follow_from_seed_and_epoch(made):
-    first = made.query("pairs", seed=1, epoch=2).to_pylist()
-    assert made.query("pairs", seed=1, epoch=2).to_pylist() == first
+def test_pairs_follow_from_seed_and_epoch(learnable):
+    first = learnable.query("pairs", seed=1, epoch=2).to_pylist()
+    assert learnable.query("pairs", seed=1, epoch=2).to_pylist() == first
     for other in ({"seed": 2, "epoch": 2}, {"seed": 1, "epoch": 3}):
-        assert made.query("pairs", **other).to_pylist() != first
-    drawn = {row["exemplar_id"] for epoch in range(8) for row in made.query("pairs", epoch=epoch).to_pylist()}
+        assert learnable.query("pairs", **other).to_pylist() != first
+    drawn = {row["exemplar_id"] for epoch in range(8) for row in learnable.query("pairs", epoch=epoch).to_pylist()}
     assert len([one for one in drawn if one.startswith("m00/")]) == 3  # every exemplar of a style has its turn
 
 
@@ -118,14 +70,14 @@ def test_pairs_follow_from_seed_and_epoch(made):
         ({"kind": "object", "split": "val", "prompt_scheme": "procedural"}, 16),
     ],
 )
-def test_pairs_of_a_kind_a_split_and_a_scheme(made, given, n_rows):
-    assert len(made.query("pairs", **given)) == n_rows
+def test_pairs_of_a_kind_a_split_and_a_scheme(learnable, given, n_rows):
+    assert len(learnable.query("pairs", **given)) == n_rows
 
 
-def test_batches_have_the_features_of_their_pairs(made, tmp_path):
-    pairs = Pairs(made, "toy_12", Choice(), tmp_path / "features.f32")
-    rows = made.query("pairs", epoch=3).to_pylist()
-    stored = made.sql("SELECT image_id, toy_12 FROM images")
+def test_batches_have_the_features_of_their_pairs(learnable, tmp_path):
+    pairs = Pairs(learnable, "toy_12", Choice(), tmp_path / "features.f32")
+    rows = learnable.query("pairs", epoch=3).to_pylist()
+    stored = learnable.sql("SELECT image_id, toy_12 FROM images")
     feature = dict(zip(stored["image_id"].to_pylist(), stored["toy_12"].to_pylist(), strict=True))
     seen = 0
     for exemplars, samples in pairs.batches(3, 10):
@@ -152,7 +104,7 @@ def test_batches_lie_in_one_position_and_none_is_of_one_pair(positions, size, si
 
 
 @pytest.mark.parametrize("form", ["affine", "gain", "mlp"])
-def test_a_mapper_learns_what_tells(made, db, form):
+def test_a_mapper_learns_what_tells(learnable, db, form):
     settings = TrainSettings(form=form, lr=0.01, batch=72, epochs=50)
     result = train(db, settings=settings)
     assert result.trained
@@ -160,7 +112,7 @@ def test_a_mapper_learns_what_tells(made, db, form):
     [row] = db.sql("SELECT * FROM mappers").to_pylist()
     assert (row["mapper_id"], row["encoder_id"], row["trained_on"]) == (result.mapper_id, "toy_12", "both")
     assert json.loads(row["settings"])["temperature"] == 0.1
-    assert row["images_version"] == made.version
+    assert row["images_version"] == learnable.version
     curves = json.loads(row["curves"])
     assert [one["epoch"] for one in curves] == list(range(result.n_epochs + 1))
     assert curves[result.best_epoch]["recall"] == result.recall == max(one["recall"] for one in curves)
@@ -183,7 +135,7 @@ def test_run_twice_is_run_once(db):
     assert len(db.sql("SELECT mapper_id FROM mappers")) == 1
 
 
-def test_killed_and_resumed_is_the_same_mapper(made, db):
+def test_killed_and_resumed_is_the_same_mapper(learnable, db):
     def stop(done, _total, _note):
         if done == 3:
             raise KeyboardInterrupt
