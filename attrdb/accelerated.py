@@ -158,10 +158,8 @@ class Scores:
     """As `products.Scores`, on a device; what comes back from it is small."""
 
     def __init__(self, scores: torch.Tensor):
-        self.scores, self.shape = scores, tuple(scores.shape)
-
-    def __len__(self) -> int:
-        return len(self.scores)
+        self.scores = scores  # (n_queries, n_candidates)
+        self.n_queries, self.n_candidates = scores.shape
 
     def kth_best(self, k: int) -> np.ndarray:
         return self.scores.topk(k, dim=1).values[:, -1].cpu().numpy()

@@ -24,14 +24,14 @@ import pyarrow.compute as pc
 
 from attrdb.errors import InvalidValue
 from attrdb.mapper import Mapper
-from attrdb.products import MARGIN, Products
+from attrdb.products import MARGIN, QUERIES_A_PRODUCT, SCORES, Products
 from attrdb.schema import feature_matrix
 from attrdb.threads import worked
 
 # Image ids (n,) of text, features (n, dimension) float32; or these as a torch tensor, on the device that is to search them.
 Block = tuple[pa.Array, Any]
 
-BLOCK_ROWS = 4096
+BLOCK_ROWS = 8192
 BLOCK_BYTES = 16 << 20  # of features
 READ_AHEAD = {"batch_readahead": 4, "fragment_readahead": 1, "io_buffer_size": 128 << 20}  # bounds what Lance holds
 FEW_ROWS = 0.1  # share of all
@@ -156,12 +156,13 @@ def top_k(
         block_ids, features = block
         found = []
         for first, scores in products.scores(features):
-            query, candidate = scores.at_least(best.needed(scores, slice(first, first + len(scores))))
+            query, candidate = scores.at_least(best.needed(scores, slice(first, first + scores.n_queries)))
             query += first
             found.append((query, exact(features, candidate, query), block_ids.take(pa.array(candidate))))
         return found
 
-    for found in worked(of_block, _cut(gallery, BLOCK_ROWS if device == "cpu" else ROWS_A_KERNEL), device):
+    most = _rows_a_product(len(queries)) if device == "cpu" else ROWS_A_KERNEL
+    for found in worked(of_block, _cut(gallery, most), device):
         for one in found:
             best.add(*one)
     return best.hits()
@@ -186,7 +187,7 @@ class Best:
     def needed(self, scores: Any, part: slice) -> np.ndarray:
         """The float32 similarity below which a candidate of some queries cannot be among their best."""
         kth = self.kth[part]
-        if np.isneginf(kth).any() and scores.shape[1] > self.k:
+        if np.isneginf(kth).any() and scores.n_candidates > self.k:
             kth = np.maximum(kth, scores.kth_best(self.k) - MARGIN)
         return (kth - MARGIN).astype(np.float32)
 
@@ -251,11 +252,15 @@ def count_above(
         return counts, len(block_ids)
 
     counts, size = np.zeros(similarity.shape, dtype=np.int64), 0
-    most = BLOCK_ROWS if device == "cpu" else ROWS_A_KERNEL if mapper else ROWS_COUNTED
+    most = _rows_a_product(len(queries)) if device == "cpu" else ROWS_A_KERNEL if mapper else ROWS_COUNTED
     for of_one, n in worked(of_block, _cut(gallery, most), device):
         counts += of_one
         size += n
     return counts, size
+
+
+def _rows_a_product(n_queries: int) -> int:
+    return min(BLOCK_ROWS, SCORES // max(1, min(n_queries, QUERIES_A_PRODUCT)))
 
 
 def _cut(gallery: Iterable[Block], most: int) -> Iterator[Block]:

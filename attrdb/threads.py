@@ -18,7 +18,7 @@ from typing import Any
 import numpy  # noqa: F401  whose BLAS is to be found
 from threadpoolctl import ThreadpoolController
 
-WORKERS = 16  # at most, since each holds the result of a product: half a GiB together
+WORKERS = 16  # at most, since each holds a block and the result of a product: half a GiB together
 
 
 def worked(work: Callable[[Any], Any], blocks: Iterable[Any], device: str = "cpu") -> Iterator[Any]:
