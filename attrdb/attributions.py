@@ -17,7 +17,7 @@ from attrdb.database import Database
 from attrdb.errors import NotFound
 from attrdb.locks import alone
 from attrdb.schema import feature_matrix
-from attrdb.snapshot import literal
+from attrdb.snapshot import among, literal
 
 SAMPLES_A_COMMIT = 1024
 
@@ -83,12 +83,11 @@ def attribute_samples(
         for start in range(0, len(left), SAMPLES_A_COMMIT):
             report(len(wanted) - len(left) + start, len(wanted))
             part = left[start : start + SAMPLES_A_COMMIT]
-            listed = ", ".join(map(literal, part))
-            features = snapshot.images(f"image_id IN ({listed})", ["image_id", encoder_id])
+            features = snapshot.images(among("image_id", part), ["image_id", encoder_id])
             ids = features["image_id"].to_pylist()
             queries = feature_matrix(features[encoder_id])
             found = attribute(snapshot, encoder_id, queries, ids, k=k, tau=tau, lam=lam, mapper=mapper, exact=exact)
-            stale = f"{scope} AND sample_id IN ({listed})" if old.intersection(part) else None
+            stale = f"{scope} AND {among('sample_id', part)}" if old.intersection(part) else None
             db.append_attributions(_rows(ids, found, shared), stale)
             job.n_done += len(part)
         report(len(wanted), len(wanted))

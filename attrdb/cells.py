@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-SCORES = 4 << 20  # of a product, 16 MiB
+from attrdb.products import SCORES
 
 
 def train_centroids(features: np.ndarray, n_centroids: int, n_rounds: int, seed: int, device: str) -> np.ndarray:

@@ -22,7 +22,7 @@ from attrdb.conform import conform_images
 from attrdb.errors import InvalidValue, StorageError
 from attrdb.mapper import Mapper
 from attrdb.schema import SCHEMA_VERSION, TABLES, encoder_id_of, encoder_name, feature_columns, feature_type
-from attrdb.snapshot import STAMP, Snapshot, literal, made, open_snapshot, storage
+from attrdb.snapshot import STAMP, Snapshot, among, literal, made, open_snapshot, storage
 
 CONFLICT_RETRIES = 30  # of a commit that another writer preempted
 DESCRIBED = ["role", "model_id", "source", "category", "creator", "license"]
@@ -250,7 +250,7 @@ class Database:
             candidates=candidates,
             exact=exact,
         )
-        known = snapshot.images(f"image_id IN ({', '.join(map(literal, found.ids))})", ["image_id", *DESCRIBED])
+        known = snapshot.images(among("image_id", found.ids), ["image_id", *DESCRIBED])
         position = {image_id: row for row, image_id in enumerate(known["image_id"].to_pylist())}
         n = len(found.ids)
         answer = known.take([position[image_id] for image_id in found.ids])
@@ -331,11 +331,9 @@ class Database:
         ids = list(ids)
         found: dict[str, dict] = {}
         for start in range(0, len(ids), 512):
-            part = ", ".join(map(literal, ids[start : start + 512]))
+            part = among("image_id", ids[start : start + 512])
             with storage(self.path):
-                rows = self.snapshot.tables["images"].to_table(
-                    columns=["image_id", "uri", "sha256"], filter=f"image_id IN ({part})"
-                )
+                rows = self.snapshot.tables["images"].to_table(columns=["image_id", "uri", "sha256"], filter=part)
             found |= {row["image_id"]: row for row in rows.to_pylist()}
         return found
 

@@ -8,7 +8,7 @@ import pyarrow.compute as pc
 from attrdb import search
 from attrdb.attribution import CANDIDATES
 from attrdb.schema import feature_matrix
-from attrdb.snapshot import Snapshot, literal
+from attrdb.snapshot import Snapshot, among
 
 N_QUERIES = 200
 COUNTED, ESTIMATED_FROM = 50_000, 4_096  # images
@@ -49,7 +49,7 @@ def queries(snapshot: Snapshot, encoder_id: str) -> tuple[str, np.ndarray, np.nd
     if snapshot.count("role = 'sample'") < FEW_SAMPLES:
         said, role = "candidates", pc.invert(role)
     ids = drawn.filter(role)["image_id"].to_numpy()
-    where = f"image_id IN ({', '.join(map(literal, rng.permutation(ids)[: 4 * N_QUERIES]))})" if len(ids) else "false"
+    where = among("image_id", rng.permutation(ids)[: 4 * N_QUERIES])
     found = snapshot.images(f"{where} AND {encoded}", ["image_id", encoder_id])[:N_QUERIES]
     if len(found) < min(N_QUERIES, FEW_SAMPLES):  # too rare to be met by chance
         where = f"role = 'sample' AND {encoded}" if said == "samples" else f"{CANDIDATES} AND {encoded}"

@@ -12,7 +12,7 @@ from typing import Any
 
 from attrdb.database import Database
 from attrdb.errors import AttrdbError
-from attrdb.snapshot import literal, storage
+from attrdb.snapshot import among, literal, storage
 
 
 class Job:
@@ -41,8 +41,7 @@ class Job:
         """Take out items that have failed before and are done now."""
         done = [item for item in items if item in self.failures]
         if done:
-            ids = ", ".join(literal(f"{self.job_id} {item}") for item in done)
-            self.db.delete("failures", f"failure_id IN ({ids})")
+            self.db.delete("failures", among("failure_id", (f"{self.job_id} {item}" for item in done)))
             for item in done:
                 del self.failures[item]
 

@@ -18,7 +18,7 @@ from attrdb.database import Database
 from attrdb.errors import Busy, InvalidValue
 from attrdb.locks import alone
 from attrdb.mapper import Mapper
-from attrdb.snapshot import Snapshot, literal
+from attrdb.snapshot import Snapshot, among, literal
 
 K = 10
 RECALL_WANTED = 0.99
@@ -149,8 +149,7 @@ def _least(
 
 def _mapper_ids(snapshot: Snapshot, encoder_id: str) -> list[str]:
     """Of the encoder's mappers that can be folded."""
-    forms = ", ".join(map(literal, ann.FOLDABLE))
-    where = f"encoder_id = {literal(encoder_id)} AND form IN ({forms})"
+    where = f"encoder_id = {literal(encoder_id)} AND {among('form', ann.FOLDABLE)}"
     return sorted(snapshot.tables["mappers"].to_table(columns=["mapper_id"], filter=where)["mapper_id"].to_pylist())
 
 

@@ -14,7 +14,7 @@ from attrdb import plots
 from attrdb.database import Database
 from attrdb.errors import NotFound
 from attrdb.pages import data_uri
-from attrdb.snapshot import literal
+from attrdb.snapshot import among
 
 CUT_OFFS = (5, 10, 100)
 CURVE = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
@@ -220,30 +220,29 @@ def _queries(db: Database, encoder_id: str, tuned: dict | None) -> list[dict]:
         {"n": QUERIES_A_CASE, "encoder_id": encoder_id},
     ).to_pylist()
     tests = [row for row in chosen if (row["split"] or "").startswith("test")] or chosen
-    if not tests:
-        return []
-    mappers = [None] + ([tuned["mapper_id"]] if tuned else [])
-    hits = [_hits(db, [row["image_id"] for row in tests], encoder_id, mapper_id) for mapper_id in mappers]
-    exemplars = db.images(
-        f"role = 'exemplar' AND {_among('model_id', [row['model_id'] for row in tests])}",
-        ["image_id", "model_id", "image"],
-    )
+    ways = [
+        {"encoder_id": encoder_id, "mapper_id": mapper_id}
+        for mapper_id in [None] + ([tuned["mapper_id"]] if tuned else [])
+    ]
+    hits = [_hits(db, [row["image_id"] for row in tests], **way) for way in ways]
+    models = among("model_id", {row["model_id"] for row in tests})
+    exemplars = db.images(f"role = 'exemplar' AND {models}", ["image_id", "model_id", "image"])
     exemplars = exemplars.sort_by("image_id").to_pylist()
-    candidates = _among("image_id", [hit["image_id"] for of_mapper in hits for hit in of_mapper])
+    candidates = among("image_id", {hit["image_id"] for of_way in hits for hit in of_way})
     image_of = {one["image_id"]: one["image"] for one in db.images(candidates, ["image_id", "image"]).to_pylist()}
     for row in tests:
         own = {one["image_id"]: one["image"] for one in exemplars if one["model_id"] == row["model_id"]}
         row["exemplars"] = list(own.values())
         row["answers"] = [
             {
-                "features": mapper_id or encoder_id,
+                "features": features_name(way),
                 "hits": [
                     hit | {"image": image_of[hit["image_id"]], "true": hit["image_id"] in own}
-                    for hit in of_mapper
+                    for hit in of_way
                     if hit["sample_id"] == row["image_id"]
                 ],
             }
-            for mapper_id, of_mapper in zip(mappers, hits, strict=True)
+            for way, of_way in zip(ways, hits, strict=True)
         ]
     return tests
 
@@ -256,12 +255,8 @@ def _hits(db: Database, sample_ids: list[str], encoder_id: str, mapper_id: str |
         FROM samples AS asked, attribute(
             asked.image_id, k := $k, encoder_id := $encoder_id, mapper_id := $mapper_id
         ) AS found
-        WHERE {_among("asked.image_id", sample_ids)}
+        WHERE {among("asked.image_id", sample_ids)}
         ORDER BY found.rank
         """,
         {"k": N_CANDIDATES, "encoder_id": encoder_id, "mapper_id": mapper_id},
     ).to_pylist()
-
-
-def _among(column: str, values: list[str]) -> str:
-    return f"{column} IN ({', '.join(map(literal, sorted(set(values))))})"

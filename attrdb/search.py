@@ -162,8 +162,7 @@ def top_k(
             found.append((query, exact(features, candidate, query), block_ids.take(pa.array(candidate))))
         return found
 
-    most = _rows_a_product(len(queries)) if device == "cpu" else ROWS_A_KERNEL
-    for found in worked(of_block, _cut(gallery, most), device):
+    for found in worked(of_block, _cut(gallery, len(queries), device, ROWS_A_KERNEL), device):
         for one in found:
             best.add(*one)
     return best.hits()
@@ -253,19 +252,18 @@ def count_above(
         return counts, len(block_ids)
 
     counts, size = np.zeros(similarity.shape, dtype=np.int64), 0
-    most = _rows_a_product(len(queries)) if device == "cpu" else ROWS_A_KERNEL if mapper else ROWS_COUNTED
-    for of_one, n in worked(of_block, _cut(gallery, most), device):
+    rows_a_kernel = ROWS_A_KERNEL if mapper else ROWS_COUNTED
+    for of_one, n in worked(of_block, _cut(gallery, len(queries), device, rows_a_kernel), device):
         counts += of_one
         size += n
     return counts, size
 
 
-def _rows_a_product(n_queries: int) -> int:
-    return min(ROWS_A_PRODUCT, SCORES // max(1, min(n_queries, QUERIES_A_PRODUCT)))
-
-
-def _cut(gallery: Iterable[Block], most: int) -> Iterator[Block]:
-    """The gallery in blocks of that many rows at most."""
+def _cut(gallery: Iterable[Block], n_queries: int, device: str, rows_a_kernel: int) -> Iterator[Block]:
+    """The gallery in blocks of no more rows than are multiplied at a time."""
+    most = rows_a_kernel
+    if device == "cpu":
+        most = min(ROWS_A_PRODUCT, SCORES // max(1, min(n_queries, QUERIES_A_PRODUCT)))
     for ids, features in gallery:
         for at in range(0, len(ids), most):
             yield ids[at : at + most], features[at : at + most]

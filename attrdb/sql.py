@@ -21,7 +21,7 @@ from attrdb.attribution import Attribution, attribute, check_enough, nearest
 from attrdb.errors import QueryRefused
 from attrdb.influence import DEFAULT_LAM, DEFAULT_TAU
 from attrdb.schema import feature_columns, feature_matrix
-from attrdb.snapshot import Snapshot, literal
+from attrdb.snapshot import Snapshot, among
 
 
 @dataclass(frozen=True)
@@ -280,7 +280,7 @@ def _attribute(
 ) -> list[list[dict] | None]:
     encoder_id, mapper = snapshot.compared(encoder_id, mapper_id)
     tau, lam = snapshot.calibration(encoder_id, mapper_id, tau, lam)
-    where = f"image_id IN ({', '.join(map(literal, samples))}) AND `{encoder_id}` IS NOT NULL"
+    where = f"{among('image_id', samples)} AND `{encoder_id}` IS NOT NULL"
     stored = snapshot.images(where, ["image_id", encoder_id])
     if not len(stored):
         return [None] * len(samples)

@@ -13,7 +13,7 @@ from attrdb.database import Database
 from attrdb.errors import InvalidValue, NotFound
 from attrdb.ingest.model import regenerate
 from attrdb.models import describe
-from attrdb.snapshot import literal
+from attrdb.snapshot import among
 
 SCHEMA = pa.schema(
     [
@@ -45,8 +45,8 @@ def compare(
             "samples again"
         )
     ids = _spread([row["image_id"] for row in model["samples"]], n_samples)
-    where = f"image_id IN ({', '.join(map(literal, ids))}) AND image IS NOT NULL"
-    rows = db.images(where, ["image_id", "image"]).to_pylist() if ids else []
+    where = f"{among('image_id', ids)} AND image IS NOT NULL"
+    rows = db.images(where, ["image_id", "image"]).to_pylist()
     stored = {row["image_id"]: row["image"] for row in rows}
     if not stored:
         raise NotFound(f"model {model_id!r} has no sample whose picture is stored, so there is nothing to compare with")

@@ -28,7 +28,7 @@ from attrdb.ingest.prompts import Prompt
 from attrdb.ingest.synthesize import SynthesizeSettings, plan_samples, synthesize, use_fast_solver
 from attrdb.schema import encoder_id_of
 from attrdb.search import top_k
-from attrdb.snapshot import literal
+from attrdb.snapshot import among, literal
 
 if TYPE_CHECKING:
     from attrdb.ingest.model_job import Report
@@ -100,7 +100,7 @@ def read_corpus(db: Database, names: Sequence[str], prompt: str) -> Regularizati
 
     raises: InvalidValue if one is gone or cannot be read
     """
-    table = db.images(f"image_id IN ({', '.join(map(literal, names))})", ["image_id", "image", "prompt"])
+    table = db.images(among("image_id", names), ["image_id", "image", "prompt"])
     rows = {row["image_id"]: row for row in table.to_pylist()}
     if missing := [name for name in names if name not in rows]:
         raise InvalidValue(

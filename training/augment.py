@@ -17,7 +17,7 @@ from attrdb.errors import InvalidValue
 from attrdb.ingest.encoders import encode, load_encoder
 from attrdb.ingest.pictures import read_picture
 from attrdb.ingest.views import VIEWS, views
-from attrdb.snapshot import literal
+from attrdb.snapshot import among
 
 SIDE = 128  # pixels of a view, before the encoder's own preprocessing
 AT_ONCE = 64  # images whose views are encoded together
@@ -37,7 +37,7 @@ def augmented(db: Database, encoder_id: str, ids: pa.Array, augment: str, seed: 
         with part.open("wb") as opened:
             for start in range(0, len(ids), AT_ONCE):
                 wanted = ids[start : start + AT_ONCE].to_pylist()
-                rows = db.images(f"image_id IN ({', '.join(map(literal, wanted))})", ["image_id", "image"]).to_pylist()
+                rows = db.images(among("image_id", wanted), ["image_id", "image"]).to_pylist()
                 stored = {row["image_id"]: row["image"] for row in rows}
                 if without := [image_id for image_id in wanted if stored[image_id] is None]:
                     raise InvalidValue(

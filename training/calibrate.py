@@ -25,7 +25,7 @@ from attrdb.database import Database
 from attrdb.errors import InvalidValue
 from attrdb.influence import DEFAULT_LAM, DEFAULT_TAU
 from attrdb.mapper import Mapper
-from attrdb.snapshot import literal
+from attrdb.snapshot import among
 from attrdb.training.evaluation import features_by_model
 from attrdb.training.train import EVALUATED_ONLY
 
@@ -131,7 +131,7 @@ def similarities(
 ) -> tuple[Similarities, int]:
     """Of all samples of a split's models, from a pass over the corpus for every SAMPLES_A_PASS of them."""
     names = db.sql("SELECT model_id FROM models WHERE split = $split ORDER BY model_id", {"split": split})
-    own = f"model_id IN ({', '.join(map(literal, names['model_id'].to_pylist() or ['']))})"
+    own = among("model_id", names["model_id"].to_pylist())
     of = {role: features_by_model(db, encoder_id, f"role = '{role}' AND {own}") for role in ("sample", "exemplar")}
     models = sorted(of["sample"].keys() & of["exemplar"].keys())
     if not models:

@@ -26,7 +26,7 @@ from attrdb.errors import InvalidValue
 from attrdb.ingest.views import VIEWS
 from attrdb.locks import alone
 from attrdb.mapper import Mapper
-from attrdb.snapshot import literal
+from attrdb.snapshot import among
 from attrdb.training.evaluation import features_by_model, ranks
 from attrdb.training.mapper import Maps, contrastive_loss, regularizer
 from attrdb.training.pairs import Choice, Pairs
@@ -221,7 +221,7 @@ class Validation:
         kinds = ("object", "style") if settings.kind == "both" else (settings.kind,)
         known = db.sql("SELECT model_id, kind FROM models WHERE split = $split", {"split": settings.val_split})
         kind_of = {row["model_id"]: row["kind"] for row in known.to_pylist() if row["kind"] in kinds}
-        own = f"model_id IN ({', '.join(map(literal, sorted(kind_of) or ['']))})"
+        own = among("model_id", sorted(kind_of))
         by_model = {
             role: features_by_model(db, encoder_id, f"role = '{role}' AND {own}") for role in ("sample", "exemplar")
         }
