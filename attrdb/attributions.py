@@ -15,6 +15,7 @@ from attrdb import jobs
 from attrdb.attribution import DEFAULT_K, Attribution, attribute
 from attrdb.database import Database
 from attrdb.errors import NotFound
+from attrdb.ids import lock_file
 from attrdb.locks import alone
 from attrdb.schema import feature_matrix
 from attrdb.snapshot import among, literal
@@ -70,7 +71,7 @@ def attribute_samples(
         "images_version": snapshot.version,
     }
     settings = {"samples": samples, **{name: shared[name] for name in ("k", "exact", "tau", "lam")}}
-    lock = db.path / "jobs" / f".attribute-{encoder_id}-{mapper_id or ''}.lock"
+    lock = lock_file(db.path, "attribute", encoder_id, mapper_id or "")
     with (
         alone(lock, f"samples of {db.path} are being attributed by {mapper_id or encoder_id}"),
         jobs.running(db, "attribute", f"{encoder_id}/{mapper_id or ''}", settings) as job,

@@ -12,6 +12,7 @@ import pyarrow as pa
 
 from attrdb.database import Database
 from attrdb.errors import NotFound
+from attrdb.ids import stored_file
 
 LIST = """\
 SELECT
@@ -72,7 +73,7 @@ def training_record(path: Path, weights_path: str | None) -> dict[str, Any]:
     """
     if not weights_path:
         return {}
-    file = (path / weights_path).with_suffix(".json")
+    file = stored_file(path, weights_path).with_suffix(".json")
     if not file.exists():
         return {}
     try:

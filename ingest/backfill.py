@@ -8,7 +8,6 @@ once all of its images are encoded; until then its features wait in the job's fo
 
 from __future__ import annotations
 
-import shutil
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -26,6 +25,7 @@ from PIL import Image
 
 from attrdb import jobs
 from attrdb.database import Database
+from attrdb.ids import encode_job
 from attrdb.ingest.encoders import Encoder
 from attrdb.ingest.encoding import Encoded, encode_stream
 from attrdb.ingest.model_job import write_whole
@@ -63,12 +63,12 @@ def backfill(
     raises: InvalidValue if the database has an encoder of that id that differs, Busy if another process is at it
     """
     encoder_id = db.add_encoder(encoder.spec, encoder.dimension, encoder.preprocessing, encoder.weights_fingerprint)
-    folder = db.path / "jobs" / f".encode-{encoder_id}"
+    folder = encode_job(db.path, encoder_id)
     with (
-        alone(folder.with_name(f"{folder.name}.lock"), f"encode-{encoder_id} is being run"),
+        alone(folder.lock, f"encode-{encoder_id} is being run"),
         jobs.running(db, "encode", encoder_id, {"spec": encoder.spec}) as job,
     ):
-        folder.mkdir(exist_ok=True)
+        folder.make()
         result = BackfillResult(n_without_image=db.snapshot.count(f"`{encoder_id}` IS NULL AND image IS NULL"))
         passed_over = set() if retry_failed else set(job.failures)
         total, done = db.snapshot.count(f"`{encoder_id}` IS NULL AND image IS NOT NULL"), 0
@@ -79,7 +79,7 @@ def backfill(
             report(f"encode {encoder_id}", done, total)
 
         advance(0)
-        work = _Work(db, encoder, encoder_id, folder, job, passed_over, advance)
+        work = _Work(db, encoder, encoder_id, folder.path, job, passed_over, advance)
         finished: set[int] = set()
         while left := [one for one in work.fragments() if one.fragment_id not in finished]:
             n_encoded = work.fill(left[0])
@@ -88,7 +88,7 @@ def backfill(
                 result.n_encoded += n_encoded
                 job.n_done = result.n_encoded
         result.failures = dict(job.failures)
-        shutil.rmtree(folder)
+        folder.remove()
     return result
 
 

@@ -8,12 +8,10 @@ Only what fits into memory at once is read: a part of a shard, which is also wha
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
 from typing import BinaryIO
 
 import duckdb
@@ -27,6 +25,7 @@ from fsspec.core import url_to_fs
 from attrdb import jobs
 from attrdb.database import Database
 from attrdb.errors import InvalidValue, NotFound
+from attrdb.ids import lock_file
 from attrdb.locks import alone
 from attrdb.schema import IMAGES, encoder_id_of
 
@@ -216,7 +215,7 @@ def ingest_embeddings(
     result = EmbeddingsResult()
     settings = {"encoder": encoder, "source": source, "path": embeddings.root, "id_column": embeddings.id_column}
     with (
-        alone(lock_file(db.path, source), f"source {source!r} is being imported"),
+        alone(lock_file(db.path, "corpus", source), f"source {source!r} is being imported"),
         jobs.running(db, "ingest corpus", f"{source} from {embeddings.root}", settings) as job,
     ):
         db.refresh()
@@ -251,11 +250,6 @@ def _register(db: Database, encoder: str, dimension: int) -> str:
             "name the encoder that made them"
         )
     return encoder_id
-
-
-def lock_file(path: Path, source: str) -> Path:
-    """What the import of a source holds."""
-    return path / "jobs" / f".corpus-{hashlib.sha256(source.encode()).hexdigest()[:16]}.lock"
 
 
 @dataclass(frozen=True)

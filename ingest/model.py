@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -20,6 +19,7 @@ from PIL import Image
 
 from attrdb.database import Database
 from attrdb.errors import InvalidValue, NotFound
+from attrdb.ids import JobFolder, model_job, stored_file, weights_file
 from attrdb.ingest.base_model import BaseModel, base_model_folder, load_base_model, weights_hash
 from attrdb.ingest.corpus import image_rows, register
 from attrdb.ingest.customize import Regularization, apply_delta, check_prompts, load_delta
@@ -99,15 +99,15 @@ def ingest_model(
     model_id = check_model(settings, exemplars, model_id)
     prompts = prompts_of(settings, exemplars)
     record = _record(settings, exemplars, prompts)
-    job = db.path / "jobs" / model_id
-    if done := _stored(db, model_id, record, encoders, job):
+    folder = model_job(db.path, model_id)
+    if done := _stored(db, model_id, record, encoders, folder):
         return done
     base = load(settings.base_model)
     register(db, encoders)
-    with leased_job(job, lease_minutes) as lease:
-        if done := _stored(db, model_id, record, encoders, job):  # by the process that held the lock just now
+    with leased_job(folder, lease_minutes) as lease:
+        if done := _stored(db, model_id, record, encoders, folder):  # by the process that held the lock just now
             return done
-        record = open_job(job, record)
+        record = open_job(folder.path, record)
 
         def beating(stage: str, done: int, total: int) -> None:
             lease.beat(stage, done, total)
@@ -131,7 +131,8 @@ def _made(
     report: Report,
 ) -> ModelResult:
     """The model, made and appended, from where its job's folder says that an earlier run has left it."""
-    job, weights = db.path / "jobs" / model_id, db.path / "weights" / f"{model_id}.safetensors"
+    folder, weights = model_job(db.path, model_id), weights_file(db.path, model_id)
+    job = folder.path
     base.precision = record.get("computed_in", "float32")
     images = [exemplar.picture.image for exemplar in exemplars]
 
@@ -157,7 +158,7 @@ def _made(
     rows = _image_rows(model_id, settings, exemplars, plans, made, encoders)
     figures |= {"n_exemplars": len(exemplars), "n_samples": len(plans)}
     appended = db.append_model(rows, _model_row(model_id, settings, record, weights, figures))
-    shutil.rmtree(job, ignore_errors=True)
+    folder.remove()
     report("encode", 1, 1)
     return ModelResult(model_id, len(exemplars), len(plans), True, appended.version)
 
@@ -202,7 +203,7 @@ def regenerate(
     row = rows[0]
     if not row["weights_path"]:
         raise InvalidValue(f"model {model_id!r} was imported without its weights; it cannot draw its samples again")
-    record, weights = json.loads(row["settings"]), db.path / row["weights_path"]
+    record, weights = json.loads(row["settings"]), stored_file(db.path, row["weights_path"])
     name = base_model or row["base_model"]
     if weights_hash(base_model_folder(name)) != row["base_model_hash"]:
         raise InvalidValue(f"base model {name!r} is not the one that model {model_id!r} was made from; name that one")
@@ -233,7 +234,9 @@ def regenerate(
         base.restore()
 
 
-def _stored(db: Database, model_id: str, record: dict, encoders: Sequence[Encoder], job: Path) -> ModelResult | None:
+def _stored(
+    db: Database, model_id: str, record: dict, encoders: Sequence[Encoder], job: JobFolder
+) -> ModelResult | None:
     """What is there of the model already, if it is.
 
     raises: InvalidValue if it was made with other settings
@@ -244,7 +247,7 @@ def _stored(db: Database, model_id: str, record: dict, encoders: Sequence[Encode
         return None
     check_same(model_id, json.loads(stored[0]["settings"]), record, f"in {db.path}")
     register(db, encoders)
-    shutil.rmtree(job, ignore_errors=True)
+    job.remove()
     return ModelResult(model_id, stored[0]["n_exemplars"], stored[0]["n_samples"], False, db.version)
 
 

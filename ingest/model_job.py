@@ -21,6 +21,7 @@ import torch
 from PIL import Image
 
 from attrdb.errors import InvalidValue
+from attrdb.ids import JobFolder
 from attrdb.ingest.base_model import BaseModel
 from attrdb.ingest.customize import (
     CustomizeSettings,
@@ -81,14 +82,10 @@ def check_same(model_id: str, found: dict, wanted: dict, where: str) -> None:
             )
 
 
-def lease_file(job: Path) -> Path:
-    return job.parent / f".{job.name}.lock"
-
-
-def leased_job(job: Path, minutes: float = LEASE_MINUTES) -> AbstractContextManager[Lease]:
+def leased_job(job: JobFolder, minutes: float = LEASE_MINUTES) -> AbstractContextManager[Lease]:
     """Hold the job's folder; raises Busy if another process is at it."""
-    job.mkdir(parents=True, exist_ok=True)
-    return leased(lease_file(job), f"model {job.name!r} is being made", minutes)
+    job.make()
+    return leased(job.lock, f"model {job.path.name!r} is being made", minutes)
 
 
 def open_job(job: Path, record: dict) -> dict:

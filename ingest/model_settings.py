@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from attrdb.errors import InvalidValue, NotFound
+from attrdb.ids import check_id
 from attrdb.ingest.base_model import base_model_folder, read_profile
 from attrdb.ingest.customize import CustomizeSettings
 from attrdb.ingest.customizers import DEFAULT_METHOD, load_customizer
@@ -200,7 +201,7 @@ def captions(exemplars: Sequence[Exemplar]) -> list[str]:
 def default_model_id(settings: ModelSettings, exemplars: Sequence[Exemplar]) -> str:
     """`<category>-<hash of the exemplars>`: the same exemplars make the same model."""
     digest = hashlib.sha256("".join(sorted(exemplar.picture.sha256 for exemplar in exemplars)).encode())
-    name = re.sub(r"[^a-z0-9]+", "-", settings.category.lower()).strip("-") or settings.kind
+    name = re.sub(r"[^a-z0-9]+", "-", settings.category.lower()).strip("-")[:80] or settings.kind
     return f"{name}-{digest.hexdigest()[:8]}"
 
 
@@ -211,9 +212,8 @@ def check_model(settings: ModelSettings, exemplars: Sequence[Exemplar], model_id
     """
     if not exemplars:
         raise InvalidValue("a model needs at least one exemplar")
-    model_id = model_id or default_model_id(settings, exemplars)
-    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", model_id, re.ASCII):
-        raise InvalidValue(f"model id {model_id!r} is not usable; letters, digits, '.', '_' and '-' are")
+    model_id = default_model_id(settings, exemplars) if model_id is None else model_id
+    check_id("model", model_id)
     first_of: dict[str, str] = {}
     for picture in (exemplar.picture for exemplar in exemplars):
         if first_of.setdefault(picture.sha256, picture.name) != picture.name:

@@ -27,6 +27,7 @@ import torch
 from attrdb import jobs
 from attrdb.database import Database
 from attrdb.errors import AttrdbError, Busy, InvalidValue, NotFound
+from attrdb.ids import model_job
 from attrdb.ingest.base_model import OneBaseModel
 from attrdb.ingest.corpus import register
 from attrdb.ingest.devices import gpu_of_worker, share_cores
@@ -40,7 +41,6 @@ from attrdb.ingest.model import (
     read_exemplars,
     settings_for,
 )
-from attrdb.ingest.model_job import lease_file
 from attrdb.ingest.prompts import BANKS
 from attrdb.leases import LEASE_MINUTES, holder
 
@@ -358,7 +358,7 @@ def make(
     """One attempt at a model, with the base model that an earlier one has loaded if it is the same."""
     try:
         db = Database(db_path)
-        other = holder(lease_file(db.path / "jobs" / spec.model_id))
+        other = holder(model_job(db.path, spec.model_id).lock)
         if other and other["silent_seconds"] < 60 * lease_minutes:
             raise Busy(spec.model_id)  # before the base model is loaded for nothing
         result = ingest_model(

@@ -14,6 +14,7 @@ import attrdb
 from attrdb import ann, attribution, cells, health, indexing, maintenance, recall, search
 from attrdb.cli import main
 from attrdb.errors import InvalidValue, NotFound, StorageError
+from attrdb.ids import lock_file
 from attrdb.influence import DEFAULT_LAM
 from attrdb.locks import alone
 from attrdb.mapper import Mapper
@@ -573,7 +574,7 @@ def test_attributions_of_many_samples_are_stored(indexed, monkeypatch):
     assert (
         CliRunner().invoke(main, [*more, "--tau", "0.2", "--exact"]).stderr == "60 samples attributed, 0 were already\n"
     )
-    with alone(indexed.path / "jobs" / ".attribute-points_16-.lock", "held"):
+    with alone(lock_file(indexed.path, "attribute", "points_16", ""), "held"):
         busy = CliRunner().invoke(main, more)
     assert "are being attributed by points_16 by another process" in busy.stderr
     indexed.refresh()

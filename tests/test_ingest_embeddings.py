@@ -10,6 +10,7 @@ import pytest
 from conftest import TOY, angle
 
 from attrdb.errors import Busy, InvalidValue, NotFound
+from attrdb.ids import lock_file
 from attrdb.ingest import embeddings
 from attrdb.ingest.embeddings import ingest_embeddings, is_embeddings, open_embeddings
 from attrdb.locks import alone
@@ -195,7 +196,7 @@ def test_odd_folders_and_columns(empty, tmp_path):
 
 def test_two_imports_of_one_source_at_once(empty, laion):
     with (
-        alone(embeddings.lock_file(empty.path, "laion"), "held"),
+        alone(lock_file(empty.path, "corpus", "laion"), "held"),
         pytest.raises(Busy, match="source 'laion' is being imported by another process"),
     ):
         ingest(empty, laion)

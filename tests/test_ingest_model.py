@@ -13,6 +13,7 @@ from conftest import picture
 from killing import attrdb_runs, log_of, run_whole, start
 
 import attrdb
+from attrdb import ids
 from attrdb.errors import Busy, InvalidValue, NotFound, OutOfMemory
 from attrdb.ingest import base_model, customize, model, model_job, synthesize
 from attrdb.ingest.encoders import Pixels
@@ -181,7 +182,7 @@ def test_killed_outright_and_rerun_is_run_once(tmp_path, exemplar_folder, tiny_b
 
 def test_two_processes_do_not_make_the_same_model(empty, exemplar_folder, tiny_base, toy_encoder):
     with (
-        model_job.leased_job(empty.path / "jobs" / "vase-1"),
+        model_job.leased_job(ids.model_job(empty.path, "vase-1")),
         pytest.raises(Busy, match=r"'vase-1' is being made by another process \(\d+ on .*\); wait for it"),
     ):
         ingest(empty, exemplar_folder, tiny_base, toy_encoder)

@@ -21,12 +21,13 @@ import attrdb
 from attrdb import jobs
 from attrdb.cli import main
 from attrdb.errors import Busy, InvalidValue, NotFound
+from attrdb.ids import model_job
 from attrdb.ingest import models
 from attrdb.ingest.base_model import OneBaseModel
 from attrdb.ingest.customize import load_delta
 from attrdb.ingest.devices import gpu_of_worker, share_cores
 from attrdb.ingest.encoders import load_encoder
-from attrdb.ingest.model_job import lease_file, leased_job
+from attrdb.ingest.model_job import leased_job
 from attrdb.leases import holder
 
 ENCODERS = ("pixels:2",)
@@ -150,7 +151,7 @@ def test_a_model_that_another_process_makes_is_waited_for(tmp_path, wanted, monk
     settled, release = [], threading.Event()
 
     def hold():
-        with leased_job(path / "jobs" / "red"):
+        with leased_job(model_job(path, "red")):
             release.wait(60)
 
     def report(stage, done, _total, note=""):
@@ -325,7 +326,7 @@ def test_a_lease_that_another_command_has_let_run_out_is_taken_over(tmp_path, wa
     path = tmp_path / "taken.attrdb"
     db = attrdb.create(path)
     spec = models.read_specs(wanted)[0]
-    lock, told = lease_file(path / "jobs" / "red"), []
+    lock, told = model_job(path, "red").lock, []
 
     def sleep(stage, done, _total):
         if (stage, done) == ("customize", 1):
@@ -344,7 +345,7 @@ def test_a_lease_that_another_command_has_let_run_out_is_taken_over(tmp_path, wa
 
 def test_status_says_who_makes_what(tmp_path):
     db = attrdb.create(tmp_path / "some.attrdb")
-    with leased_job(db.path / "jobs" / "red") as lease:
+    with leased_job(model_job(db.path, "red")) as lease:
         lease.beaten = 0.0
         lease.beat("customize", 20, 100)
         (one,) = db.status()["in_progress"]
@@ -362,19 +363,19 @@ def test_status_says_who_makes_what(tmp_path):
 
 
 def test_a_shorter_line_covers_a_longer_one(tmp_path):
-    job = tmp_path / "jobs" / "red"
+    job = model_job(tmp_path, "red")
     with leased_job(job) as lease:
         for stage in ("x" * 300, "sample"):
             lease.beaten = 0.0
             lease.beat(stage, 1, 2)
-            assert holder(lease_file(job))["stage"] == stage
+            assert holder(job.lock)["stage"] == stage
 
 
 def test_of_two_that_begin_at_once_one_goes_on(tmp_path, monkeypatch):
     """On a disk that does not pass locks on."""
     monkeypatch.setattr("attrdb.leases.fcntl.flock", lambda *_: None)
     monkeypatch.setattr("attrdb.leases.BEAT", 0.0)
-    job, me = tmp_path / "jobs" / "red", os.getpid()
+    job, me = model_job(tmp_path, "red"), os.getpid()
     first, second = leased_job(job), leased_job(job)
 
     def as_process(number):
@@ -389,37 +390,38 @@ def test_of_two_that_begin_at_once_one_goes_on(tmp_path, monkeypatch):
     first.__exit__(None, None, None)
     as_process(me + 1)
     other.beat("customize", 1, 2)
-    assert json.loads(lease_file(job).read_text())["stage"] == "customize"
+    assert json.loads(job.lock.read_text())["stage"] == "customize"
     second.__exit__(None, None, None)
-    assert holder(lease_file(job)) is None
+    assert holder(job.lock) is None
 
 
 def test_what_a_killed_process_held_is_free(tmp_path):
-    job = tmp_path / "jobs" / "red"
+    job = model_job(tmp_path, "red")
     program = (
-        "import os, sys; from pathlib import Path; from attrdb.ingest.model_job import leased_job\n"
-        "with leased_job(Path(sys.argv[1])): os._exit(9)"
+        "import os, sys; from pathlib import Path; from attrdb.ids import model_job\n"
+        "from attrdb.ingest.model_job import leased_job\n"
+        "with leased_job(model_job(Path(sys.argv[1]), 'red')): os._exit(9)"
     )
-    assert subprocess.run([sys.executable, "-c", program, str(job)], check=False).returncode == 9
-    assert "pid" in json.loads(lease_file(job).read_text())
-    assert holder(lease_file(job)) is None
+    assert subprocess.run([sys.executable, "-c", program, str(tmp_path)], check=False).returncode == 9
+    assert "pid" in json.loads(job.lock.read_text())
+    assert holder(job.lock) is None
     with leased_job(job):
-        assert holder(lease_file(job))["pid"] == os.getpid()
+        assert holder(job.lock)["pid"] == os.getpid()
 
 
 def test_a_lease_of_another_machine_is_heeded_until_it_runs_out(tmp_path):
     """Also on a disk that does not pass locks on from one machine to the other."""
-    job = tmp_path / "jobs" / "red"
-    job.mkdir(parents=True)
-    lease_file(job).write_text(json.dumps({"host": "elsewhere", "pid": 7, "stage": "sample", "done": 1, "total": 2}))
-    assert holder(lease_file(job))["host"] == "elsewhere"
+    job = model_job(tmp_path, "red")
+    job.make()
+    job.lock.write_text(json.dumps({"host": "elsewhere", "pid": 7, "stage": "sample", "done": 1, "total": 2}))
+    assert holder(job.lock)["host"] == "elsewhere"
     with pytest.raises(Busy, match=r"'red' is being made by another process \(7 on elsewhere\)"), leased_job(job):
         pass
     long_ago = time.time() - 3600
-    os.utime(lease_file(job), (long_ago, long_ago))
+    os.utime(job.lock, (long_ago, long_ago))
     with leased_job(job):
-        assert holder(lease_file(job))["pid"] == os.getpid()
-    assert holder(lease_file(job)) is None
+        assert holder(job.lock)["pid"] == os.getpid()
+    assert holder(job.lock) is None
 
 
 @pytest.mark.parametrize(("n_gpus", "given"), [(0, [None] * 3), (1, [0, 0, 0]), (2, [0, 1, 0])])

@@ -15,6 +15,7 @@ from PIL import Image
 import attrdb
 from attrdb.cli import main
 from attrdb.errors import InvalidValue, NotFound
+from attrdb.ids import train_job
 from attrdb.ingest.corpus import image_rows, register
 from attrdb.ingest.encoders import encode, load_encoder
 from attrdb.ingest.pictures import read_picture, webp
@@ -116,7 +117,7 @@ def test_a_mapper_learns_what_tells(learnable, db, form):
     curves = json.loads(row["curves"])
     assert [one["epoch"] for one in curves] == list(range(result.n_epochs + 1))
     assert curves[result.best_epoch]["recall"] == result.recall == max(one["recall"] for one in curves)
-    assert not (db.path / "jobs" / f"train-{result.mapper_id}").exists()
+    assert not train_job(db.path, result.mapper_id).path.exists()
     # Nothing of the test models was seen; their ranks are better, too.
     found = {}
     for mapper_id in (None, result.mapper_id):
@@ -160,7 +161,7 @@ def test_images_that_changed_under_a_half_trained_mapper(db):
     with pytest.raises(KeyboardInterrupt):
         train(db, settings=QUICK, mapper_id="a", report=stop)
     db.delete("models", "model_id = 'm00'")
-    with pytest.raises(InvalidValue, match=r"have changed since it was half trained; delete .*train-a to begin anew"):
+    with pytest.raises(InvalidValue, match=r"have changed since it was half trained; delete .*\.train-a to begin anew"):
         train(db, settings=QUICK, mapper_id="a")
 
 

@@ -2,7 +2,7 @@
 
 Killed and given again, the job goes on at the epoch it had reached, and ends in the same mapper.
 
-<database>/jobs/train-<mapper_id>/   settings.json, features.f32 (and of views features.mild or .strong), checkpoint.pt
+<database>/jobs/.train-<mapper_id>/   settings.json, features.f32 (and of views features.mild or .strong), checkpoint.pt
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import shutil
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -23,6 +22,7 @@ import torch
 from attrdb import jobs, recall
 from attrdb.database import Database
 from attrdb.errors import InvalidValue
+from attrdb.ids import train_job
 from attrdb.ingest.views import VIEWS
 from attrdb.locks import alone
 from attrdb.mapper import Mapper
@@ -95,9 +95,9 @@ def train(
     """Train a mapper and store it in `mappers`.
 
     mapper_id: made from encoder, kind and settings when left out
-    raises:    InvalidValue for settings that cannot be used, a mapper of that id with other settings, splits that are empty,
-               the same, or kept for tests, one model only, features that are missing, or a loss that is not finite;
-               NotFound for no such encoder; Busy if another process trains it
+    raises:    InvalidValue for an id (`ids.check_id`) or settings that cannot be used, a mapper of that id with other
+               settings, splits that are empty, the same, or kept for tests, one model only, features that are missing, or
+               a loss that is not finite; NotFound for no such encoder; Busy if another process trains it
     source:    Wang et al. 2023, section 4; learning rate, batch size and stopping are ours
     """
     settings = settings or TrainSettings()
@@ -108,17 +108,17 @@ def train(
     if mapper_id is None:
         digest = hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
         mapper_id = f"{encoder_id}-{settings.kind}-{digest[:8]}"
-    job = db.path / "jobs" / f"train-{mapper_id}"
+    job = train_job(db.path, mapper_id)
     if done := _stored(db, mapper_id, record):
         return done
-    with alone(job.with_name(f".{job.name}.lock"), f"mapper {mapper_id!r} is being trained"):
+    with alone(job.lock, f"mapper {mapper_id!r} is being trained"):
         if done := _stored(db, mapper_id, record):
             return done
         with jobs.running(db, "train", mapper_id, record):
-            job.mkdir(parents=True, exist_ok=True)
-            _check_same(job, mapper_id, record)
-            result = _trained(db, encoder_id, settings, mapper_id, record, job, report)
-        shutil.rmtree(job, ignore_errors=True)
+            folder = job.make()
+            _check_same(folder, mapper_id, record)
+            result = _trained(db, encoder_id, settings, mapper_id, record, folder, report)
+        job.remove()
     recall.measure_trained(db, mapper_id)
     return result
 

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 import attrdb
-from attrdb.cli.common import DB, at_option, form_options, ml, print_table, queries_option, quiet_option
+from attrdb.cli.common import DB, Id, at_option, form_options, ml, print_table, queries_option, quiet_option
 from attrdb.errors import InvalidValue, NotFound
 from attrdb.memory import use_the_machine
 
@@ -18,8 +18,8 @@ from attrdb.memory import use_the_machine
 @click.argument("image", required=False)
 @click.option("--samples", metavar="PREDICATE", help="Store the attributions of all samples that fulfil it, see below.")
 @click.option("--top", "k", type=click.IntRange(1), default=10, show_default=True, help="How many candidates.")
-@click.option("--encoder", "encoder_id", help="encoder_id; the database's first when left out.")
-@click.option("--mapper", "mapper_id", help="mapper_id; the encoder's own features when left out.")
+@click.option("--encoder", "encoder_id", type=Id("encoder"), help="encoder_id; the database's first when left out.")
+@click.option("--mapper", "mapper_id", type=Id("mapper"), help="mapper_id; the encoder's own features when left out.")
 @click.option("--tau", type=float, help="Temperature of influence. Default: as calibrated.")
 @click.option("--lambda", "lam", type=float, help="Cut-off of influence. Default: as calibrated.")
 @click.option("--candidates", metavar="PREDICATE", help="Only candidates that fulfil it, such as \"license = 'CC0'\".")

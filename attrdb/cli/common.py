@@ -10,9 +10,34 @@ from typing import Any
 import click
 
 import attrdb
-from attrdb.errors import AttrdbError, MissingExtra
+from attrdb.errors import AttrdbError, InvalidValue, MissingExtra
+from attrdb.ids import check_id
 
 DB = click.argument("db", type=click.Path(path_type=Path))
+
+
+class Id(click.ParamType):
+    """An id that a command stores or looks up; an empty one would mean none, which is said by leaving the option out.
+
+    new: it is to be stored, and must be one that can be part of a path
+    """
+
+    name = "text"
+
+    def __init__(self, noun: str, new: bool = False):
+        self.noun, self.new = noun, new
+
+    def convert(self, value: str, param: click.Parameter | None, context: click.Context | None) -> str:
+        if not value.strip():
+            self.fail(f"an empty {self.noun} id; give one, or leave it out", param, context)
+        if self.new:
+            try:
+                check_id(self.noun, value)
+            except InvalidValue as error:
+                self.fail(str(error), param, context)
+        return value
+
+
 ML_PACKAGES = {
     "torch", "torchvision", "PIL", "diffusers", "transformers", "timm", "open_clip", "safetensors", "jinja2", "matplotlib"
 }  # fmt: skip

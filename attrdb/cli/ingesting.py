@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 import attrdb
-from attrdb.cli.common import DB, encoder_option, ml, open_with_encoders, quiet_option
+from attrdb.cli.common import DB, Id, encoder_option, ml, open_with_encoders, quiet_option
 from attrdb.errors import InvalidValue
 
 LISTED = 20  # failures that are printed; all of them are in the table `failures`
@@ -124,7 +124,7 @@ def _tell_failures(failures: dict[str, str], what: str) -> None:
 @click.option("--category", required=True, help="What they show, such as cat; for a style, its name.")
 @click.option("--kind", type=click.Choice(["object", "style", "mixed"]), required=True)
 @click.option("--base-model", required=True, help="Stable Diffusion 1.x/2.x: a pipeline folder or a hub id.")
-@click.option("--model-id", help="Default: the category and a hash of the exemplars.")
+@click.option("--model-id", type=Id("model", new=True), help="Default: the category and a hash of the exemplars.")
 @click.option("--split", help="Such as train, val or test.")
 @click.option(
     "--prompts", help="A prompt bank (photo, icon), a folder of one, or a text file, one prompt with V* a line."

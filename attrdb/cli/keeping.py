@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 import attrdb
-from attrdb.cli.common import DB, at_option, device_option, print_table, quiet_option
+from attrdb.cli.common import DB, Id, at_option, device_option, print_table, quiet_option
 from attrdb.errors import AttrdbError
 from attrdb.memory import use_the_machine
 
@@ -122,7 +122,7 @@ def optimize(db: Path, drop_older_than: int | None, quiet: bool) -> None:
 
 @click.command()
 @DB
-@click.option("--encoder", "encoder_id", help="encoder_id; the database's first when left out.")
+@click.option("--encoder", "encoder_id", type=Id("encoder"), help="encoder_id; the database's first when left out.")
 @device_option
 @quiet_option
 def index(db: Path, encoder_id: str | None, device: str, quiet: bool) -> None:

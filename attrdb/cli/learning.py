@@ -9,13 +9,13 @@ from typing import Any
 import click
 
 import attrdb
-from attrdb.cli.common import DB, at_option, device_option, ml, quiet_option
+from attrdb.cli.common import DB, Id, at_option, device_option, ml, quiet_option
 from attrdb.memory import use_the_machine
 
 
 @click.command()
 @DB
-@click.option("--encoder", "encoder_id", help="encoder_id; the database's first when left out.")
+@click.option("--encoder", "encoder_id", type=Id("encoder"), help="encoder_id; the database's first when left out.")
 @click.option("--kind", type=click.Choice(["object", "style", "both"]), help="Of the models; default both.")
 @click.option("--form", type=click.Choice(["affine", "gain", "mlp"]), help="Of the maps; default affine.")
 @click.option("--prompt-scheme", type=click.Choice(["gpt", "procedural", "both"]), help="Of the samples; default both.")
@@ -30,7 +30,7 @@ from attrdb.memory import use_the_machine
 @click.option("--n-candidates", type=click.IntRange(1), help="Pretraining images in validation; default 10000.")
 @click.option("--augment", type=click.Choice(["none", "mild", "strong"]), help="Of the training images; default none.")
 @click.option("--seed", type=int)
-@click.option("--mapper-id", help="Default: encoder, kind and a hash of the settings.")
+@click.option("--mapper-id", type=Id("mapper", new=True), help="Default: encoder, kind and a hash of the settings.")
 @quiet_option
 def train(db: Path, encoder_id: str | None, mapper_id: str | None, quiet: bool, **given: Any) -> None:
     """Train a mapper on pairs of exemplars and samples, and keep the epoch with the best validation recall.
@@ -60,8 +60,8 @@ def train(db: Path, encoder_id: str | None, mapper_id: str | None, quiet: bool, 
 
 @click.command()
 @DB
-@click.option("--encoder", "encoder_id", help="encoder_id; the database's first when left out.")
-@click.option("--mapper", "mapper_id", help="mapper_id; the encoder's own features when left out.")
+@click.option("--encoder", "encoder_id", type=Id("encoder"), help="encoder_id; the database's first when left out.")
+@click.option("--mapper", "mapper_id", type=Id("mapper"), help="mapper_id; the encoder's own features when left out.")
 @click.option("--split", default="val", show_default=True, help="Of the models whose samples it is fitted on.")
 @quiet_option
 def calibrate(db: Path, encoder_id: str | None, mapper_id: str | None, split: str, quiet: bool) -> None:
@@ -89,8 +89,12 @@ def calibrate(db: Path, encoder_id: str | None, mapper_id: str | None, split: st
 
 @click.command()
 @DB
-@click.option("--encoder", "encoder_ids", multiple=True, help="encoder_id, repeatable; all when left out.")
-@click.option("--mapper", "mapper_ids", multiple=True, help="mapper_id, repeatable, in place of encoders.")
+@click.option(
+    "--encoder", "encoder_ids", type=Id("encoder"), multiple=True, help="encoder_id, repeatable; all when left out."
+)
+@click.option(
+    "--mapper", "mapper_ids", type=Id("mapper"), multiple=True, help="mapper_id, repeatable, in place of encoders."
+)
 @click.option("--gallery", type=click.Choice(["own", "all"]), default="own", show_default=True)
 @device_option
 @quiet_option

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 import attrdb
-from attrdb.cli.common import DB, at_option, form_options, ml, print_table, quiet_option
+from attrdb.cli.common import DB, Id, at_option, form_options, ml, print_table, quiet_option
 from attrdb.errors import InvalidValue
 
 
@@ -31,7 +31,7 @@ def list_models(db: Path, at: str | None, form: str | None) -> None:
 
 @models.command("show")
 @DB
-@click.argument("model_id", metavar="ID")
+@click.argument("model_id", metavar="ID", type=Id("model"))
 @at_option
 @click.option("--json", "as_json", is_flag=True, help="JSON instead of lines for reading.")
 @click.option(

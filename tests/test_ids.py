@@ -1,0 +1,152 @@
+"""Ids that become part of a path: none leaves its folder, none deletes what it did not make, every command refuses alike."""
+
+import json
+import shutil
+
+import pytest
+from click.testing import CliRunner
+
+import attrdb
+from attrdb import ids
+from attrdb.cli import main
+from attrdb.errors import InvalidValue
+from attrdb.ingest.model_settings import default_model_id, read_exemplars, settings_for
+from attrdb.models import training_record
+from attrdb.schema import encoder_id_of
+from attrdb.training.train import TrainSettings, train
+
+HOSTILE = ["/../../../precious", "../precious", "/../../images.lance", "a/b", "a\\b", ".", "..", ".hidden", "-x", "a b"]
+HOSTILE += ["a\nb", "a\0b", "é", "x" * 121, "x" * 300, " "]
+NOT_GIVEN = [""]
+SOME = ["/../../../precious", "/../../images.lance", "..", "a\nb", "x" * 300, " ", ""]  # for what copies a database
+
+
+@pytest.fixture
+def db(learnable, tmp_path):
+    """A copy, with a folder beside it that nothing may touch."""
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious" / "work.txt").write_text("years of it")
+    return attrdb.open(shutil.copytree(learnable.path, tmp_path / "deep" / "some.attrdb"))
+
+
+def content(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("good", ["a", "0", "vase-1", "A.b_c-9", "x" * 120])
+def test_ids_that_can_be_used(good):
+    assert ids.check_id("model", good) == good
+
+
+@pytest.mark.parametrize("bad", HOSTILE + NOT_GIVEN)
+def test_ids_that_cannot_be_used(bad, tmp_path):
+    for make in (ids.model_job, ids.train_job, ids.encode_job, ids.weights_file):
+        with pytest.raises(
+            InvalidValue, match=r"id '.*' \(\d+ characters\) cannot be used; an id has 1 to 120 letters"
+        ):
+            make(tmp_path, bad)
+    assert ids.lock_file(tmp_path, "attribute", bad).parent == tmp_path / "jobs"
+
+
+@pytest.mark.parametrize("bad", SOME)
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["train", "DB", "--mapper-id", "ID"],
+        [
+            "ingest",
+            "model",
+            "DB",
+            "--exemplars",
+            "EXEMPLARS",
+            "--category",
+            "vase",
+            "--base-model",
+            "X",
+            "--model-id",
+            "ID",
+        ],
+    ],
+)
+def test_commands_that_store_an_id_refuse_it_and_touch_nothing(db, tmp_path, exemplar_folder, command, bad):
+    before = content(tmp_path)
+    known = {"DB": str(db.path), "EXEMPLARS": str(exemplar_folder), "ID": bad}
+    result = CliRunner().invoke(main, [known.get(word, word) for word in command])
+    assert result.exit_code == 2
+    assert "cannot be used" in result.output or "leave it out" in result.output
+    assert content(tmp_path) == before
+
+
+@pytest.mark.parametrize("bad", SOME)
+def test_ids_in_a_list_of_models_are_refused_by_line(db, tmp_path, exemplar_folder, bad):
+    wanted = tmp_path / "models.jsonl"
+    line = {"exemplars": str(exemplar_folder), "kind": "object", "category": "vase", "base_model": "icon-sd"}
+    wanted.write_text(json.dumps({**line, "model_id": bad}) + "\n")
+    before = content(tmp_path)
+    result = CliRunner().invoke(main, ["ingest", "models", str(db.path), str(wanted), "--encoder", "pixels:8"])
+    assert result.exit_code != 0
+    assert "cannot be used" in result.output
+    assert "line 1" in result.output
+    assert {path: held for path, held in content(tmp_path).items() if path in before} == before
+
+
+@pytest.mark.parametrize("bad", SOME)
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["attribute", "DB", "m00/0/0", "--mapper", "ID"],
+        ["attribute", "DB", "m00/0/0", "--encoder", "ID"],
+        ["attribute", "DB", "--samples", "true", "--mapper", "ID"],
+        ["calibrate", "DB", "--mapper", "ID"],
+        ["calibrate", "DB", "--encoder", "ID"],
+        ["evaluate", "DB", "--mapper", "ID"],
+        ["evaluate", "DB", "--encoder", "ID"],
+        ["index", "DB", "--encoder", "ID"],
+        ["models", "show", "DB", "ID"],
+        ["train", "DB", "--encoder", "ID"],
+    ],
+)
+def test_commands_that_look_an_id_up_find_none_and_touch_nothing(db, tmp_path, command, bad):
+    before = content(tmp_path)
+    known = {"DB": str(db.path), "ID": bad}
+    result = CliRunner().invoke(main, [known.get(word, word) for word in command])
+    assert result.exit_code in (1, 2)
+    assert not isinstance(result.exception, OSError)
+    assert "Traceback" not in result.output
+    assert content(tmp_path) == before
+
+
+def test_training_deletes_its_own_folder_and_no_other(db, tmp_path):
+    settings = TrainSettings(lr=0.01, batch=8, epochs=1)
+    with pytest.raises(InvalidValue, match="cannot be used"):
+        train(db, settings=settings, mapper_id="/../../../precious")
+    model_job = ids.model_job(db.path, "train-mine").make()
+    (model_job / "half.safetensors").write_text("made")
+    train(db, settings=settings, mapper_id="mine")
+    assert (model_job / "half.safetensors").exists()
+    assert not ids.train_job(db.path, "mine").path.exists()
+    assert (tmp_path / "precious" / "work.txt").read_text() == "years of it"
+
+
+def test_a_link_in_the_place_of_a_job_is_not_followed(db, tmp_path):
+    job = ids.model_job(db.path, "vase")
+    job.path.parent.mkdir(exist_ok=True)
+    job.path.symlink_to(tmp_path / "precious")
+    job.remove()
+    assert (tmp_path / "precious" / "work.txt").exists()
+
+
+def test_files_that_rows_name_outside_of_the_database_are_not_read(tmp_path):
+    (tmp_path / "secret.json").write_text('{"losses": [1]}')
+    (tmp_path / "my.attrdb").mkdir()
+    for path in ("../secret.safetensors", str(tmp_path / "secret.safetensors")):
+        with pytest.raises(InvalidValue, match="lies outside of it; it is not read"):
+            training_record(tmp_path / "my.attrdb", path)
+
+
+def test_ids_made_from_long_names_can_be_used(exemplar_folder, tiny_base):
+    category = "a very long category " * 20
+    settings = settings_for(str(tiny_base), "object", category)
+    ids.check_id("model", default_model_id(settings, read_exemplars(exemplar_folder)))
+    with pytest.raises(InvalidValue, match="give it a name of at most 80"):
+        encoder_id_of("torchscript:" + "x" * 200)
