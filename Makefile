@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint docs node benchmark clean
+.PHONY: demo test lint docs node benchmark icon-sd gpu gpu-wheels clean
 
 demo: $(VENV)/.ready
 	$(BIN)/attrdb demo demo
@@ -23,6 +23,21 @@ docs: $(VENV)/.ready
 benchmark: $(VENV)/.ready
 	$(BIN)/python benchmarks/iconabc/run.py runs/iconabc --json benchmarks/results/iconabc.json
 	$(BIN)/python benchmarks/report.py
+
+# Go on training icon-sd on this machine, from its last checkpoint.
+MINUTES ?= 11
+icon-sd: $(VENV)/.ready
+	$(BIN)/python -m attrdb.training.icon_sd.build --run runs/icon-sd --out runs/icon-sd-out --minutes $(MINUTES)
+
+# What waits for a GPU, in order, within MINUTES. Needs no environment of its own: see training/icon_sd/gpu.py.
+OUT ?= runs/gpu-out
+gpu:
+	$(PYTHON) training/icon_sd/gpu.py --minutes $(MINUTES) --out $(OUT)
+
+# The pure-Python packages that a machine with torch and transformers may lack, to carry there in .whl.
+gpu-wheels:
+	$(PYTHON) -m pip download --quiet --no-deps --only-binary=:all: --constraint constraints.txt --dest .whl \
+	    diffusers open_clip_torch ftfy wcwidth importlib_metadata zipp
 
 # LanceDB's client for Node, for examples/node and its test.
 node:

@@ -20,28 +20,24 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import (
-    AutoencoderKL,
     DDPMScheduler,
     DPMSolverMultistepScheduler,
     StableDiffusionPipeline,
-    UNet2DConditionModel,
 )
-from machine import describe, peak_gib, spread
-from torch.utils.flop_counter import FlopCounterMode
-from transformers import CLIPTextConfig, CLIPTextModel
+from machine import describe, spread
+from shapes import measured, peak
 
 import attrdb
 from attrdb.demo import bundled_exemplars
 from attrdb.ingest.base_model import BaseModel, base_model_folder, load_base_model, quiet_libraries
 from attrdb.ingest.corpus import image_rows, register
-from attrdb.ingest.customize import CustomizeSettings, customize
-from attrdb.ingest.customizers import BUILT_IN, DEFAULT_METHOD
-from attrdb.ingest.devices import default_device, is_cpu, resolved_precision
+from attrdb.ingest.customizers import BUILT_IN
+from attrdb.ingest.devices import default_device, is_cpu
 from attrdb.ingest.encoders import load_encoder
 from attrdb.ingest.model import ModelSettings, ingest_model, prompts_of, settings_for
 from attrdb.ingest.pictures import read_picture, square, webp
 from attrdb.ingest.prompts import TOKEN, train_prompt
-from attrdb.ingest.synthesize import plan_samples, synthesize, use_fast_solver
+from attrdb.ingest.synthesize import plan_samples
 
 CONCEPT = "bell-by-fxemoji"
 ENCODER = "efficientnet-lite0"
@@ -170,190 +166,22 @@ def one_run(way: str, steps: int, batch: int) -> dict:
     return found | {"processor_seconds": used, "peak_gib": peak(default_device())}
 
 
-def peak(device: str) -> float:
-    """Peak memory in GiB: of the device, or of this process on a CPU."""
-    return peak_gib() if is_cpu(device) else torch.cuda.max_memory_allocated(device) / 2**30
-
-
-# --- one shape, closely -----------------------------------------------------------------------------------------------
-
-
-def sd15() -> BaseModel:
-    """Stable Diffusion 1.5's shape with random weights, for timing alone; the tokenizer is icon-sd's."""
-    quiet_libraries()
-    torch.manual_seed(0)
-    small = load_base_model("icon-sd", "cpu").pipeline
-    tokenizer = small.tokenizer
-    tokenizer.model_max_length = 77
-    text = CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=49408,
-            hidden_size=768,
-            intermediate_size=3072,
-            num_hidden_layers=12,
-            num_attention_heads=12,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-        )
-    )
-    vae = AutoencoderKL(
-        block_out_channels=(128, 256, 512, 512),
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        layers_per_block=2,
-        sample_size=512,
-    )
-    unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768)
-    parts = {"vae": vae, "text_encoder": text, "unet": unet}
-    for part in parts.values():
-        part.requires_grad_(False).eval()
-    pipeline = StableDiffusionPipeline(
-        **parts,
-        tokenizer=tokenizer,
-        scheduler=DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-    device = default_device()
-    unet.to(memory_format=torch.channels_last)  # as load_base_model does
-    return BaseModel("sd15", pipeline.to(device), device)
-
-
-def closely(
-    shape: str, method: str, steps: int, batch: int, sample_batch: int, solver_steps: int, checkpointing: bool
-) -> dict:
-    """One method at one shape: what a step and a sample take, their share of the device's matrix products, and memory.
-
-    Operations are those of torch's own count, divided by the seconds that they take. Memory is that of training, which
-    comes first.
-    """
-    base = sd15() if shape == "sd15" else load_base_model("icon-sd")
-    exemplars, kind, category = bundled_exemplars(CONCEPT)
-    given = {"batch": batch, "sample_batch": sample_batch, "solver_steps": solver_steps, "method": method}
-    settings = settings_for("icon-sd", kind, category, given)
-    images = [one.picture.image for one in exemplars]
-    prompt = train_prompt(kind, category)
-    base.precision = resolved_precision(settings.precision, base.device)
-    before = peak(base.device)
-
-    def customized(n: int) -> tuple[float, float, dict]:
-        """Seconds of n steps, of the whole customization, and the delta."""
-        marks: list[float] = []
-
-        def mark(_done: int, _total: int) -> None:
-            if not is_cpu(base.device):
-                torch.cuda.synchronize(base.device)
-            marks.append(time.perf_counter())
-
-        fresh = CustomizeSettings(steps=n + 1, batch=batch, lr=settings.customize.lr)  # the first step warms up
-        started = time.perf_counter()
-        delta, _ = customize(
-            base, images, prompt, TOKEN, category, fresh, mark, method=method, gradient_checkpointing=checkpointing
-        )
-        base.restore()
-        return marks[-1] - marks[0], time.perf_counter() - started, delta
-
-    counts = []
-    for n in (0, 1):
-        with FlopCounterMode(display=False) as counter:
-            customized(n)
-        counts.append(counter.get_total_flops())
-    seconds, seconds_in_all, delta = customized(steps)
-    memory = peak(base.device)
-    use_fast_solver(base)
-    [some, *_] = plan_samples("m", prompts_of(settings, exemplars), settings.synthesize)
-    encoded: dict[str, torch.Tensor] = {}
-    with FlopCounterMode(display=False) as counter:
-        synthesize(base, some, settings.synthesize, encoded=encoded)  # warms up, too
-    started = time.perf_counter()
-    synthesize(base, some, settings.synthesize, encoded=encoded)
-    sample_seconds = time.perf_counter() - started
-    rate = matrix_products(base.device, base.precision)
-    return {
-        "method": method,
-        "gradient_checkpointing": checkpointing,
-        "precision": base.precision,
-        "batch": batch,
-        "sample_batch": len(some),
-        "solver_steps": settings.synthesize.solver_steps,
-        "guidance": settings.synthesize.guidance,
-        "resolution": base.resolution,
-        "steps": steps,
-        "steps_a_second": steps / seconds,
-        "customize_seconds": seconds_in_all,
-        "samples_a_second": len(some) / sample_seconds,
-        "peak_gflops": rate / 1e9,
-        "training_share": (counts[1] - counts[0]) * steps / seconds / rate,
-        "sampling_share": counter.get_total_flops() / sample_seconds / rate,
-        "memory_gib": memory,
-        "memory_before_gib": before,
-        "delta_mb": sum(one.numel() * one.element_size() for one in delta.values()) / 1e6,
-    }
-
-
-def kept_for_backward(shape: str) -> dict:
-    """GiB that a training step of custom-diffusion keeps of each picture until the backward pass."""
-    base = sd15() if shape == "sd15" else load_base_model("icon-sd")
-    base.precision = resolved_precision("auto", base.device)
-    unet = base.pipeline.unet
-    for name, weight in unet.named_parameters():
-        weight.requires_grad_(name.endswith(("attn2.to_k.weight", "attn2.to_v.weight")))
-    weights = {weight.untyped_storage().data_ptr() for weight in unet.parameters()}
-    side, text = unet.config.sample_size, base.pipeline.text_encoder.config
-    noisy = torch.randn(1, unet.config.in_channels, side, side, device=base.device)
-    states = torch.randn(1, text.max_position_embeddings, text.hidden_size, device=base.device, requires_grad=True)
-    found = {"precision": base.precision}
-    for how in ("plain", "gradient checkpointing"):
-        if how != "plain":
-            unet.enable_gradient_checkpointing()
-        kept: dict[int, tuple[int, torch.Tensor]] = {}
-
-        def keep(tensor: torch.Tensor, kept: dict = kept) -> torch.Tensor:
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in weights:
-                kept[storage.data_ptr()] = storage.nbytes(), tensor  # alive, so that no other takes its place
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            base.predict(noisy, torch.tensor([500], device=base.device), states)
-        found[how] = sum(n_bytes for n_bytes, _ in kept.values()) / 2**30
-    return found
-
-
-def matrix_products(device: str, precision: str) -> float:
-    """Operations a second of large square matrix products, the best of five."""
-    side = 2048 if is_cpu(device) else 8192
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
-    best = float("inf")
-    for _ in range(6):
-        started = time.perf_counter()
-        product = a @ b
-        product[0, 0].item()  # waits for the device
-        best = min(best, time.perf_counter() - started)
-    return 2 * side**3 / best
-
-
 @click.command()
-@click.option("--shape", type=click.Choice(["icon-sd", "sd15"]), default="icon-sd", show_default=True)
-@click.option("--rounds", type=click.IntRange(0), default=3, show_default=True, help="Of the comparison; icon-sd only.")
+@click.option("--rounds", type=click.IntRange(0), default=3, show_default=True, help="Of the comparison.")
 @click.option("--steps", type=click.IntRange(1), default=100, show_default=True)
 @click.option("--batch", type=click.IntRange(1), default=8, show_default=True)
 @click.option("--sample-batch", type=click.IntRange(1), default=16, show_default=True)
 @click.option("--solver-steps", type=click.IntRange(1), default=20, show_default=True)
 @click.option("--json", "out", type=click.Path(path_type=Path))
-def main(
-    shape: str, rounds: int, steps: int, batch: int, sample_batch: int, solver_steps: int, out: Path | None
-) -> None:
-    """Compare, then look closely at every method, with and without gradient checkpointing."""
-    found: dict = {"machine": describe("torch", "diffusers", "peft"), "device": default_device(), "shape": shape}
+def main(rounds: int, steps: int, batch: int, sample_batch: int, solver_steps: int, out: Path | None) -> None:
+    """Compare, then look closely at every method, with and without gradient checkpointing (see shapes.py)."""
+    found: dict = {"machine": describe("torch", "diffusers", "peft"), "device": default_device(), "shape": "icon-sd"}
     if not is_cpu(found["device"]):
         found["device"] = torch.cuda.get_device_name(found["device"])
     found |= {"steps": steps, "batch": batch, "threads": torch.get_num_threads()}
     runs: dict[str, list[dict]] = {way: [] for way in WAYS}
     context = multiprocessing.get_context("spawn")
-    for number in range(rounds if shape == "icon-sd" else 0):
+    for number in range(rounds):
         for way in WAYS[number % 3 :] + WAYS[: number % 3]:
             with context.Pool(1) as pool:
                 runs[way].append(pool.apply(one_run, (way, steps, batch)))
@@ -367,15 +195,8 @@ def main(
                 ratio = spread([theirs[what] / own[what] for theirs, own in pairs])
                 found[f"{what}, peer / {way}"] = ratio
                 click.echo(f"{what}, peer / {way}: {ratio}")
-    methods = BUILT_IN if shape == "icon-sd" else [DEFAULT_METHOD]
-    found["methods"] = []
-    for method, checkpointing in [(method, False) for method in methods] + [(DEFAULT_METHOD, True)]:
-        with context.Pool(1) as pool:
-            given = (shape, method, steps, batch, sample_batch, solver_steps, checkpointing)
-            found["methods"].append(pool.apply(closely, given))
-        click.echo(json.dumps(found["methods"][-1]))
-    found["kept_gib_a_picture"] = kept_for_backward(shape)
-    click.echo(json.dumps(found["kept_gib_a_picture"]))
+    given = (steps, batch, sample_batch, solver_steps, BUILT_IN)
+    found["methods"], found["kept_gib_a_picture"] = measured("icon-sd", *given)
     if out:
         out.write_text(json.dumps(found, indent=1) + "\n")
 

@@ -220,7 +220,7 @@ SECTIONS = {
     "appending": (appending, "benchmarks/appending.py --json appending.json"),
     "encoding": (encoding, "benchmarks/encoding.py --json encoding.json"),
     "customizing": (customizing, "benchmarks/customize.py --json customizing.json"),
-    "sd15": (sd15, "benchmarks/customize.py --shape sd15 --steps 250 --json sd15.json"),
+    "sd15": (sd15, "benchmarks/shapes.py --shape sd15 --steps 250 --json sd15.json"),
     "quality": (quality, "benchmarks/quality.py iconabc.attrdb --models 30 --json quality.json"),
     "training": (training, "benchmarks/training.py --json training.json"),
     "search": (searching.section, "benchmarks/search.py PART ... --json search.json"),

@@ -104,16 +104,23 @@ def tiny_base(tmp_path_factory) -> Path:
     """A Stable Diffusion pipeline folder, randomly initialised and as small as its parts allow."""
     import torch
 
-    from attrdb.training import base_architecture as ba
+    from attrdb.training.icon_sd import parts
 
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("base")
-    settings = ba.BaseModelSettings(
-        vae_channels=(8, 8, 8), vocabulary=600, text_width=32, text_layers=1, unet_channels=(32, 32)
+    settings = parts.IconSdSettings(
+        size=32,
+        latent_channels=4,
+        vae_channels=(8, 8, 8),
+        vocabulary=600,
+        max_tokens=32,
+        text_width=32,
+        text_layers=1,
+        unet_channels=(32, 32),
     )
-    tokenizer = ba.train_tokenizer(["a picture of a vase in the style of art"] * 3, settings, folder / "tokens")
-    vae, unet = ba.new_vae(settings), ba.new_unet(settings)
-    ba.export(vae, unet, ba.new_text_encoder(tokenizer, settings), tokenizer, {}, folder / "tiny-sd")
+    tokenizer = parts.train_tokenizer(["a picture of a vase in the style of art"] * 3, settings, folder / "tokens")
+    vae, unet = parts.new_vae(settings), parts.new_unet(settings)
+    parts.export(vae, unet, parts.new_text_encoder(tokenizer, settings), tokenizer, {}, folder / "tiny-sd")
     profile = '{"steps": 3, "batch": 2, "lr": 0.01, "prompts": "icon", "prompts_per_scheme": 2, "samples_per_prompt": 1'
     (folder / "tiny-sd" / "customize.json").write_text(profile + ', "solver_steps": 2, "sample_batch": 2}')
     return folder / "tiny-sd"

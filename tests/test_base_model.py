@@ -1,8 +1,6 @@
-"""Training the base model: stages resume where they were, settings are guarded, and Stable Diffusion's own shape works."""
+"""Base models: the one that ships is a genuine pipeline, and Stable Diffusion's own shape works."""
 
 import json
-import random
-from dataclasses import replace
 
 import pytest
 import torch
@@ -16,95 +14,6 @@ from attrdb.ingest import base_model as loading
 from attrdb.ingest import customize as cd
 from attrdb.ingest.prompts import Prompt
 from attrdb.ingest.synthesize import SynthesizeSettings, plan_samples, synthesize, use_fast_solver
-from attrdb.training import base_model as bm
-from attrdb.training.base_architecture import BaseModelSettings, train_tokenizer
-
-TINY = BaseModelSettings(
-    vae_channels=(8, 8, 8),
-    vae_images=400,
-    vae_batch=4,
-    vocabulary=700,
-    text_width=32,
-    text_layers=1,
-    unet_channels=(32, 32),
-    unet_batch=4,
-)
-
-
-@pytest.fixture
-def icons():
-    pixels, categories, styles = bm.read_corpus(ASSETS / "icons.parquet", TINY.size)
-    return pixels[:32], categories[:32], styles[:32]
-
-
-def test_corpus_reads_styles_from_captions(icons):
-    pixels, categories, styles = icons
-    assert pixels.shape == (32, 3, 32, 32)
-    assert set(styles) == {"twemoji"}
-    assert bm.caption(categories[0], styles[0], random.Random(5)).count(categories[0]) <= 1
-
-
-def test_vae_killed_and_rerun_equals_an_undisturbed_run(icons, tmp_path, monkeypatch):
-    whole = bm.train_vae(icons[0], TINY, bm.Run(tmp_path / "whole", "vae"), "cpu")
-    save = bm.Run.save
-
-    def kill_after_saving(self, state):
-        save(self, state)
-        raise KeyboardInterrupt
-
-    half = bm.Run(tmp_path / "killed", "vae")
-    monkeypatch.setattr(bm, "REPORT_STEPS", 40)
-    monkeypatch.setattr(bm.Run, "save", kill_after_saving)
-    with pytest.raises(KeyboardInterrupt):
-        bm.train_vae(icons[0], TINY, half, "cpu")
-    monkeypatch.setattr(bm.Run, "save", save)
-    assert half.load()["step"] == 40
-    again = bm.train_vae(icons[0], TINY, half, "cpu")
-    for one, other in zip(whole.state_dict().values(), again.state_dict().values(), strict=True):
-        torch.testing.assert_close(one, other, rtol=0, atol=0)
-
-
-def test_losses_go_down_and_unet_goes_on(icons, tmp_path):
-    pixels, categories, styles = icons
-    vae_run = bm.Run(tmp_path, "vae")
-    vae = bm.train_vae(pixels, TINY, vae_run, "cpu")
-    latents = bm.encode_corpus(vae, pixels, "cpu")
-    assert latents.std().item() == pytest.approx(1, abs=1e-3)
-    tokenizer = train_tokenizer(categories, TINY, tmp_path / "tokenizer")
-    run = bm.Run(tmp_path, "unet")
-    arguments = (latents, categories, styles, tokenizer, TINY, run, "cpu")
-    *_, first = bm.train_unet(*arguments, minutes=0.05)
-    *_, second = bm.train_unet(*arguments, minutes=0.15)
-    assert 0 < first["unet_steps"] < second["unet_steps"]
-    losses = [json.loads(line)["loss"] for line in (tmp_path / "unet.jsonl").read_text().splitlines()]
-    assert losses[-1] < losses[0]
-
-
-def test_training_goes_on_from_an_exported_pipeline(icons, tmp_path):
-    pixels, categories, styles = icons
-    vae = bm.train_vae(pixels, TINY, bm.Run(tmp_path / "one", "vae"), "cpu")
-    latents = bm.encode_corpus(vae, pixels, "cpu")
-    tokenizer = train_tokenizer(categories, TINY, tmp_path / "one" / "tokenizer")
-    rest = (latents, categories, styles, tokenizer, TINY)
-    unet, text_encoder, figures = bm.train_unet(*rest, bm.Run(tmp_path / "one", "unet"), "cpu", minutes=0.03)
-    bm.export(vae, unet, text_encoder, tokenizer, figures, tmp_path / "out")
-
-    two = tmp_path / "two"
-    two.mkdir()
-    bm.start_from(tmp_path / "out", two, TINY)
-    again = bm.train_vae(pixels, TINY, bm.Run(two, "vae"), "cpu")
-    torch.testing.assert_close(again.state_dict(), vae.state_dict(), rtol=0, atol=1e-3, check_dtype=False)
-    *_, resumed = bm.train_unet(*rest, bm.Run(two, "unet"), "cpu", minutes=0)
-    assert resumed == figures
-    *_, further = bm.train_unet(*rest, bm.Run(two, "unet"), "cpu", minutes=0.03)
-    assert further["unet_steps"] > figures["unet_steps"]
-
-
-def test_a_run_is_not_continued_with_other_settings(tmp_path):
-    bm.check_settings(TINY, tmp_path)
-    bm.check_settings(TINY, tmp_path)
-    with pytest.raises(InvalidValue, match="was begun with vae_images=400, now it is 800"):
-        bm.check_settings(replace(TINY, vae_images=800), tmp_path)
 
 
 def test_bundled_icon_sd_is_a_genuine_small_pipeline():
@@ -112,7 +21,7 @@ def test_bundled_icon_sd_is_a_genuine_small_pipeline():
     assert sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) <= 25 * 10**6
     base = loading.load_base_model("icon-sd")
     assert type(base.pipeline) is StableDiffusionPipeline
-    assert base.resolution == TINY.size
+    assert base.resolution == 32
     figures = json.loads((folder / "training.json").read_text())
     assert figures["unet_images"] > 0
     use_fast_solver(base)

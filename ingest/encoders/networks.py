@@ -70,10 +70,16 @@ class NetworkEncoder:
 
 
 def open_clip_encoder(argument: str) -> NetworkEncoder:
-    """ARCH/PRETRAINED: the image tower, with the weights of a tag of open_clip or of a checkpoint of the whole model."""
+    """ARCH/PRETRAINED: the image tower, with the weights of a tag of open_clip or of a checkpoint of the whole model.
+
+    An architecture that open_clip does not know is read from ARCH.json beside the checkpoint, in open_clip's own format.
+    """
     open_clip = _package("open_clip", "open_clip_torch")
     name, settings = split_settings(argument)
     arch, _, pretrained = name.partition("/")
+    configuration = Path(pretrained).expanduser().with_name(f"{arch}.json") if pretrained else None
+    if configuration is not None and configuration.is_file() and arch not in open_clip.list_models():
+        open_clip.add_model_config(configuration)
     if arch not in open_clip.list_models():
         raise InvalidValue(f"open_clip has no architecture {arch!r}{nearest(arch, open_clip.list_models())}")
     tags = open_clip.list_pretrained_tags_by_model(arch)

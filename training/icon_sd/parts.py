@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.models.resnet import ResnetBlock2D
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
@@ -21,18 +22,18 @@ START, END = "<|startoftext|>", "<|endoftext|>"
 
 
 @dataclass(frozen=True)
-class BaseModelSettings:
+class IconSdSettings:
     """What decides the weights. `device` and `minutes` do not: they belong to a call, not to the model."""
 
-    size: int = 32  # pixels
-    latent_channels: int = 4
-    vae_channels: tuple[int, ...] = (32, 64, 64)
-    vae_images: int = 100_000
-    vae_batch: int = 32
-    vae_lr: float = 1.5e-3
-    kl_weight: float = 1e-6  # on the sum over a latent's elements; at 3e-4 half of the channels died
-    vocabulary: int = 2048
-    max_tokens: int = 32
+    size: int = 64  # pixels
+    latent_channels: int = 16
+    vae_channels: tuple[int, ...] = (16, 32, 64, 96)
+    vae_images: int = 120_000
+    vae_batch: int = 8
+    vae_lr: float = 3e-4
+    kl_weight: float = 2e-7  # on the sum over a latent's elements; at 3e-4 half of the channels died
+    vocabulary: int = 3072
+    max_tokens: int = 48
     text_width: int = 192
     text_layers: int = 3
     unet_channels: tuple[int, ...] = (96, 160)
@@ -42,7 +43,23 @@ class BaseModelSettings:
     seed: int = 0
 
 
-def train_tokenizer(captions: list[str], settings: BaseModelSettings, folder: Path) -> CLIPTokenizer:
+# For tests and rehearsals: seconds on a CPU are enough.
+TINY = IconSdSettings(
+    size=32,
+    latent_channels=4,
+    vae_channels=(8, 8, 8),
+    vae_images=64,
+    vae_batch=4,
+    vocabulary=700,
+    max_tokens=32,
+    text_width=32,
+    text_layers=1,
+    unet_channels=(32, 32),
+    unet_batch=8,
+)
+
+
+def train_tokenizer(captions: list[str], settings: IconSdSettings, folder: Path) -> CLIPTokenizer:
     """A CLIP tokenizer (bytes, '</w>' ends a word) whose merges come from the captions."""
     if not (folder / "tokenizer_config.json").exists():
         bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
@@ -75,21 +92,34 @@ def train_tokenizer(captions: list[str], settings: BaseModelSettings, folder: Pa
     return CLIPTokenizer.from_pretrained(folder)
 
 
-def new_vae(settings: BaseModelSettings) -> AutoencoderKL:
+def new_vae(settings: IconSdSettings) -> AutoencoderKL:
+    """An autoencoder that begins near a linear one.
+
+    Its residual blocks begin at nothing, and its latents nearly without noise: after 3,600 scenes it reconstructs at 15.4
+    decibels, where one as diffusers makes it reaches 13.4. One group per norm: with eight over 16 channels, the last norm
+    leaves of a plain picture's colour no more than signs.
+    """
     levels = len(settings.vae_channels)
-    return AutoencoderKL(
+    vae = AutoencoderKL(
         sample_size=settings.size,
         down_block_types=("DownEncoderBlock2D",) * levels,
         up_block_types=("UpDecoderBlock2D",) * levels,
         block_out_channels=settings.vae_channels,
         layers_per_block=1,
         latent_channels=settings.latent_channels,
-        norm_num_groups=8,
+        norm_num_groups=1,
+        mid_block_add_attention=False,
         scaling_factor=1.0,
     )
+    for part in vae.modules():
+        if isinstance(part, ResnetBlock2D):
+            torch.nn.init.zeros_(part.conv2.weight)
+            torch.nn.init.zeros_(part.conv2.bias)
+    vae.quant_conv.bias.data[settings.latent_channels :] -= 5.0  # the logarithm of the variance
+    return vae
 
 
-def new_unet(settings: BaseModelSettings) -> UNet2DConditionModel:
+def new_unet(settings: IconSdSettings) -> UNet2DConditionModel:
     levels = len(settings.unet_channels)
     return UNet2DConditionModel(
         sample_size=settings.size // 2 ** (len(settings.vae_channels) - 1),
@@ -104,7 +134,7 @@ def new_unet(settings: BaseModelSettings) -> UNet2DConditionModel:
     )
 
 
-def new_text_encoder(tokenizer: CLIPTokenizer, settings: BaseModelSettings) -> CLIPTextModel:
+def new_text_encoder(tokenizer: CLIPTokenizer, settings: IconSdSettings) -> CLIPTextModel:
     return CLIPTextModel(
         CLIPTextConfig(
             vocab_size=len(tokenizer),
@@ -128,9 +158,16 @@ def new_scheduler() -> DPMSolverMultistepScheduler:
         beta_end=0.012,
         beta_schedule="scaled_linear",
         prediction_type="v_prediction",
+        rescale_betas_zero_snr=True,  # the last step is noise alone, or the colour of a ground leaks into it
         timestep_spacing="trailing",
         steps_offset=1,
     )
+
+
+def noise_levels() -> tuple[torch.Tensor, torch.Tensor]:
+    """What a time step leaves of the signal, and how much noise it adds: (1000,) float32 each; squares sum to 1."""
+    alphas = new_scheduler().alphas_cumprod
+    return alphas.sqrt(), (1 - alphas).sqrt()
 
 
 def export(

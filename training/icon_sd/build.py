@@ -1,0 +1,158 @@
+"""Train icon-sd, or go on training it, and export it as a pipeline folder that diffusers loads.
+
+    python -m attrdb.training.icon_sd.build --run runs/icon-sd --out icon-sd --minutes 120
+
+The stages, each resumed from its last checkpoint and finished before the next begins:
+
+    tokenizer     CLIP's kind, its merges learned from captions of scenes
+    autoencoder   64 x 64 pixels to 8 x 8 latents (autoencoder.py)
+    U-Net         with the text encoder, on latents of scenes (unet.py)
+    export        fp16 safetensors, EMA weights, and `training.json` with the figures
+
+`--minutes` bounds the call: a stage that is cut by it goes on in the next one. The same command runs on a CPU and on a GPU.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+import random
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import click
+import torch
+from diffusers import StableDiffusionPipeline
+from transformers import CLIPTokenizer
+
+from attrdb.ingest.devices import is_cpu
+from attrdb.training.icon_sd.autoencoder import reconstruction, set_scale, train_autoencoder
+from attrdb.training.icon_sd.parts import TINY, IconSdSettings, export, train_tokenizer
+from attrdb.training.icon_sd.runs import Stage, check_settings
+from attrdb.training.icon_sd.scenes import Composer, Sprites
+from attrdb.training.icon_sd.unet import train_unet
+
+SPRITES = Path(__file__).resolve().parents[2] / "attrdb" / "assets" / "sprites.parquet"
+N_CAPTIONS = 40_000  # that the tokenizer is learned from
+
+
+def learned_tokenizer(sprites: Sprites, settings: IconSdSettings, folder: Path) -> CLIPTokenizer:
+    """The run's tokenizer; every name of a thing or style is read at least once, whatever is drawn."""
+    composer, rng = Composer(sprites), random.Random(settings.seed)
+    captions = [composer.draw(rng).caption for _ in range(N_CAPTIONS)]
+    return train_tokenizer(captions + sorted({*sprites.things, *sprites.styles}), settings, folder)
+
+
+def start_from(folder: Path, run_folder: Path, settings: IconSdSettings) -> None:
+    """Begin a run at an exported pipeline: its weights, which were stored in fp16, and its counts.
+
+    There is no optimizer in them: its moments build up again within some steps.
+    """
+    if (run_folder / "unet.pt").exists():
+        return
+    pipeline = StableDiffusionPipeline.from_pretrained(
+        folder, local_files_only=True, use_safetensors=True, dtype=torch.float32
+    )
+    figures = json.loads((folder / "training.json").read_text())
+    pipeline.tokenizer.save_pretrained(run_folder / "tokenizer")
+    n_steps = math.ceil(figures.get("vae_images", settings.vae_images) / settings.vae_batch)
+    vae_seconds = figures.get("vae_seconds", 0.0)
+    vae = {"vae": pipeline.vae.state_dict(), "step": n_steps, "seconds": vae_seconds, "finished": True}
+    Stage(run_folder, "vae").save(vae)
+    both = torch.nn.ModuleDict({"unet": pipeline.unet, "text_encoder": pipeline.text_encoder}).state_dict()
+    counts = {name: figures[f"unet_{name}"] for name in ("images", "seconds", "loss")} | {"step": figures["unet_steps"]}
+    Stage(run_folder, "unet").save({"weights": both, "ema": both, **counts})
+
+
+def build(
+    sprites_file: Path,
+    run_folder: Path,
+    out: Path,
+    settings: IconSdSettings,
+    minutes: float,
+    device: str,
+    start: Path | None = None,
+    compiled: bool = False,
+    workers: int = 0,
+    lr_end: float = 1.0,
+    vae_minutes: float = math.inf,
+) -> dict:
+    """Run the stages for so many minutes and export what there is; the figures, of `training.json`.
+
+    Nothing is exported before the U-Net has begun.
+    raises: InvalidValue for a run that was begun with other settings
+    """
+    end = time.monotonic() + 60 * minutes
+    check_settings(settings, run_folder)
+    if start:
+        start_from(start, run_folder, settings)
+    sprites = Sprites.read(sprites_file)
+    tokenizer = learned_tokenizer(sprites, settings, run_folder / "tokenizer")
+    sprites = replace(sprites, pixels=sprites.pixels.to(device))
+    stage = Stage(run_folder, "vae", (end - time.monotonic()) / 60)
+    vae = train_autoencoder(sprites, settings, stage, device, workers, compiled, vae_minutes)
+    vae_state = stage.load()
+    vae_images = vae_state["step"] * settings.vae_batch
+    figures = {"vae_images": vae_images, "vae_seconds": round(vae_state["seconds"])}
+    if not vae_state["finished"]:
+        return figures
+    figures["decibels"] = round(reconstruction(vae, sprites, settings), 2)
+    set_scale(vae, sprites, settings)
+    stage = Stage(run_folder, "unet", (end - time.monotonic()) / 60)
+    unet, text_encoder, trained = train_unet(
+        vae, sprites, tokenizer, settings, stage, device, workers, compiled, lr_end
+    )
+    hardware = f"{platform.machine()} CPU" if is_cpu(device) else torch.cuda.get_device_name()
+    figures |= trained | {
+        "sprites": len(sprites.things),
+        "hardware": hardware,
+        "torch_threads": torch.get_num_threads(),
+        "settings": asdict(settings),
+    }
+    export(vae, unet, text_encoder, tokenizer, figures, out)
+    return figures
+
+
+@click.command()
+@click.option("--sprites", type=click.Path(exists=True, dir_okay=False, path_type=Path), default=SPRITES)
+@click.option("--run", "run_folder", type=click.Path(file_okay=False, path_type=Path), required=True)
+@click.option("--out", type=click.Path(file_okay=False, path_type=Path), required=True)
+@click.option("--minutes", type=float, default=120, show_default=True, help="What this call may take.")
+@click.option("--vae-images", type=int, default=IconSdSettings.vae_images, show_default=True)
+@click.option("--vae-batch", type=int, default=IconSdSettings.vae_batch, show_default=True)
+@click.option("--vae-lr", type=float, default=IconSdSettings.vae_lr, show_default=True)
+@click.option("--vae-minutes", type=float, default=math.inf, help="After which the autoencoder is finished too.")
+@click.option("--unet-batch", type=int, default=IconSdSettings.unet_batch, show_default=True)
+@click.option("--unet-lr", type=float, default=IconSdSettings.unet_lr, show_default=True)
+@click.option("--lr-end", type=float, default=1.0, show_default=True, help="Share of the rate that is left at the end.")
+@click.option(
+    "--start-from", "start", type=click.Path(exists=True, file_okay=False, path_type=Path), help="Exported pipeline."
+)
+@click.option("--compile/--no-compile", "compiled", default=False, show_default=True, help="By torch.compile.")
+@click.option("--workers", type=int, default=0, show_default=True, help="Processes that draw scenes ahead.")
+@click.option("--tiny", is_flag=True, help="A rehearsal: the smallest sizes that run.")
+@click.option("--device", default="cuda" if torch.cuda.is_available() else "cpu", show_default=True)
+def main(
+    sprites: Path,
+    run_folder: Path,
+    out: Path,
+    minutes: float,
+    lr_end: float,
+    vae_minutes: float,
+    start: Path | None,
+    compiled: bool,
+    workers: int,
+    tiny: bool,
+    device: str,
+    **given: float,
+) -> None:
+    """Train icon-sd for some minutes, or go on training it, and export it."""
+    settings = TINY if tiny else replace(IconSdSettings(), **given)
+    figures = build(sprites, run_folder, out, settings, minutes, device, start, compiled, workers, lr_end, vae_minutes)
+    click.echo(json.dumps({name: value for name, value in figures.items() if name != "settings"}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,62 @@
+"""A run's folder: settings that may not change, one checkpoint per stage, and a log with a JSON line per report."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import click
+import torch
+
+from attrdb.errors import InvalidValue
+from attrdb.training.icon_sd.parts import IconSdSettings
+
+
+class Stage:
+    """A stage of a run: its checkpoint, which is replaced atomically, its log, and the time that it may take."""
+
+    def __init__(self, folder: Path, name: str, minutes: float = float("inf")):
+        folder.mkdir(parents=True, exist_ok=True)
+        self.checkpoint = folder / f"{name}.pt"
+        self.log_file = folder / f"{name}.jsonl"
+        self.deadline = time.monotonic() + 60 * minutes
+
+    @property
+    def late(self) -> bool:
+        return time.monotonic() >= self.deadline
+
+    def load(self) -> dict | None:
+        return torch.load(self.checkpoint, map_location="cpu", weights_only=True) if self.checkpoint.exists() else None
+
+    def save(self, state: dict) -> None:
+        part = self.checkpoint.with_suffix(".part")
+        torch.save(state, part)
+        part.replace(self.checkpoint)
+
+    def log(self, **figures: float) -> None:
+        line = json.dumps(figures)
+        click.echo(f"{self.checkpoint.stem} {line}", err=True)
+        with self.log_file.open("a") as file:
+            file.write(line + "\n")
+
+
+def check_settings(settings: IconSdSettings, folder: Path) -> None:
+    """Store a run's settings, or compare them with those that it was begun with.
+
+    raises: InvalidValue if they differ
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "settings.json"
+    wanted = json.loads(json.dumps(asdict(settings)))
+    if not path.exists():
+        path.write_text(json.dumps(wanted, indent=2) + "\n")
+        return
+    found = json.loads(path.read_text())
+    for name, value in wanted.items():
+        if found.get(name) != value:
+            raise InvalidValue(
+                f"run {folder} was begun with {name}={found.get(name)!r}, now it is {value!r}; "
+                "use the old settings or choose another --run folder"
+            )

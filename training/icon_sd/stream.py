@@ -1,0 +1,56 @@
+"""Batches of scenes for training: drawn on the CPU, by worker processes where there are cores, composed on the device."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+
+import torch
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from transformers import CLIPTokenizer
+
+from attrdb.training.icon_sd.scenes import Composer, Scene, Sprites, pack
+
+Packed = dict[str, torch.Tensor]  # see `scenes.pack`; with `tokens` (b, max_tokens) int64 where there is a tokenizer
+
+
+def draw_batch(composer: Composer, size: int, seed: int, step: int) -> list[Scene]:
+    """The scenes of a step; the same seed and step give the same ones."""
+    rng = random.Random(seed * 1_000_003 + step)
+    return [composer.draw(rng) for _ in range(size)]
+
+
+class SceneBatches(IterableDataset):
+    """The packed batches of the steps from `first` on, without end."""
+
+    def __init__(self, sprites: Sprites, size: int, seed: int, first: int, tokenizer: CLIPTokenizer | None = None):
+        self.composer, self.size, self.seed, self.first, self.tokenizer = (
+            Composer(sprites),
+            size,
+            seed,
+            first,
+            tokenizer,
+        )
+
+    def __iter__(self) -> Iterator[Packed]:
+        worker = get_worker_info()
+        step, stride = (self.first + worker.id, worker.num_workers) if worker else (self.first, 1)
+        while True:
+            scenes = draw_batch(self.composer, self.size, self.seed, step)
+            packed = pack(scenes)
+            if self.tokenizer:
+                packed["tokens"] = tokens_of(self.tokenizer, [scene.caption for scene in scenes])
+            yield packed
+            step += stride
+
+    def loaded(self, workers: int) -> Iterator[Packed]:
+        """The batches in their order, drawn ahead by so many processes; none: in this one."""
+        ahead = {"prefetch_factor": 4, "multiprocessing_context": "forkserver"} if workers else {}
+        return iter(DataLoader(self, batch_size=None, num_workers=workers, **ahead))
+
+
+def tokens_of(tokenizer: CLIPTokenizer, captions: list[str]) -> torch.Tensor:
+    """(n, max_tokens) int64, padded or cut."""
+    return tokenizer(
+        captions, padding="max_length", truncation=True, max_length=tokenizer.model_max_length, return_tensors="pt"
+    ).input_ids
