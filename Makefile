@@ -24,10 +24,12 @@ benchmark: $(VENV)/.ready
 	$(BIN)/python benchmarks/iconabc/run.py runs/iconabc --json benchmarks/results/iconabc.json
 	$(BIN)/python benchmarks/report.py
 
-# Go on training icon-sd on this machine, from its last checkpoint.
+# Go on training icon-sd on this machine for MINUTES, from its last checkpoint, and keep what it has then.
 MINUTES ?= 11
 icon-sd: $(VENV)/.ready
+	$(BIN)/python -m attrdb.training.icon_sd.checkpoint restore runs/icon-sd
 	$(BIN)/python -m attrdb.training.icon_sd.build --run runs/icon-sd --out runs/icon-sd-out --minutes $(MINUTES)
+	$(BIN)/python -m attrdb.training.icon_sd.checkpoint save runs/icon-sd
 
 # What waits for a GPU, in order, within MINUTES. Needs no environment of its own: see training/icon_sd/gpu.py.
 OUT ?= runs/gpu-out

@@ -18,7 +18,7 @@ from PIL import Image
 
 from attrdb.errors import InvalidValue
 from attrdb.ingest.encoders import load_encoder
-from attrdb.training.icon_sd import autoencoder, build, encoders, gpu, media, scenes, sprites, stream, unet
+from attrdb.training.icon_sd import autoencoder, build, checkpoint, encoders, gpu, media, scenes, sprites, stream, unet
 from attrdb.training.icon_sd.parts import TINY, noise_levels
 from attrdb.training.icon_sd.runs import Stage, check_settings
 from attrdb.training.icon_sd.scenes import COLOURS, Composer, Placed, Scene, Sprites, compose, pack
@@ -289,6 +289,22 @@ def test_a_run_goes_from_nothing_to_a_pipeline_and_on_from_it(few_file, tmp_path
     onward = build.build(few_file, tmp_path / "two", tmp_path / "further", TINY, 0.2, "cpu", start=out)
     assert onward["unet_images"] > second["unet_images"]
     assert onward["vae_images"] == TINY.vae_images
+
+
+def test_a_run_is_carried_to_another_machine(few_file, tmp_path, monkeypatch):
+    monkeypatch.setattr(build, "N_CAPTIONS", 200)
+    run, kept, other = tmp_path / "run", tmp_path / "kept", tmp_path / "other"
+    assert checkpoint.restore(run, kept) == []
+    figures = build.build(few_file, run, tmp_path / "out", TINY, 0.15, "cpu")
+    assert checkpoint.save(run, kept) == ["vae", "unet"]
+    assert not [file for file in kept.rglob("*") if file.suffix in (".pt", ".bin")]
+    assert checkpoint.restore(other, kept) == ["vae", "unet"]
+    assert checkpoint.restore(other, kept) == []  # it has a state of its own now
+    onward = build.build(few_file, other, tmp_path / "out", TINY, 0.15, "cpu")
+    assert onward["unet_images"] > figures["unet_images"]
+    assert onward["vae_images"] == figures["vae_images"]
+    before, after = Stage(run, "vae").load()["vae"], Stage(other, "vae").load()["vae"]
+    torch.testing.assert_close(after, before, rtol=1e-3, atol=1e-4)
 
 
 def test_a_run_is_not_continued_with_other_settings(tmp_path):
