@@ -135,7 +135,11 @@ DICTIONARY = {
             ),
             Column("settings", TEXT, "JSON text: all that it was trained with"),
             Column("images_version", WHOLE, "version of images that it was trained on"),
-            Column("curves", TEXT, "JSON text: a list with an object an epoch, such as loss and validation recall"),
+            Column(
+                "curves",
+                TEXT,
+                "JSON text: an object per epoch: loss, and recall and mean log rank in validation",
+            ),
             Column("metrics", TEXT, "JSON text: of the epoch that was kept"),
             Column("created_at", MOMENT, "when its row was written"),
         ),

@@ -20,11 +20,13 @@ from attrdb.ingest.corpus import image_rows, register
 from attrdb.ingest.encoders import encode, load_encoder
 from attrdb.ingest.pictures import read_picture, webp
 from attrdb.ingest.views import VIEWS, views
+from attrdb.mapper import Mapper
 from attrdb.training import augment as augment_module
 from attrdb.training import pairs as pairs_module
 from attrdb.training.evaluation import evaluate
+from attrdb.training.mapper import Maps
 from attrdb.training.pairs import Choice, Pairs
-from attrdb.training.train import TrainSettings, train
+from attrdb.training.train import TrainSettings, Validation, train
 
 QUICK = TrainSettings(lr=0.01, batch=8, epochs=6, patience=6)
 
@@ -116,7 +118,9 @@ def test_a_mapper_learns_what_tells(learnable, db, form):
     assert row["images_version"] == learnable.version
     curves = json.loads(row["curves"])
     assert [one["epoch"] for one in curves] == list(range(result.n_epochs + 1))
-    assert curves[result.best_epoch]["recall"] == result.recall == max(one["recall"] for one in curves)
+    assert curves[result.best_epoch]["recall"] == result.recall
+    ranked = [one["mean_log_rank"] for one in curves]
+    assert ranked[result.best_epoch] == result.mean_log_rank == min(ranked) < result.mean_log_rank_before == ranked[0]
     assert not train_job(db.path, result.mapper_id).path.exists()
     # Nothing of the test models was seen; their ranks are better, too.
     found = {}
@@ -193,6 +197,31 @@ def test_ranks_with_a_mapper_are_those_of_a_full_sort(db):
                 assert ranked[sample["image_id"], one["image_id"]] == order.index(one["image_id"]) + 1
 
 
+def test_validation_by_hand(db):
+    """The mean over samples, then over cases, of the mean log rank of a sample's exemplars."""
+    validation = Validation(db, "toy_12", QUICK)
+    found = validation.found(Mapper("plain", "toy_12", "affine", Maps("affine", 12).arrays()))
+    evaluate(db)
+    query = """
+        SELECT avg(log_rank) AS mean_log_rank, avg(recall) AS recall FROM (
+            SELECT avg(log_rank) AS log_rank, avg(recall) AS recall FROM (
+                SELECT kind, prompt_scheme, sample_id, avg(ln(rank)) AS log_rank, avg((rank <= 10)::INT) AS recall
+                FROM exemplar_ranks AS r JOIN samples AS s ON s.image_id = r.sample_id JOIN models USING (model_id)
+                WHERE models.split = 'val' GROUP BY ALL
+            ) GROUP BY kind, prompt_scheme
+        )"""
+    [wanted] = db.sql(query).to_pylist()
+    assert found == pytest.approx(wanted)
+
+
+def test_ranks_that_rise_far_from_the_first_ten_keep_training_going(db, monkeypatch):
+    """What tuning does for styles: Recall@10 stays at 0 while ranks fall from thousands to a hundred."""
+    measured = iter([8.0, 7.0, 6.0, 5.0, 5.5, 5.6, 5.7])
+    monkeypatch.setattr(Validation, "found", lambda *_: {"recall": 0.0, "mean_log_rank": next(measured)})
+    result = train(db, settings=TrainSettings(lr=0.01, batch=8, epochs=20, patience=2))
+    assert (result.best_epoch, result.n_epochs, result.mean_log_rank) == (3, 5, 5.0)
+
+
 # --- what cannot be learned from --------------------------------------------------------------------------------------
 
 
@@ -265,7 +294,7 @@ def test_the_commands(db):
     words = ["train", str(db.path), "--lr", "0.01", "--batch", "8", "--epochs", "4", "--mapper-id", "mine"]
     done = CliRunner().invoke(main, words)
     assert done.exit_code == 0, done.output
-    assert "mapper mine: recall@10 on validation models " in done.stderr
+    assert "mapper mine: on validation models the typical rank of an exemplar is " in done.stderr
     assert "mapper mine was trained already, nothing to do" in CliRunner().invoke(main, words).stderr
     done = CliRunner().invoke(main, ["evaluate", str(db.path), "--mapper", "mine"])
     assert done.exit_code == 0, done.output

@@ -1,5 +1,8 @@
 """Train a mapper on the pairs of a database's models, and keep the epoch that ranks validation models' exemplars best.
 
+Best is the lowest mean of the logarithm of their ranks. Recall@10, which is shown beside it, is blind to exemplars that rise
+from rank 5,000 to 50, as those of styles do: it stays at 0, and training would stop before it has begun.
+
 Killed and given again, the job goes on at the epoch it had reached, and ends in the same mapper.
 
 <database>/jobs/.train-<mapper_id>/   settings.json, features.f32 (and of views features.mild or .strong), checkpoint.pt
@@ -32,6 +35,7 @@ from attrdb.training.mapper import Maps, contrastive_loss, regularizer
 from attrdb.training.pairs import Choice, Pairs
 
 K = 10  # of the validation recall
+STOPPED_BY = "mean_log_rank"  # part of a mapper's settings: those of an earlier attrdb were stopped by recall
 KINDS = ("object", "style", "both")
 PROMPT_SCHEMES = ("gpt", "procedural", "both")
 EVALUATED_ONLY = "test"  # how splits begin that nothing is learned from
@@ -49,7 +53,7 @@ class TrainSettings:
     lambda_reg:     weight of the regularizer; the paper has 0.05
     lr, batch:      of Adam; the paper does not say
     epochs:         at most; each takes every sample once
-    patience:       epochs without a better validation recall after which training ends
+    patience:       epochs without a better mean log rank in validation after which training ends
     n_candidates:   pretraining images that validation ranks among, a fixed random part
     augment:        of the training images, see `attrdb.training.augment`; validation has none
     """
@@ -75,7 +79,7 @@ class TrainSettings:
 
 @dataclass(frozen=True)
 class TrainResult:
-    """recall, recall_before: on the validation models, with the mapper and without."""
+    """recall, mean_log_rank: on the validation models, with the mapper; the others without it. See `Validation.found`."""
 
     mapper_id: str
     trained: bool  # false: it was there already, with these settings
@@ -83,6 +87,8 @@ class TrainResult:
     best_epoch: int
     recall: float
     recall_before: float
+    mean_log_rank: float
+    mean_log_rank_before: float
 
 
 def train(
@@ -104,7 +110,7 @@ def train(
     _check(settings)
     db.refresh()
     encoder_id = db.encoder_id(encoder_id)
-    record = {"encoder_id": encoder_id, **asdict(settings)}
+    record = {"encoder_id": encoder_id, "stopped_by": STOPPED_BY, **asdict(settings)}
     if mapper_id is None:
         digest = hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
         mapper_id = f"{encoder_id}-{settings.kind}-{digest[:8]}"
@@ -152,18 +158,17 @@ def _trained(
         optimizer.load_state_dict(state["optimizer"])
         curves, best = state["curves"], state["best"]
     else:
-        curves = [{"epoch": 0, "loss": None, "recall": validation.recall(mapper())}]
+        curves = [{"epoch": 0, "loss": None, **validation.found(mapper())}]
         best = {name: value.clone() for name, value in maps.state_dict().items()}
     while True:
-        found = max(curves, key=lambda one: (one["recall"], -one["epoch"]))
+        kept = min(curves, key=lambda one: (one["mean_log_rank"], one["epoch"]))
         last = curves[-1]["epoch"]
-        note = f"recall@{K} {curves[-1]['recall']:.3f}, best {found['recall']:.3f}, before {curves[0]['recall']:.3f}"
-        report(last, settings.epochs, note)
-        if last >= settings.epochs or last - found["epoch"] >= settings.patience:
+        report(last, settings.epochs, _note(curves[0], kept, curves[-1]))
+        if last >= settings.epochs or last - kept["epoch"] >= settings.patience:
             break
         loss = _epoch(pairs, maps, optimizer, settings, last + 1)
-        curves.append({"epoch": last + 1, "loss": loss, "recall": validation.recall(mapper())})
-        if curves[-1]["recall"] > found["recall"]:
+        curves.append({"epoch": last + 1, "loss": loss, **validation.found(mapper())})
+        if curves[-1]["mean_log_rank"] < kept["mean_log_rank"]:
             best = {name: value.clone() for name, value in maps.state_dict().items()}
         state = {"maps": maps.state_dict(), "optimizer": optimizer.state_dict(), "curves": curves, "best": best}
         state["pairs"] = pairs.digest
@@ -171,9 +176,9 @@ def _trained(
         checkpoint.with_suffix(".part").replace(checkpoint)
     maps.load_state_dict(best)
     metrics = {
-        "best_epoch": found["epoch"],
-        "recall": found["recall"],
-        "recall_before": curves[0]["recall"],
+        "best_epoch": kept["epoch"],
+        **{name: kept[name] for name in VALIDATED},
+        **{f"{name}_before": curves[0][name] for name in VALIDATED},
         "k": K,
         "n_pairs": pairs.n_pairs,
         "n_validation_samples": validation.n_samples,
@@ -188,7 +193,20 @@ def _trained(
         "created_at": datetime.now(UTC),
     }
     db.upsert("mappers", [row], on="mapper_id")
-    return TrainResult(mapper_id, True, last, found["epoch"], found["recall"], curves[0]["recall"])
+    return _result(mapper_id, True, metrics, curves)
+
+
+def _result(mapper_id: str, trained: bool, metrics: dict, curves: list[dict]) -> TrainResult:
+    measured = {name: metrics[name] for one in VALIDATED for name in (one, f"{one}_before")}
+    return TrainResult(mapper_id, trained, curves[-1]["epoch"], metrics["best_epoch"], **measured)
+
+
+def _note(before: dict, kept: dict, now: dict) -> str:
+    ranks, recalls = ([one[name] for one in (before, kept, now)] for name in ("mean_log_rank", "recall"))
+    typical = " -> ".join(f"{math.exp(one):,.0f}" for one in ranks)
+    return (
+        f"typical rank {typical}, recall@{K} " + " -> ".join(f"{one:.3f}" for one in recalls) + " (before, best, now)"
+    )
 
 
 def _epoch(pairs: Pairs, maps: Maps, optimizer: torch.optim.Optimizer, settings: TrainSettings, epoch: int) -> float:
@@ -210,10 +228,11 @@ def _epoch(pairs: Pairs, maps: Maps, optimizer: torch.optim.Optimizer, settings:
     return float(np.mean(losses))
 
 
-class Validation:
-    """Recall@K of the validation models' exemplars, each among its model's and a fixed part of the pretraining images.
+VALIDATED = ("recall", "mean_log_rank")
 
-    Averaged over the samples of a kind and prompt scheme, then over those, as the paper's test cases are.
+
+class Validation:
+    """Ranks of the validation models' exemplars, each among its model's and a fixed part of the pretraining images.
     raises: InvalidValue if there is no validation model, or no pretraining image
     """
 
@@ -249,14 +268,20 @@ class Validation:
     def n_samples(self) -> int:
         return sum(len(ids) for (ids, _), _ in self.models)
 
-    def recall(self, mapper: Mapper) -> float:
-        found: dict[str, list[bool]] = defaultdict(list)
+    def found(self, mapper: Mapper) -> dict[str, float]:
+        """recall (at K) and mean_log_rank (natural logarithm, over a sample's exemplars).
+
+        Averaged over the samples of a kind and prompt scheme, then over those, as the paper's test cases are.
+        """
+        of_sample: dict[str, list[int]] = defaultdict(list)
         for row in ranks(self.models, self.gallery, own=True, mapper=mapper):
-            found[row["sample_id"]].append(row["rank"] <= K)
-        cases: dict[tuple, list[float]] = defaultdict(list)
-        for sample_id, hits in found.items():
-            cases[self.case_of[sample_id]].append(float(np.mean(hits)))
-        return float(np.mean([np.mean(shares) for shares in cases.values()]))
+            of_sample[row["sample_id"]].append(row["rank"])
+        cases: dict[tuple, list[tuple[float, float]]] = defaultdict(list)
+        for sample_id, own in of_sample.items():
+            at = np.array(own)
+            cases[self.case_of[sample_id]].append((float(np.mean(at <= K)), float(np.mean(np.log(at)))))
+        means = np.mean([np.mean(shares, axis=0) for shares in cases.values()], axis=0)
+        return dict(zip(VALIDATED, means.tolist(), strict=True))
 
 
 def _check(settings: TrainSettings) -> None:
@@ -317,5 +342,4 @@ def _stored(db: Database, mapper_id: str, record: dict) -> TrainResult | None:
         return None
     _compare(mapper_id, json.loads(rows[0]["settings"]), record, f"in {db.path}")
     metrics, curves = json.loads(rows[0]["metrics"]), json.loads(rows[0]["curves"])
-    n_epochs = curves[-1]["epoch"]
-    return TrainResult(mapper_id, False, n_epochs, metrics["best_epoch"], metrics["recall"], metrics["recall_before"])
+    return _result(mapper_id, False, metrics, curves)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +27,14 @@ from attrdb.memory import use_the_machine
 @click.option("--lr", type=click.FloatRange(min=0, min_open=True), help="Learning rate; default 1e-4.")
 @click.option("--batch", type=click.IntRange(2), help="Pairs of as many models; default 256.")
 @click.option("--epochs", type=click.IntRange(1), help="At most; default 100.")
-@click.option("--patience", type=click.IntRange(1), help="Epochs without a better recall until it ends; default 10.")
+@click.option("--patience", type=click.IntRange(1), help="Epochs without better ranks until it ends; default 10.")
 @click.option("--n-candidates", type=click.IntRange(1), help="Pretraining images in validation; default 10000.")
 @click.option("--augment", type=click.Choice(["none", "mild", "strong"]), help="Of the training images; default none.")
 @click.option("--seed", type=int)
 @click.option("--mapper-id", type=Id("mapper", new=True), help="Default: encoder, kind and a hash of the settings.")
 @quiet_option
 def train(db: Path, encoder_id: str | None, mapper_id: str | None, quiet: bool, **given: Any) -> None:
-    """Train a mapper on pairs of exemplars and samples, and keep the epoch with the best validation recall.
+    """Train a mapper on pairs of exemplars and samples, and keep the epoch that ranks validation exemplars best.
 
     Interrupted or killed, the command goes on at the epoch it had reached when it is given again.
     """
@@ -52,10 +53,13 @@ def train(db: Path, encoder_id: str | None, mapper_id: str | None, quiet: bool, 
     if not result.trained:
         click.echo(f"mapper {result.mapper_id} was trained already, nothing to do", err=True)
     click.echo(
-        f"mapper {result.mapper_id}: recall@{training.K} on validation models {result.recall:.3f} in epoch "
-        f"{result.best_epoch}, {result.recall_before:.3f} without it",
+        f"mapper {result.mapper_id}: on validation models the typical rank of an exemplar is "
+        f"{math.exp(result.mean_log_rank):,.0f} in epoch {result.best_epoch}, {math.exp(result.mean_log_rank_before):,.0f} "
+        f"without it; recall@{training.K} {result.recall:.3f}, {result.recall_before:.3f} without it",
         err=True,
     )
+    if not result.best_epoch:
+        click.echo("no epoch ranks them better than the encoder alone: this mapper changes nothing", err=True)
 
 
 @click.command()

@@ -69,7 +69,8 @@ def chosen_settings(db: Database, encoder_id: str) -> tuple[dict, list[dict]]:
         settings = {"temperature": temperature, "lr": lr}
         found = trained(db, on_both(encoder_id, **settings), encoder_id, **settings)
         tried.append({"encoder_id": encoder_id, **settings, "recall": found.recall, "before": found.recall_before})
-    best = max(tried, key=lambda one: one["recall"])
+        tried[-1] |= {"mean_log_rank": found.mean_log_rank}
+    best = min(tried, key=lambda one: one["mean_log_rank"])
     return {name: best[name] for name in ("temperature", "lr")}, tried
 
 
@@ -116,7 +117,7 @@ def main(work: Path, specs: tuple[str, ...], out: Path | None) -> None:
         encoder_id = encoder_id_of(spec)
         best, of_encoder = chosen_settings(db, encoder_id)
         tried += of_encoder
-        paper = max((one for one in of_encoder if one["temperature"] == 1), key=lambda one: one["recall"])
+        paper = min((one for one in of_encoder if one["temperature"] == 1), key=lambda one: one["mean_log_rank"])
         mappers = dict.fromkeys([on_both(encoder_id, **best), on_both(encoder_id, 1.0, paper["lr"])])
         for kind in ("object", "style"):
             trained(db, f"{encoder_id}-{kind}", encoder_id, kind=kind, **best)
