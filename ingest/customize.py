@@ -276,7 +276,9 @@ class _Training:
 
         self.own = encode_views(base, exemplars, settings.augment, settings.seed, alive)
         self.own_states = self._states(prompts) if vector is None else None
-        self.own_ids = token_ids(base, prompts[:1])  # where a token is trained there is one prompt
+        distinct = list(dict.fromkeys(prompts))
+        self.own_ids = token_ids(base, distinct)  # (n_distinct, length), encoded in every step where a token is trained
+        self.own_prompt = torch.tensor([distinct.index(prompt) for prompt in prompts])
         self.prior = self.prior_states = None
         if regularization:
             self.prior = encode_views(base, regularization.images, "none", settings.seed, alive)
@@ -347,8 +349,11 @@ class _Training:
         is_v = self.noise.config.prediction_type == "v_prediction"
         target = self.noise.get_velocity(x, noise, times) if is_v else noise
         if states is None:
-            rows = self.base.pipeline.text_encoder(self.own_ids).last_hidden_state
-            if self.prior:  # whose prompts stand beside it
+            wanted, row_of = self.own_prompt[picks // latents.n_views].unique(return_inverse=True)
+            rows = self.base.pipeline.text_encoder(self.own_ids[wanted]).last_hidden_state
+            if len(self.own_ids) > 1:
+                rows = rows[row_of]
+            elif self.prior:  # whose prompts stand beside it
                 rows = rows.expand(batch, -1, -1)
         else:
             rows = states[0][states[1][picks // latents.n_views]]

@@ -487,6 +487,35 @@ def test_settings_that_mean_nothing(tiny_base, given, words):
         model.settings_for(str(tiny_base), "object", "vase", given)
 
 
+def test_every_exemplar_is_trained_with_its_own_prompt_where_a_token_is_trained(base, monkeypatch):
+    """The states that a step sees are those of the prompts of the exemplars that it drew, as encoded at that step."""
+    exemplars = [RED, Image.new("RGB", (32, 32), "blue")]
+    prompts = ["V* vase", "a picture of V* art"]
+    settings = customize.CustomizeSettings(steps=6, batch=4, lr=0.01)
+    seen, drawn = [], []
+    predict, draw = base.predict, customize._Training._draw
+
+    def watched(noisy, times, states):
+        ids = customize.token_ids(base, prompts)
+        wanted = base.pipeline.text_encoder(ids).last_hidden_state
+        far = (states.unsqueeze(1) - wanted).abs().amax(dim=(2, 3))  # (batch, prompts)
+        seen.append(far.argmin(dim=1).tolist())
+        assert far.min(dim=1).values.max() < 1e-4
+        return predict(noisy, times, states)
+
+    def noted(self, latents, states, generator):
+        state = generator.get_state()
+        drawn.append(torch.randint(len(latents.mean), (settings.batch,), generator=generator).tolist())
+        generator.set_state(state)
+        return draw(self, latents, states, generator)
+
+    monkeypatch.setattr(base, "predict", watched)
+    monkeypatch.setattr(customize._Training, "_draw", noted)
+    customize.customize(base, exemplars, prompts, "V*", "vase", settings)
+    assert seen == drawn
+    assert {number for batch in seen for number in batch} == {0, 1}
+
+
 # --- kind mixed -------------------------------------------------------------------------------------------------------
 
 
