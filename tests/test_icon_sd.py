@@ -276,8 +276,8 @@ def test_a_run_goes_from_nothing_to_a_pipeline_and_on_from_it(few_file, tmp_path
     cut = build.build(few_file, run, out, TINY, 0.0, "cpu")
     assert cut["vae_images"] < TINY.vae_images  # no time: the autoencoder is not finished, nothing is exported
     assert not out.exists()
-    first = build.build(few_file, run, out, TINY, 0.25, "cpu")
-    second = build.build(few_file, run, out, TINY, 0.25, "cpu", lr_end=0.1)
+    first = build.build(few_file, run, out, TINY, 0.12, "cpu")
+    second = build.build(few_file, run, out, TINY, 0.12, "cpu", lr_end=0.1)
     assert 0 < first["unet_images"] < second["unet_images"]
     assert second["vae_seconds"] == first["vae_seconds"]  # finished, and not trained again
     losses = [json.loads(line)["loss"] for line in (run / "unet.jsonl").read_text().splitlines()]
@@ -286,7 +286,7 @@ def test_a_run_goes_from_nothing_to_a_pipeline_and_on_from_it(few_file, tmp_path
     assert pipeline.scheduler.config.rescale_betas_zero_snr
     assert json.loads((out / "training.json").read_text())["unet_images"] == second["unet_images"]
 
-    onward = build.build(few_file, tmp_path / "two", tmp_path / "further", TINY, 0.2, "cpu", start=out)
+    onward = build.build(few_file, tmp_path / "two", tmp_path / "further", TINY, 0.1, "cpu", start=out)
     assert onward["unet_images"] > second["unet_images"]
     assert onward["vae_images"] == TINY.vae_images
 
@@ -295,12 +295,12 @@ def test_a_run_is_carried_to_another_machine(few_file, tmp_path, monkeypatch):
     monkeypatch.setattr(build, "N_CAPTIONS", 200)
     run, kept, other = tmp_path / "run", tmp_path / "kept", tmp_path / "other"
     assert checkpoint.restore(run, kept) == []
-    figures = build.build(few_file, run, tmp_path / "out", TINY, 0.15, "cpu")
+    figures = build.build(few_file, run, tmp_path / "out", TINY, 0.08, "cpu")
     assert checkpoint.save(run, kept) == ["vae", "unet"]
     assert not [file for file in kept.rglob("*") if file.suffix in (".pt", ".bin")]
     assert checkpoint.restore(other, kept) == ["vae", "unet"]
     assert checkpoint.restore(other, kept) == []  # it has a state of its own now
-    onward = build.build(few_file, other, tmp_path / "out", TINY, 0.15, "cpu")
+    onward = build.build(few_file, other, tmp_path / "out", TINY, 0.08, "cpu")
     assert onward["unet_images"] > figures["unet_images"]
     assert onward["vae_images"] == figures["vae_images"]
     before, after = Stage(run, "vae").load()["vae"], Stage(other, "vae").load()["vae"]
@@ -339,7 +339,7 @@ def test_an_encoder_learns_resumes_and_loads(few_file, tmp_path, monkeypatch, ki
     settings = encoders.EncoderSettings(kind, batch=16)
     run, out = tmp_path / "run", tmp_path / "out"
     first = encoders.train_encoder(settings, few_file, run, out, 0.0, "cpu")
-    second = encoders.train_encoder(settings, few_file, run, out, 0.15, "cpu")
+    second = encoders.train_encoder(settings, few_file, run, out, 0.1, "cpu")
     assert first["steps"] == 1
     assert second["images"] > first["images"]
     losses = [json.loads(line)["loss"] for line in (run / f"{kind}.jsonl").read_text().splitlines()]

@@ -75,7 +75,7 @@ def test_no_file_is_left_over():
 def test_words_of_the_icon_bank_are_those_icon_sd_was_trained_on():
     rows = pq.read_table(demo.bundled_icons(), columns=["role", "prompt"]).to_pylist()
     trained = {word for row in rows if row["role"] == "pretraining" for word in row["prompt"].split()}
-    trained |= {"a", "picture", "icon", "the"}  # the other words of its captions, see training/base_model.py
+    trained |= {"a", "picture", "icon", "the"}  # the other words of its captions, see docs/icon-sd.md
     used = {part: set() for part in PARTS}
     for bank, kind, scheme, part in FILES:
         if bank == "icon":
