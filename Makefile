@@ -25,7 +25,7 @@ benchmark: $(VENV)/.ready
 	$(BIN)/python benchmarks/report.py
 
 # Go on training icon-sd on this machine for MINUTES, from its last checkpoint, and keep what it has then.
-MINUTES ?= 11
+MINUTES ?= 9.5
 icon-sd: $(VENV)/.ready
 	$(BIN)/python -m attrdb.training.icon_sd.checkpoint restore runs/icon-sd
 	$(BIN)/python -m attrdb.training.icon_sd.build --run runs/icon-sd --out runs/icon-sd-out --minutes $(MINUTES)
@@ -36,10 +36,10 @@ OUT ?= runs/gpu-out
 gpu:
 	$(PYTHON) training/icon_sd/gpu.py --minutes $(MINUTES) --out $(OUT)
 
-# The pure-Python packages that a machine with torch and transformers may lack, to carry there in .whl.
+# The packages that a machine with torch and transformers may lack, to carry there in .whl.
 gpu-wheels:
 	$(PYTHON) -m pip download --quiet --no-deps --only-binary=:all: --constraint constraints.txt --dest .whl \
-	    diffusers open_clip_torch ftfy wcwidth importlib_metadata zipp
+	    diffusers open_clip_torch ftfy wcwidth
 
 # LanceDB's client for Node, for examples/node and its test.
 node:

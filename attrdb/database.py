@@ -73,6 +73,9 @@ def create_table(path: Path, name: str) -> None:
             raise
 
 
+LONGEST_ENCODER_ID = 80  # characters of a new one: files are named after it
+
+
 def _encoder_row(spec: str, dimension: int, preprocessing: dict, weights_fingerprint: str) -> dict:
     return {
         "encoder_id": encoder_id_of(spec),
@@ -304,7 +307,7 @@ class Database:
 
         One that is registered already is checked instead, and what is new about it is noted: where its checkpoint lies
         now, and the preprocessing and weights behind features that were imported, which are checked from then on.
-        raises: as `check_encoder`
+        raises: as `check_encoder`; InvalidValue for a new one with a long name
         """
         row = _encoder_row(spec, dimension, preprocessing, weights_fingerprint)
         encoder_id = row["encoder_id"]
@@ -315,6 +318,11 @@ class Database:
                 if self.encoders[encoder_id] != row and weights_fingerprint:
                     self.upsert("encoders", [row], on="encoder_id")
                 return
+            if len(encoder_id) > LONGEST_ENCODER_ID:
+                raise InvalidValue(
+                    f"encoder {spec!r} would be called {encoder_id!r}, {len(encoder_id)} characters; give its file a name "
+                    f"that makes at most {LONGEST_ENCODER_ID}"
+                )
             images = self.snapshot.tables["images"]
             columns = feature_columns(images.schema)
             if columns.get(encoder_id) != dimension:

@@ -15,6 +15,8 @@ import numpy as np
 import pyarrow as pa
 
 from attrdb import ann, attribution, queries, search, sql
+from attrdb.errors import InvalidValue
+from attrdb.ids import stored_file
 from attrdb.leases import holder
 from attrdb.locks import alive
 from attrdb.schema import SCHEMA_VERSION, feature_columns, feature_matrix
@@ -242,9 +244,11 @@ def _changed_weights(snapshot: Snapshot, batch: pa.RecordBatch) -> Iterator[dict
     for row in batch.select(["model_id", "weights_path", "weights_hash"]).to_pylist():
         if row["weights_path"] is None or row["weights_hash"] is None:
             continue
-        file = (snapshot.path / row["weights_path"]).resolve()
-        inside = file.is_relative_to(snapshot.path.resolve())
-        if not (inside and file.is_file() and hashlib.sha256(file.read_bytes()).hexdigest() == row["weights_hash"]):
+        try:
+            file = stored_file(snapshot.path, row["weights_path"])
+        except InvalidValue:
+            file = None
+        if not (file and file.is_file() and hashlib.sha256(file.read_bytes()).hexdigest() == row["weights_hash"]):
             yield {"table": "models", "id": row["model_id"], "needed": row["weights_hash"]}
 
 

@@ -1,8 +1,7 @@
 """Ids that become part of a path: one rule for all of them, and the only places where they do.
 
-An id may be a file's name on every disk: 1 to 120 letters, digits, '.', '_' and '-', beginning with a letter or a digit. So
-it cannot name a folder above, a hidden file, or another file of the database. Nothing is deleted with its content unless its
-path was made here.
+An id has 1 to 120 letters (A to Z, a to z), digits, '.', '_' and '-', and begins with a letter or a digit. So it cannot name
+a folder above, a hidden file, or another file of the database. No path that holds an id is deleted unless it was made here.
 """
 
 from __future__ import annotations
@@ -28,8 +27,8 @@ def check_id(noun: str, value: str) -> str:
     if not RULE.fullmatch(value):
         shown = value if len(value) <= LONGEST else value[:40] + "..."
         raise InvalidValue(
-            f"{noun} id {shown!r} ({len(value)} characters) cannot be used; an id has 1 to {LONGEST} letters (a to z), "
-            "digits, '.', '_' and '-', and begins with a letter or a digit"
+            f"{noun} id {shown!r} ({len(value)} characters) cannot be used; an id has 1 to {LONGEST} letters (A to Z, "
+            "a to z), digits, '.', '_' and '-', and begins with a letter or a digit"
         )
     return value
 
@@ -64,7 +63,9 @@ def train_job(database: Path, mapper_id: str) -> JobFolder:
 
 
 def encode_job(database: Path, encoder_id: str) -> JobFolder:
-    return JobFolder(database / "jobs" / f".encode-{check_id('encoder', encoder_id)}")
+    """Of an encoder in the database: its id is a column's name already, and may be longer than an id is today."""
+    name = encoder_id if RULE.fullmatch(encoder_id) else _digest(encoder_id)
+    return JobFolder(database / "jobs" / f".encode-{name}")
 
 
 def weights_file(database: Path, model_id: str) -> Path:
@@ -73,17 +74,23 @@ def weights_file(database: Path, model_id: str) -> Path:
 
 def lock_file(database: Path, command: str, *subjects: str) -> Path:
     """The lock of a command on subjects that may be any text, such as a source, or an id that an older attrdb let pass."""
-    digest = hashlib.sha256("\0".join(subjects).encode()).hexdigest()[:16]
-    return database / "jobs" / f".{command}-{digest}.lock"
+    return database / "jobs" / f".{command}-{_digest(*subjects)}.lock"
+
+
+def _digest(*texts: str) -> str:
+    return hashlib.sha256("\0".join(texts).encode()).hexdigest()[:16]
 
 
 def stored_file(database: Path, relative: str) -> Path:
     """The file that a row of the database names.
 
-    raises: InvalidValue for one outside the database: rows may come from strangers
+    raises: InvalidValue for one outside the database, also by way of a link: rows may come from strangers
     """
     root = database.resolve()
-    path = (root / relative).resolve()
-    if not path.is_relative_to(root):
+    try:
+        inside = (root / relative).resolve().is_relative_to(root)
+    except (OSError, ValueError):  # a NUL in it, links in a circle
+        inside = False
+    if not inside:
         raise InvalidValue(f"{database} names the file {relative!r}, which lies outside of it; it is not read")
     return database / relative

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import math
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import pyarrow as pa
@@ -73,7 +73,7 @@ def training_record(path: Path, weights_path: str | None) -> dict[str, Any]:
     """
     if not weights_path:
         return {}
-    file = stored_file(path, weights_path).with_suffix(".json")
+    file = stored_file(path, str(PurePath(weights_path).with_suffix(".json")))
     if not file.exists():
         return {}
     try:

@@ -181,10 +181,10 @@ def render(db: Database, found: dict[str, Any]) -> str:
     for row in found["cases"]:
         by_case[case_name(row)].append({**row, "features": features_name(row)})
     evaluated = {row["mapper_id"] for row in found["cases"]}
-    # Validation recall compares only mappers that were validated on the same models: those on both kinds, if there are any.
+    # Validation compares only mappers that were validated on the same models: those on both kinds, if there are any.
     known = [one for one in found["mappers"] if one["mapper_id"] in evaluated and one["metrics"]]
     on_both = [one for one in known if one["trained_on"] == "both"]
-    tuned = max(on_both or known, key=lambda one: (one["metrics"]["recall"], one["mapper_id"]), default=None)
+    tuned = min(on_both or known, key=_validated, default=None)
     environment = jinja2.Environment(loader=jinja2.PackageLoader("attrdb"), autoescape=True, trim_blocks=True)
     environment.filters["picture"] = lambda encoded: data_uri(encoded, SIDE)[0]
     return environment.get_template("report.html").render(
@@ -260,3 +260,10 @@ def _hits(db: Database, sample_ids: list[str], encoder_id: str, mapper_id: str |
         """,
         {"k": N_CANDIDATES, "encoder_id": encoder_id, "mapper_id": mapper_id},
     ).to_pylist()
+
+
+def _validated(mapper: dict) -> tuple:
+    """Orders mappers by how well they ranked validation exemplars; after them, by recall, those that were not measured so."""
+    metrics = mapper["metrics"]
+    ranked = "mean_log_rank" in metrics
+    return not ranked, metrics["mean_log_rank"] if ranked else -metrics["recall"], mapper["mapper_id"]

@@ -292,19 +292,12 @@ def encoder_name(spec: str) -> str:
     return f"{kind}{colon}{name}{mark}{settings}"
 
 
-LONGEST_ENCODER_ID = 80  # characters
-
-
 def encoder_id_of(spec: str) -> str:
     """The column name that an encoder's spec gives: the lower-case words of its name, joined by underscores.
 
-    raises: InvalidValue if that is no name: empty, too long, beginning with a digit, or a column that images has
+    raises: InvalidValue if that is no name: empty, beginning with a digit, or a column that images has
     """
     name = re.sub(r"[^a-z0-9]+", "_", encoder_name(spec).lower()).strip("_")
-    if len(name) > LONGEST_ENCODER_ID:
-        raise InvalidValue(
-            f"encoder {spec!r} gives a column name of {len(name)} characters; give it a name of at most {LONGEST_ENCODER_ID}"
-        )
     if not re.match(r"[a-z]", name):
         raise InvalidValue(f"encoder {spec!r} gives no usable column name; its spec must begin with a letter")
     if name in IMAGES.names:

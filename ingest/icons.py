@@ -83,6 +83,13 @@ STYLE_SETS = (
 )
 STYLE_SIZE = 8
 N_STYLE_ARTISTS = 8
+# Creators of Open Clip Art: who is nobody, and one who goes by several names.
+NOBODY = {"unknown", "anonymous", "c..."}
+ALSO_CALLED = {
+    "Architetto Francesco Rollandin": "Rollandin Francesco",
+    "Jean-VIctor Balin": "Jean-Victor Balin",
+    "Jean-Vitor Balin": "Jean-Victor Balin",
+}
 SIGNS = re.compile(r"flag|sign|symbol|arrow|map")
 OBJECT_SETS = ("fxemoji", "streamline-emojis", "openclipart")
 N_OBJECTS = 24
@@ -100,6 +107,12 @@ class Drawing:
     license: str
     uri: str
     svg: str
+
+
+def artist_of(creator: str) -> str:
+    """A creator's name, the same for the same one, without the address that some have given."""
+    name = re.sub(r"\s*[(\[<].*", "", creator).strip() or "unknown"
+    return ALSO_CALLED.get(name, name)
 
 
 def words(name: str) -> str:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from attrdb.errors import InvalidValue, NotFound
-from attrdb.ids import check_id
+from attrdb.ids import LONGEST, check_id
 from attrdb.ingest.base_model import base_model_folder, read_profile
 from attrdb.ingest.customize import CustomizeSettings
 from attrdb.ingest.customizers import DEFAULT_METHOD, load_customizer
@@ -201,7 +201,7 @@ def captions(exemplars: Sequence[Exemplar]) -> list[str]:
 def default_model_id(settings: ModelSettings, exemplars: Sequence[Exemplar]) -> str:
     """`<category>-<hash of the exemplars>`: the same exemplars make the same model."""
     digest = hashlib.sha256("".join(sorted(exemplar.picture.sha256 for exemplar in exemplars)).encode())
-    name = re.sub(r"[^a-z0-9]+", "-", settings.category.lower()).strip("-")[:80] or settings.kind
+    name = re.sub(r"[^a-z0-9]+", "-", settings.category.lower()).strip("-")[: LONGEST - 9] or settings.kind
     return f"{name}-{digest.hexdigest()[:8]}"
 
 

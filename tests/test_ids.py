@@ -7,12 +7,11 @@ import pytest
 from click.testing import CliRunner
 
 import attrdb
-from attrdb import ids
+from attrdb import database, ids
 from attrdb.cli import main
 from attrdb.errors import InvalidValue
 from attrdb.ingest.model_settings import default_model_id, read_exemplars, settings_for
 from attrdb.models import training_record
-from attrdb.schema import encoder_id_of
 from attrdb.training.train import TrainSettings, train
 
 HOSTILE = ["/../../../precious", "../precious", "/../../images.lance", "a/b", "a\\b", ".", "..", ".hidden", "-x", "a b"]
@@ -40,12 +39,14 @@ def test_ids_that_can_be_used(good):
 
 @pytest.mark.parametrize("bad", HOSTILE + NOT_GIVEN)
 def test_ids_that_cannot_be_used(bad, tmp_path):
-    for make in (ids.model_job, ids.train_job, ids.encode_job, ids.weights_file):
+    for make in (ids.model_job, ids.train_job, ids.weights_file):
         with pytest.raises(
             InvalidValue, match=r"id '.*' \(\d+ characters\) cannot be used; an id has 1 to 120 letters"
         ):
             make(tmp_path, bad)
-    assert ids.lock_file(tmp_path, "attribute", bad).parent == tmp_path / "jobs"
+    for made in (ids.lock_file(tmp_path, "attribute", bad), ids.encode_job(tmp_path, bad).path):
+        assert made.parent == tmp_path / "jobs"
+        assert len(made.name) < 100
 
 
 @pytest.mark.parametrize("bad", SOME)
@@ -139,14 +140,31 @@ def test_a_link_in_the_place_of_a_job_is_not_followed(db, tmp_path):
 def test_files_that_rows_name_outside_of_the_database_are_not_read(tmp_path):
     (tmp_path / "secret.json").write_text('{"losses": [1]}')
     (tmp_path / "my.attrdb").mkdir()
-    for path in ("../secret.safetensors", str(tmp_path / "secret.safetensors")):
+    (tmp_path / "my.json").write_text('{"losses": [1]}')
+    (tmp_path / "my.attrdb" / "linked.json").symlink_to(tmp_path / "secret.json")
+    for path in (
+        "../secret.safetensors",
+        str(tmp_path / "secret.safetensors"),
+        "linked.safetensors",
+        "a\0b.safetensors",
+    ):
         with pytest.raises(InvalidValue, match="lies outside of it; it is not read"):
             training_record(tmp_path / "my.attrdb", path)
 
 
-def test_ids_made_from_long_names_can_be_used(exemplar_folder, tiny_base):
+def test_ids_made_from_long_names_can_be_used(empty, exemplar_folder, tiny_base):
     category = "a very long category " * 20
     settings = settings_for(str(tiny_base), "object", category)
     ids.check_id("model", default_model_id(settings, read_exemplars(exemplar_folder)))
-    with pytest.raises(InvalidValue, match="give it a name of at most 80"):
-        encoder_id_of("torchscript:" + "x" * 200)
+    with pytest.raises(InvalidValue, match="212 characters; give its file a name that makes at most 80"):
+        empty.add_encoder("torchscript:" + "x" * 200, 2, {}, "")
+
+
+def test_an_old_database_with_an_encoder_of_a_long_name_is_used_on(empty, monkeypatch):
+    spec = "torchscript:" + "x" * 150
+    monkeypatch.setattr(database, "LONGEST_ENCODER_ID", 1000)
+    encoder_id = empty.add_encoder(spec, 2, {}, "")
+    monkeypatch.undo()
+    assert empty.check_encoder(spec, 2, {}, "")
+    assert empty.add_encoder(spec, 2, {}, "") == encoder_id
+    assert ids.encode_job(empty.path, encoder_id).path.parent == empty.path / "jobs"

@@ -169,6 +169,18 @@ def test_images_that_changed_under_a_half_trained_mapper(db):
         train(db, settings=QUICK, mapper_id="a")
 
 
+def test_a_mapper_that_an_earlier_version_stopped_by_recall(db):
+    train(db, settings=QUICK, mapper_id="a")
+    [row] = db.sql("SELECT * FROM mappers").to_pylist()
+    settings = json.loads(row["settings"])
+    del settings["stopped_by"]
+    db.upsert("mappers", [{**row, "settings": json.dumps(settings)}], on="mapper_id")
+    with pytest.raises(
+        InvalidValue, match=r"'a' is in .*, made by an earlier attrdb .* train anew with another --mapper-id"
+    ):
+        train(db, settings=QUICK, mapper_id="a")
+
+
 def test_another_mapper_of_that_name(db):
     train(db, settings=QUICK, mapper_id="a")
     with pytest.raises(InvalidValue, match=r"mapper 'a' is in .* with kind = 'both', now it is 'object'; use the old"):

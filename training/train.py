@@ -113,7 +113,7 @@ def train(
     record = {"encoder_id": encoder_id, "stopped_by": STOPPED_BY, **asdict(settings)}
     if mapper_id is None:
         digest = hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
-        mapper_id = f"{encoder_id}-{settings.kind}-{digest[:8]}"
+        mapper_id = f"{encoder_id[:80]}-{settings.kind}-{digest[:8]}"
     job = train_job(db.path, mapper_id)
     if done := _stored(db, mapper_id, record):
         return done
@@ -323,6 +323,11 @@ def _check_same(job: Path, mapper_id: str, record: dict) -> None:
 
 
 def _compare(mapper_id: str, found: dict, wanted: dict, where: str) -> None:
+    if "stopped_by" not in found:
+        raise InvalidValue(
+            f"mapper {mapper_id!r} is {where}, made by an earlier attrdb that stopped training by recall@{K}, not by "
+            "ranks; keep it, or train anew with another --mapper-id"
+        )
     for name in sorted(found.keys() | wanted.keys()):
         if found.get(name) != wanted.get(name):
             raise InvalidValue(

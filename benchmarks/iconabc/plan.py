@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from attrdb.demo import bundled_icons
-from attrdb.ingest.icons import SCHEMA, SIGNS, lossy
+from attrdb.ingest.icons import NOBODY, SCHEMA, SIGNS, artist_of, lossy
 
 N_CANDIDATES = 100_000
 
@@ -69,8 +69,6 @@ STYLE_SETS = {
 }
 MODELS_A_SET = {"train": 3, "val": 2, "test": 2}
 N_ARTISTS = 22  # of Open Clip Art: a source of styles that nothing was learned from
-NOBODY = {"unknown", "anonymous", "c..."}
-ALSO_CALLED = {"Architetto Francesco Rollandin": "Rollandin Francesco", "Jean-VIctor Balin": "Jean-Victor Balin"}
 
 # Unrelated captioned images, for general attribution (Wang et al. 2023, Fig. 10).
 MIXED_SIZES = (1, 10, 100)
@@ -142,12 +140,6 @@ class Model:
 
 def slug(text: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
-
-
-def artist_of(creator: str) -> str:
-    """A creator's name, the same for the same one, without the address that some have given."""
-    name = re.sub(r"\s*[(\[<].*", "", creator).strip() or "unknown"
-    return ALSO_CALLED.get(name, name)
 
 
 def inked(row: dict) -> bool:

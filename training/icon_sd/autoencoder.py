@@ -22,7 +22,7 @@ HALVED = 0.25  # share of the steps that reconstruct half-size scenes from halve
 
 def _rate(done: float) -> float:
     """The learning rate's factor when a share of the images is done: warm-up, level, down to zero over the last third."""
-    return min(1.0, done / 0.02 + 0.01, (1 - done) / 0.34 + 0.005)
+    return max(0.0, min(1.0, done / 0.02 + 0.01, (1 - done) / 0.34 + 0.005))
 
 
 def _loss(decoded: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
@@ -99,6 +99,7 @@ def train_autoencoder(
             if step % (5 * report_steps) == 0 or finished or late:
                 figures["decibels"] = round(reconstruction(vae, sprites, settings), 2)
             stage.log(**figures, seconds=round(seconds, 1))
+        if stage.save_is_due or finished or late:
             state = {"vae": vae.state_dict(), "optimizer": optimizer.state_dict(), "finished": finished}
             stage.save(state | {"step": step, "seconds": seconds})
         if late or finished:

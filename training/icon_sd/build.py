@@ -40,6 +40,8 @@ N_CAPTIONS = 40_000  # that the tokenizer is learned from
 
 def learned_tokenizer(sprites: Sprites, settings: IconSdSettings, folder: Path) -> CLIPTokenizer:
     """The run's tokenizer; every name of a thing or style is read at least once, whatever is drawn."""
+    if (folder / "tokenizer_config.json").exists():
+        return CLIPTokenizer.from_pretrained(folder)
     composer, rng = Composer(sprites), random.Random(settings.seed)
     captions = [composer.draw(rng).caption for _ in range(N_CAPTIONS)]
     return train_tokenizer(captions + sorted({*sprites.things, *sprites.styles}), settings, folder)
@@ -105,7 +107,10 @@ def build(
         vae, sprites, tokenizer, settings, stage, device, workers, compiled, lr_end
     )
     hardware = f"{platform.machine()} CPU" if is_cpu(device) else torch.cuda.get_device_name()
-    figures |= trained | {
+    figures |= trained
+    if not trained["unet_steps"]:
+        return figures
+    figures |= {
         "sprites": len(sprites.things),
         "hardware": hardware,
         "torch_threads": torch.get_num_threads(),
@@ -152,6 +157,9 @@ def main(
     settings = TINY if tiny else replace(IconSdSettings(), **given)
     figures = build(sprites, run_folder, out, settings, minutes, device, start, compiled, workers, lr_end, vae_minutes)
     click.echo(json.dumps({name: value for name, value in figures.items() if name != "settings"}))
+    if "settings" not in figures:
+        click.echo("nothing is exported before the U-Net has begun; rerun the command", err=True)
+        raise SystemExit(3)
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ from safetensors.torch import save_file
 from attrdb.ingest.devices import resolved_precision
 from attrdb.training.icon_sd.build import SPRITES, learned_tokenizer
 from attrdb.training.icon_sd.parts import IconSdSettings
-from attrdb.training.icon_sd.runs import Stage
+from attrdb.training.icon_sd.runs import Stage, check_settings
 from attrdb.training.icon_sd.scenes import Sprites, compose
 from attrdb.training.icon_sd.stream import Packed, SceneBatches
 
@@ -108,7 +108,8 @@ class MocoModel(torch.nn.Module):
         self.slow.requires_grad_(False)
 
     def forward(self, pictures: torch.Tensor, _tokens: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-        one, other = (view(pictures, self.settings.scale, generator) * 2 - 1 for _ in range(2))
+        with torch.autocast(pictures.device.type, enabled=False):  # in bf16 a view would be off by an eighth of a pixel
+            one, other = (view(pictures, self.settings.scale, generator) * 2 - 1 for _ in range(2))
         with torch.no_grad():
             slow_one, slow_other = (F.normalize(self.slow(x).float(), dim=1) for x in (one, other))
         fast_one, fast_other = (F.normalize(self.predictor(self.fast(x)).float(), dim=1) for x in (one, other))
@@ -173,9 +174,9 @@ def _captioned(batches: Iterator[Packed], empty: torch.Tensor) -> Iterator[Packe
         yield {name: value[told] for name, value in packed.items()}
 
 
-def _rate(step: int, spent: float) -> float:
-    """The learning rate's factor: warm-up, then a half cosine over the time."""
-    return min(1.0, (step + 1) / 200) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1.0, spent))))
+def _rate(n_steps: int, spent: float) -> float:
+    """The learning rate's factor: warm-up over the first steps of a call, then a half cosine over its time."""
+    return min(1.0, (n_steps + 1) / 200) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1.0, spent))))
 
 
 def train_encoder(
@@ -189,8 +190,10 @@ def train_encoder(
 ) -> dict:
     """Train for so many minutes, from the last checkpoint, and write what there is; the figures.
 
-    The learning rate falls over the minutes of a call: a run that goes on in another call warms up again.
+    At least one step. The learning rate falls over the minutes of a call: a run that goes on in another one warms up again.
+    raises: InvalidValue for a run that was begun with other settings
     """
+    check_settings(settings, run_folder)
     torch.manual_seed(settings.seed)
     stage = Stage(run_folder, settings.kind, minutes)
     sprites = Sprites.read(sprites_file)
@@ -216,21 +219,18 @@ def train_encoder(
         step, images, seconds = state["step"], state["images"], state["seconds"]
     kind = torch.device(device).type
     bf16 = resolved_precision("auto", device) == "bf16"
-    begun, budget = time.monotonic(), max(1e-9, stage.deadline - time.monotonic())
+    begun, budget, first = time.monotonic(), max(1e-9, stage.deadline - time.monotonic()), step
     batches = SceneBatches(sprites, settings.batch, settings.seed + 2, step, tokenizer).loaded(workers)
     empty = tokenizer("", padding="max_length", max_length=tokenizer.model_max_length, return_tensors="pt").input_ids
     losses: list[torch.Tensor] = []
-    loss_now = math.nan
     for packed in _captioned(batches, empty):
-        if stage.late and step:
-            break
         started = time.monotonic()
         generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + step)
         pictures = compose(packed, sprites.pixels, settings.size)
         with torch.autocast(kind, torch.bfloat16, enabled=bf16):
             loss = model(pictures, packed["tokens"].to(device), generator)
         for group in optimizer.param_groups:
-            group["lr"] = settings.lr * _rate(step, (started - begun) / budget)
+            group["lr"] = settings.lr * _rate(step - first, (started - begun) / budget)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
@@ -239,12 +239,16 @@ def train_encoder(
         losses.append(loss.detach())
         step, images = step + 1, images + len(pictures)
         seconds += time.monotonic() - started
-        if step % REPORT_STEPS == 0 or stage.late:
+        late = stage.late
+        if step % REPORT_STEPS == 0 or late:
             loss_now = round(float(torch.stack(losses).mean()), 4)
             losses.clear()
             stage.log(images=images, loss=loss_now, seconds=round(seconds, 1))
+        if stage.save_is_due or late:
             state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
             stage.save(state | {"step": step, "images": images, "seconds": seconds})
+        if late:
+            break
     figures = {
         "images": images,
         "steps": step,

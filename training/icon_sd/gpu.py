@@ -1,4 +1,4 @@
-"""What waits for a GPU, done in order within some minutes: python3 training/icon_sd/gpu.py --minutes 11 --out OUT
+"""What waits for a GPU, done in order within some minutes: python3 training/icon_sd/gpu.py --minutes 9.5 --out OUT
 
 Runs on a machine that holds this folder, Python with torch, torchvision, transformers, timm, peft, safetensors, numpy,
 pyarrow and click, and perhaps nothing else: attrdb need not be installed, and what is missing is taken from the wheels in
@@ -14,7 +14,9 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import math
 import os
+import signal
 import subprocess
 import sys
 import tarfile
@@ -31,12 +33,19 @@ ROOMS = ("ingest", "training", "queries")
 
 @dataclass(frozen=True)
 class Task:
-    """command: after the interpreter; {run}, {out} and {minutes} are filled in. minutes: of eleven. least: to begin with."""
+    """A task of the queue.
+
+    command: what follows the interpreter; {root}, {run}, {out}, {minutes} and {sprites} are filled in
+    share:   of the time, beside the shares of the tasks that are not done yet
+    least:   minutes without which it is not begun
+    most:    minutes that it can use
+    """
 
     name: str
     command: tuple[str, ...]
-    minutes: float
-    least: float
+    share: float
+    least: float = 0.0
+    most: float = math.inf
 
 
 def _module(name: str, *words: str) -> tuple[str, ...]:
@@ -44,9 +53,11 @@ def _module(name: str, *words: str) -> tuple[str, ...]:
 
 
 KEPT = ("--run", "{run}", "--out", "{out}", "--minutes", "{minutes}")
-AUTOENCODER = ("--vae-minutes", "1.8", "--vae-images", "8000000", "--vae-batch", "128", "--vae-lr", "6e-4")
-UNET = ("--unet-batch", "1024", "--unet-lr", "1e-3", "--lr-end", "0.1")
-TINY_SHAPE = (
+AUTOENCODER = ("--vae-minutes", "1.6", "--vae-images", "8000000", "--vae-batch", "128", "--vae-lr", "6e-4")
+UNET = ("--unet-batch", "1024", "--unet-lr", "1e-3", "--lr-end", "0.1", "--workers", "12")
+LARGE = ("--batch", "1024", "--workers", "12")
+SHAPE = ("{root}/benchmarks/shapes.py", "--json", "{out}/sd15.json", "--shape")
+TINY_STEPS = (
     "--steps",
     "1",
     "--batch",
@@ -59,28 +70,31 @@ TINY_SHAPE = (
     "custom-diffusion",
 )
 TASKS = (
-    Task(
-        "icon-sd",
-        _module("build", *KEPT, *AUTOENCODER, *UNET, "--workers", "12"),
-        minutes=6.4,
-        least=3.0,
-    ),
-    Task("icon-clip", _module("encoders", "icon-clip", *KEPT, "--batch", "1024", "--workers", "12"), 1.3, 0.8),
-    Task("icon-moco", _module("encoders", "icon-moco", *KEPT, "--batch", "512", "--workers", "12"), 1.2, 0.8),
-    Task("sd15", ("benchmarks/shapes.py", "--shape", "sd15", "--json", "{out}/sd15.json"), 2.0, 1.5),
+    Task("icon-sd", _module("build", *KEPT, *AUTOENCODER, *UNET), share=5.0, least=3.0),
+    Task("icon-clip", _module("encoders", "icon-clip", *KEPT, *LARGE), share=1.0, least=0.7),
+    Task("icon-moco", _module("encoders", "icon-moco", *KEPT, *LARGE), share=1.0, least=0.7),
+    Task("sd15", (*SHAPE, "sd15", "--steps", "30"), share=1.8, least=1.2, most=3.0),
 )
 # The same at sizes for which seconds on a CPU are enough.
+FEW = ("--batch", "8", "--sprites", "{sprites}")
 REHEARSAL = (
-    Task("icon-sd", _module("build", *KEPT, "--tiny", "--sprites", "{sprites}"), 0.3, 0.0),
-    Task("icon-clip", _module("encoders", "icon-clip", *KEPT, "--batch", "8", "--sprites", "{sprites}"), 0.1, 0.0),
-    Task("icon-moco", _module("encoders", "icon-moco", *KEPT, "--batch", "8", "--sprites", "{sprites}"), 0.1, 0.0),
-    Task(
-        "sd15",
-        ("benchmarks/shapes.py", "--shape", "icon-sd", "--json", "{out}/sd15.json", *TINY_SHAPE),
-        minutes=1.5,
-        least=0.0,
-    ),
+    Task("icon-sd", _module("build", *KEPT, "--tiny", "--sprites", "{sprites}"), 1.0, most=0.25),
+    Task("icon-clip", _module("encoders", "icon-clip", *KEPT, *FEW), 1.0, most=0.1),
+    Task("icon-moco", _module("encoders", "icon-moco", *KEPT, *FEW), 1.0, most=0.1),
+    Task("sd15", (*SHAPE, "icon-sd", *TINY_STEPS), 1.0),
 )
+
+
+def minutes_for(task: Task, waiting: tuple[Task, ...], left: float) -> float:
+    """Minutes that a task gets of those that are left, or 0 if they are not enough for it.
+
+    waiting: the tasks that are not done, this one first; each is left GRACE beside its share
+    """
+    free = left - len(waiting) * GRACE / 60
+    given = min(task.most, free * task.share / sum(one.share for one in waiting))
+    if given < task.least:  # rather this one whole than all of them too short
+        given = min(task.least, left - GRACE / 60)
+    return given if given >= task.least and given > 0 else 0.0
 
 
 def environment(folder: Path) -> dict[str, str]:
@@ -92,57 +106,69 @@ def environment(folder: Path) -> dict[str, str]:
         if not link.is_symlink():
             link.symlink_to(part)
     paths = [str(package.parent.resolve())]
-    wheels = sorted((ROOT / ".whl").glob("*.whl"))
-    wanted = [wheel for wheel in wheels if find_spec(wheel.name.split("-")[0]) is None]
-    if wanted:
+    wheels = [wheel for wheel in sorted((ROOT / ".whl").glob("*.whl")) if find_spec(_package(wheel)) is None]
+    if wheels:
         target = folder / "packages"
         quiet = ["--quiet", "--no-index", "--no-deps", "--no-compile", "--upgrade", "--target", str(target)]
-        subprocess.run([sys.executable, "-m", "pip", "install", *quiet, *map(str, wanted)], check=True)
-        paths.append(str(target.resolve()))
+        subprocess.run([sys.executable, "-m", "pip", "install", *quiet, *map(str, wheels)], check=True)
+        paths.append(str(target))
     known = os.environ.get("PYTHONPATH")
     joined = os.pathsep.join([*paths, *([known] if known else [])])
     return {**os.environ, "PYTHONPATH": joined, "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"}
 
 
+def _package(wheel: Path) -> str:
+    """The name by which a wheel's package is imported."""
+    return wheel.name.split("-")[0].removesuffix("_torch")
+
+
 def run(tasks: tuple[Task, ...], minutes: float, runs: Path, out: Path, sprites: Path | None) -> list[dict]:
     """What became of each task: done, skipped, no time, failed (with its exit code)."""
     end = time.monotonic() + 60 * minutes
-    share = min(1.0, minutes / 11) if tasks is TASKS else 1.0
+    runs, out = runs.resolve(), out.resolve()
     runs.mkdir(parents=True, exist_ok=True)
     out.mkdir(parents=True, exist_ok=True)
     variables = environment(runs)
-    said = []
-    for task in tasks:
+    states = []
+    for number, task in enumerate(tasks):
         done, results = runs / f"{task.name}.done", runs / "results" / task.name
         left = (end - time.monotonic()) / 60
-        planned = min(task.minutes * share, left - GRACE / 60 if tasks is TASKS else task.minutes)
+        waiting = tuple(one for one in tasks[number:] if not (runs / f"{one.name}.done").exists())
         if done.exists():
-            said.append({"task": task.name, "state": "done before"})
-        elif planned < task.least:
-            said.append({"task": task.name, "state": "no time", "minutes_left": round(left, 1)})
+            states.append({"task": task.name, "state": "done before"})
+        elif not (planned := minutes_for(task, waiting, left)):
+            states.append({"task": task.name, "state": "no time", "minutes_left": round(left, 1)})
         else:
             results.mkdir(parents=True, exist_ok=True)
-            fills = {"run": runs / task.name, "out": results, "minutes": planned, "sprites": sprites}
+            fills = {"root": ROOT, "run": runs / task.name, "out": results, "minutes": planned}
+            fills |= {"sprites": sprites and sprites.resolve()}
             command = [sys.executable, *(word.format(**fills) for word in task.command)]
             started = time.monotonic()
             with (out / f"{task.name}.log").open("wb") as log:
-                state = _run(command, log, variables, 60 * planned + GRACE)
+                state = _run(command, runs, log, variables, 60 * planned + GRACE)
             if state == "done":
                 done.touch()
-            said.append({"task": task.name, "state": state, "seconds": round(time.monotonic() - started)})
-        print(json.dumps(said[-1]), flush=True)
+            states.append({"task": task.name, "state": state, "seconds": round(time.monotonic() - started)})
+        print(json.dumps(states[-1]), flush=True)
         pack(runs / "results", out)  # after each task: the machine may be taken back at any time
-    return said
+    return states
 
 
-def _run(command: list[str], log: io.BufferedWriter, variables: dict[str, str], seconds: float) -> str:
+def _run(command: list[str], folder: Path, log: io.BufferedWriter, variables: dict[str, str], seconds: float) -> str:
+    """Run a command, and end it with all that it has started when its time is over.
+
+    folder: to run in, one without a folder `attrdb`: Python would look for the package there first
+    """
+    process = subprocess.Popen(
+        command, cwd=folder, env=variables, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+    )
     try:
-        found = subprocess.run(
-            command, cwd=ROOT, env=variables, stdout=log, stderr=subprocess.STDOUT, timeout=seconds, check=False
-        )
+        code = process.wait(timeout=seconds)
     except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
         return f"ended after {seconds:.0f} s"
-    return "done" if found.returncode == 0 else f"failed with {found.returncode}"
+    return "done" if code == 0 else f"failed with {code}"
 
 
 def pack(results: Path, out: Path) -> list[Path]:
@@ -169,7 +195,7 @@ def unpack(parts: Path, into: Path) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Run what waits for a GPU, within some minutes.")
-    parser.add_argument("--minutes", type=float, default=11.0)
+    parser.add_argument("--minutes", type=float, default=9.5)
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "gpu", help="Checkpoints; kept between calls.")
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "gpu-out", help="Results, in parts, and logs.")
     parser.add_argument("--rehearse", type=Path, metavar="SPRITES", help="Tiny sizes, with the sprites of this file.")
@@ -179,8 +205,8 @@ def main() -> int:
     if given.unpack:
         unpack(given.unpack, given.into)
         return 0
-    said = run(REHEARSAL if given.rehearse else TASKS, given.minutes, given.runs, given.out, given.rehearse)
-    return 0 if all(one["state"].startswith("done") for one in said) else 1
+    states = run(REHEARSAL if given.rehearse else TASKS, given.minutes, given.runs, given.out, given.rehearse)
+    return 0 if all(one["state"].startswith("done") for one in states) else 1
 
 
 if __name__ == "__main__":

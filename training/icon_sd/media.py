@@ -122,7 +122,8 @@ def silhouette(layers: Layers) -> torch.Tensor:
 
 
 def outline(layers: Layers) -> torch.Tensor:
-    lines = torch.sigmoid(14 * (_edges(layers.picture * layers.cover + 1 - layers.cover) - 0.35))
+    inside = _edges(layers.picture * layers.cover + 1 - layers.cover)
+    lines = torch.sigmoid(14 * (torch.maximum(inside, _edges(layers.cover)) - 0.35))
     return (1 - lines).expand(-1, 3, -1, -1)
 
 
@@ -208,6 +209,9 @@ MEDIA: dict[str, tuple[str, Callable[[Layers], torch.Tensor]]] = {
     "embroidery": ("embroidery", embroidery),
 }
 NAMES = tuple(MEDIA)
+# What cannot be seen in a medium is not named in the caption either.
+WITHOUT_GROUND = {"pencil", "outline", "blueprint", "neon", "chalk"}
+WITHOUT_COLOUR = {"pencil", "outline", "blueprint", "chalk", "woodcut", "silhouette", "sepia", "halftone", "negative"}
 
 
 def apply(layers: Layers, medium: torch.Tensor) -> torch.Tensor:

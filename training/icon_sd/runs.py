@@ -6,12 +6,14 @@ import json
 import time
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import click
 import torch
 
 from attrdb.errors import InvalidValue
-from attrdb.training.icon_sd.parts import IconSdSettings
+
+SAVE_SECONDS = 60.0  # between two checkpoints: on a GPU one takes as long as some steps
 
 
 class Stage:
@@ -22,10 +24,15 @@ class Stage:
         self.checkpoint = folder / f"{name}.pt"
         self.log_file = folder / f"{name}.jsonl"
         self.deadline = time.monotonic() + 60 * minutes
+        self.saved = time.monotonic()
 
     @property
     def late(self) -> bool:
         return time.monotonic() >= self.deadline
+
+    @property
+    def save_is_due(self) -> bool:
+        return time.monotonic() - self.saved >= SAVE_SECONDS
 
     def load(self) -> dict | None:
         return torch.load(self.checkpoint, map_location="cpu", weights_only=True) if self.checkpoint.exists() else None
@@ -34,6 +41,7 @@ class Stage:
         part = self.checkpoint.with_suffix(".part")
         torch.save(state, part)
         part.replace(self.checkpoint)
+        self.saved = time.monotonic()
 
     def log(self, **figures: float) -> None:
         line = json.dumps(figures)
@@ -42,8 +50,8 @@ class Stage:
             file.write(line + "\n")
 
 
-def check_settings(settings: IconSdSettings, folder: Path) -> None:
-    """Store a run's settings, or compare them with those that it was begun with.
+def check_settings(settings: Any, folder: Path) -> None:
+    """Store a run's settings, a dataclass, or compare them with those that it was begun with.
 
     raises: InvalidValue if they differ
     """

@@ -11,7 +11,7 @@ import math
 import random
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -144,10 +144,13 @@ def with_article(name: str) -> str:
     last = name.split()[-1]
     if last.endswith("s") and not last.endswith(("ss", "us", "is")):
         return name
-    return f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
+    vowel = name[0] in "aeiou" and not name.startswith(("uni", "usb", "eu", "one "))
+    return f"{'an' if vowel else 'a'} {name}"
 
 
 def _plural(name: str) -> str:
+    if with_article(name) == name:
+        return name
     return name + ("es" if name.endswith(("s", "x", "ch", "sh")) else "s")
 
 
@@ -189,15 +192,12 @@ class Composer:
         style = style if n_things > 1 else self.styles[first]
 
         pattern, one, two, ground = ("plain", (255, 255, 255), (255, 255, 255), "") if plain else self._ground(rng)
-        named = [self._tinted(pick, one, two, plain, rng) for pick in picks]
+        medium = self._medium(picks, plain, min(sum(one), sum(two)) < 200, rng)
+        coloured = medium < 0 or media.NAMES[medium] not in media.WITHOUT_COLOUR
+        named = [self._tinted(pick, one, two, plain, coloured, rng) for pick in picks]
         layout = self._centred if plain else (self._alone, self._pair, self._three)[n_things - 1]
         things, words = layout(named, rng)
 
-        medium = -1
-        if rng.random() < (0.15 if plain else 0.35):
-            number = rng.randrange(len(media.NAMES))
-            if not any(media.held_out(self.things[pick], media.NAMES[number]) for pick in picks):
-                medium = number
         caption = self._caption(words, ground, style, medium, rng)
         return Scene(caption, things, pattern, one, two, medium)
 
@@ -233,9 +233,9 @@ class Composer:
         return pattern, one, two, f"on {with_article(a)} and {b} {word} ground"
 
     def _tinted(
-        self, pick: int, one: tuple, two: tuple, plain: bool, rng: random.Random
+        self, pick: int, one: tuple, two: tuple, plain: bool, coloured: bool, rng: random.Random
     ) -> tuple[int, tuple[int, int, int], str]:
-        """Sprite, tint, and its name with its colour where it has one to name."""
+        """Sprite, tint, and its name, with its colour where it has one that is seen."""
         thing = self.things[pick]
         if not self.mono[pick]:
             return pick, (255, 255, 255), thing
@@ -243,7 +243,16 @@ class Composer:
             return pick, COLOURS["black"], thing
         clear = [name for name, rgb in COLOURS.items() if min(_far(rgb, one), _far(rgb, two)) > 110]
         name = rng.choice(clear or ["black"])
-        return pick, _shaken(COLOURS[name], rng), f"{name} {thing}"
+        return pick, _shaken(COLOURS[name], rng), f"{name} {thing}" if coloured else thing
+
+    def _medium(self, picks: list[int], plain: bool, dark: bool, rng: random.Random) -> int:
+        """A medium or none; none for a pair that is held out, or a black silhouette on a dark ground."""
+        if rng.random() >= (0.15 if plain else 0.35):
+            return -1
+        number = rng.randrange(len(media.NAMES))
+        name = media.NAMES[number]
+        unfit = (name == "silhouette" and dark) or any(media.held_out(self.things[pick], name) for pick in picks)
+        return -1 if unfit else number
 
     def _centred(self, named: list[tuple], rng: random.Random) -> tuple[tuple[Placed, ...], str]:
         pick, tint, name = named[0]
@@ -271,7 +280,10 @@ class Composer:
 
     def _pair(self, named: list[tuple], rng: random.Random) -> tuple[tuple[Placed, ...], str]:
         relation = rng.choice(list(RELATIONS))
+        twins = named[0] == named[1]
         sizes = rng.choice((("", ""), ("", ""), ("small", "large"), ("large", "small")))
+        if twins:
+            sizes = rng.choice((("", ""), ("small", "small"), ("large", "large")))
         placed, words = [], []
         overlapping = relation in ("in front of", "behind")
         for (pick, tint, name), size, (x, y) in zip(named, sizes, RELATIONS[relation], strict=True):
@@ -281,12 +293,15 @@ class Composer:
             x, y = (max(-reach, min(reach, at + rng.uniform(-0.06, 0.06))) for at in (x, y))
             placed.append(Placed(pick, tint, x, y, scale, mirrored=rng.random() < 0.3))
             words.append(f"{size} {name}".strip() if rng.random() < 0.7 else name)
-        if named[0][0] == named[1][0] and named[0][1] == named[1][1] and relation in ("and", "next to"):
+        if twins and relation in ("and", "next to"):
             text = f"two {_plural(words[0])}"
         else:
             text = f"{with_article(words[0])} {relation} {with_article(words[1])}"
         if relation == "in front of":
             placed.reverse()
+        back, front = placed
+        if overlapping and front.scale > 1.3 * back.scale:  # or nothing would be seen of what is behind
+            placed[0] = replace(back, x=0.55 if back.x > 0 else -0.55, y=-0.55)
         return tuple(placed), text
 
     def _three(self, named: list[tuple], rng: random.Random) -> tuple[tuple[Placed, ...], str]:
@@ -307,13 +322,13 @@ class Composer:
         draw = rng.random()
         if draw < 0.10:
             return ""
-        if ground and rng.random() < 0.85:
+        if ground and rng.random() < 0.85 and (medium < 0 or media.NAMES[medium] not in media.WITHOUT_GROUND):
             words += f", {ground}" if rng.random() < 0.5 else f" {ground}"
         styled = style is not None and rng.random() < 0.55
         if medium >= 0:
             words = f"{with_article(media.MEDIA[media.NAMES[medium]][0])} of {words}"
         elif styled and rng.random() < 0.2:
-            return f"{with_article(style)} icon of {words}"
+            return f"{'an' if style[0] in 'aeiou' else 'a'} {style} icon of {words}"
         elif rng.random() < 0.4:
             words = f"a picture of {words}"
         return f"{words} in the style of {style} art" if styled else words

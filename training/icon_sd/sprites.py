@@ -28,7 +28,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from attrdb.ingest.icons import Drawing, iconify_drawings, openclipart_drawings
+from attrdb.ingest.icons import NOBODY, Drawing, artist_of, iconify_drawings, openclipart_drawings
 
 SIZE = 64  # pixels
 SCHEMA = pa.schema(
@@ -74,7 +74,7 @@ COLOUR_STYLES = (
     Style("streamline ultimate", "streamline-ultimate-color", most=300),
     Style("office", "fluent-color", icons="-(48|32|28|24)", most=120),
     Style("marketeq", "marketeq", most=240),
-    Style("clipart", "openclipart", most=520),
+    Style("open clip", "openclipart", most=520),
 )
 MONO_STYLES = (
     Style("game icons", "game-icons", most=700),
@@ -97,10 +97,10 @@ MONO_STYLES = (
     Style("mingcute", "mingcute", icons="-fill", most=260),
     Style("streamline sharp line", "streamline-sharp", most=200),
     Style("streamline thin", "streamline-ultimate", most=220),
-    Style("pixel art", "pixelarticons", most=160),
+    Style("pixel grid", "pixelarticons", most=160),
     Style("pixel memory", "memory", most=140),
     Style("pixel dinkie", "dinkie-icons", most=160),
-    Style("pencil", "pepicons-pencil", most=160),
+    Style("pepicons", "pepicons-pencil", most=160),
     Style("pop", "pepicons-pop", most=140),
     Style("offset print", "pepicons-print", most=160),
     Style("health", "healthicons", icons="-24px", most=180),
@@ -166,6 +166,9 @@ NOT_THINGS = re.compile(
 )
 SUFFIX = re.compile(r"( (v?\d+|o|variant|alternate|b|f|a|st|1f|color|flat|duo|minimalistic))+$")
 MOST_WORDS = 4
+COLOUR_WORDS = re.compile(r"\b(black|white|gr[ae]y|red|orange|yellow|green|teal|blue|navy|purple|pink|brown|cream)\b")
+# Folders of Open Clip Art without things.
+NOT_CLIPART = ("geography", "signs_and_symbols", "logos", "shapes", "buttons", "special", "decorations")
 
 
 def thing_of(icon: str) -> str | None:
@@ -224,8 +227,12 @@ def render(drawing: Drawing, mono: bool) -> tuple[bytes, str] | None:
     return encoded.getvalue(), hashlib.sha256(pixels.tobytes()).hexdigest()
 
 
-def chosen(drawings: Iterable[Drawing], things: set[str], seed: int) -> dict[Style, list[Drawing]]:
-    """Drawings by style, in the order in which they should be taken: names that many styles draw come first."""
+def chosen(drawings: Iterable[Drawing], things: set[str], marks: set[str], seed: int) -> dict[Style, list[Drawing]]:
+    """Drawings by style, in the order in which they should be taken: names that many styles draw come first.
+
+    things: names that any style may show; game icons show others too, of two words at most, and clip art what ends in one
+    marks:  words of which none is in a name of clip art
+    """
     by_source = defaultdict(list)
     for drawing in drawings:
         by_source[drawing.source].append(drawing)
@@ -239,12 +246,18 @@ def chosen(drawings: Iterable[Drawing], things: set[str], seed: int) -> dict[Sty
                 continue
             if style.source == "openclipart":
                 thing = thing_of(drawing.category)
+                words = (thing or "").split()
+                known = thing in things or (words and words[-1] in things)
+                if not known or marks.intersection(words) or set(drawing.name.split("/")).intersection(NOT_CLIPART):
+                    continue
             else:
                 icon = end.sub("", drawing.name).split("/", 1)[1].replace("-", " ").replace("_", " ")
                 thing = thing_of(icon)
                 rare = style.source == "game-icons" and thing and len(thing.split()) <= 2
                 if thing not in things and not rare:
                     continue
+            if style in MONO_STYLES and COLOUR_WORDS.search(thing or ""):
+                continue  # a scene gives it a colour of its own
             if thing and thing not in named:
                 named[thing] = replace(drawing, category=thing)
         fits[style] = list(named.values())
@@ -269,10 +282,10 @@ def _icon_names(iconify: Path) -> tuple[dict[str, set[str]], dict[str, str | Non
     return icons_of, groups
 
 
-def prolific(drawings: list[Drawing], least: int = 12) -> set[str]:
-    """Creators with many works: each of them is a style of the benchmark, so none of them is in the corpus."""
-    works = Counter(drawing.creator for drawing in drawings)
-    return {creator for creator, count in works.items() if count >= least and creator != "unknown"}
+def prolific(drawings: list[Drawing], least: int = 8) -> set[str]:
+    """Artists with as many works as a style of the benchmark takes: they may be one, so none of them is in the corpus."""
+    works = Counter(artist_of(drawing.creator) for drawing in drawings)
+    return {artist for artist, count in works.items() if count >= least and artist not in NOBODY}
 
 
 def build(iconify: Path, openclipart: Path, seed: int, workers: int) -> list[dict]:
@@ -280,12 +293,14 @@ def build(iconify: Path, openclipart: Path, seed: int, workers: int) -> list[dic
     icons_of, groups = _icon_names(iconify)
     things = vocabulary(icons_of, groups)
     sources = {style.source for style in STYLES}
+    marks = {word for source in MARKS for name in icons_of.get(source, ()) for word in name.split() if len(word) > 3}
+    marks -= things
     clipart = list(openclipart_drawings(openclipart))
     held = prolific(clipart)
-    drawings = [*iconify_drawings(iconify, sources), *(one for one in clipart if one.creator not in held)]
+    drawings = [*iconify_drawings(iconify, sources), *(one for one in clipart if artist_of(one.creator) not in held)]
     rows, seen = [], set()
     with ProcessPoolExecutor(workers) as pool:
-        for style, found in chosen(drawings, things, seed).items():
+        for style, found in chosen(drawings, things, marks, seed).items():
             mono = style in MONO_STYLES
             spare = found[: int(style.most * 1.4)]
             n_rows = len(rows)

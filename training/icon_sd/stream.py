@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import random
 from collections.abc import Iterator
 
@@ -45,7 +46,11 @@ class SceneBatches(IterableDataset):
 
     def loaded(self, workers: int) -> Iterator[Packed]:
         """The batches in their order, drawn ahead by so many processes; none: in this one."""
-        ahead = {"prefetch_factor": 4, "multiprocessing_context": "forkserver"} if workers else {}
+        ahead = {}
+        if workers:
+            context = multiprocessing.get_context("forkserver")
+            context.set_forkserver_preload([__name__])  # what all workers import, once
+            ahead = {"prefetch_factor": 4, "multiprocessing_context": context}
         return iter(DataLoader(self, batch_size=None, num_workers=workers, **ahead))
 
 

@@ -20,7 +20,9 @@ from attrdb.training.icon_sd.scenes import Sprites, compose
 from attrdb.training.icon_sd.stream import Packed, SceneBatches
 
 REPORT_IMAGES = 12_800
+FIRST_BATCHES = 32  # of new scenes, with which a pool begins
 POOL = 24_576  # scenes whose latents a CPU keeps
+WARM_UP = 300  # steps of each call: the optimizer may begin anew in it
 RENEWED = 4  # on a CPU one scene of so many in a batch is new, the others are out of the pool
 
 
@@ -48,7 +50,7 @@ class Latents:
         self.n_added = 0
         self.generator = torch.Generator().manual_seed(settings.seed + first)
         if pool:
-            for _ in range(2 * RENEWED):
+            for _ in range(FIRST_BATCHES):
                 self._add(*self._encoded(next(self.batches)))
 
     @torch.no_grad()
@@ -118,14 +120,15 @@ def train_unet(
     signals, sigmas = (level.to(device) for level in noise_levels())
     source = Latents(vae, sprites, tokenizer, settings, step, workers, POOL if is_cpu(device) else 0)
     report_steps = max(1, REPORT_IMAGES // settings.unet_batch)
-    begun, budget = time.monotonic(), stage.deadline - time.monotonic()
+    begun, budget, first = time.monotonic(), stage.deadline - time.monotonic(), step
     losses: list[torch.Tensor] = []
-    while not stage.late:
+    late = stage.late
+    while not late:
         started = time.monotonic()
-        generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + step)
+        generator = torch.Generator(device).manual_seed(settings.seed * 1_000_003 + step)
         x, tokens = source.next()
-        t = torch.randint(len(signals), (len(x),), generator=generator).to(device)
-        noise = torch.randn(x.shape, generator=generator).to(device)
+        t = torch.randint(len(signals), (len(x),), generator=generator, device=device)
+        noise = torch.randn(x.shape, generator=generator, device=device)
         signal, sigma = signals[t].view(-1, 1, 1, 1), sigmas[t].view(-1, 1, 1, 1)
         with autocast(), attention():
             states = text_encoder(tokens).last_hidden_state
@@ -135,7 +138,7 @@ def train_unet(
         torch.nn.utils.clip_grad_norm_(both.parameters(), 1.0)
         spent = (started - begun) / budget
         for group in optimizer.param_groups:
-            group["lr"] = settings.unet_lr * min(1.0, (step + 1) / 300) * (1 - (1 - lr_end) * spent)
+            group["lr"] = settings.unet_lr * min(1.0, (step - first + 1) / WARM_UP) * (1 - (1 - lr_end) * spent)
         optimizer.step()
         optimizer.zero_grad()
         decay = min(settings.ema, (step + 1) / (step + 10))
@@ -152,6 +155,7 @@ def train_unet(
             loss_now = round(float(torch.stack(losses).mean()), 5)
             losses.clear()
             stage.log(images=images, loss=loss_now, seconds=round(seconds, 1))
+        if stage.save_is_due or late:
             figures = {"step": step, "images": images, "seconds": seconds, "loss": loss_now}
             stage.save({"weights": both.state_dict(), "ema": ema, "optimizer": optimizer.state_dict(), **figures})
     both.load_state_dict(ema)
