@@ -210,7 +210,7 @@ MEDIA: dict[str, tuple[str, Callable[[Layers], torch.Tensor]]] = {
 }
 NAMES = tuple(MEDIA)
 # What cannot be seen in a medium is not named in the caption either.
-WITHOUT_GROUND = {"pencil", "outline", "blueprint", "neon", "chalk"}
+WITHOUT_GROUND = {"pencil", "outline", "blueprint", "neon", "chalk", "woodcut", "sepia", "halftone", "negative"}
 WITHOUT_COLOUR = {"pencil", "outline", "blueprint", "chalk", "woodcut", "silhouette", "sepia", "halftone", "negative"}
 
 
