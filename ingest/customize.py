@@ -44,6 +44,7 @@ class CustomizeSettings:
     prior:        where regularization images come from, see `regularization.PRIORS`
     prior_images: how many of them there are; a batch then has as many again as it has exemplars
     prior_weight: of their loss beside the exemplars'
+    token_from:   words at whose mean embedding the new token starts; empty: the category
     """
 
     steps: int = 250
@@ -54,6 +55,11 @@ class CustomizeSettings:
     prior: str = "caption"
     prior_images: int = 0
     prior_weight: float = 1.0
+    token_from: str = ""
+
+    def like(self, category: str | None) -> str:
+        """What the new token starts from."""
+        return self.token_from or category or ""
 
 
 class Diverged(InvalidValue):
@@ -130,7 +136,8 @@ def customize(
     started = time.monotonic()
     customizer = load_customizer(method)
     prompts = [prompt] * len(exemplars) if isinstance(prompt, str) else list(prompt)
-    token_id = base.add_token(token, category) if token else None
+    like = settings.like(category)
+    token_id = base.add_token(token, like) if token else None
     try:
         if token:
             check_prompts(base.pipeline, list(dict.fromkeys(prompts)), token)
@@ -157,7 +164,7 @@ def customize(
             delta = _taken(parameters)
     finally:
         base.restore()
-    apply_delta(base, delta, token, category, method)
+    apply_delta(base, delta, token, like, method)
     last = losses[-max(1, len(losses) // 10) :]
     figures = {"customize_seconds": time.monotonic() - started, "loss": sum(last) / len(last), "losses": losses}
     return delta, figures
@@ -380,8 +387,10 @@ def load_delta(path: Path, method: str = DEFAULT_METHOD) -> Delta:
     return delta
 
 
-def apply_delta(base: BaseModel, delta: Delta, token: str | None, category: str, method: str = DEFAULT_METHOD) -> None:
+def apply_delta(base: BaseModel, delta: Delta, token: str | None, like: str, method: str = DEFAULT_METHOD) -> None:
     """Turn a fresh base model into the customized one; `base.restore()` takes it back.
+
+    like: what the new token starts from, see `CustomizeSettings.like`; methods that train no token leave it there
 
     raises: InvalidValue if the delta was made for another architecture or is not of this method
     """
@@ -402,6 +411,6 @@ def apply_delta(base: BaseModel, delta: Delta, token: str | None, category: str,
         )
     base.replace(values)
     if token:
-        token_id = base.add_token(token, category)
+        token_id = base.add_token(token, like)
         if TOKEN_KEY in delta:
             base.pipeline.text_encoder.get_input_embeddings().weight.data[token_id] = delta[TOKEN_KEY].to(base.device)

@@ -222,7 +222,8 @@ def regenerate(
     base, encoded = load(name), {}
     base.precision = record.get("computed_in", "float32")
     try:
-        apply_delta(base, delta, row["token"], row["category"], row["method"])
+        like = record["customize"].get("token_from") or row["category"]
+        apply_delta(base, delta, row["token"], like, row["method"])
         use_fast_solver(base)
         for batch in batches:
             if wanted.isdisjoint(plan.image_id for plan in batch):

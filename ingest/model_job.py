@@ -54,7 +54,7 @@ SINCE = {
     "customize": {
         name: value
         for name, value in asdict(CustomizeSettings()).items()
-        if name in ("augment", "prior", "prior_images", "prior_weight")
+        if name in ("augment", "prior", "prior_images", "prior_weight", "token_from")
     },
 }
 
@@ -133,7 +133,7 @@ def customized(
     """
     figures_file, method, token = job / "figures.json", record["method"], record_token(record)
     if figures_file.exists():
-        apply_delta(base, load_delta(weights, method), token, category, method)
+        apply_delta(base, load_delta(weights, method), token, settings.like(category), method)
         return json.loads(figures_file.read_text())
 
     def save(delta: Delta, path: Path) -> None:

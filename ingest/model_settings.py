@@ -135,6 +135,10 @@ def _check(settings: ModelSettings) -> None:
     """raises: InvalidValue or NotFound for settings that cannot be used, before anything is read or loaded"""
     resolved_precision(settings.precision)
     check_prior(settings.customize)
+    if TOKEN in settings.customize.token_from:
+        raise InvalidValue(
+            f"token_from is {settings.customize.token_from!r}; it must be words that the base model knows"
+        )
     if settings.customize.augment not in VIEWS:
         raise InvalidValue(f"augment is {settings.customize.augment!r}; it must be {' or '.join(VIEWS)}")
     if settings.kind == "mixed" and settings.method == "textual-inversion":

@@ -96,6 +96,7 @@ KEYS = {
     "prior": Key(str),
     "prior_images": Key(int, 0),
     "prior_weight": Key(float, 1e-12),
+    "token_from": Key(str),
 }
 OF_THE_MODEL = {
     "exemplars",

@@ -309,13 +309,14 @@ def test_rows_of_an_earlier_attrdb_are_the_same_model(empty, exemplar_folder, ti
     record = json.loads(row["settings"])
     for name in ("precision", "computed_in"):
         del record[name]
-    for name in ("augment", "prior", "prior_images", "prior_weight"):
+    for name in ("augment", "prior", "prior_images", "prior_weight", "token_from"):
         del record["customize"][name]
     empty.upsert("models", [{**row, "settings": json.dumps(record)}], on="model_id")
     assert ingest(empty, exemplar_folder, tiny_base, toy_encoder).appended is False
     for given, name in (
         ({"augment": "mild"}, "customize"),
         ({"prior_images": 2}, "customize"),
+        ({"token_from": "art"}, "customize"),
         ({"precision": "float32"}, "precision"),
         ({"method": "dreambooth-lora", "steps": 3, "lr": 0.01}, "method"),
     ):
@@ -485,6 +486,21 @@ def test_prior_weight_counts(base):
 def test_settings_that_mean_nothing(tiny_base, given, words):
     with pytest.raises(InvalidValue, match=words):
         model.settings_for(str(tiny_base), "object", "vase", given)
+
+
+def test_a_token_starts_from_other_words_and_is_drawn_again_from_them(empty, exemplar_folder, tiny_base, base):
+    embedded = base.pipeline.text_encoder.get_input_embeddings().weight
+    art = base.pipeline.tokenizer("art", add_special_tokens=False).input_ids
+    settings = customize.CustomizeSettings(steps=1, batch=1, lr=0.01, token_from="art")
+    customize.customize(base, [RED], "V* vase", "V*", "vase", settings, method="dreambooth-lora")
+    grown = base.pipeline.text_encoder.get_input_embeddings().weight
+    assert grown[len(embedded)].equal(embedded[art].mean(dim=0))
+    settings = model.settings_for(str(tiny_base), "object", "vase", {"method": "dreambooth-lora", "token_from": "art"})
+    exemplars = model.read_exemplars(exemplar_folder)
+    model.ingest_model(empty, exemplars, settings, [Pixels(4)], "vase-1")
+    assert {name: webp(image) for name, image in model.regenerate(empty, "vase-1")} == samples(empty)
+    with pytest.raises(InvalidValue, match="token_from is 'V\\* art'; it must be words that the base model knows"):
+        model.settings_for(str(tiny_base), "object", "vase", {"token_from": "V* art"})
 
 
 def test_every_exemplar_is_trained_with_its_own_prompt_where_a_token_is_trained(base, monkeypatch):

@@ -173,6 +173,7 @@ def _tell_failures(failures: dict[str, str], what: str) -> None:
     type=click.FloatRange(min=0, min_open=True),
     help="Of their loss beside the exemplars'; default 1.",
 )
+@click.option("--token-from", help="Words that the new token V* starts from; default: the category.")
 @encoder_option
 @quiet_option
 def ingest_model(
