@@ -9,6 +9,7 @@ from test_ingest_corpus import ingest
 
 from attrdb import maintenance
 from attrdb.errors import Busy, InvalidValue
+from attrdb.ids import encode_job
 from attrdb.ingest import backfill as module
 from attrdb.ingest import corpus
 from attrdb.ingest.backfill import backfill
@@ -190,7 +191,7 @@ def test_another_encoder_of_that_name_is_refused(stored):
 
 def test_two_at_once(stored):
     with (
-        alone(stored.path / "jobs" / ".encode-pixels_2.lock", "held"),
+        alone(encode_job(stored.path, "pixels_2").lock, "held"),
         pytest.raises(Busy, match=r"encode-pixels_2 is being run by another process; wait for it"),
     ):
         backfill(stored, Pixels(2))

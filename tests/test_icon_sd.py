@@ -173,7 +173,7 @@ def test_captions_say_what_is_in_the_scene(shipped):
                 assert {thing.sprite for thing in others} == {one.sprite}
                 assert max(t.scale for t in scene.things) < 1.35 * min(t.scale for t in scene.things)
         if scene.medium >= 0 and media.NAMES[scene.medium] in media.WITHOUT_GROUND:
-            assert "ground" not in scene.caption
+            assert " ground" not in scene.caption
         named = [medium for medium in media.NAMES if f"{media.MEDIA[medium][0]} of" in scene.caption]
         assert named == ([media.NAMES[scene.medium]] if scene.medium >= 0 else [])
     sizes = {len(scene.things) for scene in drawn}

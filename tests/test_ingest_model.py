@@ -412,7 +412,7 @@ def test_model_id_cannot_leave_the_directory(empty, exemplar_folder, tiny_base, 
     settings = model.settings_for(str(tiny_base), "object", "vase")
     exemplars = model.read_exemplars(exemplar_folder)
     if model_id:
-        with pytest.raises(InvalidValue, match="is not usable"):
+        with pytest.raises(InvalidValue, match="cannot be used"):
             model.ingest_model(empty, exemplars, settings, [toy_encoder], model_id)
     else:
         assert model.default_model_id(settings, exemplars).startswith("vase-")

@@ -565,7 +565,7 @@ GOOD = {"exemplars": "red", "category": "vase", "kind": "object"}
         (GOOD | {"exemplars": ["red/b.png"]}, r"line 2: image .*red/b\.png cannot be read: No such file"),
         (GOOD | {"exemplars": ["red/a.png", "red/a.png"]}, "line 2: exemplars must be .* each once"),
         (GOOD | {"exemplars": ["red/a.png", "copy.png"]}, r"line 2: exemplars .*copy\.png are the same file; keep one"),
-        (GOOD | {"model_id": "../x"}, r"line 2: model id '\.\./x' is not usable"),
+        (GOOD | {"model_id": "../x"}, r"line 2: model id '\.\./x' \(4 characters\) cannot be used"),
         (GOOD | {"model_id": "red", "steps": 5}, "line 2: it makes model 'red' as line 1 does, with other customize"),
         (GOOD | {"model_id": "red", "exemplars": "blue"}, "makes model 'red' as line 1 does, with other exemplars"),
         (GOOD | {"prompts": "none.txt"}, r"line 2: no prompt bank .*none\.txt"),

@@ -26,7 +26,10 @@ from attrdb.training.train import train
 def db(learnable, tmp_path_factory):
     """A database with everything that a report shows but mixed models: ranks, a mapper, a calibration."""
     db = attrdb.open(shutil.copytree(learnable.path, tmp_path_factory.mktemp("report") / "some.attrdb"))
-    train(db, settings=QUICK, mapper_id="tuned<b>")
+    train(db, settings=QUICK, mapper_id="tuned")
+    [row] = db.sql("SELECT * FROM mappers").to_pylist()
+    db.upsert("mappers", [{**row, "mapper_id": "tuned<b>"}], on="mapper_id")  # as an earlier attrdb took it
+    db.delete("mappers", "mapper_id = 'tuned'")
     calibrate(db, mapper_id="tuned<b>")
     for mapper_id in (None, "tuned<b>"):
         evaluate(db, mapper_id=mapper_id)

@@ -27,7 +27,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 PART = 15 * 2**20  # bytes
-GRACE = 60  # seconds that a task may take beyond its minutes: to start, and to write what it has
+GRACE = 40  # seconds that a task may take beyond its minutes: to start, and to write what it has
 ROOMS = ("ingest", "training", "queries")
 
 
@@ -128,7 +128,8 @@ def run(tasks: tuple[Task, ...], minutes: float, runs: Path, out: Path, sprites:
     runs, out = runs.resolve(), out.resolve()
     runs.mkdir(parents=True, exist_ok=True)
     out.mkdir(parents=True, exist_ok=True)
-    variables = environment(runs)
+    variables, empty = environment(runs), runs / "empty"
+    empty.mkdir(exist_ok=True)
     states = []
     for number, task in enumerate(tasks):
         done, results = runs / f"{task.name}.done", runs / "results" / task.name
@@ -145,7 +146,7 @@ def run(tasks: tuple[Task, ...], minutes: float, runs: Path, out: Path, sprites:
             command = [sys.executable, *(word.format(**fills) for word in task.command)]
             started = time.monotonic()
             with (out / f"{task.name}.log").open("wb") as log:
-                state = _run(command, runs, log, variables, 60 * planned + GRACE)
+                state = _run(command, empty, log, variables, 60 * planned + GRACE)
             if state == "done":
                 done.touch()
             states.append({"task": task.name, "state": state, "seconds": round(time.monotonic() - started)})
@@ -157,7 +158,7 @@ def run(tasks: tuple[Task, ...], minutes: float, runs: Path, out: Path, sprites:
 def _run(command: list[str], folder: Path, log: io.BufferedWriter, variables: dict[str, str], seconds: float) -> str:
     """Run a command, and end it with all that it has started when its time is over.
 
-    folder: to run in, one without a folder `attrdb`: Python would look for the package there first
+    folder: to run in, an empty one: Python would look for the package in a folder `attrdb`, a base model in one `icon-sd`
     """
     process = subprocess.Popen(
         command, cwd=folder, env=variables, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
