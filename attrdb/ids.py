@@ -14,7 +14,7 @@ from pathlib import Path
 
 from attrdb.errors import InvalidValue
 
-LONGEST = 120  # characters: file names may have 255 bytes, and a lock is named after an encoder and a mapper
+LONGEST = 120  # characters: with what stands before and after it, a file's name keeps within 255 bytes
 RULE = re.compile(rf"[A-Za-z0-9][A-Za-z0-9._-]{{0,{LONGEST - 1}}}")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -108,16 +109,7 @@ def tiny_base(tmp_path_factory) -> Path:
 
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("base")
-    settings = parts.IconSdSettings(
-        size=32,
-        latent_channels=4,
-        vae_channels=(8, 8, 8),
-        vocabulary=600,
-        max_tokens=32,
-        text_width=32,
-        text_layers=1,
-        unet_channels=(32, 32),
-    )
+    settings = replace(parts.TINY, vocabulary=600)
     tokenizer = parts.train_tokenizer(["a picture of a vase in the style of art"] * 3, settings, folder / "tokens")
     vae, unet = parts.new_vae(settings), parts.new_unet(settings)
     parts.export(vae, unet, parts.new_text_encoder(tokenizer, settings), tokenizer, {}, folder / "tiny-sd")

@@ -329,6 +329,27 @@ def test_a_run_is_carried_to_another_machine(few_file, tmp_path, monkeypatch):
     torch.testing.assert_close(after, before, rtol=1e-3, atol=1e-4)
 
 
+def test_two_processes_do_not_train_one_run(tmp_path):
+    with runs.alone_in(tmp_path / "run"):
+        again = subprocess.run(
+            [
+                sys.executable,
+                "-m",
+                "attrdb.training.icon_sd.build",
+                "--run",
+                str(tmp_path / "run"),
+                "--out",
+                "x",
+                "--tiny",
+            ],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    assert again.returncode != 0
+    assert "is being trained by another process; wait for it, or end it" in again.stderr
+
+
 def test_a_run_is_not_continued_with_other_settings(tmp_path):
     check_settings(TINY, tmp_path)
     check_settings(TINY, tmp_path)

@@ -30,7 +30,7 @@ from transformers import CLIPTokenizer
 from attrdb.ingest.devices import is_cpu
 from attrdb.training.icon_sd.autoencoder import reconstruction, set_scale, train_autoencoder
 from attrdb.training.icon_sd.parts import TINY, IconSdSettings, export, train_tokenizer
-from attrdb.training.icon_sd.runs import Stage, check_settings
+from attrdb.training.icon_sd.runs import Stage, alone_in, check_settings
 from attrdb.training.icon_sd.scenes import Composer, Sprites
 from attrdb.training.icon_sd.unet import train_unet
 
@@ -155,7 +155,10 @@ def main(
 ) -> None:
     """Train icon-sd for some minutes, or go on training it, and export it."""
     settings = TINY if tiny else replace(IconSdSettings(), **given)
-    figures = build(sprites, run_folder, out, settings, minutes, device, start, compiled, workers, lr_end, vae_minutes)
+    with alone_in(run_folder):
+        figures = build(
+            sprites, run_folder, out, settings, minutes, device, start, compiled, workers, lr_end, vae_minutes
+        )
     click.echo(json.dumps({name: value for name, value in figures.items() if name != "settings"}))
     if "settings" not in figures:
         click.echo("nothing is exported before the U-Net has begun; rerun the command", err=True)

@@ -33,7 +33,7 @@ from safetensors.torch import save_file
 from attrdb.ingest.devices import resolved_precision
 from attrdb.training.icon_sd.build import SPRITES, learned_tokenizer
 from attrdb.training.icon_sd.parts import IconSdSettings
-from attrdb.training.icon_sd.runs import Stage, check_settings
+from attrdb.training.icon_sd.runs import Stage, alone_in, check_settings
 from attrdb.training.icon_sd.scenes import Sprites, compose
 from attrdb.training.icon_sd.stream import Packed, SceneBatches
 
@@ -299,7 +299,8 @@ def main(
 ) -> None:
     """Train one of the two encoders for some minutes, or go on training it."""
     settings = EncoderSettings(kind, batch=batch, lr=lr)
-    figures = train_encoder(settings, sprites, run_folder, out, minutes, device, workers)
+    with alone_in(run_folder):
+        figures = train_encoder(settings, sprites, run_folder, out, minutes, device, workers)
     click.echo(json.dumps({name: value for name, value in figures.items() if name != "settings"}))
 
 

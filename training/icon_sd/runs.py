@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,9 +14,25 @@ from typing import Any
 import click
 import torch
 
-from attrdb.errors import InvalidValue
+from attrdb.errors import Busy, InvalidValue
 
 SAVE_SECONDS = 60.0  # between two checkpoints: on a GPU one takes as long as some steps
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Hold a run's folder: two processes in one would take turns in writing its checkpoint.
+
+    Not `attrdb.locks`, which needs the database's packages; a machine with a GPU may lack them.
+    raises: Busy if another process holds it
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise Busy(f"run {folder} is being trained by another process; wait for it, or end it") from error
+        yield
 
 
 class Stage:

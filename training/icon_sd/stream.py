@@ -25,13 +25,8 @@ class SceneBatches(IterableDataset):
     """The packed batches of the steps from `first` on, without end."""
 
     def __init__(self, sprites: Sprites, size: int, seed: int, first: int, tokenizer: CLIPTokenizer | None = None):
-        self.composer, self.size, self.seed, self.first, self.tokenizer = (
-            Composer(sprites),
-            size,
-            seed,
-            first,
-            tokenizer,
-        )
+        self.composer, self.tokenizer = Composer(sprites), tokenizer
+        self.size, self.seed, self.first = size, seed, first
 
     def __iter__(self) -> Iterator[Packed]:
         worker = get_worker_info()

@@ -29,8 +29,8 @@ RENEWED = 4  # on a CPU one scene of so many in a batch is new, the others are o
 class Latents:
     """Batches of latents (b, channels, 8, 8) float32, scaled, with their captions' tokens (b, max_tokens).
 
-    Composing and encoding a scene takes a CPU about as long as learning from it. So a CPU keeps a pool of scenes and renews
-    one scene of RENEWED in each batch; a scene is seen about RENEWED times. Without a pool every scene is new.
+    Composing and encoding a scene takes a CPU a good third of what learning from it takes. So a CPU keeps a pool of scenes
+    and renews one scene of RENEWED in each batch; a scene is seen about RENEWED times. Without a pool every scene is new.
     """
 
     def __init__(
@@ -114,6 +114,8 @@ def train_unet(
         ema = {name: value.to(device) for name, value in state["ema"].items()}
         step, images, seconds, loss_now = state["step"], state["images"], state["seconds"], state["loss"]
 
+    current = {name: value for name, value in both.state_dict().items() if value.is_floating_point()}
+    averaged = [ema[name] for name in current]  # by name: a checkpoint may have them in another order
     predict = torch.compile(unet) if compiled else unet
     bf16 = resolved_precision("auto", device) == "bf16"
     autocast = partial(torch.autocast, torch.device(device).type, torch.bfloat16, enabled=bf16)
@@ -143,9 +145,7 @@ def train_unet(
         optimizer.zero_grad()
         decay = min(settings.ema, (step + 1) / (step + 10))
         with torch.no_grad():
-            names = [name for name, value in both.state_dict().items() if value.is_floating_point()]
-            weights = both.state_dict()
-            torch._foreach_lerp_([ema[name] for name in names], [weights[name] for name in names], 1 - decay)
+            torch._foreach_lerp_(averaged, list(current.values()), 1 - decay)
         losses.append(loss.detach())
         step += 1
         images += len(x)
