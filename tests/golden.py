@@ -25,10 +25,10 @@ FILE = Path(__file__).parent / "golden.json"
 ROWS = 40  # of each result that are kept, beside their number
 PARAMETERS = {
     "influence": {"image_id": "m84/0/0"},
-    "influence_by_creator": {"image_id": "m84/1/0", "mapper_id": "halved"},
-    "influence_by_license": {"image_id": "m84/1/0"},
+    "influence_by_creator": {"image_id": "m84/1/0", "mapper_id": "halved", "tau": 1.0, "lam": 0.0},
+    "influence_by_license": {"image_id": "m84/1/0", "tau": 1.0, "lam": 0.0},
     "influence_by_model": {"image_id": "m85/2/0", "tau": 0.2, "lam": 0.01},
-    "influence_by_source": {"image_id": "m85/2/0", "mapper_id": "halved"},
+    "influence_by_source": {"image_id": "m85/2/0", "mapper_id": "halved", "tau": 1.0, "lam": 0.0},
     "top_candidates": {"image_id": "m86/3/0"},
     "compare_mappers": {"mapper_id": "halved", "n_replicates": 200},
     "recall_intervals": {"n_replicates": 200},
@@ -82,8 +82,8 @@ def answers(db) -> dict[str, dict]:
     for name, statement in {
         "sql attribute": "FROM attribute('m84/2/0', k := 7, mapper_id := 'halved')",
         "sql attribute all": "FROM attribute('m84/2/0', k := NULL)",
-        "sql nearest": "SELECT samples.image_id AS sample_id, hits.* FROM features AS samples, nearest(samples.feature, k := 3) "
-        "AS hits WHERE samples.model_id = 'set2' AND samples.role = 'sample' ORDER BY samples.image_id, hits.rank",
+        "sql nearest": "SELECT f.image_id AS sample_id, hits.* FROM features AS f, nearest(f.feature, k := 3) AS hits "
+        "WHERE f.model_id = 'set2' AND f.role = 'sample' ORDER BY f.image_id, hits.rank",
         "sql ranks": "SELECT * EXCLUDE (images_version) FROM exemplar_ranks "
         "ORDER BY encoder_id, mapper_id, gallery, sample_id, exemplar_id",
         "sql rank sums": "SELECT encoder_id, mapper_id, gallery, count(*) AS n, sum(rank)::BIGINT AS ranks, "
