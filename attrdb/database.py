@@ -17,12 +17,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from lance.commit import CommitConflictError
 
-from attrdb import attribution, health, queries, search, sql
-from attrdb.conform import conform_images
+from attrdb import queries, sql
+from attrdb.attribution import query as attribution
 from attrdb.errors import InvalidValue, StorageError
-from attrdb.mapper import Mapper
-from attrdb.schema import SCHEMA_VERSION, TABLES, encoder_id_of, encoder_name, feature_columns, feature_type
-from attrdb.snapshot import STAMP, Snapshot, among, literal, made, open_snapshot, storage
+from attrdb.search import exact as exact_search
+from attrdb.search.mapper import Mapper
+from attrdb.store.schema import SCHEMA_VERSION, TABLES, encoder_id_of, encoder_name, feature_columns, feature_type
+from attrdb.store.snapshot import STAMP, Snapshot, among, literal, made, open_snapshot, storage
+from attrdb.store.validation import conform_images
+from attrdb.upkeep import health
 
 CONFLICT_RETRIES = 30  # of a commit that another writer preempted
 DESCRIBED = ["role", "model_id", "source", "category", "creator", "license"]
@@ -145,7 +148,7 @@ class Database:
         """Columns of the images that a predicate keeps."""
         return self._snapshot.images(where, columns)
 
-    def features(self, encoder_id: str, where: str) -> Iterator[search.Block]:
+    def features(self, encoder_id: str, where: str) -> Iterator[exact_search.Block]:
         """Ids and features of the encoded images that a predicate keeps, streamed in blocks."""
         return self._snapshot.features(encoder_id, where)
 
@@ -348,7 +351,7 @@ class Database:
     def append_images(self, rows: pa.Table) -> Appended:
         """Append the images that are not stored yet, in one commit; all of them are visible afterwards, or none.
 
-        raises: InvalidValue, with the row named, for what `conform.conform_images` refuses
+        raises: InvalidValue, with the row named, for what `validation.conform_images` refuses
         """
         self._check_writable()
         self.refresh()

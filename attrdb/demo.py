@@ -12,16 +12,16 @@ import jinja2
 import pyarrow.parquet as pq
 
 import attrdb
+from attrdb.attribution.influence import DEFAULT_LAM, DEFAULT_TAU
 from attrdb.database import Database, open_or_create
 from attrdb.errors import InvalidValue
-from attrdb.influence import DEFAULT_LAM, DEFAULT_TAU
 from attrdb.ingest.base_model import BUNDLED, base_model_folder, weights_hash
-from attrdb.ingest.corpus import ingest_corpus, open_corpus
-from attrdb.ingest.encoders import DEFAULT_ENCODERS, load_encoder
+from attrdb.ingest.encode import DEFAULT_ENCODERS, load_encoder
 from attrdb.ingest.model import Exemplar, ingest_model, settings_for
-from attrdb.ingest.pictures import read_picture
-from attrdb.pages import data_uri
-from attrdb.training.evaluation import evaluate
+from attrdb.ingest.read.corpus import ingest_corpus, open_corpus
+from attrdb.ingest.read.pictures import read_picture
+from attrdb.pages.html import data_uri
+from attrdb.training.evaluate import evaluate
 
 CONCEPTS = ("bell-by-fxemoji", "lemon-by-streamline-emojis", "streamline-kameleon-color", "streamline-cyber-color")
 N_CANDIDATES = 7
@@ -149,7 +149,7 @@ def render(db: Database, report: Report) -> str:
             }
         )
     report("attribute samples", len(models), len(models))
-    environment = jinja2.Environment(loader=jinja2.PackageLoader("attrdb"), autoescape=True, trim_blocks=True)
+    environment = jinja2.Environment(loader=jinja2.PackageLoader("attrdb.pages"), autoescape=True, trim_blocks=True)
     roles = db.status()["images_by_role"]
     return environment.get_template("demo.html").render(
         title="Who shaped these pictures?",
@@ -169,7 +169,7 @@ def render(db: Database, report: Report) -> str:
 
 def tell(folder: Path, page: Path) -> None:
     """Print the demo's figures with the SQL that makes them."""
-    from attrdb.output import print_table
+    from attrdb.cli.output import print_table
 
     db = attrdb.open(folder / "icons.attrdb")
     click.echo("How often are the true exemplars among the first 10 of the gallery (own exemplars + corpus)?\n")

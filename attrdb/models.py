@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from attrdb.database import Database
 from attrdb.errors import NotFound
-from attrdb.ids import stored_file
+from attrdb.store.ids import stored_file
 
 LIST = """\
 SELECT

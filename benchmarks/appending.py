@@ -22,10 +22,10 @@ from importing import SPEC, write_shards
 from machine import describe, spread
 
 import attrdb
-from attrdb import maintenance
 from attrdb.database import Database
-from attrdb.ingest.embeddings import ingest_embeddings, open_embeddings
-from attrdb.schema import encoder_id_of, feature_array
+from attrdb.ingest.read.embeddings import ingest_embeddings, open_embeddings
+from attrdb.store.schema import encoder_id_of, feature_array
+from attrdb.upkeep import optimize
 
 N_SAMPLES = 80
 QUERIES = {
@@ -117,7 +117,7 @@ def main(rows: int, dimension: int, models: int, optimize_every: int, seed: int,
 
 def optimized(db: Database, after: int) -> dict:
     start = time.perf_counter()
-    found = maintenance.optimize(db)
+    found = optimize.optimize(db)
     states = (found.before, found.after)
     return {
         "after_appends": after,

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from markdown import machine, table
 
-from attrdb.report import CUT_OFFS, drawn
+from attrdb.pages.report import CUT_OFFS, drawn
 
 PLOTS = Path(__file__).parent / "plots"
 DISCUSSION = Path(__file__).parent / "iconabc" / "discussion.md"

@@ -16,7 +16,7 @@ import pyarrow as pa
 
 import attrdb
 from attrdb.database import Database
-from attrdb.schema import feature_array
+from attrdb.store.schema import feature_array
 
 N_CENTRES, RANK = 4096, 64
 AT_ONCE = 125_000  # rows, as `ingest embeddings` commits them

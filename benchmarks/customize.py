@@ -30,13 +30,13 @@ from shapes import measured, peak
 import attrdb
 from attrdb.demo import bundled_exemplars
 from attrdb.ingest.base_model import BaseModel, base_model_folder, load_base_model, quiet_libraries
-from attrdb.ingest.corpus import image_rows, register
 from attrdb.ingest.customizers import BUILT_IN
 from attrdb.ingest.devices import default_device, is_cpu
-from attrdb.ingest.encoders import load_encoder
+from attrdb.ingest.encode import load_encoder
 from attrdb.ingest.model import ModelSettings, ingest_model, prompts_of, settings_for
-from attrdb.ingest.pictures import read_picture, square, webp
 from attrdb.ingest.prompts import TOKEN, train_prompt
+from attrdb.ingest.read.corpus import image_rows, register
+from attrdb.ingest.read.pictures import read_picture, square, webp
 from attrdb.ingest.synthesize import plan_samples
 
 CONCEPT = "bell-by-fxemoji"

@@ -26,9 +26,9 @@ import torch
 from machine import describe
 from PIL import Image
 
-from attrdb.ingest.encoders import Encoder, load_encoder
-from attrdb.ingest.encoding import LARGE_BATCH, SMALL_BATCH, ahead, encode_stream
-from attrdb.ingest.pictures import read_picture
+from attrdb.ingest.encode import Encoder, load_encoder
+from attrdb.ingest.encode.stream import LARGE_BATCH, SMALL_BATCH, ahead, encode_stream
+from attrdb.ingest.read.pictures import read_picture
 
 JPEG_SIDE = 512
 ARCHITECTURES = {

@@ -36,11 +36,13 @@ import pyarrow as pa
 from machine import describe, spread
 
 import attrdb
-from attrdb import ann, attribution, drawn, indexing, search
-from attrdb import recall as measuring
+from attrdb.attribution import query as attribution
 from attrdb.database import Database
-from attrdb.mapper import Mapper
-from attrdb.memory import use_the_machine
+from attrdb.search import exact as exact_search
+from attrdb.search import index_build, ivf, sampling
+from attrdb.search import index_tuning as measuring
+from attrdb.search.mapper import Mapper
+from attrdb.search.memory import use_the_machine
 
 N_CORES = os.cpu_count() or 1
 EVERYONE = attribution.CANDIDATES
@@ -94,11 +96,11 @@ class Data:
     def images(self) -> lance.LanceDataset:
         return self.db.snapshot.tables["images"]
 
-    def blocks(self) -> Iterator[search.Block]:
+    def blocks(self) -> Iterator[exact_search.Block]:
         return self.db.snapshot.features(self.encoder_id, EVERYONE)
 
-    def in_memory(self) -> list[search.Block]:
-        n = search.BLOCK_ROWS
+    def in_memory(self) -> list[exact_search.Block]:
+        n = exact_search.BLOCK_ROWS
         starts = range(0, len(self.x), n)
         return [
             (pa.array([f"f/{i:09d}" for i in range(s, min(s + n, len(self.x)))]), self.x[s : s + n]) for s in starts
@@ -112,7 +114,7 @@ def make(folder: Path, rows: int, dimension: int, n_queries: int) -> Data:
     return Data(db, x, clustered.moved(x[of_query]), of_query)
 
 
-def rows_of(hits: search.Hits, k: int = 10) -> np.ndarray:
+def rows_of(hits: exact_search.Hits, k: int = 10) -> np.ndarray:
     """(n_queries, k) row numbers, -1 where there are fewer."""
     return np.array([[int(one[2:]) for one in ids] + [-1] * (k - len(ids)) for ids in hits.ids])
 
@@ -141,12 +143,12 @@ def scan_peak(path: Path, queries: np.ndarray) -> dict:
 def evaluation(data: Data, n_queries: int = 1000) -> dict:
     queries, of_query = data.queries[:n_queries], data.of_query[:n_queries]
     places = np.arange(n_queries)
-    similarity = search.exact_similarity(data.x[of_query], queries, places, places)[:, None]
+    similarity = exact_search.exact_similarity(data.x[of_query], queries, places, places)[:, None]
     ids = np.array([[f"f/{row:09d}"] for row in of_query], dtype=object)
     ours, ranks = [], None
     for _ in range(ROUNDS):
         started = time.perf_counter()
-        above, size = search.count_above(data.blocks(), queries, similarity, ids)
+        above, size = exact_search.count_above(data.blocks(), queries, similarity, ids)
         ours.append(time.perf_counter() - started)
         ranks = above[:, 0] + 1
     started = time.perf_counter()
@@ -181,8 +183,8 @@ def exact(data: Data) -> dict:
     for n in (1, 16, 256, 1000):
         queries = data.queries[:n]
         ways = {
-            "attrdb": lambda queries=queries: search.top_k(data.blocks(), queries, 10),
-            "attrdb, features in memory": lambda queries=queries: search.top_k(held, queries, 10),
+            "attrdb": lambda queries=queries: exact_search.top_k(data.blocks(), queries, 10),
+            "attrdb, features in memory": lambda queries=queries: exact_search.top_k(held, queries, 10),
             "faiss IndexFlatIP, in memory": lambda queries=queries: flat.search(queries, 10),
         }
         times: dict[str, list[float]] = {way: [] for way in ways}
@@ -193,7 +195,7 @@ def exact(data: Data) -> dict:
             times["LanceDB flat, query by query"] = [
                 seconds(lambda queries=queries: lance_flat(data, queries)) for _ in range(ROUNDS)
             ]
-        agree = recall(rows_of(search.top_k(held, queries, 10)), flat.search(queries, 10)[1])
+        agree = recall(rows_of(exact_search.top_k(held, queries, 10)), flat.search(queries, 10)[1])
         flops = 2 * n * len(data.x) * data.x.shape[1]
         found.append(
             {
@@ -235,14 +237,14 @@ def index_bytes(data: Data) -> int:
 
 
 def ours(data: Data, truth: np.ndarray) -> dict:
-    row = indexing.build(data.db)
+    row = index_build.build(data.db)
     snapshot = data.db.snapshot
     index = snapshot.indices[data.encoder_id]
     found = []
     for n_probes in (one for one in PROBES if one <= index.n_partitions):
         asked = dataclasses.replace(index, n_probes=n_probes, oversampling=4)
 
-        def ask(queries: np.ndarray, asked: ann.Index = asked) -> np.ndarray:
+        def ask(queries: np.ndarray, asked: ivf.Index = asked) -> np.ndarray:
             snapshot.indices[data.encoder_id] = asked
             return rows_of(attribution.nearest(snapshot, data.encoder_id, queries, 10))
 
@@ -305,7 +307,7 @@ def faiss_ivf(data: Data, truth: np.ndarray) -> dict:
     import faiss
 
     faiss.omp_set_num_threads(N_CORES)
-    n_cells = round(indexing.CELLS * np.sqrt(len(data.x)))
+    n_cells = round(index_build.CELLS * np.sqrt(len(data.x)))
     index = faiss.index_factory(
         data.x.shape[1], f"IVF{n_cells},PQ{data.x.shape[1] // 8},RFlat", faiss.METRIC_INNER_PRODUCT
     )
@@ -391,7 +393,7 @@ PEERS = {
 
 
 def approximate(data: Data, peers: tuple[str, ...]) -> list[dict]:
-    truth = rows_of(search.top_k(data.in_memory(), data.queries, 10))
+    truth = rows_of(exact_search.top_k(data.in_memory(), data.queries, 10))
     found = []
     for peer in peers:
         found.append(PEERS[peer](data, truth))
@@ -407,7 +409,7 @@ def growth(folder: Path, sizes: tuple[int, ...], dimension: int) -> list[dict]:
     grown = []
     for rows in sizes:
         data = make(folder, rows, dimension, 200)
-        grown.append({"rows": rows, **(_asked(data) if rows >= indexing.MIN_ROWS else _times(data))})
+        grown.append({"rows": rows, **(_asked(data) if rows >= index_build.MIN_ROWS else _times(data))})
         shutil.rmtree(data.db.path)
         click.echo(json.dumps(grown[-1]), err=True)
     return grown
@@ -416,7 +418,7 @@ def growth(folder: Path, sizes: tuple[int, ...], dimension: int) -> list[dict]:
 def later(folder: Path, rows: int, dimension: int) -> list[dict]:
     """With rows that came after the index, until `optimize`."""
     data = make(folder, rows, dimension, 200)
-    indexing.build(data.db)
+    index_build.build(data.db)
     found = []
     total = rows
     for share in (0.0, 0.05, 0.2):
@@ -433,7 +435,7 @@ def later(folder: Path, rows: int, dimension: int) -> list[dict]:
 def predicates(folder: Path, rows: int, dimension: int) -> list[dict]:
     """Candidates that a predicate on a column without an index keeps: 1, 20 and 100 of a hundred."""
     data = make(folder, rows, dimension, 200)
-    indexing.build(data.db)
+    index_build.build(data.db)
     kept = {1: "license = '7'", 20: "length(license) = 2 AND license < '30'", 100: None}
     found = []
     for share, predicate in kept.items():
@@ -443,7 +445,7 @@ def predicates(folder: Path, rows: int, dimension: int) -> list[dict]:
 
 
 def _asked(data: Data) -> dict:
-    row = indexing.build(data.db)
+    row = index_build.build(data.db)
     told = {name: row[name] for name in ("seconds", "n_partitions", "n_probes", "oversampling", "recall")}
     return {**told, "bytes": index_bytes(data), **_times(data)}
 
@@ -495,12 +497,12 @@ def unevenness(mapper: Mapper, x: np.ndarray) -> float:
 def folding(data: Data) -> list[dict]:
     """Mappers folded into queries of the encoder's index, beside indices over features that were mapped and stored."""
     if data.encoder_id not in data.db.snapshot.indices:
-        indexing.build(data.db)
+        index_build.build(data.db)
     return [_folding(data, some_mapper(data.x, data.encoder_id, wanted)) for wanted in (0.03, 0.1, 0.2)]
 
 
 def _folding(data: Data, mapper: Mapper) -> dict:
-    truth = rows_of(search.top_k(data.in_memory(), data.queries[:256], 10, mapper=mapper))
+    truth = rows_of(exact_search.top_k(data.in_memory(), data.queries[:256], 10, mapper=mapper))
     data.db.upsert("mappers", [mapper.row() | {"trained_on": "both"}], on="mapper_id")
     data.db.refresh()
     took = seconds(lambda: measuring.measure_mapper(data.db, mapper.mapper_id))
@@ -525,7 +527,7 @@ def _folding(data: Data, mapper: Mapper) -> dict:
         block = mapper.exemplars(data.x[start : start + clustered.AT_ONCE])
         clustered.append(mapped_db, iter([block]), column, start)
     storing = time.perf_counter() - started
-    built = indexing.build(mapped_db)
+    built = index_build.build(mapped_db)
     mapped_db.refresh()
     mapped = mapped_db.snapshot
 
@@ -555,16 +557,16 @@ def real(path: Path) -> list[dict]:
     db = attrdb.open(path)
     found = []
     for encoder_id in db.encoders:
-        row = indexing.build(db, encoder_id)
+        row = index_build.build(db, encoder_id)
         snapshot = db.snapshot
         told = ("encoder_id", "kind", "n_rows", "n_partitions", "n_probes", "oversampling", "recall", "seconds")
         found.append({**{name: row[name] for name in told}, "mappers": []})
         measured = snapshot.tables["mapper_searches"].to_table(filter=f"encoder_id = '{encoder_id}'").to_pylist()
         x = np.concatenate([block for _, block in snapshot.features(encoder_id, EVERYONE)])
-        _, own, queries = drawn.queries(snapshot, encoder_id)
+        _, own, queries = sampling.queries(snapshot, encoder_id)
         for one in sorted(measured, key=lambda one: one["mapper_id"]):
             mapper = snapshot.mapper(one["mapper_id"])
-            exact = search.top_k(snapshot.features(encoder_id, EVERYONE), queries, 11, mapper=mapper)
+            exact = exact_search.top_k(snapshot.features(encoder_id, EVERYONE), queries, 11, mapper=mapper)
             cells, hits = measuring.MORE_FOR_A_MAPPER[2]
             recalls = {}
             for name, tilt in (("plain", None), ("tilted", np.asarray(one["tilt"], np.float32))):
@@ -634,7 +636,7 @@ def ranks_on_gpu(data: Data) -> Iterator[dict]:
     """Of the feature that a query was moved from, and of one drawn from all: then many others lie near it."""
     import torch
 
-    rows = search.ROWS_COUNTED
+    rows = exact_search.ROWS_COUNTED
     there = [
         (
             pa.array([f"f/{i:09d}" for i in range(at, min(at + rows, len(data.x)))]),
@@ -644,16 +646,18 @@ def ranks_on_gpu(data: Data) -> Iterator[dict]:
     ]
     drawn_from_all = np.random.default_rng(3).integers(len(data.x), size=len(data.queries))
     for given, of_query in (("the true exemplar", data.of_query), ("drawn from all", drawn_from_all)):
-        similarity = search.exact_similarity(data.x, data.queries, of_query, np.arange(len(data.queries)))[:, None]
+        similarity = exact_search.exact_similarity(data.x, data.queries, of_query, np.arange(len(data.queries)))[
+            :, None
+        ]
         ids = np.array([[f"f/{row:09d}"] for row in of_query], dtype=object)
         for n in (1000, len(data.queries)):
             asked = data.queries[:n], similarity[:n], ids[:n]
             times = {
                 "GPU, features on it": gpu_seconds(
-                    lambda asked=asked: search.count_above(there, *asked, device="cuda")
+                    lambda asked=asked: exact_search.count_above(there, *asked, device="cuda")
                 ),
                 "GPU, from disk": gpu_seconds(
-                    lambda asked=asked: search.count_above(data.blocks(), *asked, device="cuda"), 3
+                    lambda asked=asked: exact_search.count_above(data.blocks(), *asked, device="cuda"), 3
                 ),
             }
             found = {
@@ -664,9 +668,9 @@ def ranks_on_gpu(data: Data) -> Iterator[dict]:
             }
             if n == 1000:
                 started = time.perf_counter()
-                exact = search.count_above(data.blocks(), *asked)[0]
+                exact = exact_search.count_above(data.blocks(), *asked)[0]
                 found["seconds"]["CPU, from disk"] = spread([time.perf_counter() - started])
-                counted = search.count_above(there, *asked, device="cuda")[0]
+                counted = exact_search.count_above(there, *asked, device="cuda")[0]
                 found["n_ranks_different"] = int((counted != exact).sum())
                 found |= {
                     f"n_ranks_different_{name}": int(
@@ -677,7 +681,7 @@ def ranks_on_gpu(data: Data) -> Iterator[dict]:
             yield found
 
 
-def by_product(there: list[search.Block], queries: np.ndarray, of_query: np.ndarray, tf32: bool) -> np.ndarray:
+def by_product(there: list[exact_search.Block], queries: np.ndarray, of_query: np.ndarray, tf32: bool) -> np.ndarray:
     """(n_queries,): how many features torch's product alone puts above the given one."""
     import torch
 
@@ -702,7 +706,7 @@ def builds_on_gpu(data: Data) -> list[dict]:
         def report(stage: str, done: int, total: int, began: dict = began, start: float = start) -> None:
             began.setdefault(stage, time.perf_counter() - start)
 
-        row = indexing.build(data.db, device=device, report=report)
+        row = index_build.build(data.db, device=device, report=report)
         told = {name: row[name] for name in ("device", "seconds", "n_partitions", "n_probes", "oversampling", "recall")}
         began = {stage: at for stage, at in began.items() if at <= row["seconds"]}
         ends = [*list(began.values())[1:], row["seconds"]]

@@ -21,8 +21,8 @@ from machine import describe, peak_gib, spread
 
 import attrdb
 from attrdb.database import Database
-from attrdb.schema import feature_array
-from attrdb.training.mapper import Maps, contrastive_loss, regularizer
+from attrdb.store.schema import feature_array
+from attrdb.training.objective import Maps, contrastive_loss, regularizer
 from attrdb.training.pairs import Choice, Pairs
 from attrdb.training.train import TrainSettings
 

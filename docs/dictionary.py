@@ -14,7 +14,8 @@ import pyarrow as pa
 
 import attrdb
 from attrdb import queries, sql
-from attrdb.schema import DICTIONARY, feature_columns
+from attrdb.sql.connection import FEATURES_GRAIN, RELATIONS, UNFINISHED_GRAIN
+from attrdb.store.schema import DICTIONARY, feature_columns
 
 PAGE = Path(__file__).with_name("dictionary.md")
 
@@ -61,8 +62,8 @@ def tables(connection: duckdb.DuckDBPyConnection) -> Iterator[str]:
 def views(connection: duckdb.DuckDBPyConnection) -> Iterator[str]:
     yield "## Views\n"
     of_images = described(connection, "images")
-    grains = {one.name: one.grain for one in sql.RELATIONS if not one.arguments}
-    grains |= {"features": sql.FEATURES_GRAIN, "unfinished_models": sql.UNFINISHED_GRAIN}
+    grains = {one.name: one.grain for one in RELATIONS if not one.arguments}
+    grains |= {"features": FEATURES_GRAIN, "unfinished_models": UNFINISHED_GRAIN}
     for name, grain in grains.items():
         columns = described(connection, name)
         listed = "" if columns == of_images else "\n" + type_grid(columns)
@@ -71,7 +72,7 @@ def views(connection: duckdb.DuckDBPyConnection) -> Iterator[str]:
 
 def macros(connection: duckdb.DuckDBPyConnection) -> Iterator[str]:
     yield "## Macros\n\nCalled in FROM, per row if you like; [sql.md](sql.md) has examples.\n"
-    for one in sql.RELATIONS:
+    for one in RELATIONS:
         if one.arguments:
             required = [argument for argument in one.arguments.split(", ") if ":=" not in argument]
             columns = described(connection, f"{one.name}({', '.join('NULL' for _ in required)})")

@@ -21,7 +21,7 @@ from transformers.utils import logging as transformers_logging
 from attrdb.errors import InvalidValue, NotFound
 from attrdb.ingest.attention import Projected, use_prompt_attention
 from attrdb.ingest.devices import default_device, enough_memory, is_cpu
-from attrdb.memory import keep_freed_memory
+from attrdb.search.memory import keep_freed_memory
 
 WEIGHTED = ("unet", "vae", "text_encoder")
 PICKLED = (".bin", ".ckpt", ".pt", ".pth")

@@ -19,12 +19,10 @@ from PIL import Image
 
 from attrdb.database import Database
 from attrdb.errors import InvalidValue, NotFound
-from attrdb.ids import JobFolder, model_job, stored_file, weights_file
 from attrdb.ingest.base_model import BaseModel, base_model_folder, load_base_model, weights_hash
-from attrdb.ingest.corpus import image_rows, register
 from attrdb.ingest.customize import Regularization, apply_delta, check_prompts, load_delta
 from attrdb.ingest.devices import resolved_precision
-from attrdb.ingest.encoders import Encoder
+from attrdb.ingest.encode import Encoder
 from attrdb.ingest.model_job import (
     Made,
     Report,
@@ -49,9 +47,11 @@ from attrdb.ingest.model_settings import (
     settings_for,
 )
 from attrdb.ingest.prompts import TOKEN, Prompt, train_prompt
+from attrdb.ingest.read.corpus import image_rows, register
 from attrdb.ingest.regularization import choose_names, generate, read_corpus
 from attrdb.ingest.synthesize import SamplePlan, SynthesizeSettings, plan_samples, synthesize, use_fast_solver
-from attrdb.leases import LEASE_MINUTES
+from attrdb.store.ids import JobFolder, model_job, stored_file, weights_file
+from attrdb.store.leases import LEASE_MINUTES
 
 __all__ = [
     "Exemplar",

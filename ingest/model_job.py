@@ -21,7 +21,6 @@ import torch
 from PIL import Image
 
 from attrdb.errors import InvalidValue
-from attrdb.ids import JobFolder
 from attrdb.ingest.base_model import BaseModel
 from attrdb.ingest.customize import (
     CustomizeSettings,
@@ -34,12 +33,13 @@ from attrdb.ingest.customize import (
     save_delta,
 )
 from attrdb.ingest.devices import is_cpu
-from attrdb.ingest.encoders import Encoder, encode
-from attrdb.ingest.encoding import ahead
-from attrdb.ingest.pictures import Picture, read_picture, webp
+from attrdb.ingest.encode import Encoder, encode
+from attrdb.ingest.encode.stream import ahead
 from attrdb.ingest.prompts import TOKEN
+from attrdb.ingest.read.pictures import Picture, read_picture, webp
 from attrdb.ingest.synthesize import SamplePlan, SynthesizeSettings, synthesize
-from attrdb.leases import LEASE_MINUTES, Lease, leased
+from attrdb.store.ids import JobFolder
+from attrdb.store.leases import LEASE_MINUTES, Lease, leased
 
 Report = Callable[[str, int, int], None]  # stage, units done, units in all
 

@@ -9,17 +9,17 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from attrdb.errors import InvalidValue, NotFound
-from attrdb.ids import LONGEST, check_id
 from attrdb.ingest.base_model import base_model_folder, read_profile
 from attrdb.ingest.customize import CustomizeSettings
 from attrdb.ingest.customizers import DEFAULT_METHOD, load_customizer
 from attrdb.ingest.devices import resolved_precision
-from attrdb.ingest.pictures import Picture, image_files, read_picture_file, read_text
 from attrdb.ingest.prompts import BANKS, TOKEN, Prompt, choose_prompts, paper_counts
+from attrdb.ingest.read.pictures import Picture, image_files, read_picture_file, read_text
 from attrdb.ingest.regularization import check_prior
 from attrdb.ingest.synthesize import SynthesizeSettings
 from attrdb.ingest.views import VIEWS
-from attrdb.schema import KINDS
+from attrdb.store.ids import LONGEST, check_id
+from attrdb.store.schema import KINDS
 
 PROFILES = ("paper",)
 

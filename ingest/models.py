@@ -24,14 +24,11 @@ from typing import Protocol
 
 import torch
 
-from attrdb import jobs
 from attrdb.database import Database
 from attrdb.errors import AttrdbError, Busy, InvalidValue, NotFound
-from attrdb.ids import model_job
 from attrdb.ingest.base_model import OneBaseModel
-from attrdb.ingest.corpus import register
 from attrdb.ingest.devices import gpu_of_worker, share_cores
-from attrdb.ingest.encoders import Encoder, load_encoder
+from attrdb.ingest.encode import Encoder, load_encoder
 from attrdb.ingest.model import (
     Exemplar,
     ModelSettings,
@@ -42,7 +39,10 @@ from attrdb.ingest.model import (
     settings_for,
 )
 from attrdb.ingest.prompts import BANKS
-from attrdb.leases import LEASE_MINUTES, holder
+from attrdb.ingest.read.corpus import register
+from attrdb.store import jobs
+from attrdb.store.ids import model_job
+from attrdb.store.leases import LEASE_MINUTES, holder
 
 SHOWN = 20  # bad lines that an error names
 PAUSE = 0.5  # seconds until a model that another process is making is looked at again

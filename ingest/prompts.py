@@ -19,7 +19,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from attrdb.errors import InvalidValue, NotFound
-from attrdb.ingest.pictures import read_text
+from attrdb.ingest.read.pictures import read_text
 
 SCHEMES = ("gpt", "procedural")
 PARTS = ("train", "val", "test")

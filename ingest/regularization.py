@@ -22,13 +22,13 @@ from attrdb.database import Database
 from attrdb.errors import InvalidValue
 from attrdb.ingest.base_model import BaseModel
 from attrdb.ingest.customize import CustomizeSettings, Regularization
-from attrdb.ingest.encoders import Encoder, encode, load_encoder
-from attrdb.ingest.pictures import Picture, read_picture
+from attrdb.ingest.encode import Encoder, encode, load_encoder
 from attrdb.ingest.prompts import Prompt
+from attrdb.ingest.read.pictures import Picture, read_picture
 from attrdb.ingest.synthesize import SynthesizeSettings, plan_samples, synthesize, use_fast_solver
-from attrdb.schema import encoder_id_of
-from attrdb.search import top_k
-from attrdb.snapshot import among, literal
+from attrdb.search.exact import top_k
+from attrdb.store.schema import encoder_id_of
+from attrdb.store.snapshot import among, literal
 
 if TYPE_CHECKING:
     from attrdb.ingest.model_job import Report

@@ -12,7 +12,7 @@ import torch
 from PIL import Image, ImageOps
 
 from attrdb.errors import InvalidValue
-from attrdb.ingest.pictures import square
+from attrdb.ingest.read.pictures import square
 
 if TYPE_CHECKING:
     from attrdb.ingest.base_model import BaseModel

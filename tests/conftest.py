@@ -14,8 +14,8 @@ from learnable import build
 from PIL import Image
 
 import attrdb
-from attrdb.schema import feature_array
-from attrdb.search import accelerator
+from attrdb.search.exact import accelerator
+from attrdb.store.schema import feature_array
 
 # What goes the way of an accelerator is run on one, or else by torch on the CPU with its kernels interpreted.
 OTHER = {"cuda": "cuda", "cpu": "cpu:0"}[accelerator("auto")]

@@ -16,10 +16,10 @@ import pyarrow as pa
 from learnable import DIMENSION, TELLING, build, features, table
 
 from attrdb import queries
-from attrdb.attributions import attribute_samples
-from attrdb.mapper import Mapper
-from attrdb.schema import TABLES
-from attrdb.training.evaluation import evaluate
+from attrdb.attribution.batch import attribute_samples
+from attrdb.search.mapper import Mapper
+from attrdb.store.schema import TABLES
+from attrdb.training.evaluate import evaluate
 
 FILE = Path(__file__).parent / "golden.json"
 ROWS = 40  # of each result that are kept, beside their number

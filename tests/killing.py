@@ -29,11 +29,12 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 import attrdb
-from attrdb import health
 from attrdb.cli import main as attrdb_command
 from attrdb.errors import AttrdbError, NotFound
-from attrdb.ingest import backfill, corpus, embeddings
-from attrdb.schema import TABLES, feature_array
+from attrdb.ingest.encode import add_encoder
+from attrdb.ingest.read import corpus, embeddings
+from attrdb.store.schema import TABLES, feature_array
+from attrdb.upkeep import health
 
 N_PICTURES = 60
 N_VECTORS = 320  # a shard
@@ -55,11 +56,11 @@ TIME_LIMIT = 120  # seconds that one run may take
 # Importing them starts none of Lance's threads, so that the fork server may hold them ready.
 READY = [
     "attrdb.cli",
-    "attrdb.health",
-    "attrdb.maintenance",
-    "attrdb.ingest.backfill",
-    "attrdb.ingest.corpus",
-    "attrdb.ingest.embeddings",
+    "attrdb.upkeep.health",
+    "attrdb.upkeep.optimize",
+    "attrdb.ingest.encode.add_encoder",
+    "attrdb.ingest.read.corpus",
+    "attrdb.ingest.read.embeddings",
     "attrdb.ingest.base_model",
     "attrdb.ingest.model",
     "pytest",
@@ -188,7 +189,7 @@ def make_inputs(folder: Path) -> None:
 
 
 def _child(says: Connection, run: Callable[[Path, Path], None], db: Path, inputs: Path) -> None:
-    corpus.CHUNK, embeddings.PART_ROWS, backfill.CHECKPOINT = 8, 32, 4
+    corpus.CHUNK, embeddings.PART_ROWS, add_encoder.CHECKPOINT = 8, 32, 4
     with log_of(db).open("w") as log:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)

@@ -6,8 +6,8 @@ import numpy as np
 import pyarrow as pa
 
 import attrdb
-from attrdb import maintenance
-from attrdb.schema import feature_array
+from attrdb.store.schema import feature_array
+from attrdb.upkeep import optimize
 
 DIMENSION, TELLING = 12, 4  # of a feature: all, and those that say which exemplar a sample comes from
 
@@ -51,5 +51,5 @@ def build(path):
         samples = table([f"{model_id}/{n}/0" for n in range(4)], "sample", drawn, model_id, schemes)
         row = {"model_id": model_id, "kind": kind, "split": split}
         db.append_model(pa.concat_tables([own, samples]), row)
-    maintenance.optimize(db)  # a query would read 91 fragments
+    optimize.optimize(db)  # a query would read 91 fragments
     return db

@@ -7,8 +7,8 @@ from conftest import picture
 
 import attrdb
 from attrdb.errors import InvalidValue, NotFound
-from attrdb.ingest import abc_release
-from attrdb.ingest.abc_release import ingest_abc, read_release
+from attrdb.ingest.read import abc
+from attrdb.ingest.read.abc import ingest_abc, read_release
 
 
 def entry(root, source, name, shade, word, category=None, n_exemplars=1):
@@ -297,6 +297,6 @@ def test_release_files_that_cannot_be_read(tmp_path):
 
 
 def test_all_missing_files_are_known_before_any_is_read(tmp_path, monkeypatch):
-    monkeypatch.setattr(abc_release, "read_picture_file", lambda *_: 1 / 0)
+    monkeypatch.setattr(abc, "read_picture_file", lambda *_: 1 / 0)
     release = read_release(write(tmp_path, "test_artchive.json", [SOUND]), tmp_path)
     assert release.missing == ["e.png", "s.png"]

@@ -8,10 +8,12 @@ import pyarrow as pa
 import pytest
 from conftest import DEVICES, OTHER, rows
 
-from attrdb import attribution, products, search, threads
+from attrdb.attribution import query as attribution
+from attrdb.attribution.influence import cut_off, influence
 from attrdb.errors import InvalidValue, NotFound
-from attrdb.influence import cut_off, influence
-from attrdb.mapper import ARRAYS, FORMS, SIDES, Mapper
+from attrdb.search import exact as exact_search
+from attrdb.search import gemm, threads
+from attrdb.search.mapper import ARRAYS, FORMS, SIDES, Mapper
 
 
 def test_influence_by_hand():
@@ -61,7 +63,7 @@ def slow_order(ids, features, query):
 def test_top_k_equals_a_full_sort(size, k, device):
     ids, features = random_gallery()
     queries = random_gallery(4, seed=1)[1]
-    hits = search.top_k(blocks(ids, features, size), queries, k, device=device)
+    hits = exact_search.top_k(blocks(ids, features, size), queries, k, device=device)
     for row, query in enumerate(queries):
         expected = slow_order(ids, features, query)[:k]
         assert list(hits.ids[row]) == [image_id for _, image_id in expected]
@@ -77,7 +79,7 @@ def test_count_above_equals_the_place_in_a_full_sort(size, device):
     queries = random_gallery(4, seed=1)[1]
     given = np.stack([np.random.default_rng(2).permutation(500)[:6] for _ in queries])
     similarity = np.take_along_axis((queries @ features.T).astype(np.float64), given, axis=1)
-    above, n = search.count_above(blocks(ids, features, size), queries, similarity, ids[given], device=device)
+    above, n = exact_search.count_above(blocks(ids, features, size), queries, similarity, ids[given], device=device)
     assert n == 500
     for row, query in enumerate(queries):
         order = [image_id for _, image_id in slow_order(ids, features, query)]
@@ -87,7 +89,7 @@ def test_count_above_equals_the_place_in_a_full_sort(size, device):
 @pytest.mark.parametrize("device", DEVICES)
 def test_more_queries_than_a_product_takes_and_rows_that_differ_in_their_last_digits(monkeypatch, device):
     """Against float64, with a mapper, where float32 alone would put near equal candidates in another order."""
-    monkeypatch.setattr(products, "QUERIES_A_PRODUCT", 7)
+    monkeypatch.setattr(gemm, "QUERIES_A_PRODUCT", 7)
     rng = np.random.default_rng(0)
     centre = rng.standard_normal((1, 24))
     features = centre + 1e-3 * rng.standard_normal((300, 24))
@@ -100,12 +102,14 @@ def test_more_queries_than_a_product_takes_and_rows_that_differ_in_their_last_di
         for name, value in (("weight", np.eye(24) + 0.1 * rng.standard_normal((24, 24))), ("bias", np.full(24, 0.1)))
     }
     mapper = Mapper("some", "e", "affine", parameters)
-    similarity = np.round(mapper.samples(queries, np.float64) @ mapper.exemplars(features, np.float64).T, search.DIGITS)
+    similarity = np.round(
+        mapper.samples(queries, np.float64) @ mapper.exemplars(features, np.float64).T, exact_search.DIGITS
+    )
     order = np.argsort(-similarity, axis=1, kind="stable")
-    hits = search.top_k(blocks(ids, features, 64), queries, 9, mapper=mapper, device=device)
+    hits = exact_search.top_k(blocks(ids, features, 64), queries, 9, mapper=mapper, device=device)
     assert [list(found) for found in hits.ids] == [list(ids[row[:9]]) for row in order]
     given = similarity[:, :1]
-    above, _ = search.count_above(
+    above, _ = exact_search.count_above(
         blocks(ids, features, 64), queries, given, np.full((20, 1), "i000"), mapper=mapper, device=device
     )
     assert list(above[:, 0]) == [list(row).index(0) for row in order]
@@ -114,7 +118,7 @@ def test_more_queries_than_a_product_takes_and_rows_that_differ_in_their_last_di
 def test_an_accelerator_ranks_as_float64_does(monkeypatch):
     """Features that its product cannot tell apart, more than it can keep; on the device already, and of an odd dimension."""
     torch = pytest.importorskip("torch")
-    accelerated = pytest.importorskip("attrdb.accelerated")
+    accelerated = pytest.importorskip("attrdb.search.gemm_cuda")
     monkeypatch.setattr(accelerated, "ROOM", 200)
     rng = np.random.default_rng(0)
     near = rng.standard_normal(21) + 1e-4 * rng.standard_normal((150, 21))
@@ -126,27 +130,27 @@ def test_an_accelerator_ranks_as_float64_does(monkeypatch):
         features[:9],
         rng.integers(300, size=(9, 4)),
     )
-    similarity = np.round(queries.astype(np.float64) @ features.T.astype(np.float64), search.DIGITS)
+    similarity = np.round(queries.astype(np.float64) @ features.T.astype(np.float64), exact_search.DIGITS)
     order = np.argsort(-similarity, axis=1, kind="stable").argsort(axis=1)
     there = [(ids_, torch.tensor(block, device=OTHER)) for ids_, block in blocks(ids, features, 130)]
     thresholds = np.take_along_axis(similarity, given, 1)
     thresholds[2, 3] = np.inf
     for gallery in (there, blocks(ids, features, 300)):
-        above, n = search.count_above(gallery, queries, thresholds, ids[given], device=OTHER)
+        above, n = exact_search.count_above(gallery, queries, thresholds, ids[given], device=OTHER)
         expected = np.where(np.isfinite(thresholds), np.take_along_axis(order, given, 1), 0)
         np.testing.assert_array_equal(above, expected)
         assert n == 300
-    above, _ = search.count_above(
+    above, _ = exact_search.count_above(
         [(pa.array(ids[:1]), features[:1])], queries[:1], thresholds[:1, :1], ids[given[:1, :1]], device=OTHER
     )
     assert above[0, 0] == (order[0, 0] < order[0, given[0, 0]])
-    hits = search.top_k(there, queries, 5, device=OTHER)
+    hits = exact_search.top_k(there, queries, 5, device=OTHER)
     np.testing.assert_array_equal(np.array(hits.ids), ids[np.argsort(-similarity, axis=1, kind="stable")[:, :5]])
 
 
 def test_the_margin_of_tf32_covers_what_its_factors_lose():
     """Worst where all elements are of one sign and lose as much as they can, as nothing is made up for then."""
-    accelerated = pytest.importorskip("attrdb.accelerated")
+    accelerated = pytest.importorskip("attrdb.search.gemm_cuda")
     rng = np.random.default_rng(0)
     most = 0
     for dimension in (3, 64, 768, 4096):
@@ -167,7 +171,7 @@ def test_the_margin_of_tf32_covers_what_its_factors_lose():
 
 @pytest.mark.parametrize("form", FORMS)
 def test_an_accelerator_maps_as_numpy_does(form):
-    pytest.importorskip("attrdb.accelerated")
+    pytest.importorskip("attrdb.search.gemm_cuda")
     rng = np.random.default_rng(0)
     shapes = {"weight": (16, 16), "bias": 16, "gain": 16, "up": (8, 16), "up_bias": 8, "down": (16, 8)}
     parameters = {
@@ -177,9 +181,9 @@ def test_an_accelerator_maps_as_numpy_does(form):
     ids, features = random_gallery(dimension=16)
     queries = random_gallery(20, seed=1, dimension=16)[1]
     given = rng.integers(500, size=20)
-    similarity = search.exact_similarity(features, queries, given, np.arange(20), mapper)[:, None]
+    similarity = exact_search.exact_similarity(features, queries, given, np.arange(20), mapper)[:, None]
     found = [
-        search.count_above(
+        exact_search.count_above(
             blocks(ids, features, 200), queries, similarity, ids[given][:, None], mapper=mapper, device=one
         )
         for one in DEVICES
@@ -209,7 +213,7 @@ def test_a_search_gives_the_threads_of_products_back():
         raise OSError("disk")
 
     with pytest.raises(OSError, match="disk"):
-        search.top_k(broken(), np.ones((1, 4), np.float32), 1)
+        exact_search.top_k(broken(), np.ones((1, 4), np.float32), 1)
     assert n_threads() == before
 
 

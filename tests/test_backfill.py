@@ -7,15 +7,15 @@ import pytest
 from conftest import ToyEncoder, picture
 from test_ingest_corpus import ingest
 
-from attrdb import maintenance
 from attrdb.errors import Busy, InvalidValue
-from attrdb.ids import encode_job
-from attrdb.ingest import backfill as module
-from attrdb.ingest import corpus
-from attrdb.ingest.backfill import backfill
-from attrdb.ingest.encoders import Pixels, encode
-from attrdb.ingest.pictures import read_picture_file
-from attrdb.locks import alone
+from attrdb.ingest.encode import Pixels, encode
+from attrdb.ingest.encode import add_encoder as module
+from attrdb.ingest.encode.add_encoder import backfill
+from attrdb.ingest.read import corpus
+from attrdb.ingest.read.pictures import read_picture_file
+from attrdb.store.ids import encode_job
+from attrdb.store.locks import alone
+from attrdb.upkeep import optimize
 
 N = 7
 
@@ -109,8 +109,8 @@ class Counting(Pixels):
 @pytest.mark.parametrize("until", [0, 1, 2, 3, 4, 5, 6])
 def test_interrupted_anywhere_nothing_is_encoded_twice(stored, photos, monkeypatch, until):
     monkeypatch.setattr(module, "CHECKPOINT", 1)
-    monkeypatch.setattr("attrdb.ingest.encoding.SMALL_BATCH", 1)
-    monkeypatch.setattr("attrdb.ingest.encoding.LARGE_BATCH", 1)
+    monkeypatch.setattr("attrdb.ingest.encode.stream.SMALL_BATCH", 1)
+    monkeypatch.setattr("attrdb.ingest.encode.stream.LARGE_BATCH", 1)
     with pytest.raises(KeyboardInterrupt):
         backfill(stored, Counting(until))
     stored.refresh()
@@ -175,9 +175,9 @@ def test_images_that_cannot_be_encoded_are_recorded_and_can_be_tried_again(store
 
 
 def test_with_indices_and_after_optimize(stored, photos, toy_encoder):
-    maintenance.optimize(stored)
+    optimize.optimize(stored)
     backfill(stored, Pixels(2))
-    maintenance.optimize(stored)
+    optimize.optimize(stored)
     assert_filled(stored, photos)
     assert stored.stored(["photos/3.png"]).keys() == {"photos/3.png"}
 

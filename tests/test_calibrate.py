@@ -10,9 +10,9 @@ from click.testing import CliRunner
 from conftest import rows
 
 import attrdb
+from attrdb.attribution.influence import DEFAULT_LAM, DEFAULT_TAU, influence
 from attrdb.cli import main
 from attrdb.errors import InvalidValue, NotFound
-from attrdb.influence import DEFAULT_LAM, DEFAULT_TAU, influence
 from attrdb.training import calibrate as module
 from attrdb.training.calibrate import calibrate, divergence_of, fit, reliability, similarities
 from attrdb.training.train import TrainSettings, train

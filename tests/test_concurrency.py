@@ -8,9 +8,9 @@ from conftest import TOY, ToyEncoder, picture, rows
 from killing import READY
 
 import attrdb
-from attrdb import health, maintenance
-from attrdb.ingest import corpus
-from attrdb.ingest.corpus import ingest_corpus, open_corpus
+from attrdb.ingest.read import corpus
+from attrdb.ingest.read.corpus import ingest_corpus, open_corpus
+from attrdb.upkeep import health, optimize
 
 N_MODELS = 8  # a writer's own
 SHARED = 4  # models that two writers append
@@ -47,7 +47,7 @@ def optimize_until(path, done, go):
     go.wait()
     db = attrdb.open(path)
     while not done.is_set():
-        maintenance.optimize(db)
+        optimize.optimize(db)
 
 
 def read_until(path, done, go, says):
@@ -153,7 +153,7 @@ def make(path, name, go):
 
 
 def test_two_that_have_not_seen_each_other_once_ids_are_indexed(toy):
-    maintenance.optimize(toy)
+    optimize.optimize(toy)
     others = [attrdb.open(toy.path), attrdb.open(toy.path)]
     for db in others:
         db.refresh = lambda: None  # neither sees what the other has stored

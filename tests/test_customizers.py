@@ -14,10 +14,10 @@ from test_ingest_model import images, ingest
 import attrdb
 from attrdb.errors import InvalidValue, NotFound
 from attrdb.ingest import base_model, customize, customizers, devices, model, synthesize, views
-from attrdb.ingest.corpus import ingest_corpus, open_corpus
-from attrdb.ingest.encoders import Pixels
-from attrdb.ingest.pictures import webp
-from attrdb.schema import KINDS
+from attrdb.ingest.encode import Pixels
+from attrdb.ingest.read.corpus import ingest_corpus, open_corpus
+from attrdb.ingest.read.pictures import webp
+from attrdb.store.schema import KINDS
 
 METHODS = tuple(customizers.BUILT_IN)
 RED = Image.new("RGB", (32, 32), (200, 30, 30))

@@ -8,9 +8,9 @@ import pytest
 from conftest import TOY, rows
 
 import attrdb
-from attrdb.conform import conform_images
 from attrdb.errors import InvalidValue, NotFound
-from attrdb.schema import SCHEMA_VERSION, feature_array
+from attrdb.store.schema import SCHEMA_VERSION, feature_array
+from attrdb.store.validation import conform_images
 
 
 def ids(db):
@@ -220,7 +220,7 @@ def test_an_encoder_that_gives_no_column_name(empty, spec):
 
 
 def test_an_encoder_left_half_added_is_completed(empty):
-    from attrdb.schema import feature_type
+    from attrdb.store.schema import feature_type
 
     empty.snapshot.tables["images"].add_columns(pa.field("toy_2", feature_type(5)))
     attrdb.open(empty.path).add_encoder(**TOY)

@@ -18,7 +18,7 @@ import attrdb
 from attrdb import demo
 from attrdb.cli import main
 from attrdb.errors import InvalidValue
-from attrdb.training.evaluation import evaluate
+from attrdb.training.evaluate import evaluate
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

@@ -8,7 +8,7 @@ import lance
 import pytest
 
 from attrdb import queries, sql
-from attrdb.schema import DICTIONARY
+from attrdb.store.schema import DICTIONARY
 
 DOCS = Path(__file__).parent.parent / "docs"
 TEXT = (DOCS / "dictionary.md").read_text(encoding="utf-8")

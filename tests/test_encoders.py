@@ -20,9 +20,9 @@ from safetensors.torch import save_file
 
 from attrdb.demo import bundled_icons
 from attrdb.errors import InvalidValue
-from attrdb.ingest.encoders import EfficientNetLite0, Pixels, encode, encode_file, load_encoder, weights
-from attrdb.ingest.encoding import ahead, encode_stream
-from attrdb.ingest.pictures import read_picture
+from attrdb.ingest.encode import EfficientNetLite0, Pixels, encode, encode_file, load_encoder, weights
+from attrdb.ingest.encode.stream import ahead, encode_stream
+from attrdb.ingest.read.pictures import read_picture
 
 
 @pytest.fixture(scope="module")
@@ -177,7 +177,7 @@ def test_timm_sees_what_timm_shows_and_its_classifier_is_left_out(tiny_vit, pict
 
 @pytest.mark.parametrize("crop_mode", ["center", "border", "squash"])
 def test_every_crop_of_timm(pictures, crop_mode):
-    from attrdb.ingest.encoders.networks import _timm_preprocessing
+    from attrdb.ingest.encode.networks import _timm_preprocessing
 
     config = {"input_size": (3, 48, 48), "crop_pct": 0.9, "crop_mode": crop_mode, "interpolation": "bicubic"}
     network = timm.create_model("vit_tiny_patch16_224")
@@ -521,7 +521,7 @@ ASK = """
 import json, sys
 from PIL import Image
 from attrdb.errors import InvalidValue
-from attrdb.ingest.encoders import encode, load_encoder
+from attrdb.ingest.encode import encode, load_encoder
 
 said = {}
 for spec in sys.argv[1:]:

@@ -7,8 +7,8 @@ from conftest import rows
 
 import attrdb
 from attrdb.errors import InvalidValue, NotFound
-from attrdb.schema import feature_array
-from attrdb.training.evaluation import evaluate
+from attrdb.store.schema import feature_array
+from attrdb.training.evaluate import evaluate
 
 
 def test_ranks_by_hand(toy):

@@ -10,11 +10,11 @@ from click.testing import CliRunner
 from conftest import TOY, rows
 
 import attrdb
-from attrdb import export as exporting
 from attrdb.cli import main
 from attrdb.errors import InvalidValue, StorageError
-from attrdb.export import export
-from attrdb.schema import TABLES, feature_array
+from attrdb.sql import export as exporting
+from attrdb.sql.export import export
+from attrdb.store.schema import TABLES, feature_array
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import pytest
 from conftest import rows
 
 import attrdb
-from attrdb.schema import TABLES
+from attrdb.store.schema import TABLES
 
 # By features, the ranks of: the two exemplars of a set for its two samples; the one of an object model for its two.
 RANKS = {

@@ -17,7 +17,7 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image
 
 from attrdb.errors import InvalidValue
-from attrdb.ingest.encoders import load_encoder
+from attrdb.ingest.encode import load_encoder
 from attrdb.training.icon_sd import (
     autoencoder,
     build,
@@ -68,7 +68,7 @@ def test_shipped_sprites_are_free_many_and_held_to_their_budget(shipped):
 
 
 def sprites_licences():
-    from attrdb.ingest.icons import FREE
+    from attrdb.training.icon_sd.icons import FREE
 
     return FREE
 

@@ -14,9 +14,9 @@ import pytest
 from PIL import Image
 
 import attrdb
-from attrdb.ingest.corpus import image_rows
-from attrdb.ingest.icons import FREE, SCHEMA
-from attrdb.ingest.pictures import read_picture, webp
+from attrdb.ingest.read.corpus import image_rows
+from attrdb.ingest.read.pictures import read_picture, webp
+from attrdb.training.icon_sd.icons import FREE, SCHEMA
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks" / "iconabc"))
 import frozen

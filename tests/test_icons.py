@@ -11,7 +11,7 @@ import pytest
 from click.testing import CliRunner
 from PIL import Image
 
-from attrdb.ingest import icons
+from attrdb.training.icon_sd import icons
 
 ASSETS = Path(str(files("attrdb"))) / "assets"
 

@@ -11,14 +11,17 @@ from click.testing import CliRunner
 from conftest import DEVICES
 
 import attrdb
-from attrdb import ann, attribution, cells, health, indexing, maintenance, recall, search
+from attrdb.attribution import query as attribution
+from attrdb.attribution.influence import DEFAULT_LAM
 from attrdb.cli import main
 from attrdb.errors import InvalidValue, NotFound, StorageError
-from attrdb.ids import lock_file
-from attrdb.influence import DEFAULT_LAM
-from attrdb.locks import alone
-from attrdb.mapper import Mapper
-from attrdb.schema import feature_array
+from attrdb.search import exact as exact_search
+from attrdb.search import index_build, index_tuning, ivf, kmeans
+from attrdb.search.mapper import Mapper
+from attrdb.store.ids import lock_file
+from attrdb.store.locks import alone
+from attrdb.store.schema import feature_array
+from attrdb.upkeep import health, optimize
 
 N, D = 3000, 16
 
@@ -54,8 +57,8 @@ def filled(path):
 def built_once(tmp_path_factory):
     db = filled(tmp_path_factory.mktemp("index") / "points.attrdb")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(indexing, "MIN_ROWS", 100)
-        indexing.build(db)
+        patch.setattr(index_build, "MIN_ROWS", 100)
+        index_build.build(db)
     return db
 
 
@@ -66,7 +69,7 @@ def indexed(built_once, tmp_path, monkeypatch):
 
     monkeypatch.setattr(attribution, "FEW", 100)
     monkeypatch.setattr(attribution, "HIT", 0.01)
-    monkeypatch.setattr(indexing, "MIN_ROWS", 100)
+    monkeypatch.setattr(index_build, "MIN_ROWS", 100)
     shutil.copytree(built_once.path, tmp_path / "db")
     return attrdb.open(tmp_path / "db")
 
@@ -86,9 +89,9 @@ def affine(seed=0, scale=0.1):
 
 def test_centroids_are_the_means_of_the_features_nearest_to_them():
     features = clustered(500, 4)
-    centroids = cells.train_centroids(features, 8, 50, 0, "cpu")
+    centroids = kmeans.train_centroids(features, 8, 50, 0, "cpu")
     distance = ((features[:, None] - centroids[None]) ** 2).sum(axis=2)
-    nearest = cells.nearest_centroids(features, centroids, "cpu")
+    nearest = kmeans.nearest_centroids(features, centroids, "cpu")
     np.testing.assert_array_equal(nearest, distance.argmin(axis=1))
     for cell in range(8):
         np.testing.assert_allclose(centroids[cell], features[nearest == cell].mean(axis=0), atol=1e-5)
@@ -96,15 +99,15 @@ def test_centroids_are_the_means_of_the_features_nearest_to_them():
 
 def test_a_cell_that_lost_its_features_takes_part_of_the_largest():
     features = np.repeat(np.eye(3, dtype=np.float32), [10, 10, 10], axis=0)
-    centroids = cells.train_centroids(features, 5, 3, 0, "cpu")
+    centroids = kmeans.train_centroids(features, 5, 3, 0, "cpu")
     assert np.isfinite(centroids).all()
-    np.testing.assert_allclose(centroids[cells.nearest_centroids(features, centroids, "cpu")], features, atol=0.01)
+    np.testing.assert_allclose(centroids[kmeans.nearest_centroids(features, centroids, "cpu")], features, atol=0.01)
 
 
 def test_cells_by_torch_are_those_by_numpy():
-    pytest.importorskip("attrdb.accelerated")
+    pytest.importorskip("attrdb.search.gemm_cuda")
     features = clustered(500, 4)
-    by = [cells.train_centroids(features, 8, 5, 0, device) for device in DEVICES]
+    by = [kmeans.train_centroids(features, 8, 5, 0, device) for device in DEVICES]
     np.testing.assert_allclose(*by, atol=1e-5)
 
 
@@ -113,7 +116,7 @@ def test_an_index_answers_as_an_exact_search(indexed):
     [row] = db.sql("SELECT * FROM indices").to_pylist()
     assert (row["encoder_id"], row["kind"], row["n_partitions"], row["n_rows"]) == ("points_16", "IVF_RQ", 69, N + 62)
     assert (row["queries"], row["n_queries"], row["device"]) == ("samples", 60, "cpu")
-    assert row["recall"] >= recall.RECALL_WANTED
+    assert row["recall"] >= index_tuning.RECALL_WANTED
     samples = [f"m/s{number:05d}" for number in range(60)]
     shares = []
     for sample in samples:
@@ -124,7 +127,7 @@ def test_an_index_answers_as_an_exact_search(indexed):
             assert image["role"] != "sample"
             if image["image_id"] in by_id:  # compared exactly, whoever found it
                 assert image["similarity"] == by_id[image["image_id"]]
-    assert np.mean(shares) >= recall.RECALL_WANTED
+    assert np.mean(shares) >= index_tuning.RECALL_WANTED
 
 
 def test_exact_answers_do_not_depend_on_the_index(indexed, tmp_path):
@@ -138,8 +141,8 @@ def test_exact_answers_do_not_depend_on_the_index(indexed, tmp_path):
 
 def test_sql_asks_the_index_as_python_does(indexed, monkeypatch):
     asked = []
-    ask = ann.top_k
-    monkeypatch.setattr(ann, "top_k", lambda *args: asked.append(len(args[4])) or ask(*args))
+    ask = ivf.top_k
+    monkeypatch.setattr(ivf, "top_k", lambda *args: asked.append(len(args[4])) or ask(*args))
     python = indexed.attribute("m/s00003", k=5)["image_id"].to_pylist()
     assert asked == [1]
     by_sql = indexed.sql("SELECT image_id FROM attribute('m/s00003', k := 5)")["image_id"].to_pylist()
@@ -158,14 +161,14 @@ def test_sql_asks_the_index_as_python_does(indexed, monkeypatch):
 
 def test_the_index_is_asked_where_that_takes_less(tmp_path, monkeypatch):
     """By attrdb's own rule: one query is, hundreds together and few candidates are compared with everything."""
-    n, queries = indexing.MIN_ROWS + 4000, clustered(400, 5)
+    n, queries = index_build.MIN_ROWS + 4000, clustered(400, 5)
     db = attrdb.create(tmp_path / "points.attrdb")
     db.add_encoder("points:16", D, {}, "none")
     licenses = pa.array([("CC0", "CC-BY")[number % 10 == 0] for number in range(n)])
     db.append_bulk(images("p", clustered(n, 1), license=licenses))
-    indexing.build(db)
-    asked, ask = [], ann.top_k
-    monkeypatch.setattr(ann, "top_k", lambda *args: asked.append(len(args[4])) or ask(*args))
+    index_build.build(db)
+    asked, ask = [], ivf.top_k
+    monkeypatch.setattr(ivf, "top_k", lambda *args: asked.append(len(args[4])) or ask(*args))
     for n_queries, candidates, by_index in ((1, None, [1]), (400, None, []), (1, "license = 'CC-BY'", [])):
         found, exact = (
             attribution.nearest(db.snapshot, "points_16", queries[:n_queries], 10, candidates=candidates, exact=exact)
@@ -173,7 +176,7 @@ def test_the_index_is_asked_where_that_takes_less(tmp_path, monkeypatch):
         )
         assert asked == by_index
         asked.clear()
-        assert search.recall(found, exact, 10, [None] * n_queries) >= 0.9
+        assert exact_search.recall(found, exact, 10, [None] * n_queries) >= 0.9
 
 
 def test_only_candidates_that_fulfil_a_predicate(indexed):
@@ -238,9 +241,9 @@ def test_a_mapper_is_folded_into_the_query(indexed):
         s @ mapper.exemplars(x, np.float64).T,
         atol=1e-6,
     )
-    np.testing.assert_allclose(ann.folded(queries, mapper), unit(q), atol=1e-5)
+    np.testing.assert_allclose(ivf.folded(queries, mapper), unit(q), atol=1e-5)
     tilt = np.linspace(-1, 1, D, dtype=np.float32)
-    np.testing.assert_allclose(ann.folded(queries, mapper, tilt), unit(q - tilt), atol=1e-5)
+    np.testing.assert_allclose(ivf.folded(queries, mapper, tilt), unit(q - tilt), atol=1e-5)
 
 
 def sloping():
@@ -259,10 +262,10 @@ def stored(db, mapper):
 def test_the_tilt_of_a_query_is_the_slope_of_the_mapped_lengths(indexed):
     mapper = stored(indexed, sloping())
     x = np.concatenate([features for _, features in indexed.snapshot.features("points_16", "true")])
-    exact = search.top_k(
+    exact = exact_search.top_k(
         indexed.snapshot.features("points_16", attribution.CANDIDATES), clustered(40, 5), 11, mapper=mapper
     )
-    tilt = recall._tilt(indexed.snapshot, mapper, exact)
+    tilt = index_tuning._tilt(indexed.snapshot, mapper, exact)
     t = np.mean([similarity[9] for similarity in exact.similarity])
     n = mapper.norms(x)
     left = n - x @ (tilt / t)
@@ -282,8 +285,8 @@ def test_a_mapper_is_searched_by_index_once_that_is_measured(indexed, monkeypatc
     mapper = stored(indexed, mapper)
     queries = clustered(40, 5)
     asked = []
-    ask = ann.top_k
-    monkeypatch.setattr(ann, "top_k", lambda *args: asked.append(1) or ask(*args))
+    ask = ivf.top_k
+    monkeypatch.setattr(ivf, "top_k", lambda *args: asked.append(1) or ask(*args))
 
     def nearest(exact=False):
         return attribution.nearest(indexed.snapshot, "points_16", queries, 10, mapper=mapper, exact=exact)
@@ -291,10 +294,10 @@ def test_a_mapper_is_searched_by_index_once_that_is_measured(indexed, monkeypatc
     exact = nearest(exact=True)
     assert [list(ids) for ids in nearest().ids] == [list(ids) for ids in exact.ids]
     assert asked == [], "not measured yet: all candidates are compared"
-    recall.measure_missing(indexed)
+    index_tuning.measure_missing(indexed)
     [row] = indexed.sql("SELECT * FROM mapper_searches").to_pylist()
     assert (row["mapper_id"], row["used"], row["n_queries"]) == ("some", True, 60)
-    assert row["recall"] >= recall.RECALL_WANTED
+    assert row["recall"] >= index_tuning.RECALL_WANTED
     asked.clear()
     indexed.refresh()
     found = nearest()
@@ -313,19 +316,19 @@ def test_a_mapper_is_searched_by_index_once_that_is_measured(indexed, monkeypatc
 
 
 def test_a_mapper_that_the_index_does_not_serve_is_searched_exactly(indexed, monkeypatch):
-    monkeypatch.setattr(recall, "MORE_FOR_A_MAPPER", ((1, 1),))
+    monkeypatch.setattr(index_tuning, "MORE_FOR_A_MAPPER", ((1, 1),))
     rng = np.random.default_rng(1)
     wild = {
         name: value + 3 * rng.standard_normal(value.shape).astype(np.float32)
         for name, value in affine().parameters.items()
     }
     mapper = stored(indexed, dataclasses.replace(affine(), parameters=wild))
-    row = recall.measure_mapper(indexed, "some")
-    assert row["recall"] < recall.RECALL_WANTED
+    row = index_tuning.measure_mapper(indexed, "some")
+    assert row["recall"] < index_tuning.RECALL_WANTED
     assert not row["used"]
-    monkeypatch.setattr(ann, "top_k", None)
+    monkeypatch.setattr(ivf, "top_k", None)
     hits = attribution.nearest(indexed.snapshot, "points_16", clustered(2, 5), 3, mapper=mapper)
-    exact = search.top_k(
+    exact = exact_search.top_k(
         indexed.snapshot.features("points_16", attribution.CANDIDATES), clustered(2, 5), 3, mapper=mapper
     )
     assert [list(ids) for ids in hits.ids] == [list(ids) for ids in exact.ids]
@@ -335,9 +338,9 @@ def test_a_mapper_that_the_index_does_not_serve_is_searched_exactly(indexed, mon
 
 def test_a_tilt_with_which_less_is_found_is_not_taken(indexed, monkeypatch):
     stored(indexed, sloping())
-    assert np.any(recall.measure_mapper(indexed, "some")["tilt"])
-    monkeypatch.setattr(recall, "_tilt", lambda *_: np.full(D, 9, np.float32))
-    row = recall.measure_mapper(indexed, "some")
+    assert np.any(index_tuning.measure_mapper(indexed, "some")["tilt"])
+    monkeypatch.setattr(index_tuning, "_tilt", lambda *_: np.full(D, 9, np.float32))
+    row = index_tuning.measure_mapper(indexed, "some")
     assert row["used"]
     assert not np.any(row["tilt"])
 
@@ -350,15 +353,15 @@ def test_what_cannot_be_folded_is_not_measured(toy, indexed):
         for name, shape in (("up", (3, D)), ("up_bias", 3), ("down", (D, 3)))
     }
     stored(indexed, dataclasses.replace(mapper, form="mlp", parameters=parameters))
-    assert recall.measure_mapper(indexed, "some") is None
+    assert index_tuning.measure_mapper(indexed, "some") is None
     two = {name: np.ones((2, 2) if name.endswith("weight") else 2, np.float32) for name in mapper.parameters}
     stored(toy, dataclasses.replace(mapper, encoder_id="toy_2", parameters=two))
-    assert recall.measure_mapper(toy, "some") is None  # without an index
+    assert index_tuning.measure_mapper(toy, "some") is None  # without an index
 
 
 def test_rows_after_the_index_are_compared_for_all_queries_together(indexed):
     mapper = stored(indexed, affine())
-    recall.measure_missing(indexed)
+    index_tuning.measure_missing(indexed)
     indexed.append_images(images("later", clustered(500, 31)))
     snapshot = indexed.snapshot
     assert len(snapshot.indices["points_16"].later) == 1
@@ -371,7 +374,7 @@ def test_rows_after_the_index_are_compared_for_all_queries_together(indexed):
         assert np.mean(shares) >= 0.95
         for ids, best in zip(found.ids, exact.ids, strict=True):
             assert {name for name in best if name.startswith("later")} <= {*ids}
-    maintenance.optimize(indexed)
+    optimize.optimize(indexed)
     assert indexed.snapshot.indices["points_16"].later == ()
 
 
@@ -388,7 +391,7 @@ def test_all_are_compared_where_that_takes_less(indexed, monkeypatch):
         (10_000, 257): False,
     }
     assert not attribution._worthwhile(index, 100_000, 128, 257)
-    assert not attribution._worthwhile(index, 10**9, 1, ann.FETCHED)
+    assert not attribution._worthwhile(index, 10**9, 1, ivf.FETCHED)
 
 
 def test_other_indices_may_cover_less_or_more(indexed):
@@ -425,7 +428,7 @@ def test_other_indices_may_cover_less_or_more(indexed):
     one = indexed.snapshot.indices["points_16"]
     assert (len(one.later), one.filtered) == (2, False)
     right()  # and some come after both
-    maintenance.optimize(indexed)
+    optimize.optimize(indexed)
     right()
 
 
@@ -437,7 +440,7 @@ def test_rows_that_come_and_go_are_honoured_at_once(indexed):
     assert sorted(found) == ["new00000", "new00001", "new00002"]
     indexed.delete("images", f"image_id = '{found[0]}'")
     assert sorted(indexed.attribute(new, k=2)["image_id"].to_pylist()) == sorted(found[1:])
-    maintenance.optimize(indexed)
+    optimize.optimize(indexed)
     assert health.status(indexed.snapshot)["indices"][-1]["n_unindexed"] == 0
     assert sorted(indexed.attribute(new, k=2)["image_id"].to_pylist()) == sorted(found[1:])
 
@@ -448,13 +451,13 @@ def test_status_says_how_features_are_searched(indexed):
         return indexed.status()["encoders"]["points_16"]["index"]
 
     assert state()["state"] == "ready"
-    assert state()["recall"] >= recall.RECALL_WANTED
+    assert state()["recall"] >= index_tuning.RECALL_WANTED
     indexed.append_images(images("q", clustered(N, 11)))
     assert state()["state"] == "behind"
-    maintenance.optimize(indexed)
+    optimize.optimize(indexed)
     assert state()["state"] == "ready"
     indexed.append_images(images("r", clustered(N, 12)))
-    maintenance.optimize(indexed)
+    optimize.optimize(indexed)
     assert state()["state"] == "outgrown"
     said = CliRunner().invoke(main, ["status", str(indexed.path)]).stdout
     assert "outgrown: build it again with attrdb index" in said
@@ -465,7 +468,7 @@ def test_status_says_how_features_are_searched(indexed):
         "points_16", "IVF_FLAT", num_partitions=2, metric="cosine"
     )
     assert state() == {"state": "unknown"}
-    indexing.build(indexed)
+    index_build.build(indexed)
     assert state()["state"] == "ready"
     assert list(health.index_self_test(indexed.snapshot)) == []
 
@@ -477,7 +480,7 @@ def test_rows_that_come_while_it_is_built_are_found(indexed):
         if (stage, done) == ("index", 0):
             attrdb.open(indexed.path).append_images(images("meanwhile", new[None]))
 
-    indexing.build(indexed, report=report)
+    index_build.build(indexed, report=report)
     indexed.refresh()
     assert indexed.attribute(new, k=1)["image_id"].to_pylist() == ["meanwhile00000"]
     assert indexed.status()["encoders"]["points_16"]["index"]["state"] == "ready"
@@ -489,17 +492,17 @@ def test_cells_that_hold_nothing(indexed):
     index = indexed.snapshot.indices["points_16"]
     queries = clustered(3, 5)
     for n in (1, 3):
-        found = ann.top_k(indexed.snapshot.tables["images"], index, "image_id = 'none'", N, queries[:n], 4)
+        found = ivf.top_k(indexed.snapshot.tables["images"], index, "image_id = 'none'", N, queries[:n], 4)
         assert [list(ids) for ids in found.ids] == [[]] * n
     assert (
-        search.top_k([], queries[:0], 4).ids
-        == ann.top_k(indexed.snapshot.tables["images"], index, "true", N, queries[:0], 4).ids
+        exact_search.top_k([], queries[:0], 4).ids
+        == ivf.top_k(indexed.snapshot.tables["images"], index, "true", N, queries[:0], 4).ids
     )
 
 
 def test_wide_answers_are_exact(indexed, monkeypatch):
     """Influence of a flat profile needs more hits than an index is worth asking for."""
-    monkeypatch.setattr(ann, "FETCHED", 5_000)
+    monkeypatch.setattr(ivf, "FETCHED", 5_000)
     found, exact = (
         indexed.attribute("m/s00000", k=1500, tau=5.0, lam=0.0, exact=way)["influence"].to_pylist()
         for way in (False, True)
@@ -508,7 +511,7 @@ def test_wide_answers_are_exact(indexed, monkeypatch):
 
 
 def test_building_again_and_an_encoder_of_odd_length(tmp_path, monkeypatch):
-    monkeypatch.setattr(indexing, "MIN_ROWS", 100)
+    monkeypatch.setattr(index_build, "MIN_ROWS", 100)
     db = attrdb.create(tmp_path / "db")
     db.add_encoder("points:15", 15, {}, "none")
     features = unit(np.random.default_rng(0).standard_normal((1200, 15)))
@@ -518,20 +521,20 @@ def test_building_again_and_an_encoder_of_odd_length(tmp_path, monkeypatch):
     assert done.exit_code == 0, done.output
     assert "IVF_SQ of some 1,200 features of points_15, 15-d: 43 cells, on cpu" in done.stderr
     assert "recall@10" in done.stderr
-    again = indexing.build(attrdb.open(db.path))
+    again = index_build.build(attrdb.open(db.path))
     assert (again["queries"], again["n_queries"]) == ("candidates", 200)
-    assert again["recall"] >= recall.RECALL_WANTED
+    assert again["recall"] >= index_tuning.RECALL_WANTED
 
 
 def test_what_cannot_be_indexed(toy, indexed, monkeypatch):
     with pytest.raises(InvalidValue, match="has 7 features of 'toy_2'; an index is of use from 100 on"):
-        indexing.build(toy)
+        index_build.build(toy)
     with pytest.raises(NotFound, match="no encoder 'x'"):
-        indexing.build(indexed, "x")
-    monkeypatch.setattr(indexing, "_free_memory", lambda: 1000)
+        index_build.build(indexed, "x")
+    monkeypatch.setattr(index_build, "_free_memory", lambda: 1000)
     version = lance.dataset(str(indexed.path / "images.lance")).version
     with pytest.raises(StorageError, match=r"needs 0\.5 GiB of memory, 0\.0 GiB are free; nothing was changed"):
-        indexing.build(indexed)
+        index_build.build(indexed)
     assert lance.dataset(str(indexed.path / "images.lance")).version == version
 
 
@@ -539,14 +542,14 @@ def test_without_a_gpu_the_cpu_is_taken(monkeypatch):
     def missing(name):
         raise OSError(f"{name}: no such file")
 
-    monkeypatch.setattr(search.ctypes, "CDLL", missing)
+    monkeypatch.setattr(exact_search.ctypes, "CDLL", missing)
     with pytest.raises(InvalidValue, match=r"device is 'cuda', and there is no GPU .*libcuda.so.1: no such file"):
-        search.accelerator("cuda")
-    assert search.accelerator("auto") == search.accelerator("cpu") == "cpu"
+        exact_search.accelerator("cuda")
+    assert exact_search.accelerator("auto") == exact_search.accelerator("cpu") == "cpu"
 
 
 def test_attributions_of_many_samples_are_stored(indexed, monkeypatch):
-    monkeypatch.setattr("attrdb.attributions.SAMPLES_A_COMMIT", 25)
+    monkeypatch.setattr("attrdb.attribution.batch.SAMPLES_A_COMMIT", 25)
     command = ["attribute", str(indexed.path), "--samples", "image_id < 'm/s00040'", "--top", "3", "--quiet"]
     done = CliRunner().invoke(main, command)
     assert (done.exit_code, done.stderr) == (0, "40 samples attributed, 0 were already\n"), done.output

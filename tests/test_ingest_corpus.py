@@ -13,9 +13,9 @@ from conftest import picture
 from PIL import Image
 
 from attrdb.errors import InvalidValue, NotFound
-from attrdb.ingest import corpus
-from attrdb.ingest.encoders import EfficientNetLite0, Pixels, encode
-from attrdb.ingest.pictures import on_white, read_picture, read_picture_file, square, webp
+from attrdb.ingest.encode import EfficientNetLite0, Pixels, encode
+from attrdb.ingest.read import corpus
+from attrdb.ingest.read.pictures import on_white, read_picture, read_picture_file, square, webp
 
 
 def bomb() -> bytes:

@@ -10,10 +10,10 @@ import pytest
 from conftest import TOY, angle
 
 from attrdb.errors import Busy, InvalidValue, NotFound
-from attrdb.ids import lock_file
-from attrdb.ingest import embeddings
-from attrdb.ingest.embeddings import ingest_embeddings, is_embeddings, open_embeddings
-from attrdb.locks import alone
+from attrdb.ingest.read import embeddings
+from attrdb.ingest.read.embeddings import ingest_embeddings, is_embeddings, open_embeddings
+from attrdb.store.ids import lock_file
+from attrdb.store.locks import alone
 
 SPEC = TOY["spec"]
 

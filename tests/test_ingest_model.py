@@ -13,11 +13,11 @@ from conftest import picture
 from killing import attrdb_runs, log_of, run_whole, start
 
 import attrdb
-from attrdb import ids
 from attrdb.errors import Busy, InvalidValue, NotFound, OutOfMemory
 from attrdb.ingest import base_model, customize, model, model_job, synthesize
-from attrdb.ingest.encoders import Pixels
-from attrdb.ingest.pictures import webp
+from attrdb.ingest.encode import Pixels
+from attrdb.ingest.read.pictures import webp
+from attrdb.store import ids
 
 
 def ingest(db, folder, base, encoder, **given):
@@ -383,7 +383,7 @@ def test_a_category_in_another_script_has_an_id(tiny_base, exemplar_folder):
 
 
 def test_unknown_encoder():
-    from attrdb.ingest.encoders import load_encoder
+    from attrdb.ingest.encode import load_encoder
 
     with pytest.raises(InvalidValue, match="no encoder 'resnet:9'; there are: efficientnet-lite0, pixels:N"):
         load_encoder("resnet:9")

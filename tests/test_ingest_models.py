@@ -18,17 +18,17 @@ from click.testing import CliRunner
 from conftest import picture
 
 import attrdb
-from attrdb import jobs
 from attrdb.cli import main
 from attrdb.errors import Busy, InvalidValue, NotFound
-from attrdb.ids import model_job
 from attrdb.ingest import models
 from attrdb.ingest.base_model import OneBaseModel
 from attrdb.ingest.customize import load_delta
 from attrdb.ingest.devices import gpu_of_worker, share_cores
-from attrdb.ingest.encoders import load_encoder
+from attrdb.ingest.encode import load_encoder
 from attrdb.ingest.model_job import leased_job
-from attrdb.leases import holder
+from attrdb.store import jobs
+from attrdb.store.ids import model_job
+from attrdb.store.leases import holder
 
 ENCODERS = ("pixels:2",)
 COLOURS = {"red": (200, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 200)}
@@ -373,13 +373,13 @@ def test_a_shorter_line_covers_a_longer_one(tmp_path):
 
 def test_of_two_that_begin_at_once_one_goes_on(tmp_path, monkeypatch):
     """On a disk that does not pass locks on."""
-    monkeypatch.setattr("attrdb.leases.fcntl.flock", lambda *_: None)
-    monkeypatch.setattr("attrdb.leases.BEAT", 0.0)
+    monkeypatch.setattr("attrdb.store.leases.fcntl.flock", lambda *_: None)
+    monkeypatch.setattr("attrdb.store.leases.BEAT", 0.0)
     job, me = model_job(tmp_path, "red"), os.getpid()
     first, second = leased_job(job), leased_job(job)
 
     def as_process(number):
-        monkeypatch.setattr("attrdb.leases.os.getpid", lambda: number)
+        monkeypatch.setattr("attrdb.store.leases.os.getpid", lambda: number)
 
     one = first.__enter__()
     as_process(me + 1)
@@ -398,7 +398,7 @@ def test_of_two_that_begin_at_once_one_goes_on(tmp_path, monkeypatch):
 def test_what_a_killed_process_held_is_free(tmp_path):
     job = model_job(tmp_path, "red")
     program = (
-        "import os, sys; from pathlib import Path; from attrdb.ids import model_job\n"
+        "import os, sys; from pathlib import Path; from attrdb.store.ids import model_job\n"
         "from attrdb.ingest.model_job import leased_job\n"
         "with leased_job(model_job(Path(sys.argv[1]), 'red')): os._exit(9)"
     )

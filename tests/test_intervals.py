@@ -6,7 +6,7 @@ import pytest
 from conftest import rows
 
 import attrdb
-from attrdb.schema import TABLES
+from attrdb.store.schema import TABLES
 
 N_MODELS = 12
 

@@ -12,12 +12,14 @@ from click.testing import CliRunner
 from conftest import rows
 
 import attrdb
-from attrdb import health, indexing, jobs, maintenance
 from attrdb.cli import main
 from attrdb.errors import AttrdbError, Busy, InvalidValue, NotFound
-from attrdb.locks import alone
-from attrdb.schema import feature_array
-from attrdb.training.evaluation import evaluate
+from attrdb.search import index_build
+from attrdb.store import jobs
+from attrdb.store.locks import alone
+from attrdb.store.schema import feature_array
+from attrdb.training.evaluate import evaluate
+from attrdb.upkeep import health, optimize
 
 
 def run(*words):
@@ -37,10 +39,10 @@ def add_model(db, model_id, degrees=(3.0, 4.0)):
 @pytest.fixture
 def large(toy, monkeypatch):
     """The toy with 600 more pretraining images and an index of their features."""
-    monkeypatch.setattr(indexing, "MIN_ROWS", 500)
+    monkeypatch.setattr(index_build, "MIN_ROWS", 500)
     degrees = np.random.default_rng(0).uniform(100, 260, 600)
     toy.append_images(rows([(f"c{n:04d}", "pretraining", None, degree) for n, degree in enumerate(degrees)]))
-    indexing.build(toy)
+    index_build.build(toy)
     return toy
 
 
@@ -52,7 +54,7 @@ def test_rounds_of_append_and_optimize_leave_one_segment_and_every_row(large):
     for round_ in range(6):
         add_model(large, f"r{round_}")
         before = everything(large)
-        result = maintenance.optimize(large)
+        result = optimize.optimize(large)
         assert everything(large) == before
         assert [index["n_unindexed"] for index in result.after["indices"]] == [0, 0, 0, 0]
         assert [index["segments"] for index in result.after["indices"]] == [1, 1, 1, 1]
@@ -71,11 +73,11 @@ def test_rounds_of_append_and_optimize_leave_one_segment_and_every_row(large):
     ],
 )
 def test_large_fragments_are_not_rewritten_for_small_ones(rows, large):
-    assert maintenance.large_fragments(rows) == large
+    assert optimize.large_fragments(rows) == large
 
 
 def test_what_is_appended_is_found_before_it_is_indexed(large):
-    maintenance.optimize(large)
+    optimize.optimize(large)
     add_model(large, "new", degrees=(1.0, 1.5))
     assert [index["n_unindexed"] for index in large.status()["indices"]] == [2, 2, 2, 2]
     assert large.attribute("new/0/0", k=1)["image_id"].to_pylist() == ["new/e"]
@@ -85,10 +87,10 @@ def test_what_is_appended_is_found_before_it_is_indexed(large):
 def test_old_versions_stay_until_they_are_dropped(toy):
     first = toy.version
     add_model(toy, "n")
-    maintenance.optimize(toy)
+    optimize.optimize(toy)
     assert len(attrdb.open(toy.path, at=first).sql("SELECT image_id FROM images")) == 7
     kept = toy.status()["tables"]["images"]
-    after = maintenance.optimize(toy, timedelta(0)).after["tables"]["images"]
+    after = optimize.optimize(toy, timedelta(0)).after["tables"]["images"]
     assert after["versions_kept"] == 1 < kept["versions_kept"]
     assert after["bytes"] < kept["bytes"]
     with pytest.raises(NotFound, match=f"has no version {first}; it keeps 1 versions"):
@@ -106,12 +108,12 @@ def test_a_moment_whose_rows_were_dropped_is_not_made_up(toy):
 def test_a_reader_goes_on_while_it_is_compacted(toy):
     reader = attrdb.open(toy.path, read_only=True)
     add_model(toy, "n")
-    maintenance.optimize(toy)
+    optimize.optimize(toy)
     assert len(reader.sql("SELECT image_id FROM images")) == 7
 
 
 def test_an_empty_database(empty):
-    assert maintenance.optimize(empty).after["n_images"] == 0
+    assert optimize.optimize(empty).after["n_images"] == 0
     assert health.check(empty.snapshot) == []
 
 
@@ -120,13 +122,13 @@ def test_two_at_once(toy):
         alone(toy.path / ".maintenance.lock", "held"),
         pytest.raises(Busy, match="is being maintained by another process; wait for it"),
     ):
-        maintenance.optimize(toy)
+        optimize.optimize(toy)
 
 
 def test_an_index_that_answers_wrongly_is_an_error(large, monkeypatch):
     monkeypatch.setattr(health, "RECALL_NEEDED", 1.01)
     with pytest.raises(AttrdbError, match=r"index 'toy_2_idx' of .* answers wrongly \(recall@10 .* 1.000"):
-        maintenance.optimize(large)
+        optimize.optimize(large)
 
 
 def test_the_command_shows_before_and_after(toy):
@@ -200,7 +202,7 @@ def test_the_command_ends_with_1_and_shows_the_rows(toy):
 
 
 def test_an_index_self_test_can_fail(large, monkeypatch):
-    maintenance.optimize(large)
+    optimize.optimize(large)
     assert list(health.index_self_test(large.snapshot)) == []
     monkeypatch.setattr(health, "_recall", lambda *_: 0.5)
     assert [row["index"] for row in health.index_self_test(large.snapshot)] == ["toy_2_idx"]

@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from attrdb.errors import InvalidValue
-from attrdb.mapper import FORMS, Mapper
-from attrdb.training.mapper import Maps, contrastive_loss, regularizer
+from attrdb.search.mapper import FORMS, Mapper
+from attrdb.training.objective import Maps, contrastive_loss, regularizer
 
 
 def unit(rng, n, dimension):

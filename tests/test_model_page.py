@@ -15,13 +15,14 @@ from PIL import Image
 from test_cli import NO_TORCH, python
 
 import attrdb
-from attrdb import model_page, models
+from attrdb import models
 from attrdb.cli import main
 from attrdb.errors import InvalidValue, NotFound
 from attrdb.ingest import model as ingest
 from attrdb.ingest import regenerated
-from attrdb.ingest.pictures import webp
-from attrdb.schema import feature_array
+from attrdb.ingest.read.pictures import webp
+from attrdb.pages import model_page
+from attrdb.store.schema import feature_array
 
 EVIL = '<script>alert("vase")</script>'
 LOSSES = [1.0, 0.5, 0.75, 0.25]

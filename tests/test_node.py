@@ -13,8 +13,9 @@ import pytest
 from conftest import rows
 from test_index import filled
 
-from attrdb import indexing, maintenance
-from attrdb.schema import feature_array
+from attrdb.search import index_build
+from attrdb.store.schema import feature_array
+from attrdb.upkeep import optimize
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "node"
 LOCK = json.loads((EXAMPLE / "package-lock.json").read_text())
@@ -83,7 +84,7 @@ def test_node_reads_what_optimize_made_and_leaves_hidden_models_out(toy, search)
         table = {"image_id": ids, "role": ["pretraining"] * 300, "toy_2": feature_array(features)}
         toy.append_images(pa.table({**table, "license": ["CC0-1.0"] * 300}))
     toy.append_images(rows([("it's/0/1", "sample", "it's", 2), ("it's/e", "exemplar", "it's", 2)]))
-    maintenance.optimize(toy)
+    optimize.optimize(toy)
     toy.refresh()
     assert len(toy.status()["indices"]) >= 3
     done = search(toy.path, "m/0/1", 7)
@@ -92,9 +93,9 @@ def test_node_reads_what_optimize_made_and_leaves_hidden_models_out(toy, search)
 
 
 def test_node_reads_a_database_whose_features_are_indexed(search, tmp_path, monkeypatch):
-    monkeypatch.setattr(indexing, "MIN_ROWS", 100)
+    monkeypatch.setattr(index_build, "MIN_ROWS", 100)
     db = filled(tmp_path / "points.attrdb")
-    assert indexing.build(db)["kind"] == "IVF_RQ"
+    assert index_build.build(db)["kind"] == "IVF_RQ"
     db.refresh()
     done = search(db.path, "m/s00003", 7)
     assert done.returncode == 0, done.stderr

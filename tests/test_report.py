@@ -13,12 +13,12 @@ from learnable import table
 from test_train import QUICK
 
 import attrdb
-from attrdb import plots
 from attrdb.cli import main
 from attrdb.errors import NotFound
-from attrdb.report import drawn, figures, render
+from attrdb.pages import plots
+from attrdb.pages.report import drawn, figures, render
 from attrdb.training.calibrate import calibrate
-from attrdb.training.evaluation import evaluate
+from attrdb.training.evaluate import evaluate
 from attrdb.training.train import train
 
 

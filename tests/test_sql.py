@@ -11,10 +11,11 @@ from conftest import TOY
 import attrdb
 from attrdb import queries, sql
 from attrdb.errors import InvalidValue, NotFound, QueryRefused
-from attrdb.schema import TABLES
+from attrdb.sql.connection import RELATIONS
+from attrdb.store.schema import TABLES
 
 ALL = sorted(queries.all_queries())
-VIEWS = {*TABLES, *(one.name for one in sql.RELATIONS), "features", "unfinished_models"}
+VIEWS = {*TABLES, *(one.name for one in RELATIONS), "features", "unfinished_models"}
 TRIAL = {"image_id": "m/0/1", "encoder_id": "toy_2", "mapper_id": "m"}
 
 

@@ -11,7 +11,7 @@ from conftest import rows
 import attrdb
 from attrdb import queries, sql
 from attrdb.cli import main
-from attrdb.training.evaluation import evaluate
+from attrdb.training.evaluate import evaluate
 
 TEXT = (Path(__file__).parent.parent / "docs" / "sql.md").read_text(encoding="utf-8")
 EXAMPLES = re.findall(r"```sql\n(.*?)```", TEXT, re.DOTALL)

@@ -13,11 +13,11 @@ from conftest import TOY, picture, rows
 from test_cli import run
 
 import attrdb
-from attrdb import health, maintenance
 from attrdb.errors import AttrdbError, InvalidValue, NotFound, QueryRefused, StorageError
-from attrdb.ingest import corpus, embeddings
-from attrdb.ingest.backfill import backfill
-from attrdb.ingest.encoders import Pixels
+from attrdb.ingest.encode import Pixels
+from attrdb.ingest.encode.add_encoder import backfill
+from attrdb.ingest.read import corpus, embeddings
+from attrdb.upkeep import health, optimize
 
 N_PICTURES = 40
 N_VECTORS = 400
@@ -220,7 +220,7 @@ def test_a_read_only_directory_is_not_written(read_only, photos, vectors):
     writes = {
         "images": lambda: db.append_images(pa.table({"image_id": ["x"], "role": ["pretraining"]})),
         "encoder": lambda: db.add_encoder(**TOY),
-        "optimize": lambda: maintenance.optimize(db),
+        "optimize": lambda: optimize.optimize(db),
         "encode": lambda: backfill(db, Pixels(3)),
         "encode again": lambda: backfill(db, Pixels(2)),
         "create": lambda: attrdb.create(read_only.parent / "other"),

@@ -15,16 +15,16 @@ from PIL import Image
 import attrdb
 from attrdb.cli import main
 from attrdb.errors import InvalidValue, NotFound
-from attrdb.ids import train_job
-from attrdb.ingest.corpus import image_rows, register
-from attrdb.ingest.encoders import encode, load_encoder
-from attrdb.ingest.pictures import read_picture, webp
+from attrdb.ingest.encode import encode, load_encoder
+from attrdb.ingest.read.corpus import image_rows, register
+from attrdb.ingest.read.pictures import read_picture, webp
 from attrdb.ingest.views import VIEWS, views
-from attrdb.mapper import Mapper
+from attrdb.search.mapper import Mapper
+from attrdb.store.ids import train_job
 from attrdb.training import augment as augment_module
 from attrdb.training import pairs as pairs_module
-from attrdb.training.evaluation import evaluate
-from attrdb.training.mapper import Maps
+from attrdb.training.evaluate import evaluate
+from attrdb.training.objective import Maps
 from attrdb.training.pairs import Choice, Pairs
 from attrdb.training.train import TrainSettings, Validation, train
 

@@ -10,11 +10,11 @@ from click.testing import CliRunner
 from conftest import rows
 
 import attrdb
-from attrdb import upgrades
 from attrdb.cli import main
 from attrdb.errors import InvalidValue, NotFound
-from attrdb.health import check
-from attrdb.schema import SCHEMA_VERSION, TABLES
+from attrdb.store import upgrades
+from attrdb.store.schema import SCHEMA_VERSION, TABLES
+from attrdb.upkeep.health import check
 
 OLDEST = Path(__file__).parent / "fixtures" / "schema-1.attrdb"
 

@@ -9,10 +9,10 @@ from PIL import Image
 
 import attrdb
 from attrdb.errors import InvalidValue, NotFound
-from attrdb.ingest import webdataset
-from attrdb.ingest.corpus import ingest_corpus, open_corpus
-from attrdb.ingest.pictures import webp
-from attrdb.ingest.webdataset import count_webdataset, webdataset_items
+from attrdb.ingest.read import webdataset
+from attrdb.ingest.read.corpus import ingest_corpus, open_corpus
+from attrdb.ingest.read.pictures import webp
+from attrdb.ingest.read.webdataset import count_webdataset, webdataset_items
 
 FIELDS = {"url": "http://a.example/1.jpg", "status": "success", "LICENSE": "CC0", "width": 32, "NSFW": "UNLIKELY"}
 

@@ -14,10 +14,10 @@ import pyarrow as pa
 
 from attrdb.database import Database
 from attrdb.errors import InvalidValue
-from attrdb.ingest.encoders import encode, load_encoder
-from attrdb.ingest.pictures import read_picture
+from attrdb.ingest.encode import encode, load_encoder
+from attrdb.ingest.read.pictures import read_picture
 from attrdb.ingest.views import VIEWS, views
-from attrdb.snapshot import among
+from attrdb.store.snapshot import among
 
 SIDE = 128  # pixels of a view, before the encoder's own preprocessing
 AT_ONCE = 64  # images whose views are encoded together

@@ -3,9 +3,9 @@
     P^(x | x~) = ReLU(exp((s - s_max)/tau) - lambda) / SUM_j ReLU(exp((s_j - s_max)/tau) - lambda)
     fitted by minimising KL[S || P^], S = 1/|X+| on the exemplars and 0 elsewhere
 
-While it is fitted a softplus stands in for ReLU, so that an exemplar below the cut-off still has a gradient; queries use
-ReLU (`attrdb.influence`). A softplus does not vanish on a million low similarities: beside the exemplars and the best
-candidates of each sample, all others are counted in narrow bins of similarity.
+While it is fitted a softplus stands in for ReLU, so that an exemplar below the cut-off still has a gradient; queries
+use ReLU (`attrdb.attribution.influence`). A softplus does not vanish on a million low similarities: beside the exemplars
+and the best candidates of each sample, all others are counted in narrow bins of similarity.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from attrdb import search
+from attrdb.attribution.influence import DEFAULT_LAM, DEFAULT_TAU
 from attrdb.database import Database
 from attrdb.errors import InvalidValue
-from attrdb.influence import DEFAULT_LAM, DEFAULT_TAU
-from attrdb.mapper import Mapper
-from attrdb.snapshot import among
-from attrdb.training.evaluation import features_by_model
+from attrdb.search import exact as exact_search
+from attrdb.search.mapper import Mapper
+from attrdb.store.snapshot import among
+from attrdb.training.evaluate import features_by_model
 from attrdb.training.train import EVALUATED_ONLY
 
 SHARPNESS = 100.0  # of the softplus, as in the released code
@@ -159,7 +159,7 @@ def similarities(
     return Similarities(np.concatenate(rows), top, tail), size
 
 
-def counted(queries: np.ndarray, gallery: Iterable[search.Block]) -> tuple[np.ndarray, np.ndarray, int]:
+def counted(queries: np.ndarray, gallery: Iterable[exact_search.Block]) -> tuple[np.ndarray, np.ndarray, int]:
     """The KEPT best similarities of each query, how many others lie in each bin, and the size of the gallery."""
     top = np.full((len(queries), KEPT), -np.inf, np.float32)
     tail = np.zeros((len(queries), BINS), np.int64)

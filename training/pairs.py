@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 
 from attrdb.database import Database
 from attrdb.errors import InvalidValue
-from attrdb.ingest.encoding import ahead
+from attrdb.ingest.encode.stream import ahead
 from attrdb.training.augment import augmented
 
 BATCHES_AHEAD = 4

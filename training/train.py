@@ -22,16 +22,17 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from attrdb import jobs, recall
 from attrdb.database import Database
 from attrdb.errors import InvalidValue
-from attrdb.ids import train_job
 from attrdb.ingest.views import VIEWS
-from attrdb.locks import alone
-from attrdb.mapper import Mapper
-from attrdb.snapshot import among
-from attrdb.training.evaluation import features_by_model, ranks
-from attrdb.training.mapper import Maps, contrastive_loss, regularizer
+from attrdb.search import index_tuning
+from attrdb.search.mapper import Mapper
+from attrdb.store import jobs
+from attrdb.store.ids import train_job
+from attrdb.store.locks import alone
+from attrdb.store.snapshot import among
+from attrdb.training.evaluate import features_by_model, ranks
+from attrdb.training.objective import Maps, contrastive_loss, regularizer
 from attrdb.training.pairs import Choice, Pairs
 
 K = 10  # of the validation recall
@@ -48,7 +49,7 @@ class TrainSettings:
     """All that decides a mapper, but for the database.
 
     kind:           of the models it learns from: object, style, or both
-    form:           of the maps, see `attrdb.mapper.Mapper`
+    form:           of the maps, see `attrdb.search.mapper.Mapper`
     temperature:    v of Eq. 3; the paper has 1
     lambda_reg:     weight of the regularizer; the paper has 0.05
     lr, batch:      of Adam; the paper does not say
@@ -125,7 +126,7 @@ def train(
             _check_same(folder, mapper_id, record)
             result = _trained(db, encoder_id, settings, mapper_id, record, folder, report)
         job.remove()
-    recall.measure_trained(db, mapper_id)
+    index_tuning.measure_trained(db, mapper_id)
     return result
 
 

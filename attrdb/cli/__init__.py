@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 import attrdb
-from attrdb.cli import asking, ingesting, keeping, learning, models
+from attrdb.cli import ingest, models, query, train, upkeep
 from attrdb.cli.common import DB, Commands, ml, quiet_option
 
 
@@ -28,26 +28,26 @@ def init(db: Path) -> None:
     click.echo(f"made {db}", err=True)
 
 
-main.add_command(ingesting.ingest)
-main.add_command(ingesting.encode)
-main.add_command(keeping.index)
-main.add_command(asking.attribute)
-main.add_command(learning.train)
-main.add_command(learning.calibrate)
-main.add_command(learning.evaluate)
-main.add_command(learning.report)
+main.add_command(ingest.ingest)
+main.add_command(ingest.encode)
+main.add_command(upkeep.index)
+main.add_command(query.attribute)
+main.add_command(train.train)
+main.add_command(train.calibrate)
+main.add_command(train.evaluate)
+main.add_command(train.report)
 
 
 for command in (
-    asking.run_sql,
-    asking.run_query,
-    asking.queries,
+    query.run_sql,
+    query.run_query,
+    query.queries,
     models.models,
-    keeping.status,
-    keeping.optimize,
-    keeping.check,
-    keeping.upgrade,
-    keeping.export,
+    upkeep.status,
+    upkeep.optimize,
+    upkeep.check,
+    upkeep.upgrade,
+    upkeep.export,
 ):
     main.add_command(command)
 
@@ -58,7 +58,7 @@ for command in (
 def demo(folder: Path, quiet: bool) -> None:
     """Build a database from the bundled icons, customize four models live, attribute their samples, write a page."""
     module = ml("demo")
-    from attrdb.output import progress
+    from attrdb.cli.output import progress
 
     with progress(quiet) as advance:
         page = module.build(folder, advance)

@@ -11,7 +11,7 @@ import click
 
 import attrdb
 from attrdb.errors import AttrdbError, InvalidValue, MissingExtra
-from attrdb.ids import check_id
+from attrdb.store.ids import check_id
 
 DB = click.argument("db", type=click.Path(path_type=Path))
 
@@ -91,7 +91,7 @@ def form_options(command: Any) -> Any:
 
 
 def print_table(table: Any, form: str | None) -> None:
-    from attrdb.output import print_table
+    from attrdb.cli.output import print_table
 
     print_table(table, form or "table")
 
@@ -139,9 +139,9 @@ def encoder_option(command: Any) -> Any:
 def open_with_encoders(path: Path, specs: tuple[str, ...]) -> tuple[Any, list]:
     """The database at the path, made if there is none, and the encoders; nothing is made when an encoder is unknown."""
     from attrdb.database import open_or_create
-    from attrdb.snapshot import made
+    from attrdb.store.snapshot import made
 
-    encoders = ml("ingest.encoders")
+    encoders = ml("ingest.encode")
     db = attrdb.open(path) if made(path / "images.lance") else None
     stored = tuple(row["spec"] for row in db.encoders.values()) if db else ()
     loaded = [encoders.load_encoder(spec) for spec in specs or stored or encoders.DEFAULT_ENCODERS]

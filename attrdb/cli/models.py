@@ -72,7 +72,7 @@ def show(
     database = attrdb.open(db, read_only=True, at=at)
     found = describe(database, model_id)
     if html:
-        html.write_text(ml("model_page").render(database, model_id), encoding="utf-8")
+        html.write_text(ml("pages.model_page").render(database, model_id), encoding="utf-8")
         click.echo(f"wrote {html}", err=True)
     again = _regenerated(database, model_id, n_regenerated, base_model, quiet) if n_regenerated else None
     if as_json:
@@ -87,7 +87,7 @@ def show(
 
 
 def _regenerated(database: Any, model_id: str, n_samples: int, base_model: str | None, quiet: bool) -> Any:
-    from attrdb.output import progress
+    from attrdb.cli.output import progress
 
     compare = ml("ingest.regenerated").compare
     with progress(quiet) as advance:
@@ -97,8 +97,8 @@ def _regenerated(database: Any, model_id: str, n_samples: int, base_model: str |
 
 
 def _print_model(model: dict[str, Any]) -> None:
+    from attrdb.cli.output import shown
     from attrdb.models import settings_by_group
-    from attrdb.output import shown
 
     def line(name: str, value: Any, indent: str = "  ") -> None:
         click.echo(f"{indent}{name.replace('_', ' ')}: {shown(value)}")

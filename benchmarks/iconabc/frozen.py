@@ -1,7 +1,7 @@
 """IconAbC as files: freeze what was made, and load it into a database anywhere.
 
     python benchmarks/iconabc/frozen.py freeze DB PLAN       # PLAN: the folder that plan.py has written
-    python benchmarks/iconabc/frozen.py load DB ICONS        # ICONS: what `attrdb.ingest.icons build` has rendered
+    python benchmarks/iconabc/frozen.py load DB ICONS        # ICONS: what `attrdb.training.icon_sd.icons build` has rendered
 
 The frozen files lie beside this script: models.parquet, images.parquet (exemplars and samples), candidates.parquet (names of
 the gallery's icons and hashes of their pixels; the pictures are rendered again from the packages they come from).
@@ -23,9 +23,9 @@ from PIL import Image
 import attrdb
 from attrdb.database import Database, open_or_create
 from attrdb.demo import bundled_icons
-from attrdb.ingest.corpus import image_rows, ingest_corpus, open_corpus
-from attrdb.ingest.icons import SCHEMA, lossy
-from attrdb.ingest.pictures import read_picture
+from attrdb.ingest.read.corpus import image_rows, ingest_corpus, open_corpus
+from attrdb.ingest.read.pictures import read_picture
+from attrdb.training.icon_sd.icons import SCHEMA, lossy
 
 HERE = Path(__file__).parent
 PROVENANCE = ("source", "category", "creator", "license", "uri", "prompt")
@@ -55,7 +55,7 @@ def freeze(db: Database, plan: Path, out: Path = HERE) -> dict[str, int]:
     for row in pq.read_table(plan / "exemplars.parquet").to_pylist():
         of_model = json.loads(row["metadata"])["model_id"]
         origin[of_model, hashlib.sha256(row["image"]).hexdigest()] = {name: row[name] for name in PROVENANCE}
-    images = db.images("role <> 'pretraining'", list(attrdb.schema.IMAGES.names))
+    images = db.images("role <> 'pretraining'", list(attrdb.store.schema.IMAGES.names))
     rows = [row for row in images.sort_by("image_id").to_pylist() if row["model_id"] in set(wanted)]
     for row in rows:
         if row["role"] == "exemplar":

@@ -1,6 +1,6 @@
 """Choose what IconAbC is made of: python benchmarks/iconabc/plan.py ICONS --out FOLDER
 
-ICONS is what `python -m attrdb.ingest.icons build` has rendered. FOLDER gets
+ICONS is what `python -m attrdb.training.icon_sd.icons build` has rendered. FOLDER gets
 
     candidates.parquet   the gallery: the corpus of icon-sd, and further icons, N_CANDIDATES in all
     exemplars.parquet    a row an exemplar of a model, with its creator and licence
@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from attrdb.demo import bundled_icons
-from attrdb.ingest.icons import NOBODY, SCHEMA, SIGNS, artist_of, lossy
+from attrdb.training.icon_sd.icons import NOBODY, SCHEMA, SIGNS, artist_of, lossy
 
 N_CANDIDATES = 100_000
 

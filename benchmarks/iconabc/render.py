@@ -16,7 +16,7 @@ from pathlib import Path
 import click
 from plan import icon_sets
 
-from attrdb.ingest.icons import Drawing, build, iconify_drawings, openclipart_drawings
+from attrdb.training.icon_sd.icons import Drawing, build, iconify_drawings, openclipart_drawings
 
 ICONIFY = "2.2.535"  # of @iconify/json
 CLIPART = "openclipart-svg"  # 1:0.18+dfsg-19 when the benchmark was made

@@ -28,12 +28,12 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from machine import describe
 
 from attrdb.database import Database, open_or_create
-from attrdb.ingest.backfill import backfill
-from attrdb.ingest.encoders import load_encoder
-from attrdb.report import figures, render
-from attrdb.schema import encoder_id_of
+from attrdb.ingest.encode import load_encoder
+from attrdb.ingest.encode.add_encoder import backfill
+from attrdb.pages.report import figures, render
+from attrdb.store.schema import encoder_id_of
 from attrdb.training.calibrate import calibrate
-from attrdb.training.evaluation import evaluate
+from attrdb.training.evaluate import evaluate
 from attrdb.training.train import TrainSettings, train
 
 ENCODERS = ("efficientnet-lite0", "pixels:8", "vgg-gram")

@@ -23,7 +23,7 @@ SAVE_SECONDS = 60.0  # between two checkpoints: on a GPU one takes as long as so
 def alone_in(folder: Path) -> Iterator[None]:
     """Hold a run's folder: two processes in one would take turns in writing its checkpoint.
 
-    Not `attrdb.locks`, which needs the database's packages; a machine with a GPU may lack them.
+    Not `attrdb.store.locks`, which needs the database's packages; a machine with a GPU may lack them.
     raises: Busy if another process holds it
     """
     folder.mkdir(parents=True, exist_ok=True)

@@ -28,7 +28,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from attrdb.ingest.icons import NOBODY, Drawing, artist_of, iconify_drawings, openclipart_drawings
+from attrdb.training.icon_sd.icons import NOBODY, Drawing, artist_of, iconify_drawings, openclipart_drawings
 
 SIZE = 64  # pixels
 SCHEMA = pa.schema(

@@ -1,0 +1,323 @@
+"""Commands that write images and features: ingest and encode."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import Any
+
+import click
+
+import attrdb
+from attrdb.cli.common import DB, Id, encoder_option, ml, open_with_encoders, quiet_option
+from attrdb.errors import InvalidValue
+
+LISTED = 20  # failures that are printed; all of them are in the table `failures`
+
+retry_option = click.option("--retry-failed", is_flag=True, help="Try items again that failed before.")
+
+
+@click.group()
+def ingest() -> None:
+    """Add images: a corpus, or customized models with their exemplars and samples."""
+
+
+@ingest.command("corpus")
+@DB
+@click.argument("path")
+@click.option("--source", help="Name of the data set; the folder's name when left out.")
+@encoder_option
+@click.option("--id-column", help="Embeddings: the metadata column that names a row. Default: key, else image_path.")
+@click.option(
+    "--column",
+    "columns",
+    multiple=True,
+    metavar="OURS=THEIRS",
+    help="Embeddings: take a column from another; repeatable.",
+)
+@retry_option
+@quiet_option
+def ingest_corpus(
+    db: Path,
+    path: str,
+    source: str | None,
+    encoders: tuple[str, ...],
+    id_column: str | None,
+    columns: tuple[str, ...],
+    retry_failed: bool,
+    quiet: bool,
+) -> None:
+    """Append pretraining images from PATH.
+
+    PATH is a folder of images (captions in .txt files), a Parquet file or a folder of them (columns name and image), a
+    webdataset tar or a folder of them, or a clip-retrieval folder of embeddings (img_emb, metadata), local or a URL such as
+    s3://bucket/laion. Embeddings need --encoder: the one that made them. Given again, the command goes on where it was.
+    """
+    embeddings = importlib.import_module("attrdb.ingest.read.embeddings")
+    if embeddings.is_embeddings(path):
+        _ingest_embeddings(db, path, source, encoders, id_column, columns, retry_failed, quiet)
+        return
+    if id_column or columns:
+        raise InvalidValue(f"--id-column and --column are for embeddings, and {path} is no folder of embeddings")
+    corpus = ml("ingest.read.corpus")
+    from attrdb.cli.output import progress
+
+    opened, done = corpus.open_corpus(Path(path), source), 0
+    database, loaded = open_with_encoders(db, encoders)
+    with progress(quiet) as advance:
+
+        def report(n_items: int) -> None:
+            nonlocal done
+            done += n_items
+            advance("ingest corpus", done, opened.n_items)
+
+        result = corpus.ingest_corpus(database, opened, loaded, retry_failed=retry_failed, report=report)
+    click.echo(f"{result.n_appended:,} images appended, {result.n_stored:,} were stored already", err=True)
+    _tell_failures(result.failures, "images")
+
+
+def _ingest_embeddings(
+    db: Path,
+    path: str,
+    source: str | None,
+    encoders: tuple[str, ...],
+    id_column: str | None,
+    columns: tuple[str, ...],
+    retry_failed: bool,
+    quiet: bool,
+) -> None:
+    from attrdb.cli.output import progress
+    from attrdb.database import open_or_create
+    from attrdb.ingest.read.embeddings import ingest_embeddings, open_embeddings
+
+    if len(encoders) != 1:
+        raise InvalidValue(
+            f"{path} holds embeddings: name the one encoder that made them, such as --encoder open_clip:ViT-B-32/openai"
+        )
+    for column in columns:
+        if "=" not in column:
+            raise InvalidValue(f"--column {column!r} is not of the form ours=theirs")
+    opened = open_embeddings(path, id_column, dict(column.split("=", 1) for column in columns))
+    database = open_or_create(db)
+    name = source or path.rstrip("/").rsplit("/", 1)[-1]
+    with progress(quiet) as advance:
+        result = ingest_embeddings(database, opened, encoders[0], name, retry_failed=retry_failed, report=advance)
+    click.echo(f"{result.n_appended:,} embeddings appended, {result.n_stored:,} were stored already", err=True)
+    _tell_failures(result.failures, "embeddings")
+
+
+def _tell_failures(failures: dict[str, str], what: str) -> None:
+    """Print the first reasons, and end with an error: all was not done."""
+    if not failures:
+        return
+    for reason in list(failures.values())[:LISTED]:
+        click.echo(f"left out: {reason}", err=True)
+    raise InvalidValue(
+        f"{len(failures):,} {what} were left out, all others are stored; their reasons are in the table failures. Mend them "
+        "and give the command again with --retry-failed"
+    )
+
+
+@ingest.command("model")
+@DB
+@click.option("--exemplars", type=click.Path(path_type=Path), required=True, help="Folder of the training images.")
+@click.option("--category", required=True, help="What they show, such as cat; for a style, its name.")
+@click.option("--kind", type=click.Choice(["object", "style", "mixed"]), required=True)
+@click.option("--base-model", required=True, help="Stable Diffusion 1.x/2.x: a pipeline folder or a hub id.")
+@click.option("--model-id", type=Id("model", new=True), help="Default: the category and a hash of the exemplars.")
+@click.option("--split", help="Such as train, val or test.")
+@click.option(
+    "--prompts", help="A prompt bank (photo, icon), a folder of one, or a text file, one prompt with V* a line."
+)
+@click.option("--profile", type=click.Choice(["paper"]), help="As many prompts and samples as in the paper's Table 1.")
+@click.option("--prompts-per-scheme", type=click.IntRange(1))
+@click.option("--samples-per-prompt", type=click.IntRange(1))
+@click.option("--steps", type=click.IntRange(1), help="Training steps.")
+@click.option("--batch", type=click.IntRange(1), help="Training batch size.")
+@click.option("--lr", type=click.FloatRange(min=0, min_open=True), help="Learning rate.")
+@click.option("--solver-steps", type=click.IntRange(1), help="Sampling steps.")
+@click.option("--guidance", type=click.FloatRange(1), help="Classifier-free guidance.")
+@click.option(
+    "--sample-batch",
+    type=click.IntRange(1),
+    help="Samples that are drawn together; fewer take less memory. Default 16.",
+)
+@click.option("--seed", type=int)
+@click.option(
+    "--method", help="custom-diffusion (default), dreambooth-lora, textual-inversion, or one that a package adds."
+)
+@click.option(
+    "--precision",
+    type=click.Choice(["auto", "float32", "bf16"]),
+    help="Of the U-Net. Default: auto, bf16 where the hardware multiplies it.",
+)
+@click.option(
+    "--gradient-checkpointing",
+    is_flag=True,
+    default=None,
+    help="Train with less memory, and longer. The model is the same.",
+)
+@click.option(
+    "--augment",
+    type=click.Choice(["none", "mild", "strong"]),
+    help="Of the exemplars: nothing (default), mirrored, or mirrored, made smaller and larger.",
+)
+@click.option(
+    "--prior",
+    type=click.Choice(["caption", "image", "generated"]),
+    help="Where regularization images come from: the corpus, by caption (default) or by image, or the base model.",
+)
+@click.option("--prior-images", type=click.IntRange(0), help="How many regularization images; default 0.")
+@click.option(
+    "--prior-weight",
+    type=click.FloatRange(min=0, min_open=True),
+    help="Of their loss beside the exemplars'; default 1.",
+)
+@click.option("--token-from", help="Words that the new token V* starts from; default: the category.")
+@encoder_option
+@quiet_option
+def ingest_model(
+    db: Path,
+    exemplars: Path,
+    category: str,
+    kind: str,
+    base_model: str,
+    model_id: str | None,
+    split: str | None,
+    profile: str | None,
+    encoders: tuple[str, ...],
+    quiet: bool,
+    **given: Any,
+) -> None:
+    """Customize a base model on exemplars, sample it, encode everything, and append it in one commit.
+
+    An object or a style is named by a new token, V*. Of kind mixed the exemplars have nothing in common: each is trained on
+    its own caption, a .txt file beside it, and sampled with it unless --prompts names a file.
+
+    Options that are left out come from the base model's customize.json, else from the defaults for Stable Diffusion.
+    Given again, the command goes on where it was interrupted, and changes nothing once the model is stored.
+    """
+    model = ml("ingest.model")
+    from attrdb.cli.output import progress
+
+    images = model.read_exemplars(exemplars)
+    settings = model.settings_for(base_model, kind, category, given, split, profile)
+    model.check_model(settings, images, model_id)
+    database, loaded = open_with_encoders(db, encoders)
+    with progress(quiet) as advance:
+        result = model.ingest_model(database, images, settings, loaded, model_id, advance)
+    what = f"model {result.model_id}: {result.n_exemplars} exemplars, {result.n_samples} samples"
+    click.echo(f"{what} {'appended' if result.appended else 'stored already, nothing to do'}", err=True)
+
+
+@ingest.command("models")
+@DB
+@click.argument("specs", type=click.Path(path_type=Path))
+@click.option("--base-model", help="For lines that name none.")
+@click.option("--workers", type=click.IntRange(1), default=1, show_default=True, help="Processes that share the work.")
+@click.option(
+    "--retries",
+    type=click.IntRange(0),
+    default=1,
+    show_default=True,
+    help="Further attempts at a model after an error that may not come again.",
+)
+@click.option(
+    "--lease-minutes",
+    type=click.FloatRange(min=0, min_open=True),
+    default=10,
+    show_default=True,
+    help="After which a process that says nothing more counts as stuck.",
+)
+@encoder_option
+@quiet_option
+def ingest_models(
+    db: Path,
+    specs: Path,
+    base_model: str | None,
+    workers: int,
+    retries: int,
+    lease_minutes: float,
+    encoders: tuple[str, ...],
+    quiet: bool,
+) -> None:
+    """Customize many models: SPECS has a JSON object a line, with the option names of `ingest model`.
+
+    Every line is checked first. Workers take a GPU each, in turn. Several commands may work on one file and database at
+    once. Given again, the command goes on where it was; a model that failed is tried again.
+    """
+    models = ml("ingest.models")
+    from attrdb.cli.output import progress
+
+    read = models.read_specs(specs, base_model)
+    _, loaded = open_with_encoders(db, encoders)
+    with progress(quiet) as advance:
+        result = models.ingest_models(
+            db,
+            read,
+            [encoder.spec for encoder in loaded],
+            workers,
+            advance,
+            str(specs.resolve()),
+            retries,
+            lease_minutes,
+        )
+    click.echo(f"{result.done} models appended, {result.stored_already} were stored already", err=True)
+    if result.failed:
+        for model_id, reason in result.failed[:LISTED]:
+            click.echo(f"failed: {model_id}: {reason}", err=True)
+        raise InvalidValue(
+            f"{len(result.failed)} of {len(read)} models failed, all others are stored; mend them and give the command again"
+        )
+
+
+@ingest.command("abc")
+@DB
+@click.argument("release", type=click.Path(path_type=Path))
+@click.option("--root", type=click.Path(path_type=Path), required=True, help="The folder that has `dataset` in it.")
+@encoder_option
+@quiet_option
+def ingest_abc(db: Path, release: Path, root: Path, encoders: tuple[str, ...], quiet: bool) -> None:
+    """Append the models of an AbC release file, such as test_artchive.json, with their exemplars and samples."""
+    abc_release = ml("ingest.read.abc")
+    from attrdb.cli.output import progress
+
+    read = abc_release.read_release(release, root)
+    database, loaded = open_with_encoders(db, encoders)
+    with progress(quiet) as advance:
+        result = abc_release.ingest_abc(
+            database, read, loaded, lambda done, total: advance(f"ingest {read.name}", done, total)
+        )
+    click.echo(f"{result.n_appended} models appended, {result.n_stored} were stored already", err=True)
+    missing = [path for _, paths in result.incomplete for path in paths]
+    for path in missing[:LISTED]:
+        click.echo(f"missing: {path}", err=True)
+    for model_id, reason in result.failed[:LISTED]:
+        click.echo(f"left out: {model_id}: {reason}", err=True)
+    if result.incomplete or result.failed:
+        raise InvalidValue(
+            f"{len(result.incomplete)} models lack {len(missing)} files and {len(result.failed)} could not be used, all "
+            "others are stored; put the files there and give the command again"
+        )
+
+
+@click.command()
+@DB
+@click.option("--encoder", "spec", required=True, help="Encoder spec, such as timm:NAME.")
+@retry_option
+@quiet_option
+def encode(db: Path, spec: str, retry_failed: bool, quiet: bool) -> None:
+    """Add an encoder to a database: encode every stored image that has no feature of it yet.
+
+    Killed and given again, it goes on where it was. Images whose bytes are not stored stay without a feature.
+    """
+    encoders, job = ml("ingest.encode"), ml("ingest.encode.add_encoder")
+    from attrdb.cli.output import progress
+
+    database = attrdb.open(db)
+    encoder = encoders.load_encoder(spec)
+    with progress(quiet) as advance:
+        result = job.backfill(database, encoder, retry_failed=retry_failed, report=advance)
+    left = f", {result.n_without_image:,} have no image bytes stored" if result.n_without_image else ""
+    click.echo(f"{result.n_encoded:,} images encoded{left}", err=True)
+    _tell_failures(result.failures, "images")

@@ -1,0 +1,213 @@
+"""Commands that keep a database: status, upkeep, checks, upgrades, exports."""
+
+from __future__ import annotations
+
+import json
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import click
+
+import attrdb
+from attrdb.cli.common import DB, Id, at_option, device_option, print_table, quiet_option
+from attrdb.errors import AttrdbError
+from attrdb.search.memory import use_the_machine
+
+EXACT = {
+    "none": "searched exactly (attrdb index makes large galleries quicker)",
+    "dropped": "searched exactly, its index is gone: attrdb index builds it again",
+    "unknown": "searched exactly, its index is not attrdb's: attrdb index puts one in its place",
+}
+BEHIND = {
+    "behind": "; many rows came later: attrdb optimize",
+    "outgrown": "; outgrown: build it again with attrdb index",
+}
+
+
+@click.command()
+@DB
+@at_option
+@click.option("--json", "as_json", is_flag=True, help="JSON instead of lines for reading.")
+def status(db: Path, at: str | None, as_json: bool) -> None:
+    """What the database holds, how complete it is, and what waits for `optimize`."""
+    found = attrdb.open(db, read_only=True, at=at).status()
+    if as_json:
+        click.echo(json.dumps(found, indent=2))
+        return
+    click.echo(f"{found['path']}: {found['n_images']:,} images, version {found['version']}, {_size(found['bytes'])}")
+    for what in ("images_by_role", "models_by_kind"):
+        counts = ", ".join(f"{n:,} {name}" for name, n in found[what].items()) or "none"
+        click.echo(f"  {what.replace('_', ' ')}: {counts}")
+    for name, encoder in found["encoders"].items():
+        left = f", {encoder['n_to_encode']:,} to encode" if encoder["n_to_encode"] else ""
+        done = f"{encoder['n_encoded']:,} of {found['n_images']:,} encoded{left}"
+        click.echo(f"  encoder {name}: {encoder['dimension']}-d, {done}; {_searched(encoder['index'])}")
+    for mapper in found["mappers"]:
+        click.echo(
+            f"  mapper {mapper['mapper_id']}: {mapper['form']}, on {mapper['encoder_id']}, of {mapper['trained_on']}; "
+            f"{_searched_with(mapper)}"
+        )
+    for one in found["calibrations"]:
+        of = f"mapper {one['mapper_id']}" if one["mapper_id"] else f"encoder {one['encoder_id']}"
+        fitted = (
+            f"tau {one['tau']:.4g}, lambda {one['lam']:.4g}, fitted among {one['gallery_size']:,} pretraining images"
+        )
+        click.echo(f"  influence by {of}: {fitted}")
+    _print_upkeep(found, "  ")
+    for model_id in found["unfinished_models"]:
+        click.echo(f"  model {model_id} is unfinished and not shown; give its ingest command again")
+    for one in found["in_progress"]:
+        how_far = f"{one['stage']} {one['done']:,} of {one['total']:,}" if one["total"] else one["stage"]
+        said = f"by process {one['pid']} on {one['host']}, {one['silent_seconds']:.0f} s ago"
+        click.echo(f"  model {one['model_id']} is being made: {how_far}, {said}")
+    for job in found["open_jobs"]:
+        done = f"{job['n_done'] or 0:,} done, {job['n_failed'] or 0:,} failed"
+        click.echo(f"  job {job['job_id']}: {job['state']}, {done}{': ' + job['message'] if job['message'] else ''}")
+
+
+def _searched(index: dict[str, Any]) -> str:
+    """How an encoder's features are searched, in words."""
+    state = index["state"]
+    if state in EXACT:
+        return EXACT[state]
+    said = f"recall@10 {index['recall']:.3f} on {index['n_queries']} {index['queries']}"
+    cells = f"{index['n_probes']:,} of {index['n_partitions']:,} cells"
+    return f"searched by index, {said}, {cells}{BEHIND.get(state, '')}"
+
+
+def _searched_with(mapper: dict[str, Any]) -> str:
+    """How features are searched with a mapper, in words."""
+    if mapper["recall"] is None:
+        return "searched exactly"
+    if not mapper["by_index"]:
+        return f"searched exactly, its index finds {mapper['recall']:.2f} of the exact first 10"
+    return f"searched by index, recall@10 {mapper['recall']:.3f}"
+
+
+def _print_upkeep(found: dict[str, Any], indent: str) -> None:
+    for name, table in found["tables"].items():
+        files = f"{table['fragments']:,} fragments, {table['versions_kept']:,} versions, {_size(table['bytes'])}"
+        click.echo(f"{indent}table {name}: {table['rows']:,} rows, {files}")
+    for index in found["indices"]:
+        parts = f"{index['segments']} segments, {index['n_unindexed']:,} rows not indexed"
+        click.echo(f"{indent}index on {index['column']} ({index['type']}): {parts}")
+
+
+def _size(n_bytes: int) -> str:
+    return f"{n_bytes / 2**20:,.1f} MiB"
+
+
+@click.command()
+@DB
+@click.option(
+    "--drop-older-than",
+    type=click.IntRange(0),
+    metavar="DAYS",
+    help="Also forget versions older than this, and free their disk; --at cannot go back to them.",
+)
+@quiet_option
+def optimize(db: Path, drop_older_than: int | None, quiet: bool) -> None:
+    """Index new rows, merge index segments and small fragments, then check the indices."""
+    from attrdb.cli.output import progress
+    from attrdb.upkeep import optimize
+
+    age = None if drop_older_than is None else timedelta(days=drop_older_than)
+    with progress(quiet) as advance:
+        result = optimize.optimize(attrdb.open(db), age, advance)
+    for when, state in (("before", result.before), ("after", result.after)):
+        click.echo(f"{when}: {_size(state['bytes'])}")
+        _print_upkeep(state, "  ")
+
+
+@click.command()
+@DB
+@click.option("--encoder", "encoder_id", type=Id("encoder"), help="encoder_id; the database's first when left out.")
+@device_option
+@quiet_option
+def index(db: Path, encoder_id: str | None, device: str, quiet: bool) -> None:
+    """Build the index of an encoder's features, and measure its recall against an exact search.
+
+    Searches look into it from then on, those with a mapper if enough is found through it; images that come later are found
+    too, and are taken into it by `optimize`.
+    """
+    from attrdb.cli.output import progress
+    from attrdb.search import exact as exact_search
+    from attrdb.search import index_build
+
+    use_the_machine()
+    device, database = exact_search.accelerator(device), attrdb.open(db)
+    what = index_build.plan(database.snapshot, encoder_id)
+    click.echo(
+        f"{what.kind} of some {what.n_rows:,} features of {what.encoder_id}, {what.dimension}-d: {what.n_partitions:,} "
+        f"cells, on {device}; at most {what.memory / 2**30:.1f} GiB of memory and {what.disk / 2**30:.2f} GiB of disk",
+        err=True,
+    )
+    with progress(quiet) as advance:
+        row = index_build.build(database, what.encoder_id, device, advance)
+    asked = f"looking into {row['n_probes']:,} of {row['n_partitions']:,} cells, {row['oversampling']} hits an answer"
+    measured = f"recall@10 {row['recall']:.3f} on {row['n_queries']} {row['queries']}"
+    click.echo(f"built in {row['seconds']:.1f} s; {measured}, {asked}", err=True)
+    database.refresh()
+    mappers = (
+        "SELECT mapper_id, used AS by_index, recall FROM mapper_searches WHERE encoder_id = $id ORDER BY mapper_id"
+    )
+    for mapper in database.sql(mappers, {"id": what.encoder_id}).to_pylist():
+        click.echo(f"mapper {mapper['mapper_id']}: {_searched_with(mapper)}", err=True)
+
+
+@click.command()
+@DB
+@quiet_option
+def check(db: Path, quiet: bool) -> None:
+    """Read every file, run every query of the group `checks`, and test the indices; exit 1 if anything is wrong."""
+    from attrdb.cli.output import progress
+    from attrdb.upkeep import health
+
+    with progress(quiet) as advance:
+        findings = health.check(attrdb.open(db, read_only=True).snapshot, advance)
+    for finding in findings:
+        click.echo(f"{finding.check}: {finding.meaning}")
+        print_table(finding.rows, "table")
+    if findings:
+        raise AttrdbError(f"{sum(len(one.rows) for one in findings)} rows in {len(findings)} checks are wrong")
+    click.echo(f"{db}: nothing found", err=True)
+
+
+@click.command()
+@DB
+def upgrade(db: Path) -> None:
+    """Bring a database that an older attrdb made to this one's schema version."""
+    from attrdb.store import upgrades
+
+    before, after = upgrades.upgrade(db)
+    click.echo(f"{db}: schema version {before}, now {after}" if before != after else f"{db}: nothing to do", err=True)
+
+
+@click.command()
+@DB
+@click.argument("target", type=click.Path(path_type=Path))
+@click.option(
+    "--duckdb", "form", flag_value="duckdb", type=str, help="One DuckDB file instead of a folder of Parquet files."
+)
+@click.option("--no-vectors", is_flag=True, help="Leave the features out.")
+@click.option("--no-images", is_flag=True, help="Leave the encoded images out.")
+@at_option
+@quiet_option
+def export(
+    db: Path, target: Path, form: str | None, no_vectors: bool, no_images: bool, at: str | None, quiet: bool
+) -> None:
+    """Write every table to TARGET, for people without attrdb: Parquet files in a new folder, or one DuckDB file."""
+    from attrdb.cli.output import progress
+    from attrdb.sql import export as exporting
+
+    with progress(quiet) as advance:
+        counts = exporting.export(
+            attrdb.open(db, read_only=True, at=at).snapshot,
+            target,
+            form=form or "parquet",
+            vectors=not no_vectors,
+            images=not no_images,
+            report=advance,
+        )
+    click.echo(f"{target}: " + ", ".join(f"{n:,} {name}" for name, n in counts.items()), err=True)

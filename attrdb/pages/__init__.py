@@ -1,0 +1,1 @@
+"""HTML pages with pictures and plots, each in one file."""

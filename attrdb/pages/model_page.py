@@ -1,0 +1,179 @@
+"""One customized model on one page: exemplars, settings, loss, samples. The file needs nothing beside it."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import jinja2
+
+import attrdb
+from attrdb.cli.output import shown
+from attrdb.database import Database
+from attrdb.models import describe, settings_by_group
+from attrdb.pages.html import data_uri
+
+SIDE = 256  # pixels; larger pictures are scaled down to it
+WIDTH, HEIGHT = 720, 220  # of the loss curve, in its own units
+LEFT, BOTTOM, TOP, RIGHT = 52, 28, 8, 8  # margins of the plot inside it
+POINTS = 360  # of the curve at most; more steps than that are averaged together
+SCHEMES = {
+    "gpt": "natural sentences",
+    "procedural": "media and objects",
+    "user": "prompts of one's own",
+    "caption": "captions of the exemplars",
+}
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A loss curve in the units of its SVG."""
+
+    raw: str  # points "x,y x,y ..."
+    smooth: str
+    x_ticks: list[tuple[float, str]]
+    y_ticks: list[tuple[float, str]]
+    n_steps: int
+    window: int  # steps that the smooth line averages
+    first: float
+    last: float
+
+
+def render(db: Database, model_id: str) -> str:
+    """The page as one HTML text with its pictures inside.
+
+    raises: NotFound for an unknown model
+    """
+    model = describe(db, model_id)
+    pictures = _pictures(db, model_id)
+    reduced = max((max(size) for _, size in pictures.values()), default=0) > SIDE
+    schemes = []
+    for scheme, of_scheme in itertools.groupby(model["samples"], key=lambda row: row["prompt_scheme"]):
+        prompts = [
+            {"text": prompt, "samples": [{**row, "picture": pictures.get(row["image_id"], (None,))[0]} for row in rows]}
+            for prompt, rows in itertools.groupby(of_scheme, key=lambda row: row["prompt"])
+        ]
+        schemes.append({"name": scheme, "meaning": SCHEMES.get(scheme, ""), "prompts": prompts})
+    exemplars = [{**row, "picture": pictures.get(row["image_id"], (None,))[0]} for row in model["exemplars"]]
+    credits = sorted({_credit(row) for row in exemplars})
+    settings = {
+        group: [(name.replace("_", " "), _value(value)) for name, value in values.items()]
+        for group, values in settings_by_group(model).items()
+    }
+    training = model["training"]
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("attrdb.pages"), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
+    return environment.get_template("model.html").render(
+        model=model,
+        facts=_facts(model),
+        exemplars=exemplars,
+        credits=credits,
+        settings=settings,
+        curve=curve(training.get("losses", [])),
+        problem=training.get("problem"),
+        schemes=schemes,
+        reduced=reduced,
+        side=SIDE,
+        box=(WIDTH, HEIGHT, LEFT, BOTTOM, TOP, RIGHT),
+        database=db.path.name,
+        images_version=db.version,
+        version=attrdb.__version__,
+    )
+
+
+def curve(losses: list[float]) -> Curve | None:
+    """The curve of the losses, one a step, and its running mean; None for fewer than two."""
+    if len(losses) < 2:
+        return None
+    window = max(1, len(losses) // 20)
+    sums = [0.0, *itertools.accumulate(losses)]
+    spans = [(max(0, step + 1 - window), step + 1) for step in range(len(losses))]
+    means = [(sums[end] - sums[start]) / (end - start) for start, end in spans]
+    together = -(-len(losses) // POINTS)
+    raw, smooth = _averaged(losses, together), _averaged(means, together)
+    highest = max(value for _, value in raw + smooth) or 1.0
+    step_y = _round_step(highest / 3)
+    top = step_y * max(1, -(-highest // step_y))
+    step_x = max(1, int(_round_step(len(losses) / 6)))
+
+    def x_of(step: float) -> float:
+        return LEFT + (WIDTH - LEFT - RIGHT) * (step - 1) / (len(losses) - 1)
+
+    def y_of(value: float) -> float:
+        return TOP + (HEIGHT - TOP - BOTTOM) * (1 - value / top)
+
+    def line(points: list[tuple[float, float]]) -> str:
+        return " ".join(f"{x_of(step):.1f},{y_of(value):.1f}" for step, value in points)
+
+    marks = dict.fromkeys([1, *range(step_x, len(losses) + 1, step_x)])
+    levels = [step_y * n for n in range(round(top / step_y) + 1)]
+    return Curve(
+        line(raw),
+        line(smooth),
+        [(x_of(step), f"{step:,}") for step in marks],
+        [(y_of(level), f"{level:,.6g}") for level in levels],
+        len(losses),
+        window,
+        means[min(window, len(means)) - 1],
+        means[-1],
+    )
+
+
+def _averaged(values: list[float], together: int) -> list[tuple[float, float]]:
+    """Step (from 1) and value of each point, `together` of them made one."""
+    points = []
+    for start in range(0, len(values), together):
+        part = values[start : start + together]
+        points.append((start + (len(part) + 1) / 2, sum(part) / len(part)))
+    return points
+
+
+def _round_step(rough: float) -> float:
+    """The next of ... 0.1, 0.2, 0.5, 1, 2, 5, 10 ..."""
+    power = 10.0 ** math.floor(math.log10(rough))
+    return next(times * power for times in (1, 2, 5, 10) if times * power >= rough)
+
+
+def _pictures(db: Database, model_id: str) -> dict[str, tuple[str, tuple[int, int]]]:
+    """Data URI and stored size of the model's pictures, by image_id; those whose bytes are not stored are missing."""
+    rows = db.sql("SELECT image_id, image FROM images WHERE model_id = $id AND image IS NOT NULL", {"id": model_id})
+    stored = zip(rows["image_id"].to_pylist(), rows["image"].to_pylist(), strict=True)
+    return {image_id: data_uri(encoded, SIDE) for image_id, encoded in stored}
+
+
+def _facts(model: dict[str, Any]) -> list[tuple[str, str]]:
+    training = model["training"]
+    n_prompts = len({(row["prompt_scheme"], row["prompt"]) for row in model["samples"]})
+    named = [
+        ("category", model["category"]),
+        ("split", model["split"]),
+        ("method", model["method"]),
+        ("base model", model["base_model"]),
+        ("trained with", model["train_prompt"]),
+        ("exemplars", model["n_exemplars"]),
+        ("samples", model["n_samples"] and f"{model['n_samples']:,} from {n_prompts} prompts"),
+        ("customized in", _seconds(model["customize_seconds"])),
+        ("sampled in", _seconds(model["synthesize_seconds"])),
+        ("peak memory", training.get("peak_bytes") and f"{training['peak_bytes'] / 2**20:,.0f} MiB"),
+        ("made", model["created_at"] and model["created_at"][:16].replace("T", " ") + " UTC"),
+    ]
+    return [(name, str(value)) for name, value in named if value not in (None, "")]
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {_value(one)}" for name, one in value.items())
+    return shown(value)
+
+
+def _seconds(seconds: float | None) -> str | None:
+    if seconds is None:
+        return None
+    return f"{seconds:,.1f} s" if seconds < 120 else f"{int(seconds // 60)} min {int(seconds % 60)} s"
+
+
+def _credit(row: dict[str, Any]) -> str:
+    return ", ".join(row[name] for name in ("creator", "license", "source") if row[name]) or "origin not known"

@@ -1,0 +1,1 @@
+"""Finding the most similar candidates: exactly by matrix products, or through an index."""

@@ -1,0 +1,211 @@
+"""Build an encoder's index: choose its cells, divide all features among them, hand both to Lance, measure how it answers.
+
+Lance (pylance 14.0) spends nearly all of a build on dividing the features, at a small part of what the machine's matrix
+products could do (docs/DECISIONS.md); here that is a matrix product, and Lance takes its result over.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lance
+import numpy as np
+import pyarrow as pa
+
+from attrdb.attribution.query import FEW
+from attrdb.database import Database
+from attrdb.errors import InvalidValue, StorageError
+from attrdb.search import exact as exact_search
+from attrdb.search import index_tuning, ivf, sampling
+from attrdb.search.kmeans import nearest_centroids, train_centroids
+from attrdb.search.threads import worked
+from attrdb.store.locks import alone
+from attrdb.store.snapshot import Snapshot, literal, storage
+
+SCALAR_INDICES = {"role": "BITMAP", "image_id": "BTREE", "model_id": "BTREE"}
+ALL_SEGMENTS = 10_000
+MIN_ROWS = FEW  # up to there, everything is compared
+BUILDING = ".index-"  # folder, in the database's, of what lies beside an index while it is built
+CELLS = 1.25  # times the square root of the number of features: more cells are quicker to ask and slower to build
+SAMPLES_A_CELL = 20  # features that a centroid is trained on
+ROUNDS = 6
+
+Report = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a build will do, and what it takes.
+
+    memory: bytes, at most; disk: bytes, of the index and of what lies beside it while it is built
+    """
+
+    encoder_id: str
+    kind: str
+    n_rows: int
+    dimension: int
+    n_partitions: int
+    memory: int
+    disk: int
+
+
+def plan(snapshot: Snapshot, encoder_id: str) -> Plan:
+    """The parameters that a build chooses from the number of features.
+
+    raises: NotFound for an unknown encoder, InvalidValue if there are fewer than MIN_ROWS features
+    """
+    encoder_id = snapshot.encoder_id(encoder_id)
+    n_rows, dimension = sampling.n_features(snapshot, encoder_id), snapshot.encoders[encoder_id]["dimension"]
+    if n_rows < MIN_ROWS:
+        raise InvalidValue(
+            f"{snapshot.path} has {n_rows:,} features of {encoder_id!r}; an index is of use from {MIN_ROWS:,} on, and until "
+            "then every search is exact"
+        )
+    n_partitions = round(CELLS * np.sqrt(n_rows))
+    # One bit a dimension, which Lance makes of whole bytes only; a byte a dimension otherwise.
+    kind, width = ("IVF_RQ", dimension // 8) if dimension % 8 == 0 else ("IVF_SQ", dimension)
+    sample = 2 * 4 * dimension * SAMPLES_A_CELL * n_partitions  # in the order of rows, and in that of cells
+    index = n_rows * (width + 24)
+    return Plan(encoder_id, kind, n_rows, dimension, n_partitions, sample + 2 * index + (512 << 20), 2 * index)
+
+
+def build(
+    db: Database,
+    encoder_id: str | None = None,
+    device: str = "cpu",
+    report: Report = lambda stage, done, total: None,
+) -> dict:
+    """Build, or build again, an encoder's index; the row of `indices` that says how well it answers.
+
+    The searches of its mappers are measured too, see `attrdb.search.index_tuning`.
+
+    Readers and writers go on meanwhile: rows that come later are searched without the index until `optimize` takes them in.
+    raises: as `plan`; Busy if maintenance runs already, StorageError if memory or disk are too small
+    """
+    with alone(db.path / ".maintenance.lock", f"{db.path} is being maintained"), storage(db.path):
+        db.commit(lambda: None)  # refuses a database that is read-only before anything is computed
+        what = plan(db.snapshot, encoder_id)
+        _check_room(db.path, what)
+        cover_columns(db)  # searches filter by them
+        db.refresh()
+        started = time.perf_counter()
+        images = db.snapshot.tables["images"]
+        report("cells", 0, 1)
+        features = sampling.features(db.snapshot, what.encoder_id, SAMPLES_A_CELL * what.n_partitions, what.n_rows)
+        centroids = train_centroids(features, what.n_partitions, ROUNDS, 0, device)
+        del features
+        for left in db.path.glob(f"{BUILDING}*"):  # of a build that was killed
+            shutil.rmtree(left)
+        with tempfile.TemporaryDirectory(prefix=BUILDING, dir=db.path) as folder:
+            divided = str(Path(folder) / "cells.lance")
+            # Lance wants it in one file.
+            lance.write_dataset(
+                _divided(images, what, centroids, device, report), divided, schema=_CELLS, max_rows_per_file=2**30
+            )
+            n_rows = lance.dataset(divided).count_rows()
+            report("index", 0, 1)
+            # Measured with other cells; until they are measured again, mappers are searched exactly.
+            db.delete("mapper_searches", f"encoder_id = {literal(what.encoder_id)}")
+            db.commit(lambda: _create(db.path, images.version, what, centroids, divided))
+        seconds = time.perf_counter() - started
+        entry = {
+            "encoder_id": what.encoder_id,
+            "kind": what.kind,
+            "n_partitions": what.n_partitions,
+            "n_rows": n_rows,
+            "device": device,
+            "seconds": seconds,
+        }
+        return index_tuning.measure(db, entry, report)
+
+
+def cover_columns(db: Database) -> None:
+    """Make the indices of SCALAR_INDICES where they are missing, and let them cover all rows."""
+    images = db.path / "images.lance"
+    present = {one.field_names[0] for one in lance.dataset(str(images)).describe_indices()}
+    for column, kind in SCALAR_INDICES.items():
+        if column not in present:
+            db.commit(
+                lambda column=column, kind=kind: lance.dataset(str(images)).create_scalar_index(
+                    column, kind, replace=False
+                )
+            )
+    for one in lance.dataset(str(images)).describe_indices():
+        if one.field_names[0] in SCALAR_INDICES:
+            cover(db, one)
+
+
+def cover(db: Database, index: Any) -> None:
+    """Let one index, as Lance describes it, cover all rows in one segment."""
+    images = lance.dataset(str(db.path / "images.lance"))
+    if len(index.segments) > 1 or index.num_rows_indexed < images.count_rows():
+        db.commit(
+            lambda: lance.dataset(str(db.path / "images.lance")).optimize.optimize_indices(
+                num_indices_to_merge=ALL_SEGMENTS, index_names=[index.name]
+            )
+        )
+
+
+_CELLS = pa.schema([("row_id", pa.uint64()), ("partition", pa.uint32())])
+
+
+def _check_room(path: Path, what: Plan) -> None:
+    found = {"memory": (what.memory, _free_memory()), "disk": (what.disk, shutil.disk_usage(path).free)}
+    for name, (needed, free) in found.items():
+        if needed > free:
+            raise StorageError(
+                f"an index of {what.n_rows:,} features of {what.encoder_id!r} needs {needed / 2**30:.1f} GiB of {name}, "
+                f"{free / 2**30:.1f} GiB are free; nothing was changed"
+            )
+
+
+def _free_memory() -> int:
+    """Bytes; what the system would give up for it included, where it says so."""
+    told = Path("/proc/meminfo")
+    lines = dict(line.split(":") for line in told.read_text().splitlines()) if told.exists() else {}
+    if "MemAvailable" in lines:
+        return int(lines["MemAvailable"].split()[0]) * 1024
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _divided(
+    images: lance.LanceDataset, what: Plan, centroids: np.ndarray, device: str, report: Report
+) -> Iterator[pa.RecordBatch]:
+    """Every row that has a feature, and its cell."""
+
+    def cells_of(block: exact_search.Block) -> tuple[pa.Array, np.ndarray]:
+        rows, features = block
+        return rows, nearest_centroids(features, centroids, device).astype(np.uint32)
+
+    done = 0
+    for rows, cells in worked(cells_of, exact_search.stream(images, what.encoder_id, "true", "_rowid"), device):
+        yield pa.record_batch([rows, pa.array(cells)], _CELLS)
+        done += len(cells)
+        report("divide", done, what.n_rows)
+
+
+def _create(path: Path, version: int, what: Plan, centroids: np.ndarray, divided: str) -> None:
+    # Of the version that was divided: a row that came later would count as indexed, and be in no cell.
+    images = lance.dataset(str(path / "images.lance"), version=version)
+    name = ivf.index_name(what.encoder_id)
+    for other in images.describe_indices():
+        if other.field_names == [what.encoder_id] and other.name != name:
+            lance.dataset(str(path / "images.lance")).drop_index(other.name)
+    images.create_index(
+        what.encoder_id,
+        what.kind,
+        name=name,
+        metric="cosine",
+        replace=True,
+        num_partitions=what.n_partitions,
+        ivf_centroids=centroids,
+        precomputed_partition_dataset=divided,
+        **({"num_bits": 1} if what.kind == "IVF_RQ" else {}),
+    )

@@ -1,0 +1,89 @@
+"""Cells: dividing features among the nearest of some centroids, by matrix products on a CPU or an accelerator."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from attrdb.search.gemm import SCORES
+
+
+def train_centroids(features: np.ndarray, n_centroids: int, n_rounds: int, seed: int, device: str) -> np.ndarray:
+    """(n_centroids, dimension) float32: means of the features nearest to them, by Lloyd's rounds from a random start.
+
+    features: (n, dimension) float32, with n >= n_centroids; a cell that loses all its features takes half of the largest
+    """
+    rng = np.random.default_rng(seed)
+    centroids = features[rng.choice(len(features), n_centroids, replace=False)].copy()
+    sums = _sums_by_numpy(features) if device == "cpu" else _sums_by_torch(features, device)
+    for _ in range(n_rounds):
+        cell = nearest_centroids(features, centroids, device)
+        n = np.bincount(cell, minlength=n_centroids)
+        used = np.flatnonzero(n)
+        centroids[used] = sums(cell, n)[used] / n[used][:, None]
+        empty = np.flatnonzero(n == 0)
+        largest = np.argsort(-n, kind="stable")[: len(empty)]
+        nudge = 1e-3 * rng.standard_normal((len(empty), features.shape[1]), np.float32)
+        centroids[empty] = centroids[largest] * (1 + nudge)
+    return centroids
+
+
+def _sums_by_numpy(features: np.ndarray) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
+    def sums(cell: np.ndarray, n: np.ndarray) -> np.ndarray:
+        """(n_cells, dimension): of the features in each cell, n of them; any number where there are none."""
+        order = np.argsort(cell, kind="stable")
+        found = np.empty((len(n), features.shape[1]), np.float32)
+        used = np.flatnonzero(n)
+        found[used] = np.add.reduceat(features[order], np.cumsum(n)[used] - n[used], axis=0)
+        return found
+
+    return sums
+
+
+def _sums_by_torch(features: np.ndarray, device: str) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
+    import torch
+
+    from attrdb.search.gemm_cuda import placed
+
+    there = placed(features, device).double()  # so that the order in which a GPU adds them does not show
+
+    def sums(cell: np.ndarray, n: np.ndarray) -> np.ndarray:
+        found = there.new_zeros((len(n), there.shape[1]))
+        return found.index_add_(0, torch.tensor(cell, device=device), there).float().cpu().numpy()
+
+    return sums
+
+
+def nearest_centroids(features: np.ndarray, centroids: np.ndarray, device: str) -> np.ndarray:
+    """(n,) int64: which of the centroids each feature is nearest to."""
+    nearest = np.empty(len(features), np.int64)
+    # The nearest centroid c of x has the largest x . c - |c|^2 / 2.
+    half = (centroids * centroids).sum(axis=1) / 2
+    product = _by_numpy(centroids, half) if device == "cpu" else _by_torch(centroids, half, device)
+    rows = max(1, SCORES // len(centroids))
+    for at in range(0, len(features), rows):
+        nearest[at : at + rows] = product(features[at : at + rows])
+    return nearest
+
+
+def _by_numpy(centroids: np.ndarray, half: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
+    def product(features: np.ndarray) -> np.ndarray:
+        scores = features @ centroids.T
+        scores -= half
+        return scores.argmax(axis=1)
+
+    return product
+
+
+def _by_torch(centroids: np.ndarray, half: np.ndarray, device: str) -> Callable[[np.ndarray], np.ndarray]:
+    import torch
+
+    from attrdb.search.gemm_cuda import placed
+
+    columns, half_there = placed(centroids, device).T, torch.from_numpy(half).to(device)
+
+    def product(features: np.ndarray) -> np.ndarray:
+        return torch.addmm(-half_there, placed(features, device), columns).argmax(dim=1).cpu().numpy()
+
+    return product

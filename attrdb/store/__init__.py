@@ -1,0 +1,1 @@
+"""The directory on disk: tables and their columns, snapshots, checked writes, jobs, locks, upgrades."""

@@ -1,0 +1,75 @@
+"""Jobs: what ran, how far it came, and the items it could not do."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
+from typing import Any
+
+from attrdb.database import Database
+from attrdb.errors import AttrdbError
+from attrdb.store.snapshot import among, literal, storage
+
+
+class Job:
+    """A running job: counts what it does and keeps what it could not."""
+
+    def __init__(self, db: Database, job_id: str):
+        self.db = db
+        self.job_id = job_id
+        self.n_done = 0
+        with storage(db.path):
+            rows = db.snapshot.tables["failures"].to_table(filter=f"job_id = {literal(job_id)}").to_pylist()
+        self.failures: dict[str, str] = {row["item"]: row["reason"] for row in rows}
+
+    def failed(self, reasons: Mapping[str, str]) -> None:
+        """Store items with the reasons why they failed."""
+        if reasons:
+            shared = {"job_id": self.job_id, "failed_at": datetime.now(UTC)}
+            rows = [
+                {**shared, "failure_id": f"{self.job_id} {item}", "item": item, "reason": reason}
+                for item, reason in reasons.items()
+            ]
+            self.db.upsert("failures", rows, on="failure_id")
+            self.failures |= reasons
+
+    def mended(self, items: Iterable[str]) -> None:
+        """Take out items that have failed before and are done now."""
+        done = [item for item in items if item in self.failures]
+        if done:
+            self.db.delete("failures", among("failure_id", (f"{self.job_id} {item}" for item in done)))
+            for item in done:
+                del self.failures[item]
+
+
+@contextmanager
+def running(db: Database, command: str, subject: str, settings: Mapping[str, Any]) -> Iterator[Job]:
+    """A job's row in `jobs`, from its start to its end, however it ends."""
+    job = Job(db, f"{command}/{subject}")
+    row = {
+        "job_id": job.job_id,
+        "command": command,
+        "settings": json.dumps(settings, sort_keys=True),
+        "state": "running",
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "started_at": datetime.now(UTC),
+    }
+    db.upsert("jobs", [row], on="job_id")
+    try:
+        yield job
+    except BaseException as error:
+        row |= {"state": "failed", "message": f"{type(error).__name__}: {error}"}
+        with suppress(AttrdbError):  # a disk that is full cannot take this row either
+            _end(job, row)
+        raise
+    _end(job, row | {"state": "incomplete" if job.failures else "done"})
+
+
+def _end(job: Job, row: dict[str, Any]) -> None:
+    counts = {"n_done": job.n_done, "n_failed": len(job.failures), "ended_at": datetime.now(UTC)}
+    job.db.upsert("jobs", [row | counts], on="job_id")

@@ -1,0 +1,41 @@
+"""Locks between processes, which the system lets go when their process ends, however it ends."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from attrdb.errors import Busy
+from attrdb.store.snapshot import storage
+
+
+@contextmanager
+def alone(file: Path, doing: str) -> Iterator[None]:
+    """Hold a lock file; its folder is made if there is none.
+
+    doing:  what the holder does, such as "model 'vase-1' is being made"
+    raises: Busy if another process holds it, StorageError for a full or read-only disk
+    """
+    with storage(file.parent):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        lock = file.open("w")
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise Busy(f"{doing} by another process; wait for it") from error
+        yield
+
+
+def alive(pid: int) -> bool:
+    """Whether this machine has a process of that number."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True

@@ -1,0 +1,334 @@
+"""The tables of an attrdb directory: their columns, and what they mean.
+
+The data dictionary (docs/dictionary.md) is generated from this file.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+
+from attrdb.errors import InvalidValue
+
+SCHEMA_VERSION = 5  # every change has a step in upgrades.py
+
+ROLES = ("exemplar", "sample", "pretraining")
+KINDS = ("object", "style", "mixed")
+TEXT, SMALL, WHOLE, NUMBER = pa.string(), pa.int32(), pa.int64(), pa.float64()
+MOMENT = pa.timestamp("us", tz="UTC")
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of a table: what it means, and whether it may be null."""
+
+    name: str
+    type: pa.DataType
+    meaning: str
+    required: bool = False
+    key: bool = False
+
+    @property
+    def field(self) -> pa.Field:
+        # Lance lets no two writers insert the same key, even when neither saw the other's rows.
+        metadata = {"lance-schema:unenforced-primary-key": "true"} if self.key else None
+        return pa.field(self.name, self.type, nullable=not (self.required or self.key), metadata=metadata)
+
+
+@dataclass(frozen=True)
+class TableSchema:
+    """A table: what a row of it is, and its columns."""
+
+    grain: str
+    columns: tuple[Column, ...]
+
+    @property
+    def arrow(self) -> pa.Schema:
+        return pa.schema([column.field for column in self.columns])
+
+
+def _key(name: str, meaning: str) -> Column:
+    return Column(name, TEXT, meaning, key=True)
+
+
+DICTIONARY = {
+    "images": TableSchema(
+        "one row per image: exemplars, samples and pretraining images. Every encoder adds one column, named after its "
+        "encoder_id: fixed_size_list<float32>[dimension], unit length, null until encoded",
+        (
+            _key("image_id", "stable text id, such as `<model_id>/<prompt number>/<seed>` or `<source>/<file>`"),
+            # Plain text: a bitmap index refuses a dictionary column.
+            Column("role", TEXT, "`exemplar`, `sample` or `pretraining`", required=True),
+            Column("model_id", TEXT, "the customized model; null for pretraining images"),
+            Column("source", TEXT, "the data set it came from; `synthesized` for samples made here"),
+            Column("split", TEXT, "such as `train`, `val` or `test`"),
+            Column("category", TEXT, "what an exemplar shows, or its style; class of a pretraining image"),
+            Column("prompt", TEXT, "caption of an image, or the prompt that made a sample"),
+            Column(
+                "prompt_scheme",
+                TEXT,
+                "of a sample: `gpt` or `procedural`; `user` from a file of prompts, `caption` of an exemplar",
+            ),
+            Column("seed", WHOLE, "of a sample: seed of its starting noise"),
+            Column("uri", TEXT, "where the image was read from"),
+            Column("sha256", TEXT, "of the encoded bytes; as the data set states it where the bytes are not stored"),
+            Column("width", SMALL, "pixels, of the original"),
+            Column("height", SMALL, "pixels, of the original"),
+            Column("creator", TEXT, "who made it"),
+            Column("license", TEXT, "under which it may be used"),
+            Column("metadata", TEXT, "JSON text: what the data set says beyond these columns"),
+            Column("image", pa.binary(), "the encoded image, or null"),
+        ),
+    ),
+    "models": TableSchema(
+        "one row per customized model, written after its images; a model without it is not shown",
+        (
+            _key("model_id", "id of the customized model"),
+            Column("base_model", TEXT, "folder or hub id of the base model"),
+            Column("base_model_hash", TEXT, "of the base model's weights"),
+            Column("method", TEXT, "of customization, such as `custom-diffusion`"),
+            Column("kind", TEXT, "`object`, `style`, or `mixed`: unrelated images, each with its caption"),
+            Column("category", TEXT, "what its exemplars show, or the style's name"),
+            Column("split", TEXT, "such as `train`, `val` or `test`"),
+            Column(
+                "train_prompt",
+                TEXT,
+                "the prompt it was customized with; null for `mixed`, whose exemplars have one each",
+            ),
+            Column("token", TEXT, "the modifier token that names the concept; null for `mixed`"),
+            Column("settings", TEXT, "JSON text: all that decides the model and its samples"),
+            Column("settings_hash", TEXT, "sha256 of the settings; file names, and choices of the machine, left out"),
+            Column("weights_path", TEXT, "of the trained weights, inside the database directory"),
+            Column("weights_hash", TEXT, "sha256 of that file"),
+            Column("n_exemplars", SMALL, "how many exemplars it was customized on"),
+            Column("n_samples", SMALL, "how many samples were drawn from it"),
+            Column("customize_seconds", NUMBER, "seconds of training"),
+            Column("synthesize_seconds", NUMBER, "seconds of sampling"),
+            Column("created_at", MOMENT, "when its row was written"),
+        ),
+    ),
+    "encoders": TableSchema(
+        "one row per encoder whose features this database holds",
+        (
+            _key("encoder_id", "also the name of its column in images"),
+            Column("spec", TEXT, "what loads it, such as `open_clip:ViT-B-32/openai`"),
+            Column("dimension", SMALL, "length of its features"),
+            Column("preprocessing", TEXT, "JSON text: what is done to a picture before the network sees it"),
+            Column("weights_fingerprint", TEXT, "of its weights; empty while all its features were imported"),
+        ),
+    ),
+    "mappers": TableSchema(
+        "one row per mapper: a learned pair of maps on an encoder's features, one for training images and one for samples",
+        (
+            _key("mapper_id", "id of the mapper"),
+            Column("encoder_id", TEXT, "whose features it maps", required=True),
+            Column("form", TEXT, "`affine`, `gain` or `mlp`", required=True),
+            Column("trained_on", TEXT, "kind of the models: `object`, `style` or `both`"),
+            Column(
+                "parameters",
+                pa.list_(pa.struct([("name", TEXT), ("shape", pa.list_(SMALL)), ("values", pa.list_(pa.float32()))])),
+                "its arrays, row by row: `exemplar.weight` is W and `exemplar.bias` b, for exemplars and pretraining images; "
+                "`sample.weight` and `sample.bias` are those for samples",
+            ),
+            Column("settings", TEXT, "JSON text: all that it was trained with"),
+            Column("images_version", WHOLE, "version of images that it was trained on"),
+            Column(
+                "curves",
+                TEXT,
+                "JSON text: an object per epoch: loss, and recall and mean log rank in validation",
+            ),
+            Column("metrics", TEXT, "JSON text: of the epoch that was kept"),
+            Column("created_at", MOMENT, "when its row was written"),
+        ),
+    ),
+    "calibrations": TableSchema(
+        "one row per encoder and mapper whose influence was calibrated; without one, influence has a fixed tau and lambda",
+        (
+            _key("calibration_id", "`<encoder_id>/<mapper_id>`, the latter empty for the encoder's own features"),
+            Column("encoder_id", TEXT, "whose features were compared", required=True),
+            Column("mapper_id", TEXT, "empty: the encoder's own features, without a mapper", required=True),
+            Column("tau", NUMBER, "temperature of influence, above 0", required=True),
+            Column("lam", NUMBER, "cut-off of influence, at least 0 and below 1", required=True),
+            Column(
+                "kl",
+                NUMBER,
+                "mean divergence of the exemplars' shares from influence, in nats, with softplus in the place of ReLU",
+            ),
+            Column("kl_before", NUMBER, "the same at temperature 1 without a cut-off"),
+            Column("n_samples", WHOLE, "that it was fitted on"),
+            Column("gallery_size", WHOLE, "pretraining images among which they were"),
+            Column("split", TEXT, "of the models that the samples are of"),
+            Column(
+                "reliability",
+                TEXT,
+                "JSON text: influence and share of exemplars, an object a bin; `before`, and `fitted` on the same samples",
+            ),
+            Column("images_version", WHOLE, "version of images that it was fitted on"),
+            Column("created_at", MOMENT, "when its row was written"),
+        ),
+    ),
+    "exemplar_ranks": TableSchema(
+        "one row per sample and exemplar of its model, for an encoder, mapper and gallery; all metrics come from it",
+        (
+            Column("encoder_id", TEXT, "whose features were compared", required=True),
+            Column("mapper_id", TEXT, "empty: the encoder's own features, without a mapper", required=True),
+            Column(
+                "gallery", TEXT, "`own` (its model's exemplars) or `all`, with the pretraining images", required=True
+            ),
+            Column("sample_id", TEXT, "image_id of the sample", required=True),
+            Column("exemplar_id", TEXT, "image_id of the exemplar", required=True),
+            Column("rank", WHOLE, "1 + candidates with a higher similarity, ties by image_id", required=True),
+            Column("gallery_size", WHOLE, "candidates in the gallery", required=True),
+            Column("images_version", WHOLE, "version of images that was ranked"),
+        ),
+    ),
+    "attributions": TableSchema(
+        "one row per sample and candidate that `attrdb attribute --samples` has stored, of the first k of each sample; "
+        "influence is an estimate",
+        (
+            Column("encoder_id", TEXT, "whose features were compared", required=True),
+            Column("mapper_id", TEXT, "empty: the encoder's own features, without a mapper", required=True),
+            Column("sample_id", TEXT, "image_id of the sample", required=True),
+            Column("rank", WHOLE, "place of the candidate, from 1, ties by image_id", required=True),
+            Column("candidate_id", TEXT, "image_id of the candidate", required=True),
+            Column("similarity", NUMBER, "cosine, of mapped features where there is a mapper", required=True),
+            Column("influence", NUMBER, "share of all candidates' influence, at least 0", required=True),
+            Column(
+                "complete",
+                pa.bool_(),
+                "whether every candidate with influence that the search finds was looked at",
+                required=True,
+            ),
+            Column("missing_influence", NUMBER, "at most this share belongs to candidates that were not looked at"),
+            Column("k", WHOLE, "candidates that were asked for"),
+            Column("exact", pa.bool_(), "whether every candidate was compared, also where there was an index"),
+            Column("tau", NUMBER, "temperature of influence"),
+            Column("lam", NUMBER, "cut-off of influence"),
+            Column("images_version", WHOLE, "version of images that was searched"),
+        ),
+    ),
+    "indices": TableSchema(
+        "one row per encoder whose features have an index that attrdb built, and how well it answers",
+        (
+            _key("encoder_id", "the encoder; the index is on its column of images"),
+            Column("kind", TEXT, "of the index, in Lance's words", required=True),
+            Column("n_partitions", SMALL, "cells that the features are divided into", required=True),
+            Column("n_probes", SMALL, "cells that a query looks into", required=True),
+            Column("oversampling", SMALL, "hits an answer that are compared exactly", required=True),
+            Column("recall", NUMBER, "recall@10 against an exact scan, with these settings", required=True),
+            Column("n_queries", SMALL, "that recall was measured with"),
+            Column("queries", TEXT, "what they were: `samples`, or `candidates` where there are no samples"),
+            Column("n_rows", WHOLE, "features when its cells were chosen; with many more of them, build it again"),
+            Column("device", TEXT, "that it was built on"),
+            Column("seconds", NUMBER, "that dividing and building took, without measuring recall"),
+            Column("images_version", WHOLE, "version of images that recall was measured on"),
+            Column("created_at", MOMENT, "when its row was written"),
+        ),
+    ),
+    "mapper_searches": TableSchema(
+        "one row per mapper that was folded into queries of its encoder's index, and how well that answers",
+        (
+            _key("mapper_id", "the mapper"),
+            Column("encoder_id", TEXT, "whose index is asked", required=True),
+            Column("used", pa.bool_(), "whether searches do so; otherwise they compare all candidates", required=True),
+            Column("n_probes", SMALL, "cells that a query looks into", required=True),
+            Column("oversampling", SMALL, "hits an answer that are compared exactly", required=True),
+            Column(
+                "tilt",
+                pa.list_(pa.float32()),
+                "what is taken from the folded query, see attrdb/search/ivf.py",
+                required=True,
+            ),
+            Column("recall", NUMBER, "recall@10 against an exact scan, with these settings", required=True),
+            Column("n_queries", SMALL, "that recall was measured with"),
+            Column("images_version", WHOLE, "version of images that recall was measured on"),
+            Column("created_at", MOMENT, "when its row was written"),
+        ),
+    ),
+    "jobs": TableSchema(
+        "one row per job; given again, a job goes on under its id",
+        (
+            _key("job_id", "`<command>/<what it works on>`"),
+            Column("command", TEXT, "such as `ingest corpus` or `encode`", required=True),
+            Column("settings", TEXT, "JSON text: what it was started with"),
+            Column("state", TEXT, "`running`, `done`, `incomplete` (some items failed) or `failed`", required=True),
+            Column("n_done", WHOLE, "items finished by the last run"),
+            Column("n_failed", WHOLE, "items that failed and were not mended, see failures"),
+            Column("message", TEXT, "why it failed"),
+            Column("host", TEXT, "machine of the last run"),
+            Column("pid", WHOLE, "process of the last run; `running` without that process: it was killed"),
+            Column("started_at", MOMENT, "when the last run began"),
+            Column("ended_at", MOMENT, "when it ended; null while it runs"),
+        ),
+    ),
+    "failures": TableSchema(
+        "one row per item that a job could not do; it goes when a later run mends it",
+        (
+            _key("failure_id", "`<job_id> <item>`"),
+            Column("job_id", TEXT, "the job", required=True),
+            Column("item", TEXT, "image_id, file or model_id", required=True),
+            Column("reason", TEXT, "what was found, what was needed", required=True),
+            Column("failed_at", MOMENT, "when it last failed"),
+        ),
+    ),
+}
+
+TABLES = {name: table.arrow for name, table in DICTIONARY.items()}
+IMAGES, EXEMPLAR_RANKS = TABLES["images"], TABLES["exemplar_ranks"]
+
+CHECKPOINT_SUFFIXES = (".safetensors", ".torchscript", ".pt", ".pth", ".bin", ".tar")
+
+
+def encoder_name(spec: str) -> str:
+    """The spec without the folder and the ending of a checkpoint: a file that has moved is the same encoder."""
+    kind, colon, argument = spec.partition(":")
+    name, mark, settings = argument.partition("?")
+    start, slash, path = name.partition("/")
+    if path.count("/") or (slash and not start):
+        file = path.rpartition("/")[2]
+        while file.endswith(CHECKPOINT_SUFFIXES):
+            file = file.rpartition(".")[0]
+        name = f"{start}/{file}" if start else file
+    return f"{kind}{colon}{name}{mark}{settings}"
+
+
+def encoder_id_of(spec: str) -> str:
+    """The column name that an encoder's spec gives: the lower-case words of its name, joined by underscores.
+
+    raises: InvalidValue if that is no name: empty, beginning with a digit, or a column that images has
+    """
+    name = re.sub(r"[^a-z0-9]+", "_", encoder_name(spec).lower()).strip("_")
+    if not re.match(r"[a-z]", name):
+        raise InvalidValue(f"encoder {spec!r} gives no usable column name; its spec must begin with a letter")
+    if name in IMAGES.names:
+        raise InvalidValue(f"encoder {spec!r} would take the column {name!r} of images; name it otherwise")
+    return name
+
+
+def feature_type(dimension: int) -> pa.DataType:
+    return pa.list_(pa.float32(), dimension)
+
+
+def feature_columns(schema: pa.Schema) -> dict[str, int]:
+    """encoder_id -> dimension, of the vector columns of an images schema."""
+    return {
+        field.name: field.type.list_size
+        for field in schema
+        if pa.types.is_fixed_size_list(field.type) and field.name not in IMAGES.names
+    }
+
+
+def feature_array(features: np.ndarray) -> pa.FixedSizeListArray:
+    """(n, dimension) float32 as an Arrow column."""
+    features = np.ascontiguousarray(features, dtype=np.float32)
+    return pa.FixedSizeListArray.from_arrays(pa.array(features.reshape(-1)), features.shape[1])
+
+
+def feature_matrix(column: pa.Array | pa.ChunkedArray) -> np.ndarray:
+    """A vector column without nulls as (n, dimension) float32; no copy where Arrow holds it in one piece."""
+    if isinstance(column, pa.ChunkedArray):
+        column = column.combine_chunks() if column.num_chunks != 1 else column.chunk(0)
+    return column.flatten().to_numpy(zero_copy_only=False).reshape(len(column), column.type.list_size)

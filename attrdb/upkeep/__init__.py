@@ -1,0 +1,1 @@
+"""Keeping a database healthy: status, checks, maintenance."""

@@ -1,0 +1,1 @@
+"""Reading what others made: picture folders, WebDataset shards, embeddings, the AbC release."""

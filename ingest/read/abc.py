@@ -1,0 +1,298 @@
+"""The AbC release (Wang et al. 2023): models that others have customized, with their exemplars and samples as files.
+
+A release file is a JSON list, one entry a model:
+    {"exemplar": [path], "synth": {"gpt": [path], "object" or "media": [path]}, "class_id": text, "category": text or null}
+Its name says the data set and the split, such as test_bamfg.json. Paths are relative to the release's root, the folder
+that has `dataset` in it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from functools import lru_cache
+from pathlib import Path, PurePosixPath
+
+from attrdb.database import Database
+from attrdb.errors import InvalidValue, NotFound
+from attrdb.ingest.customizers import DEFAULT_METHOD
+from attrdb.ingest.encode import Encoder
+from attrdb.ingest.prompts import TOKEN, train_prompt
+from attrdb.ingest.read.corpus import image_rows, register
+from attrdb.ingest.read.pictures import read_picture_file
+from attrdb.store import jobs
+
+BASE_MODEL = "CompVis/stable-diffusion-v1-4"
+KEYS = {"exemplar", "synth", "class_id", "category"}
+SCHEMES = {"gpt": "gpt", "object": "procedural", "media": "procedural"}  # the release's word: ours
+KIND_OF = {"artchive": "style", "bamfg": "style", "imagenet": "object"}
+FILE_NAME = re.compile(rf"(train|val|test)_(?:(observed|unobserved)_)?({'|'.join(KIND_OF)})\.json")
+
+
+@dataclass(frozen=True)
+class ReleasedModel:
+    """An entry of a release. Paths are relative to its root, as the release spells them."""
+
+    model_id: str
+    class_id: str
+    kind: str
+    category: str | None
+    source: str
+    split: str
+    exemplars: tuple[str, ...]
+    samples: dict[str, tuple[str, ...]]  # by the release's word for the prompt scheme
+    missing: tuple[str, ...]  # those of all paths at which there is no file
+
+    @property
+    def settings_hash(self) -> str:
+        """Of all that the release says about the model."""
+        said = [self.class_id, self.category, self.split, self.exemplars, self.samples]
+        return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Release:
+    name: str
+    root: Path
+    models: list[ReleasedModel]
+
+    @property
+    def missing(self) -> list[str]:
+        """Paths at which there is no file, of all models."""
+        return [path for model in self.models for path in model.missing]
+
+
+@dataclass
+class AbcResult:
+    """What an import did; it is complete when nothing is incomplete or failed."""
+
+    n_appended: int = 0
+    n_stored: int = 0  # that were there already
+    incomplete: list[tuple[str, tuple[str, ...]]] = field(default_factory=list)  # model_id and its missing files
+    failed: list[tuple[str, str]] = field(default_factory=list)  # model_id and the reason
+
+
+# --- reading ----------------------------------------------------------------------------------------------------------
+
+
+def read_release(json_path: Path, root: Path) -> Release:
+    """Every entry of a release file, checked; no picture is opened.
+
+    raises: NotFound for the file or the root, InvalidValue, with the entry's number (from 0), for an entry that is not as
+            above or has a path that leads out of the root
+    """
+    named = FILE_NAME.fullmatch(json_path.name)
+    if not named:
+        raise InvalidValue(
+            f"release file {json_path} has a name that does not say split and data set; it must be such as "
+            "test_artchive.json, val_bamfg.json, test_observed_imagenet.json or test_unobserved_imagenet.json"
+        )
+    if not json_path.is_file():
+        raise NotFound(f"no release file {json_path}")
+    if not root.is_dir():
+        raise NotFound(f"no release root folder {root}")
+    split = f"{named[1]}_unseen" if named[2] == "unobserved" else named[1]
+    try:
+        entries = json.loads(json_path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise InvalidValue(f"release file {json_path} is not JSON: {error}") from error
+    if not isinstance(entries, list) or not entries:
+        raise InvalidValue(f"release file {json_path} must be a JSON list with an entry for every model")
+    exists = _finder(root)
+    models: list[ReleasedModel] = []
+    numbers: dict[str, int] = {}
+    for number, entry in enumerate(entries):
+        try:
+            model = _released_model(entry, named[3], split, exists)
+        except InvalidValue as error:
+            raise InvalidValue(f"{json_path} entry {number}: {error}") from error
+        if numbers.setdefault(model.model_id, number) != number:
+            raise InvalidValue(f"{json_path} entry {number}: entry {numbers[model.model_id]} has the same exemplars")
+        models.append(model)
+    return Release(json_path.name, root, models)
+
+
+def _released_model(entry: object, source: str, split: str, exists: Callable[[str], bool]) -> ReleasedModel:
+    if not isinstance(entry, dict) or entry.keys() != KEYS:
+        found = sorted(entry) if isinstance(entry, dict) else type(entry).__name__
+        raise InvalidValue(f"the keys must be {', '.join(sorted(KEYS))}; found {found}")
+    class_id, category, synth = entry["class_id"], entry["category"], entry["synth"]
+    if not isinstance(class_id, str) or not class_id.strip():
+        raise InvalidValue(f"class_id must be text, found {class_id!r}")
+    if category is not None and not isinstance(category, str):
+        raise InvalidValue(f"category must be text or null, found {category!r}")
+    if not isinstance(synth, dict) or not synth or synth.keys() - SCHEMES.keys():
+        found = sorted(synth) if isinstance(synth, dict) else type(synth).__name__
+        raise InvalidValue(f"synth must have lists under {', '.join(SCHEMES)}; found {found}")
+    exemplars = _paths("exemplar", entry["exemplar"], "exemplar", source)
+    samples = {word: _paths(f"synth {word}", paths, "synth", source) for word, paths in sorted(synth.items())}
+    everything = [*exemplars, *(path for paths in samples.values() for path in paths)]
+    name = re.sub(r"[^A-Za-z0-9_.-]+", "-", class_id)
+    return ReleasedModel(
+        f"{source}-{name}-{hashlib.sha256(json.dumps(exemplars).encode()).hexdigest()[:8]}",
+        class_id,
+        KIND_OF[source],
+        category,
+        source,
+        split,
+        exemplars,
+        samples,
+        tuple(path for path in everything if not exists(path)),
+    )
+
+
+def _paths(what: str, paths: object, folder: str, source: str) -> tuple[str, ...]:
+    """The paths of a list, none twice, all of the data set where they say of which they are."""
+    if not isinstance(paths, list) or not paths or not all(isinstance(path, str) and path for path in paths):
+        raise InvalidValue(f"{what} must be a list of paths with at least one in it, found {str(paths)[:100]}")
+    if len(set(paths)) < len(paths):
+        repeated = next(path for number, path in enumerate(paths) if path in paths[:number])
+        raise InvalidValue(f"{what} has {repeated!r} twice")
+    for path in paths:
+        parts = PurePosixPath(path).parts
+        at = parts.index(folder) + 1 if folder in parts else len(parts)
+        if at < len(parts) - 1 and parts[at] in KIND_OF and parts[at] != source:
+            raise InvalidValue(f"{what} path {path!r} is of {parts[at]}, the file's name says {source}")
+    return tuple(paths)
+
+
+def _finder(root: Path) -> Callable[[str], bool]:
+    """Says whether there is a file at a path inside the root; raises InvalidValue if the path leads out of it."""
+    real_root = root.resolve()
+
+    @lru_cache(maxsize=1024)  # samples stand together by the dozen
+    def resolved(folder: Path) -> Path:
+        return folder.resolve()
+
+    def exists(path: str) -> bool:
+        pure = PurePosixPath(path)
+        if pure.is_absolute() or ".." in pure.parts or "\0" in path:
+            raise InvalidValue(f"path {path!r} leads out of the release's root; it must be relative, without '..'")
+        full = resolved((real_root / pure).parent) / pure.name
+        if full.is_symlink():
+            full = full.resolve()
+        if not full.is_relative_to(real_root):
+            raise InvalidValue(f"path {path!r} is a link to {full}, outside the release's root {root}")
+        return full.is_file()
+
+    return exists
+
+
+# --- importing --------------------------------------------------------------------------------------------------------
+
+
+def ingest_abc(
+    db: Database,
+    release: Release,
+    encoders: Sequence[Encoder],
+    report: Callable[[int, int], None] = lambda done, total: None,
+) -> AbcResult:
+    """Append the models of a release that are not stored yet, each in one commit.
+
+    Models that lack files, or have one that is no picture, are left out and listed; given again, those whose files have
+    come are appended. Of exemplars with the same content one is kept, since their id is their content's.
+    raises: InvalidValue for an encoder as `register`
+    """
+    register(db, encoders)
+    db.refresh()
+    stored = {
+        row["model_id"]: row["settings_hash"]
+        for row in db.sql("SELECT model_id, settings_hash FROM models").to_pylist()
+    }
+    result = AbcResult()
+    with jobs.running(db, "ingest abc", f"{release.name} in {release.root.resolve()}", {}) as job:
+        for done, model in enumerate(release.models):
+            report(done, len(release.models))
+            if reason := _take(db, release, model, encoders, stored, result):
+                job.failed({model.model_id: reason})
+            else:
+                job.mended([model.model_id])
+            job.n_done = result.n_appended
+    report(len(release.models), len(release.models))
+    return result
+
+
+def _take(
+    db: Database,
+    release: Release,
+    model: ReleasedModel,
+    encoders: Sequence[Encoder],
+    stored: dict[str, str],
+    result: AbcResult,
+) -> str | None:
+    """Append a model unless it is stored; why it could not be, or None."""
+    if model.model_id in stored:
+        if stored[model.model_id] == model.settings_hash:
+            result.n_stored += 1
+            return None
+        what = "stored already, with other samples, another category or another split"
+        reason = f"{what}; import {release.name} into another database"
+    elif model.missing:
+        result.incomplete.append((model.model_id, model.missing))
+        return f"{len(model.missing)} files are missing, the first is {model.missing[0]}"
+    else:
+        try:
+            _append(db, release, model, encoders)
+            result.n_appended += 1
+            return None
+        except InvalidValue as error:
+            reason = str(error)
+    result.failed.append((model.model_id, reason))
+    return reason
+
+
+def _append(db: Database, release: Release, model: ReleasedModel, encoders: Sequence[Encoder]) -> None:
+    shared = {"model_id": model.model_id, "split": model.split, "category": model.category}
+    rows, pictures = {}, []
+
+    def add(path: str, row: dict) -> None:
+        picture = read_picture_file(release.root / path)
+        image_id = row.get("image_id", f"{model.model_id}/{picture.sha256[:16]}")
+        if row["role"] == "exemplar" and image_id in rows:
+            return
+        if image_id in rows:
+            raise InvalidValue(f"samples {rows[image_id]['uri']} and {path} would have the same id, {image_id!r}")
+        rows[image_id] = shared | row | {"image_id": image_id, "uri": (release.root / path).resolve().as_uri()}
+        pictures.append(picture)
+
+    for path in model.exemplars:
+        add(path, {"role": "exemplar", "source": model.source})
+    n_exemplars = len(rows)
+    for word, paths in model.samples.items():
+        scheme, said = SCHEMES[word], json.dumps({"release_scheme": word})
+        for path in paths:
+            image_id = f"{model.model_id}/{scheme}/{PurePosixPath(path).stem}"
+            row = {"image_id": image_id, "role": "sample", "source": "synthesized", "prompt_scheme": scheme}
+            add(path, row | {"metadata": said})
+    n_samples = len(rows) - n_exemplars
+    table = image_rows(list(rows.values()), pictures, encoders)
+    db.append_model(table, _model_row(release, model, n_exemplars, n_samples))
+
+
+def _model_row(release: Release, model: ReleasedModel, n_exemplars: int, n_samples: int) -> dict:
+    settings = {
+        "release": release.name,
+        "class_id": model.class_id,
+        "exemplars": list(model.exemplars),
+        "synth": {word: len(paths) for word, paths in model.samples.items()},
+    }
+    prompted = model.kind == "style" or model.category
+    return {
+        "model_id": model.model_id,
+        "base_model": BASE_MODEL,
+        "method": DEFAULT_METHOD,
+        "kind": model.kind,
+        "category": model.category,
+        "split": model.split,
+        "train_prompt": train_prompt(model.kind, model.category or "") if prompted else None,
+        "token": TOKEN,
+        "settings": json.dumps(settings, sort_keys=True),
+        "settings_hash": model.settings_hash,
+        "n_exemplars": n_exemplars,
+        "n_samples": n_samples,
+        "created_at": datetime.now(UTC),
+    }

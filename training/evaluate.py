@@ -1,0 +1,134 @@
+"""Evaluate an encoder: the exact ranks of every sample's exemplars, from which all metrics are queries."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+
+import numpy as np
+import pyarrow as pa
+
+from attrdb.attribution.query import CANDIDATES
+from attrdb.database import Database
+from attrdb.errors import InvalidValue, NotFound
+from attrdb.search import exact as exact_search
+from attrdb.search.mapper import Mapper
+from attrdb.store.schema import EXEMPLAR_RANKS, feature_matrix
+
+GALLERIES = ("own", "all")
+SAMPLES_A_PASS = 8192
+
+Report = Callable[[int, int], None]
+
+
+def evaluate(
+    db: Database,
+    encoder_id: str | None = None,
+    gallery: str = "own",
+    report: Report = lambda done, total: None,
+    mapper_id: str | None = None,
+    device: str = "cpu",
+) -> int:
+    """Fill `exemplar_ranks` for all samples of an encoder, or of a mapper on it; the number of ranks.
+
+    gallery: 'own': the exemplars of the sample's model and the pretraining images; 'all': every exemplar of the database
+             and the pretraining images. A rank is 1 + the candidates with a higher similarity, ties by image_id.
+    device:  of the matrix products, `cpu` or one that torch knows; the ranks are the same on all
+    raises:  InvalidValue for another gallery, or a mapper of another encoder, NotFound if there is no such encoder or
+             mapper, or no encoded model or corpus
+    source:  Wang et al. 2023, section 5 (`own`)
+    """
+    if gallery not in GALLERIES:
+        raise InvalidValue(f"gallery is {gallery!r}; it must be {' or '.join(GALLERIES)}")
+    db.refresh()
+    encoder_id, mapper = db.snapshot.compared(encoder_id, mapper_id)
+    by_model = {role: features_by_model(db, encoder_id, f"role = '{role}'") for role in ("sample", "exemplar")}
+    models = sorted(by_model["sample"].keys() & by_model["exemplar"].keys())
+    if not models:
+        raise NotFound(f"{db.path} has no model whose samples have {encoder_id!r} features; ingest one first")
+    if not db.images(f"role = 'pretraining' AND `{encoder_id}` IS NOT NULL", ["image_id"]).num_rows:
+        raise NotFound(f"{db.path} has no pretraining image with a {encoder_id!r} feature; ingest a corpus first")
+    where = "role = 'pretraining'" if gallery == "own" else CANDIDATES
+    shared = {
+        "encoder_id": encoder_id,
+        "mapper_id": mapper_id or "",
+        "gallery": gallery,
+        "images_version": db.version,
+    }
+    rows: list[dict] = []
+    done = 0
+    for names in _passes(models, {name: len(ids) for name, (ids, _) in by_model["sample"].items()}):
+        report(done, len(models))
+        part = [(by_model["sample"][name], by_model["exemplar"][name]) for name in names]
+        found = ranks(part, db.features(encoder_id, where), own=gallery == "own", mapper=mapper, device=device)
+        rows += [shared | row for row in found]
+        done += len(names)
+    db.replace_exemplar_ranks(pa.Table.from_pylist(rows, EXEMPLAR_RANKS), encoder_id, mapper_id or "", gallery)
+    report(len(models), len(models))
+    return len(rows)
+
+
+def _passes(models: list[str], n_samples: dict[str, int]) -> Iterator[list[str]]:
+    """The models in parts, of SAMPLES_A_PASS samples at most where a model has no more by itself."""
+    part: list[str] = []
+    for model_id in models:
+        if part and sum(n_samples[one] for one in part) + n_samples[model_id] > SAMPLES_A_PASS:
+            yield part
+            part = []
+        part.append(model_id)
+    yield part
+
+
+def ranks(
+    models: list[tuple[exact_search.Block, exact_search.Block]],
+    gallery: Iterable[exact_search.Block],
+    *,
+    own: bool,
+    mapper: Mapper | None = None,
+    device: str = "cpu",
+) -> Iterator[dict]:
+    """sample_id, exemplar_id, rank and gallery_size of some models (their samples, their exemplars), from one pass.
+
+    gallery: the candidates that all models share
+    own:     whether a model's exemplars are candidates besides; of its own samples only
+    """
+    n_samples = sum(len(sample_ids) for (sample_ids, _), _ in models)
+    most = max(len(exemplar_ids) for _, (exemplar_ids, _) in models)
+    similarity = np.full((n_samples, most), np.inf)
+    ids = np.full((n_samples, most), "", dtype=object)
+    own_above = np.zeros((n_samples, most), dtype=np.int64)
+    own_size = np.zeros(n_samples, dtype=np.int64)
+    first = 0
+    for (sample_ids, samples), (exemplar_ids, exemplars) in models:
+        at = slice(first, first + len(sample_ids)), slice(0, len(exemplar_ids))
+        sample, exemplar = np.indices((len(samples), len(exemplars))).reshape(2, -1)
+        exact = exact_search.exact_similarity(exemplars, samples, exemplar, sample, mapper)
+        similarity[at] = exact.reshape(len(samples), -1)
+        ids[at] = exemplar_ids.to_numpy(zero_copy_only=False)
+        if own:
+            block = [(exemplar_ids, exemplars)]
+            found = exact_search.count_above(block, samples, similarity[at], ids[at], mapper=mapper)
+            own_above[at], own_size[at[0]] = found
+        first += len(sample_ids)
+    queries = np.concatenate([samples for (_, samples), _ in models])
+    above, size = exact_search.count_above(gallery, queries, similarity, ids, mapper=mapper, device=device)
+    all_samples = [sample_id for (sample_ids, _), _ in models for sample_id in sample_ids.to_pylist()]
+    for row, column in zip(*np.nonzero(np.isfinite(similarity)), strict=True):
+        yield {
+            "sample_id": all_samples[row],
+            "exemplar_id": ids[row, column],
+            "rank": int(above[row, column] + own_above[row, column]) + 1,
+            "gallery_size": int(size + own_size[row]),
+        }
+
+
+def features_by_model(db: Database, encoder_id: str, where: str) -> dict[str, exact_search.Block]:
+    """Ids and features of the encoded images that a predicate keeps, model by model, in the order of their ids."""
+    table = db.images(f"({where}) AND `{encoder_id}` IS NOT NULL", ["image_id", "model_id", encoder_id])
+    table = table.sort_by("image_id")
+    ids = table["image_id"].combine_chunks()
+    features = feature_matrix(table[encoder_id])
+    positions: dict[str, list[int]] = defaultdict(list)
+    for position, model_id in enumerate(table["model_id"].to_pylist()):
+        positions[model_id].append(position)
+    return {model_id: (ids.take(pa.array(at)), features[at]) for model_id, at in positions.items()}
