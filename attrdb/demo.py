@@ -12,7 +12,6 @@ import jinja2
 import pyarrow.parquet as pq
 
 import attrdb
-from attrdb.attribution.influence import DEFAULT_LAM, DEFAULT_TAU
 from attrdb.database import Database, open_or_create
 from attrdb.errors import InvalidValue
 from attrdb.ingest.base_model import BUNDLED, base_model_folder, weights_hash
@@ -21,6 +20,7 @@ from attrdb.ingest.model import Exemplar, ingest_model, settings_for
 from attrdb.ingest.read.corpus import ingest_corpus, open_corpus
 from attrdb.ingest.read.pictures import read_picture
 from attrdb.pages.html import data_uri
+from attrdb.store.methods import DEFAULT_LAM, DEFAULT_TAU
 from attrdb.training.evaluate import evaluate
 
 CONCEPTS = ("bell-by-fxemoji", "lemon-by-streamline-emojis", "streamline-kameleon-color", "streamline-cyber-color")

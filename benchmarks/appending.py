@@ -60,7 +60,7 @@ def append_and_ask(db: Database, number: int, dimension: int, rng: np.random.Gen
     """Seconds of the append and of every query; the new model must be seen at once."""
     model_id = f"model-{number:04d}"
     rows = model_rows(model_id, dimension, rng)
-    seconds = {"append": timed(lambda: db.append_model(rows, {"model_id": model_id, "kind": "object"}))}
+    seconds = {"append": timed(lambda: db.writer.append_model(rows, {"model_id": model_id, "kind": "object"}))}
     seen = db.sql(QUERIES["visible"], {"id": model_id})["n"].to_pylist()
     assert seen == [N_SAMPLES], seen
     for name, statement in QUERIES.items():
@@ -117,7 +117,7 @@ def main(rows: int, dimension: int, models: int, optimize_every: int, seed: int,
 
 def optimized(db: Database, after: int) -> dict:
     start = time.perf_counter()
-    found = optimize.optimize(db)
+    found = optimize.optimize(db.writer)
     states = (found.before, found.after)
     return {
         "after_appends": after,

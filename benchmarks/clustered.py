@@ -50,7 +50,7 @@ def unit(x: np.ndarray) -> np.ndarray:
 def database(path: Path, n: int, dimension: int, roles: tuple[str, ...] = ("pretraining",)) -> Database:
     """A database of so many features; the i-th image has the id `f/<i>`, and the roles in turn."""
     db = attrdb.create(path)
-    encoder_id = db.add_encoder(f"clustered:{dimension}", dimension, {}, "none")
+    encoder_id = db.writer.add_encoder(f"clustered:{dimension}", dimension, {}, "none")
     append(db, features(n, dimension), encoder_id, 0, roles)
     return db
 
@@ -66,5 +66,5 @@ def append(
             "license": [f"{number % 100}" for number in numbers],
             encoder_id: feature_array(x),
         }
-        db.append_bulk(pa.table(rows))
+        db.writer.append_bulk(pa.table(rows))
         first += len(x)

@@ -145,7 +145,9 @@ def peer(pipeline: StableDiffusionPipeline, settings: ModelSettings, path: Path)
         pictures += [read_picture(plan.image_id, webp(image)) for plan, image in zip(own, found, strict=True)]
     sampled_at = time.perf_counter()
     rows += [{"image_id": f"m/{n}", "role": "exemplar", "model_id": "m"} for n, _ in enumerate(exemplars)]
-    db.append_model(image_rows(rows, pictures + [one.picture for one in exemplars], [encoder]), {"model_id": "m"})
+    db.writer.append_model(
+        image_rows(rows, pictures + [one.picture for one in exemplars], [encoder]), {"model_id": "m"}
+    )
     return {
         "seconds": time.perf_counter() - started,
         "n_samples": len(plans),

@@ -36,16 +36,17 @@ import pyarrow as pa
 from machine import describe, spread
 
 import attrdb
-from attrdb.attribution import query as attribution
 from attrdb.database import Database
 from attrdb.search import exact as exact_search
-from attrdb.search import index_build, ivf, sampling
+from attrdb.search import index_build, ivf, planner, sampling
 from attrdb.search import index_tuning as measuring
-from attrdb.search.mapper import Mapper
+from attrdb.search.mapper import Mapper, stored_mapper
 from attrdb.search.memory import use_the_machine
+from attrdb.store.features import Block
+from attrdb.store.predicates import CANDIDATES
 
 N_CORES = os.cpu_count() or 1
-EVERYONE = attribution.CANDIDATES
+EVERYONE = CANDIDATES
 PROBES = (16, 32, 64, 96, 112, 128, 192, 256)
 GRAPH_WIDTHS = (64, 256, 512, 1024, 2048, 4096)
 ROUNDS = 3
@@ -96,10 +97,10 @@ class Data:
     def images(self) -> lance.LanceDataset:
         return self.db.snapshot.tables["images"]
 
-    def blocks(self) -> Iterator[exact_search.Block]:
+    def blocks(self) -> Iterator[Block]:
         return self.db.snapshot.features(self.encoder_id, EVERYONE)
 
-    def in_memory(self) -> list[exact_search.Block]:
+    def in_memory(self) -> list[Block]:
         n = exact_search.BLOCK_ROWS
         starts = range(0, len(self.x), n)
         return [
@@ -237,16 +238,16 @@ def index_bytes(data: Data) -> int:
 
 
 def ours(data: Data, truth: np.ndarray) -> dict:
-    row = index_build.build(data.db)
+    row = index_build.build(data.db.writer)
     snapshot = data.db.snapshot
-    index = snapshot.indices[data.encoder_id]
+    index = planner.indices(snapshot)[data.encoder_id]
     found = []
     for n_probes in (one for one in PROBES if one <= index.n_partitions):
         asked = dataclasses.replace(index, n_probes=n_probes, oversampling=4)
 
         def ask(queries: np.ndarray, asked: ivf.Index = asked) -> np.ndarray:
-            snapshot.indices[data.encoder_id] = asked
-            return rows_of(attribution.nearest(snapshot, data.encoder_id, queries, 10))
+            planner.indices(snapshot)[data.encoder_id] = asked
+            return rows_of(planner.nearest(snapshot, data.encoder_id, queries, 10))
 
         found.append({"setting": f"{n_probes} cells", **timed(ask, data.queries, truth)})
     return {
@@ -418,7 +419,7 @@ def growth(folder: Path, sizes: tuple[int, ...], dimension: int) -> list[dict]:
 def later(folder: Path, rows: int, dimension: int) -> list[dict]:
     """With rows that came after the index, until `optimize`."""
     data = make(folder, rows, dimension, 200)
-    index_build.build(data.db)
+    index_build.build(data.db.writer)
     found = []
     total = rows
     for share in (0.0, 0.05, 0.2):
@@ -435,17 +436,17 @@ def later(folder: Path, rows: int, dimension: int) -> list[dict]:
 def predicates(folder: Path, rows: int, dimension: int) -> list[dict]:
     """Candidates that a predicate on a column without an index keeps: 1, 20 and 100 of a hundred."""
     data = make(folder, rows, dimension, 200)
-    index_build.build(data.db)
+    index_build.build(data.db.writer)
     kept = {1: "license = '7'", 20: "length(license) = 2 AND license < '30'", 100: None}
     found = []
     for share, predicate in kept.items():
-        n = attribution.count(data.db.snapshot, predicate)
+        n = planner.count(data.db.snapshot, predicate)
         found.append({"kept": share, "n_candidates": n, **_times(data, predicate)})
     return found
 
 
 def _asked(data: Data) -> dict:
-    row = index_build.build(data.db)
+    row = index_build.build(data.db.writer)
     told = {name: row[name] for name in ("seconds", "n_partitions", "n_probes", "oversampling", "recall")}
     return {**told, "bytes": index_bytes(data), **_times(data)}
 
@@ -454,7 +455,7 @@ def _times(data: Data, predicate: str | None = None) -> dict:
     snapshot = data.db.snapshot
 
     def ask(queries: np.ndarray, exact: bool = False) -> np.ndarray:
-        return rows_of(attribution.nearest(snapshot, data.encoder_id, queries, 10, candidates=predicate, exact=exact))
+        return rows_of(planner.nearest(snapshot, data.encoder_id, queries, 10, candidates=predicate, exact=exact))
 
     truth = ask(data.queries, True)
     return timed(ask, data.queries, truth, 50)
@@ -496,14 +497,14 @@ def unevenness(mapper: Mapper, x: np.ndarray) -> float:
 
 def folding(data: Data) -> list[dict]:
     """Mappers folded into queries of the encoder's index, beside indices over features that were mapped and stored."""
-    if data.encoder_id not in data.db.snapshot.indices:
-        index_build.build(data.db)
+    if data.encoder_id not in planner.indices(data.db.snapshot):
+        index_build.build(data.db.writer)
     return [_folding(data, some_mapper(data.x, data.encoder_id, wanted)) for wanted in (0.03, 0.1, 0.2)]
 
 
 def _folding(data: Data, mapper: Mapper) -> dict:
     truth = rows_of(exact_search.top_k(data.in_memory(), data.queries[:256], 10, mapper=mapper))
-    data.db.upsert("mappers", [mapper.row() | {"trained_on": "both"}], on="mapper_id")
+    data.db.writer.upsert("mappers", [mapper.row() | {"trained_on": "both"}])
     data.db.refresh()
     took = seconds(lambda: measuring.measure_mapper(data.db, mapper.mapper_id))
     data.db.refresh()
@@ -512,7 +513,7 @@ def _folding(data: Data, mapper: Mapper) -> dict:
     [row] = snapshot.tables["mapper_searches"].to_table(columns=columns).to_pylist()
 
     def folded(queries: np.ndarray) -> np.ndarray:
-        return rows_of(attribution.nearest(snapshot, data.encoder_id, queries, 10, mapper=mapper))
+        return rows_of(planner.nearest(snapshot, data.encoder_id, queries, 10, mapper=mapper))
 
     found = {
         "norms": unevenness(mapper, data.x),
@@ -521,18 +522,18 @@ def _folding(data: Data, mapper: Mapper) -> dict:
     found["folded"] |= timed(folded, data.queries[:256], truth, 50)
     folder = Path(tempfile.mkdtemp(dir=data.db.path.parent))
     mapped_db = attrdb.create(folder / "mapped.attrdb")
-    column = mapped_db.add_encoder(f"mapped:{data.x.shape[1]}", data.x.shape[1], {}, "none")
+    column = mapped_db.writer.add_encoder(f"mapped:{data.x.shape[1]}", data.x.shape[1], {}, "none")
     started = time.perf_counter()
     for start in range(0, len(data.x), clustered.AT_ONCE):
         block = mapper.exemplars(data.x[start : start + clustered.AT_ONCE])
         clustered.append(mapped_db, iter([block]), column, start)
     storing = time.perf_counter() - started
-    built = index_build.build(mapped_db)
+    built = index_build.build(mapped_db.writer)
     mapped_db.refresh()
     mapped = mapped_db.snapshot
 
     def by_column(queries: np.ndarray) -> np.ndarray:
-        return rows_of(attribution.nearest(mapped, column, mapper.samples(queries), 10))
+        return rows_of(planner.nearest(mapped, column, mapper.samples(queries), 10))
 
     found["column"] = {
         "storing_seconds": storing,
@@ -552,12 +553,12 @@ def _folding(data: Data, mapper: Mapper) -> dict:
 def real(path: Path) -> list[dict]:
     """Every encoder of a database: its index, and what its mappers find through it, asked by its samples.
 
-    A mapper's row besides: recall with its tilt and without, at the third of the settings that are tried for mappers.
+    A mapper's row besides: recall with its norm correction and without, at the third of the settings tried for mappers.
     """
     db = attrdb.open(path)
     found = []
     for encoder_id in db.encoders:
-        row = index_build.build(db, encoder_id)
+        row = index_build.build(db.writer, encoder_id)
         snapshot = db.snapshot
         told = ("encoder_id", "kind", "n_rows", "n_partitions", "n_probes", "oversampling", "recall", "seconds")
         found.append({**{name: row[name] for name in told}, "mappers": []})
@@ -565,16 +566,16 @@ def real(path: Path) -> list[dict]:
         x = np.concatenate([block for _, block in snapshot.features(encoder_id, EVERYONE)])
         _, own, queries = sampling.queries(snapshot, encoder_id)
         for one in sorted(measured, key=lambda one: one["mapper_id"]):
-            mapper = snapshot.mapper(one["mapper_id"])
+            mapper = stored_mapper(snapshot, one["mapper_id"])
             exact = exact_search.top_k(snapshot.features(encoder_id, EVERYONE), queries, 11, mapper=mapper)
             cells, hits = measuring.MORE_FOR_A_MAPPER[2]
             recalls = {}
-            for name, tilt in (("plain", None), ("tilted", np.asarray(one["tilt"], np.float32))):
+            for name, norm_correction in (("plain", None), ("tilted", np.asarray(one["norm_correction"], np.float32))):
                 index = dataclasses.replace(
-                    snapshot.indices[encoder_id],
+                    planner.indices(snapshot)[encoder_id],
                     n_probes=min(cells * row["n_probes"], row["n_partitions"]),
                     oversampling=hits * row["oversampling"],
-                    tilt=tilt,
+                    norm_correction=norm_correction,
                 )
                 recalls[name] = measuring._recall_of(snapshot, index, own, queries, exact, mapper)
             told = ("mapper_id", "used", "n_probes", "oversampling", "recall")
@@ -681,7 +682,7 @@ def ranks_on_gpu(data: Data) -> Iterator[dict]:
             yield found
 
 
-def by_product(there: list[exact_search.Block], queries: np.ndarray, of_query: np.ndarray, tf32: bool) -> np.ndarray:
+def by_product(there: list[Block], queries: np.ndarray, of_query: np.ndarray, tf32: bool) -> np.ndarray:
     """(n_queries,): how many features torch's product alone puts above the given one."""
     import torch
 
@@ -706,7 +707,7 @@ def builds_on_gpu(data: Data) -> list[dict]:
         def report(stage: str, done: int, total: int, began: dict = began, start: float = start) -> None:
             began.setdefault(stage, time.perf_counter() - start)
 
-        row = index_build.build(data.db, device=device, report=report)
+        row = index_build.build(data.db.writer, device=device, report=report)
         told = {name: row[name] for name in ("device", "seconds", "n_partitions", "n_probes", "oversampling", "recall")}
         began = {stage: at for stage, at in began.items() if at <= row["seconds"]}
         ends = [*list(began.values())[1:], row["seconds"]]

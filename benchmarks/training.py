@@ -33,7 +33,7 @@ def build(path: Path, n_models: int, n_samples: int, dimension: int, seed: int) 
     """n_models models of one exemplar and n_samples samples."""
     rng = np.random.default_rng(seed)
     db = attrdb.create(path)
-    encoder_id = db.add_encoder(f"random:{dimension}", dimension, {}, "none")
+    encoder_id = db.writer.add_encoder(f"random:{dimension}", dimension, {}, "none")
     models = [f"m{number:06d}" for number in range(n_models)]
 
     def append(ids: list[str], role: str, of: list[str]) -> None:
@@ -41,14 +41,14 @@ def build(path: Path, n_models: int, n_samples: int, dimension: int, seed: int) 
         x /= np.linalg.norm(x, axis=1, keepdims=True)
         scheme = pa.array([None if role == "exemplar" else "gpt"] * len(ids), pa.string())
         columns = {"image_id": ids, "role": [role] * len(ids), "model_id": of, "prompt_scheme": scheme}
-        db.append_bulk(pa.table(columns | {encoder_id: feature_array(x)}))
+        db.writer.append_bulk(pa.table(columns | {encoder_id: feature_array(x)}))
 
     append([f"{model}/e" for model in models], "exemplar", models)
     step = max(1, ROWS_AT_ONCE // n_samples)
     for start in range(0, n_models, step):
         of = [model for model in models[start : start + step] for _ in range(n_samples)]
         append([f"{model}/{number % n_samples}/0" for number, model in enumerate(of)], "sample", of)
-    db.upsert("models", [{"model_id": model, "kind": "object", "split": "train"} for model in models], on="model_id")
+    db.writer.upsert("models", [{"model_id": model, "kind": "object", "split": "train"} for model in models])
     db.refresh()
     return db
 

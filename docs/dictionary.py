@@ -14,7 +14,7 @@ import pyarrow as pa
 
 import attrdb
 from attrdb import queries, sql
-from attrdb.sql.connection import FEATURES_GRAIN, RELATIONS, UNFINISHED_GRAIN
+from attrdb.sql.relations import FEATURES_GRAIN, STORED, UNFINISHED_GRAIN, Relation, relations
 from attrdb.store.schema import DICTIONARY, feature_columns
 
 PAGE = Path(__file__).with_name("dictionary.md")
@@ -45,7 +45,7 @@ def arrow_type(type_: pa.DataType) -> str:
 def tables(connection: duckdb.DuckDBPyConnection) -> Iterator[str]:
     yield "## Tables\n"
     for name, table in DICTIONARY.items():
-        types = described(connection, name)
+        types = described(connection, f"_{name}" if name in STORED else name)
         rows = [
             [
                 f"`{column.name}`",
@@ -62,7 +62,7 @@ def tables(connection: duckdb.DuckDBPyConnection) -> Iterator[str]:
 def views(connection: duckdb.DuckDBPyConnection) -> Iterator[str]:
     yield "## Views\n"
     of_images = described(connection, "images")
-    grains = {one.name: one.grain for one in RELATIONS if not one.arguments}
+    grains = {one.name: one.grain for one in relations() if not one.arguments}
     grains |= {"features": FEATURES_GRAIN, "unfinished_models": UNFINISHED_GRAIN}
     for name, grain in grains.items():
         columns = described(connection, name)
@@ -72,11 +72,17 @@ def views(connection: duckdb.DuckDBPyConnection) -> Iterator[str]:
 
 def macros(connection: duckdb.DuckDBPyConnection) -> Iterator[str]:
     yield "## Macros\n\nCalled in FROM, per row if you like; [sql.md](sql.md) has examples.\n"
-    for one in RELATIONS:
-        if one.arguments:
-            required = [argument for argument in one.arguments.split(", ") if ":=" not in argument]
-            columns = described(connection, f"{one.name}({', '.join('NULL' for _ in required)})")
-            yield f"### {one.name}\n\n    {one.name}({one.arguments})\n\n{sentence(one.grain)}\n\n{type_grid(columns)}"
+    for macro in relations():
+        if macro.arguments:
+            yield macro_section(connection, macro)
+
+
+def macro_section(connection: duckdb.DuckDBPyConnection, macro: Relation) -> str:
+    required = ["NULL" for _, default, _ in macro.arguments if not default]
+    columns = described(connection, f"{macro.name}({', '.join(required)})")
+    arguments = grid(["argument", "meaning"], [[f"`{name}`", meaning] for name, _, meaning in macro.arguments])
+    call = f"    {macro.name}({macro.signature})"
+    return f"### {macro.name}\n\n{macro.summary} {sentence(macro.grain)}\n\n{call}\n\n{arguments}\n{type_grid(columns)}"
 
 
 def named_queries() -> Iterator[str]:

@@ -157,7 +157,7 @@ def _made(
     plans = [plan for batch in batches for plan in batch]
     rows = _image_rows(model_id, settings, exemplars, plans, made, encoders)
     figures |= {"n_exemplars": len(exemplars), "n_samples": len(plans)}
-    appended = db.append_model(rows, _model_row(model_id, settings, record, weights, figures))
+    appended = db.writer.append_model(rows, _model_row(model_id, settings, record, weights, figures))
     folder.remove()
     report("encode", 1, 1)
     return ModelResult(model_id, len(exemplars), len(plans), True, appended.version)

@@ -333,7 +333,7 @@ def ingest_models(
     encoders = [load_encoder(spec) for spec in encoder_specs]
     db = Database(db_path)
     register(db, encoders)
-    with jobs.running(db, "ingest models", name, {"n_models": len(specs), "workers": workers}) as job:
+    with jobs.running(db.writer, "ingest models", name, {"n_models": len(specs), "workers": workers}) as job:
         queue, kept = Queue(specs, job, report, retries), OneBaseModel()
         stored = set(db.sql("SELECT model_id FROM models")["model_id"].to_pylist())
         for spec in queue.take_all(stored):

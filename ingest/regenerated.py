@@ -13,7 +13,7 @@ from attrdb.database import Database
 from attrdb.errors import InvalidValue, NotFound
 from attrdb.ingest.model import regenerate
 from attrdb.models import describe
-from attrdb.store.snapshot import among
+from attrdb.store.predicates import among
 
 SCHEMA = pa.schema(
     [

@@ -27,8 +27,8 @@ from attrdb.ingest.prompts import Prompt
 from attrdb.ingest.read.pictures import Picture, read_picture
 from attrdb.ingest.synthesize import SynthesizeSettings, plan_samples, synthesize, use_fast_solver
 from attrdb.search.exact import top_k
+from attrdb.store.predicates import among, literal
 from attrdb.store.schema import encoder_id_of
-from attrdb.store.snapshot import among, literal
 
 if TYPE_CHECKING:
     from attrdb.ingest.model_job import Report

@@ -31,7 +31,14 @@ from attrdb.errors import InvalidValue, NotFound
 
 _HOLDS = {">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt}
 NOTHING = "NULL"  # the default of a parameter that may be left out altogether
-_CASTS = {"INTEGER": int, "BIGINT": int, "DOUBLE": float, "VARCHAR": str}
+
+
+def _boolean(value: Any) -> bool:
+    known = {"true": True, "1": True, "false": False, "0": False}
+    return value if isinstance(value, bool) else known[str(value).lower()]
+
+
+_CASTS = {"INTEGER": int, "BIGINT": int, "DOUBLE": float, "VARCHAR": str, "BOOLEAN": _boolean}
 
 
 @dataclass(frozen=True)
@@ -53,11 +60,11 @@ class Parameter:
             raise refused
         try:
             value = _CASTS[self.type](given)
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, KeyError) as error:
             raise refused from error
         if isinstance(given, float) and value != given:  # 2.5 for an INTEGER, or NaN
             raise refused
-        bounds = () if isinstance(value, str) else re.findall(r"(>=|<=|>|<)\s*(-?[\d.]+)", self.meaning)
+        bounds = () if isinstance(value, (str, bool)) else re.findall(r"(>=|<=|>|<)\s*(-?[\d.]+)", self.meaning)
         for sign, bound in bounds:
             if not _HOLDS[sign](value, float(bound)):
                 raise refused
@@ -175,7 +182,10 @@ def all_queries(folders: Sequence[str | Path] = ()) -> dict[str, NamedQuery]:
 @cache
 def own_queries() -> dict[str, NamedQuery]:
     """attrdb's own, by name."""
-    return {name: query for group in _folders(files(__name__)) for name, query in _in_folder(group).items()}
+    groups = [
+        folder for folder in _folders(files(__name__)) if folder.name != "views"
+    ]  # attrdb.sql.relations reads those
+    return {name: query for group in groups for name, query in _in_folder(group).items()}
 
 
 def _folders(folder: Traversable) -> list[Traversable]:

@@ -59,13 +59,13 @@ def empty(tmp_path: Path):
 @pytest.fixture
 def toy(empty):
     """Three pretraining images at 10, 20 and 90 degrees, and a model with exemplars at 0 and 40 and samples at 2 and 35."""
-    empty.add_encoder(**TOY)
+    empty.writer.add_encoder(**TOY)
     corpus = [("p10", "pretraining", None, 10), ("p20", "pretraining", None, 20), ("p90", "pretraining", None, 90)]
-    empty.append_images(rows(corpus))
+    empty.writer.append_images(rows(corpus))
     model = [("m/e0", "exemplar", "m", 0), ("m/e40", "exemplar", "m", 40), ("m/0/1", "sample", "m", 2)]
     model += [("m/0/2", "sample", "m", 35)]
     table = rows(model, prompt_scheme=pa.array([None, None, "gpt", "gpt"]))
-    empty.append_model(table, {"model_id": "m", "kind": "style", "n_exemplars": 2, "n_samples": 2})
+    empty.writer.append_model(table, {"model_id": "m", "kind": "style", "n_exemplars": 2, "n_samples": 2})
     return empty
 
 

@@ -17,6 +17,7 @@ from learnable import DIMENSION, TELLING, build, features, table
 
 from attrdb import queries
 from attrdb.attribution.batch import attribute_samples
+from attrdb.attribution.query import AttributionRequest
 from attrdb.search.mapper import Mapper
 from attrdb.store.schema import TABLES
 from attrdb.training.evaluate import evaluate
@@ -44,7 +45,9 @@ def database(path: Path):
         own = table([f"{model_id}/e{n}" for n in range(3)], "exemplar", features(rng, telling), model_id)
         near = features(rng, np.repeat(telling, 2, axis=0) + 0.1 * rng.standard_normal((6, TELLING)))
         samples = table([f"{model_id}/{n}/0" for n in range(6)], "sample", near, model_id, ["caption"] * 6)
-        db.append_model(pa.concat_tables([own, samples]), {"model_id": model_id, "kind": "mixed", "split": "test"})
+        db.writer.append_model(
+            pa.concat_tables([own, samples]), {"model_id": model_id, "kind": "mixed", "split": "test"}
+        )
     named = table([f"q{n:02d}" for n in range(30)], "pretraining", features(rng, rng.standard_normal((30, TELLING))))
     for name, values in (
         ("creator", ["ana", "bo", None]),
@@ -52,7 +55,7 @@ def database(path: Path):
         ("source", ["one", "other", None]),
     ):
         named = named.append_column(name, pa.array([values[n % 3] for n in range(30)], pa.string()))
-    db.append_images(named)
+    db.writer.append_images(named)
     scale = np.where(np.arange(DIMENSION) < TELLING, 1.0, 0.5).astype(np.float32)
     bias = np.zeros(DIMENSION, np.float32)
     arrays = {
@@ -60,14 +63,15 @@ def database(path: Path):
     }
     mapper = Mapper("halved", "toy_12", "gain", arrays)
     blank = dict.fromkeys(TABLES["mappers"].names)
-    db.upsert("mappers", [blank | mapper.row() | {"metrics": "{}"}], on="mapper_id")
+    db.writer.add_mapper(blank | mapper.row() | {"metrics": "{}"})
     blank = dict.fromkeys(TABLES["calibrations"].names)
-    known = {"calibration_id": "toy_12/", "encoder_id": "toy_12", "mapper_id": "", "tau": 0.07, "lam": 0.02}
-    db.upsert("calibrations", [blank | known], on="calibration_id")
+    known = {"method_id": "toy_12", "tau": 0.07, "lam": 0.02}
+    db.writer.upsert("calibrations", [blank | known])
     for mapper_id in (None, "halved"):
         for gallery in ("own", "all"):
-            evaluate(db, "toy_12", gallery, mapper_id=mapper_id)
-        attribute_samples(db, "model_id = 'm84' OR model_id = 'set1'", k=5, encoder_id="toy_12", mapper_id=mapper_id)
+            evaluate(db, mapper_id or "toy_12", gallery)
+        request = AttributionRequest(k=5, method=mapper_id or "toy_12")
+        attribute_samples(db.writer, "model_id = 'm84' OR model_id = 'set1'", request)
     return db
 
 

@@ -106,7 +106,7 @@ def ingest_embeddings(db: Path, inputs: Path) -> None:
 def append_models(db: Path, inputs: Path) -> None:
     opened = attrdb.open(db)
     for number in range(N_MODELS):
-        opened.append_model(*model(f"m{number}", number))
+        opened.writer.append_model(*model(f"m{number}", number))
 
 
 def ingest_model(db: Path, inputs: Path) -> None:
@@ -134,8 +134,8 @@ def much_stored(db: Path, inputs: Path) -> None:
     images = lance.dataset(str(db / "images.lance"))
     images.create_index("pixels_2", "IVF_FLAT", metric="cosine", num_partitions=2)
     asked = {"kind": "IVF_FLAT", "n_partitions": 2, "n_probes": 2, "oversampling": 1, "recall": 1.0, "n_rows": 1}
-    attrdb.open(db).upsert("indices", [{"encoder_id": "pixels_2", **asked}], on="encoder_id")
-    attrdb.open(db).append_model(*model("late", 99))
+    attrdb.open(db).writer.upsert("indices", [{"encoder_id": "pixels_2", **asked}])
+    attrdb.open(db).writer.append_model(*model("late", 99))
 
 
 def model(model_id: str, seed: int) -> tuple[pa.Table, dict]:

@@ -36,9 +36,9 @@ def build(path):
     """72 models to train on, 12 to validate and 6 to test, of both kinds, 4 samples each, and 200 pretraining images."""
     rng = np.random.default_rng(0)
     db = attrdb.create(path)
-    db.add_encoder("toy:12", DIMENSION, {}, "none")
+    db.writer.add_encoder("toy:12", DIMENSION, {}, "none")
     corpus = features(rng, rng.standard_normal((200, TELLING)))
-    db.append_images(table([f"p{n:03d}" for n in range(200)], "pretraining", corpus))
+    db.writer.append_images(table([f"p{n:03d}" for n in range(200)], "pretraining", corpus))
     for number in range(90):
         split = "train" if number < 72 else "val" if number < 84 else "test"
         kind = "style" if number % 3 == 0 else "object"
@@ -50,6 +50,6 @@ def build(path):
         schemes = ["gpt", "procedural"] * 2
         samples = table([f"{model_id}/{n}/0" for n in range(4)], "sample", drawn, model_id, schemes)
         row = {"model_id": model_id, "kind": kind, "split": split}
-        db.append_model(pa.concat_tables([own, samples]), row)
-    optimize.optimize(db)  # a query would read 91 fragments
+        db.writer.append_model(pa.concat_tables([own, samples]), row)
+    optimize.optimize(db.writer)  # a query would read 91 fragments
     return db

@@ -16,6 +16,9 @@ from test_sql import ranks
 import attrdb
 from attrdb.database import Database
 from attrdb.errors import InvalidValue, NotFound
+from attrdb.store.methods import similarity_row
+from attrdb.store.schema import TABLES
+from attrdb.store.writer import Writer
 
 PAGE = (Path(__file__).parent.parent / "docs" / "embedding.md").read_text(encoding="utf-8")
 BY_ROLE = "SELECT role, count(*) AS n FROM images WHERE source IS DISTINCT FROM 'later' GROUP BY role ORDER BY role"
@@ -57,7 +60,7 @@ def test_threads_share_a_database_while_others_append(toy):
         thread.start()
     for number in range(8):
         far = rows([(f"later/{number}", "pretraining", None, 180)], source=["later"])
-        toy.append_images(far)
+        toy.writer.append_images(far)
         shared.refresh()
     stop.set()
     for thread in threads:
@@ -73,24 +76,33 @@ def test_threads_share_a_database_while_others_append(toy):
 
 
 WRITES = {
-    "add_encoder": lambda db: db.add_encoder("other:3", 3, {}, "none"),
-    "append_images": lambda db: db.append_images(rows([("x", "pretraining", None, 1)])),
-    "append_bulk": lambda db: db.append_bulk(rows([("x", "pretraining", None, 1)])),
-    "append_model": lambda db: db.append_model(rows([("n/0/1", "sample", "n", 1)]), {"model_id": "n"}),
-    "replace_exemplar_ranks": lambda db: db.replace_exemplar_ranks(ranks([("m/0/1", "m/e0", 1)]), "toy_2", "", "own"),
-    "append_attributions": lambda db: db.append_attributions(db.sql("FROM attributions"), "true"),
-    "upsert": lambda db: db.upsert("models", [{"model_id": "n"}], on="model_id"),
-    "delete": lambda db: db.delete("models", "true"),
-    "commit": lambda db: db.commit(lambda: None),
+    "add_encoder": lambda db: db.writer.add_encoder("other:3", 3, {}, "none"),
+    "append_images": lambda db: db.writer.append_images(rows([("x", "pretraining", None, 1)])),
+    "append_bulk": lambda db: db.writer.append_bulk(rows([("x", "pretraining", None, 1)])),
+    "append_model": lambda db: db.writer.append_model(rows([("n/0/1", "sample", "n", 1)]), {"model_id": "n"}),
+    "replace_exemplar_ranks": lambda db: db.writer.replace_exemplar_ranks(
+        ranks([("m/0/1", "m/e0", 1)]), "toy_2", "own"
+    ),
+    "append_rows": lambda db: db.writer.append_rows("attributions", TABLES["attributions"].empty_table(), "true"),
+    "add_method": lambda db: db.writer.add_method(similarity_row("toy_2")),
+    "add_mapper": lambda db: db.writer.add_mapper({"mapper_id": "n", "encoder_id": "toy_2", "form": "gain"}),
+    "upsert": lambda db: db.writer.upsert("models", [{"model_id": "n"}]),
+    "delete": lambda db: db.writer.delete("models", "true"),
+    "commit": lambda db: db.writer.commit(lambda: None),
 }
 READS = {
     "absent", "attribute", "check_encoder", "encoder_id", "feature", "features", "images", "mapper", "query", "refresh",
-    "sql", "status", "stored", "stream_query",
+    "sql", "status", "stream_query",
 }  # fmt: skip
 
 
 def public_methods():
-    return {name for name, value in vars(Database).items() if not name.startswith("_") and inspect.isfunction(value)}
+    return {
+        name
+        for kind in (Database, Writer)
+        for name, value in vars(kind).items()
+        if not name.startswith("_") and inspect.isfunction(value)
+    }
 
 
 def test_every_method_is_known_to_read_or_to_write():
@@ -107,7 +119,7 @@ def test_a_read_only_database_refuses_to_write(toy, write):
 
 
 def test_a_registered_encoder_may_be_checked_read_only(toy):
-    assert attrdb.open(toy.path, read_only=True).check_encoder(**TOY)
+    assert attrdb.open(toy.path, read_only=True).writer.check_encoder(**TOY)
 
 
 # --- older moments -------------------------------------------------------------------------------------------------
@@ -124,7 +136,7 @@ def grown(toy):
     time.sleep(0.01)
     moment = datetime.now(UTC)
     time.sleep(0.01)
-    toy.append_images(pa.table({"image_id": ["later"], "role": ["pretraining"]}))
+    toy.writer.append_images(pa.table({"image_id": ["later"], "role": ["pretraining"]}))
     return toy, first, moment
 
 
@@ -165,9 +177,9 @@ def test_a_moment_that_is_not_kept(grown):
 
 def test_an_older_moment_shows_what_was_whole_then(toy):
     before = toy.version
-    toy.append_images(rows([("n/0/1", "sample", "n", 5)]))
+    toy.writer.append_images(rows([("n/0/1", "sample", "n", 5)]))
     assert n_images(attrdb.open(toy.path)) == 7
-    toy.upsert("models", [{"model_id": "n", "kind": "style", "n_exemplars": 0, "n_samples": 1}], on="model_id")
+    toy.writer.upsert("models", [{"model_id": "n", "kind": "style", "n_exemplars": 0, "n_samples": 1}])
     assert n_images(attrdb.open(toy.path)) == 8
     assert n_images(attrdb.open(toy.path, at=before)) == 7
 

@@ -236,7 +236,7 @@ def test_an_image_is_not_a_candidate_of_itself(toy):
 
 def many(toy, n=3000):
     degrees = np.random.default_rng(0).uniform(-60, 60, n)
-    toy.append_images(rows([(f"c{i:04d}", "pretraining", None, d) for i, d in enumerate(degrees)]))
+    toy.writer.append_images(rows([(f"c{i:04d}", "pretraining", None, d) for i, d in enumerate(degrees)]))
     return toy
 
 
@@ -254,7 +254,7 @@ def test_influence_does_not_depend_on_k(toy, lam):
 def test_an_incomplete_answer_says_what_may_be_missing(toy, monkeypatch):
     many(toy)
     whole = toy.attribute("m/0/1", k=5, tau=0.2, lam=0.0)["influence"].to_numpy()
-    monkeypatch.setattr(attribution, "WIDEST", 256)
+    monkeypatch.setattr(attribution, "MAX_WIDTH", 256)
     cut = toy.attribute("m/0/1", k=5, tau=0.2, lam=0.0)
     assert not any(cut["complete"].to_pylist())
     bound = cut["missing_influence"][0].as_py()
@@ -283,7 +283,7 @@ def test_questions_that_cannot_be_answered(toy, empty):
     with pytest.raises(InvalidValue, match="k is 0"):
         toy.attribute("m/0/1", k=0)
     for nowhere in ([0.0, 0.0], [float("nan"), 0.0]):
-        with pytest.raises(InvalidValue, match="it must point somewhere"):
+        with pytest.raises(InvalidValue, match="it must be finite and not zero"):
             toy.attribute(np.array(nowhere))
     with pytest.raises(InvalidValue, match=r"the feature has shape \(3,\), encoder 'toy_2' makes \(2,\)"):
         toy.attribute(np.ones(3))
@@ -295,6 +295,6 @@ def test_an_empty_database_has_nothing_to_attribute_to(tmp_path):
     db = attrdb.create(tmp_path / "db")
     with pytest.raises(NotFound, match="has no encoder yet"):
         db.attribute("x")
-    db.add_encoder("toy:2", 2, {}, "none")
+    db.writer.add_encoder("toy:2", 2, {}, "none")
     with pytest.raises(NotFound, match="has no candidate with a 'toy_2' feature"):
         db.attribute(np.array([1.0, 0.0]))

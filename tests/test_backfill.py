@@ -14,7 +14,7 @@ from attrdb.ingest.encode.add_encoder import backfill
 from attrdb.ingest.read import corpus
 from attrdb.ingest.read.pictures import read_picture_file
 from attrdb.store.ids import encode_job
-from attrdb.store.locks import alone
+from attrdb.store.locks import exclusive_lock
 from attrdb.upkeep import optimize
 
 N = 7
@@ -149,7 +149,7 @@ def test_appends_in_the_middle_are_kept(stored, photos, toy_encoder):
             if not self.done:
                 self.done = True
                 other = type(stored)(stored.path)
-                other.append_images(pa.table({"image_id": ["late"], "role": ["pretraining"]}))
+                other.writer.append_images(pa.table({"image_id": ["late"], "role": ["pretraining"]}))
             return super().features(batch)
 
     result = backfill(stored, Appending(2))
@@ -161,7 +161,7 @@ def test_appends_in_the_middle_are_kept(stored, photos, toy_encoder):
 
 def test_images_that_cannot_be_encoded_are_recorded_and_can_be_tried_again(stored):
     rows = {"image_id": ["broken", "bare"], "role": ["pretraining"] * 2, "image": [b"no picture", None]}
-    stored.append_images(pa.table(rows))
+    stored.writer.append_images(pa.table(rows))
     result = backfill(stored, Pixels(2))
     assert (result.n_encoded, result.n_without_image) == (N, 1)
     assert list(result.failures) == ["broken"]
@@ -175,9 +175,9 @@ def test_images_that_cannot_be_encoded_are_recorded_and_can_be_tried_again(store
 
 
 def test_with_indices_and_after_optimize(stored, photos, toy_encoder):
-    optimize.optimize(stored)
+    optimize.optimize(stored.writer)
     backfill(stored, Pixels(2))
-    optimize.optimize(stored)
+    optimize.optimize(stored.writer)
     assert_filled(stored, photos)
     assert stored.stored(["photos/3.png"]).keys() == {"photos/3.png"}
 
@@ -191,7 +191,7 @@ def test_another_encoder_of_that_name_is_refused(stored):
 
 def test_two_at_once(stored):
     with (
-        alone(encode_job(stored.path, "pixels_2").lock, "held"),
+        exclusive_lock(encode_job(stored.path, "pixels_2").lock, "held"),
         pytest.raises(Busy, match=r"encode-pixels_2 is being run by another process; wait for it"),
     ):
         backfill(stored, Pixels(2))

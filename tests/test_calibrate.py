@@ -10,9 +10,10 @@ from click.testing import CliRunner
 from conftest import rows
 
 import attrdb
-from attrdb.attribution.influence import DEFAULT_LAM, DEFAULT_TAU, influence
+from attrdb.attribution.influence import influence
 from attrdb.cli import main
 from attrdb.errors import InvalidValue, NotFound
+from attrdb.store.methods import DEFAULT_LAM, DEFAULT_TAU
 from attrdb.training import calibrate as module
 from attrdb.training.calibrate import calibrate, divergence_of, fit, reliability, similarities
 from attrdb.training.train import TrainSettings, train
@@ -23,13 +24,15 @@ def made(tmp_path_factory):
     """Ten validation models of one to three exemplars on the circle, their samples nearby, and 400 pretraining images."""
     rng = np.random.default_rng(0)
     db = attrdb.create(tmp_path_factory.mktemp("calibrate") / "some.attrdb")
-    db.add_encoder("toy:2", 2, {}, "none")
-    db.append_images(rows([(f"p{n:03d}", "pretraining", None, d) for n, d in enumerate(rng.uniform(0, 360, 400))]))
+    db.writer.add_encoder("toy:2", 2, {}, "none")
+    db.writer.append_images(
+        rows([(f"p{n:03d}", "pretraining", None, d) for n, d in enumerate(rng.uniform(0, 360, 400))])
+    )
     for number in range(20):
         model_id, at = f"m{number:02d}", rng.uniform(0, 360, 1 + number % 3)
         entries = [(f"{model_id}/e{n}", "exemplar", model_id, d) for n, d in enumerate(at)]
         entries += [(f"{model_id}/{n}/0", "sample", model_id, at[n % len(at)] + rng.normal(0, 2)) for n in range(6)]
-        db.append_model(
+        db.writer.append_model(
             rows(entries), {"model_id": model_id, "kind": "style", "split": "val" if number < 10 else "train"}
         )
     return db
@@ -137,17 +140,17 @@ def test_attribution_uses_what_was_fitted(db):
     fixed = db.query("influence", image_id="m00/0/0", tau=DEFAULT_TAU, lam=DEFAULT_LAM)["influence"].to_pylist()
     assert fixed[:5] == before
     [row] = db.sql("SELECT * FROM calibrations").to_pylist()
-    assert (row["calibration_id"], row["tau"], row["lam"], row["kl"]) == ("toy_2/", found.tau, found.lam, found.kl)
+    assert (row["method_id"], row["tau"], row["lam"], row["kl"]) == ("toy_2", found.tau, found.lam, found.kl)
     assert (row["n_samples"], row["gallery_size"], row["split"]) == (60, 400, "val")
     assert json.loads(row["reliability"]) == {"before": found.reliability_before, "fitted": found.reliability}
-    db.append_images(rows([(f"q{n:03d}", "pretraining", None, n) for n in range(300)]))
+    db.writer.append_images(rows([(f"q{n:03d}", "pretraining", None, n) for n in range(300)]))
     assert calibrate(db).gallery_size == 700
     assert len(db.sql("SELECT * FROM calibrations")) == 1
 
 
 def test_influence_of_a_mapper_is_that_over_the_whole_gallery_whatever_k(db):
     mapper_id = train(db, settings=TrainSettings(kind="style", lr=0.05, batch=10, epochs=3)).mapper_id
-    found = calibrate(db, mapper_id=mapper_id)
+    found = calibrate(db, mapper_id)
     mapper = db.mapper(mapper_id)
     images = db.sql("SELECT image_id, role, toy_2 FROM images ORDER BY image_id").to_pylist()
     gallery = [one for one in images if one["role"] != "sample"]
@@ -174,8 +177,8 @@ def test_what_cannot_be_calibrated(db, toy):
         calibrate(db, split="test")
     with pytest.raises(InvalidValue, match="no model with 'toy_2' features in split 'nowhere'"):
         calibrate(db, split="nowhere")
-    with pytest.raises(NotFound, match="no mapper 'x'"):
-        calibrate(db, mapper_id="x")
+    with pytest.raises(NotFound, match="no method 'x'"):
+        calibrate(db, "x")
     with pytest.raises(NotFound, match="no mapper 'x'"):
         db.attribute("m00/0/0", mapper_id="x")
 

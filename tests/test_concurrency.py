@@ -33,7 +33,7 @@ def append_models(path, writer, go):
     for model_id in model_ids(writer):
         entries = [(f"{model_id}/e", "exemplar", model_id, 1.0)]
         entries += [(f"{model_id}/0/{seed}", "sample", model_id, 2.0 + seed) for seed in range(SAMPLES)]
-        db.append_model(rows(entries), {"model_id": model_id, "kind": "object"})
+        db.writer.append_model(rows(entries), {"model_id": model_id, "kind": "object"})
 
 
 def import_folder(path, folder, go):
@@ -47,7 +47,7 @@ def optimize_until(path, done, go):
     go.wait()
     db = attrdb.open(path)
     while not done.is_set():
-        optimize.optimize(db)
+        optimize.optimize(db.writer)
 
 
 def read_until(path, done, go, says):
@@ -76,7 +76,7 @@ def read_until(path, done, go, says):
 def test_four_writers_and_a_reader(tmp_path):
     """Two append models (some of them the same), two import overlapping folders, and one optimizes all the while."""
     db = attrdb.create(tmp_path / "db")
-    db.add_encoder(**TOY)
+    db.writer.add_encoder(**TOY)
     for number in range(N_PICTURES):
         for folder, kept in (("first", number < N_PICTURES - 6), ("second", number >= N_PICTURES - 6 - OVERLAP)):
             if kept:
@@ -148,16 +148,16 @@ def make(path, name, go):
 
     go.wait()
     db, _ = open_with_encoders(path, ("pixels:2",))
-    db.add_encoder(**TOY)
-    db.append_images(rows([(name, "pretraining", None, 3.0)]))
+    db.writer.add_encoder(**TOY)
+    db.writer.append_images(rows([(name, "pretraining", None, 3.0)]))
 
 
 def test_two_that_have_not_seen_each_other_once_ids_are_indexed(toy):
-    optimize.optimize(toy)
+    optimize.optimize(toy.writer)
     others = [attrdb.open(toy.path), attrdb.open(toy.path)]
     for db in others:
         db.refresh = lambda: None  # neither sees what the other has stored
-        db.append_images(rows([("late", "pretraining", None, 30.0), ("p10", "pretraining", None, 10.0)]))
+        db.writer.append_images(rows([("late", "pretraining", None, 30.0), ("p10", "pretraining", None, 10.0)]))
     toy.refresh()
     ids = toy.sql("SELECT image_id FROM images")["image_id"].to_pylist()
     assert ids.count("late") == ids.count("p10") == 1

@@ -311,7 +311,7 @@ def test_rows_of_an_earlier_attrdb_are_the_same_model(empty, exemplar_folder, ti
         del record[name]
     for name in ("augment", "prior", "prior_images", "prior_weight", "token_from"):
         del record["customize"][name]
-    empty.upsert("models", [{**row, "settings": json.dumps(record)}], on="model_id")
+    empty.writer.upsert("models", [{**row, "settings": json.dumps(record)}])
     assert ingest(empty, exemplar_folder, tiny_base, toy_encoder).appended is False
     for given, name in (
         ({"augment": "mild"}, "customize"),

@@ -19,11 +19,11 @@ def ids(db):
 
 def test_append_skips_what_is_stored(toy):
     again = rows([("p10", "pretraining", None, 10), ("p30", "pretraining", None, 30)])
-    appended = toy.append_images(again)
+    appended = toy.writer.append_images(again)
     assert (appended.n_appended, appended.n_skipped) == (1, 1)
     assert ids(toy).count("p10") == 1
     version = toy.version
-    assert toy.append_images(again).n_appended == 0
+    assert toy.writer.append_images(again).n_appended == 0
     assert toy.version == version
 
 
@@ -36,7 +36,7 @@ def test_two_writers_that_do_not_see_each_other_store_an_image_once(toy):
         table = conform_images(same, images.schema)
         images.merge_insert("image_id").when_not_matched_insert_all().execute(table)
     for model_id in ("n", "n", "o"):
-        toy.upsert("models", [{"model_id": model_id}], on="model_id", update=False)
+        toy.writer.upsert("models", [{"model_id": model_id}], update=False)
     toy.refresh()
     assert ids(toy).count("new") == 1
     assert toy.sql("SELECT model_id FROM models ORDER BY 1")["model_id"].to_pylist() == ["m", "n", "o"]
@@ -44,8 +44,8 @@ def test_two_writers_that_do_not_see_each_other_store_an_image_once(toy):
 
 def test_writers_of_different_images_lose_none(toy):
     other = attrdb.open(toy.path)
-    toy.append_images(rows([("a", "pretraining", None, 30)]))
-    other.append_images(rows([("b", "pretraining", None, 31)]))
+    toy.writer.append_images(rows([("a", "pretraining", None, 30)]))
+    other.writer.append_images(rows([("b", "pretraining", None, 31)]))
     toy.refresh()
     assert {"a", "b"} <= set(ids(toy))
 
@@ -58,7 +58,7 @@ def test_a_model_is_one_commit(toy):
 
 def test_a_reader_stays_at_its_version(toy):
     reader = attrdb.open(toy.path)
-    toy.append_images(rows([("late", "pretraining", None, 50)]))
+    toy.writer.append_images(rows([("late", "pretraining", None, 50)]))
     assert "late" not in ids(reader)
     reader.refresh()
     assert "late" in ids(reader)
@@ -74,7 +74,7 @@ def test_any_lancedb_client_opens_the_directory(toy):
 
 
 def test_images_without_a_feature_are_stored_with_null(toy):
-    toy.append_images(pa.table({"image_id": ["bare"], "role": ["pretraining"]}))
+    toy.writer.append_images(pa.table({"image_id": ["bare"], "role": ["pretraining"]}))
     assert toy.status()["encoders"]["toy_2"]["n_encoded"] == 7
     with pytest.raises(NotFound, match="'bare' has no 'toy_2' feature yet"):
         toy.attribute("bare")
@@ -94,7 +94,7 @@ def test_bad_features_are_refused_with_the_row_named(toy, feature, says):
     features = feature_array(np.array([feature], np.float32))
     before = ids(toy)
     with pytest.raises(InvalidValue, match=f"image 'bad'.*{says}|{says}"):
-        toy.append_images(pa.table({"image_id": ["bad"], "role": ["pretraining"], "toy_2": features}))
+        toy.writer.append_images(pa.table({"image_id": ["bad"], "role": ["pretraining"], "toy_2": features}))
     toy.refresh()
     assert ids(toy) == before
 
@@ -102,27 +102,27 @@ def test_bad_features_are_refused_with_the_row_named(toy, feature, says):
 def test_other_bad_rows_are_refused(toy):
     one = rows([("x", "sample", "m", 1)])
     with pytest.raises(InvalidValue, match="'x' stands more than once in one batch"):
-        toy.append_images(pa.concat_tables([one, one]))
+        toy.writer.append_images(pa.concat_tables([one, one]))
     with pytest.raises(InvalidValue, match="role 'guess'; a role is one of exemplar, sample, pretraining"):
-        toy.append_images(rows([("x", "guess", None, 1)]))
+        toy.writer.append_images(rows([("x", "guess", None, 1)]))
     with pytest.raises(
         InvalidValue, match=r"column 'clip' is of an encoder that this database does not have \(it has: 'toy_2'\)"
     ):
-        toy.append_images(one.rename_columns({"toy_2": "clip"}))
+        toy.writer.append_images(one.rename_columns({"toy_2": "clip"}))
     with pytest.raises(InvalidValue, match="images have no column 'colour'"):
-        toy.append_images(one.append_column("colour", pa.array(["red"])))
+        toy.writer.append_images(one.append_column("colour", pa.array(["red"])))
     with pytest.raises(InvalidValue, match="'x' has role 'sample' and model_id None; exemplars and samples"):
-        toy.append_images(rows([("x", "sample", None, 1)]))
+        toy.writer.append_images(rows([("x", "sample", None, 1)]))
     with pytest.raises(InvalidValue, match="'x' has role 'pretraining' and model_id 'm'"):
-        toy.append_images(rows([("x", "pretraining", "m", 1)]))
+        toy.writer.append_images(rows([("x", "pretraining", "m", 1)]))
     with pytest.raises(InvalidValue, match="every image needs a value in 'image_id'"):
-        toy.append_images(one.drop_columns("image_id"))
+        toy.writer.append_images(one.drop_columns("image_id"))
     with pytest.raises(InvalidValue, match="images of model 'm' among those of model 'n'"):
-        toy.append_model(one, {"model_id": "n"})
+        toy.writer.append_model(one, {"model_id": "n"})
 
 
 def test_an_encoder_is_its_dimension_preprocessing_and_weights(toy):
-    assert toy.add_encoder(**TOY) == "toy_2"
+    assert toy.writer.add_encoder(**TOY) == "toy_2"
     for what, value in (
         ("spec", "toy-2"),
         ("dimension", 3),
@@ -130,33 +130,33 @@ def test_an_encoder_is_its_dimension_preprocessing_and_weights(toy):
         ("weights_fingerprint", "other"),
     ):
         with pytest.raises(InvalidValue, match=f"encoder 'toy_2' has {what.replace('_', ' ')}"):
-            toy.add_encoder(**{**TOY, what: value})
+            toy.writer.add_encoder(**{**TOY, what: value})
     with pytest.raises(InvalidValue, match="would take the column 'prompt'"):
-        toy.add_encoder("prompt", 2, {}, "none")
+        toy.writer.add_encoder("prompt", 2, {}, "none")
 
 
 def test_an_encoder_whose_checkpoint_has_moved_is_the_same(empty):
     weights = {"dimension": 2, "preprocessing": {}, "weights_fingerprint": "abc"}
-    assert empty.add_encoder("torchscript:/old/sscd.pt?size=288", **weights) == "torchscript_sscd_size_288"
-    assert empty.add_encoder("torchscript:/new/place/sscd.pt?size=288", **weights) == "torchscript_sscd_size_288"
+    assert empty.writer.add_encoder("torchscript:/old/sscd.pt?size=288", **weights) == "torchscript_sscd_size_288"
+    assert empty.writer.add_encoder("torchscript:/new/place/sscd.pt?size=288", **weights) == "torchscript_sscd_size_288"
     assert [row["spec"] for row in empty.encoders.values()] == ["torchscript:/new/place/sscd.pt?size=288"]
 
 
 def test_an_encoder_of_imported_features_is_known_once_it_is_used(toy):
     """Its row is written again then, and stays the second of two."""
     imported = {"spec": "clip:b", "dimension": 4, "preprocessing": {}, "weights_fingerprint": ""}
-    toy.add_encoder(**imported)
-    toy.add_encoder("third", 2, {}, "none")
+    toy.writer.add_encoder(**imported)
+    toy.writer.add_encoder("third", 2, {}, "none")
     used = {**imported, "preprocessing": {"size": 224}, "weights_fingerprint": "abc"}
-    assert toy.check_encoder(**used)
+    assert toy.writer.check_encoder(**used)
     assert toy.encoders["clip_b"]["weights_fingerprint"] == ""
-    toy.add_encoder(**used)
+    toy.writer.add_encoder(**used)
     assert toy.encoders["clip_b"]["weights_fingerprint"] == "abc"
     assert list(toy.encoders) == ["toy_2", "clip_b", "third"]
     with pytest.raises(InvalidValue, match="encoder 'clip_b' has weights fingerprint 'xyz'"):
-        toy.add_encoder(**{**used, "weights_fingerprint": "xyz"})
+        toy.writer.add_encoder(**{**used, "weights_fingerprint": "xyz"})
     with pytest.raises(InvalidValue, match="encoder 'clip_b' has dimension 8"):
-        toy.check_encoder(**{**used, "dimension": 8})
+        toy.writer.check_encoder(**{**used, "dimension": 8})
 
 
 def test_paths_that_are_no_database(tmp_path):
@@ -206,9 +206,9 @@ def test_a_database_with_a_table_gone(toy, table):
 @pytest.mark.parametrize("spec", ["order", "select", "table:2"])
 def test_an_encoder_may_be_called_like_an_sql_word(tmp_path, spec):
     db = attrdb.create(tmp_path / "db")
-    encoder_id = db.add_encoder(spec, 2, {}, "none")
+    encoder_id = db.writer.add_encoder(spec, 2, {}, "none")
     table = rows([("a", "pretraining", None, 5), ("b", "pretraining", None, 9)]).rename_columns({"toy_2": encoder_id})
-    db.append_images(table)
+    db.writer.append_images(table)
     assert db.attribute("a", k=1)["image_id"].to_pylist() == ["b"]
     assert db.sql("SELECT count(*) AS n FROM features")["n"].to_pylist() == [2]
 
@@ -216,22 +216,22 @@ def test_an_encoder_may_be_called_like_an_sql_word(tmp_path, spec):
 @pytest.mark.parametrize("spec", ["3d:x", "", "!"])
 def test_an_encoder_that_gives_no_column_name(empty, spec):
     with pytest.raises(InvalidValue, match="its spec must begin with a letter"):
-        empty.add_encoder(spec, 2, {}, "none")
+        empty.writer.add_encoder(spec, 2, {}, "none")
 
 
 def test_an_encoder_left_half_added_is_completed(empty):
     from attrdb.store.schema import feature_type
 
     empty.snapshot.tables["images"].add_columns(pa.field("toy_2", feature_type(5)))
-    attrdb.open(empty.path).add_encoder(**TOY)
+    attrdb.open(empty.path).writer.add_encoder(**TOY)
     db = attrdb.open(empty.path)
-    db.append_images(rows([("a", "pretraining", None, 5)]))
+    db.writer.append_images(rows([("a", "pretraining", None, 5)]))
     assert list(db.encoders) == ["toy_2"]
 
 
 def test_two_openers_add_the_same_encoder(empty):
     other = attrdb.open(empty.path)
-    assert empty.add_encoder(**TOY) == other.add_encoder(**TOY)
+    assert empty.writer.add_encoder(**TOY) == other.writer.add_encoder(**TOY)
     assert list(attrdb.open(empty.path).encoders) == ["toy_2"]
 
 

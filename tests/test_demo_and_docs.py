@@ -68,7 +68,7 @@ def test_demo_of_other_weights_is_not_mixed_with_these(built, tmp_path):
     folder, _, _ = built
     shutil.copytree(folder / "demo", tmp_path / "old")
     db = attrdb.open(tmp_path / "old" / "icons.attrdb")
-    db.upsert("models", [{"model_id": "old", "base_model_hash": "other"}], on="model_id")
+    db.writer.upsert("models", [{"model_id": "old", "base_model_hash": "other"}])
     with pytest.raises(InvalidValue, match="holds a demo of another icon-sd; remove it, or name another folder"):
         demo.build(tmp_path / "old", lambda *_: None, folder / "few.parquet", CONCEPTS)
 

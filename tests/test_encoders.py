@@ -351,7 +351,7 @@ def test_other_weights_or_preprocessing_are_refused(empty, tiny_vit, tmp_path):
     copy.write_bytes(path.read_bytes())
     spec = f"timm:vit_tiny_patch16_224/{copy}"
     encoder = load_encoder(spec)
-    empty.add_encoder(encoder.spec, encoder.dimension, encoder.preprocessing, encoder.weights_fingerprint)
+    empty.writer.add_encoder(encoder.spec, encoder.dimension, encoder.preprocessing, encoder.weights_fingerprint)
     Image.new("RGB", (40, 40), (9, 200, 30)).save(tmp_path / "green.png")
     assert encode_file(empty, tmp_path / "green.png").shape == (192,)
     save_file({name: value + 0.01 for name, value in model.state_dict().items()}, copy)

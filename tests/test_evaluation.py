@@ -34,7 +34,7 @@ def features(rng, n, dimension=6):
 def random_db(tmp_path):
     rng = np.random.default_rng(3)
     db = attrdb.create(tmp_path / "random.attrdb")
-    db.add_encoder("toy:6", 6, {}, "none")
+    db.writer.add_encoder("toy:6", 6, {}, "none")
 
     def table(ids, role, model_id=None, scheme=None):
         n = len(ids)
@@ -48,14 +48,14 @@ def random_db(tmp_path):
             }
         )
 
-    db.append_images(table([f"p{i:03d}" for i in range(300)], "pretraining"))
+    db.writer.append_images(table([f"p{i:03d}" for i in range(300)], "pretraining"))
     for m in range(40):
         parts = [table([f"m{m:02d}/e{i}" for i in range(1 + m % 5)], "exemplar", f"m{m:02d}")]
         parts += [
             table([f"m{m:02d}/{s}{i}" for i in range(2)], "sample", f"m{m:02d}", s) for s in ("gpt", "procedural")
         ]
         kind = "object" if m % 2 else "style"
-        db.append_model(pa.concat_tables(parts), {"model_id": f"m{m:02d}", "kind": kind})
+        db.writer.append_model(pa.concat_tables(parts), {"model_id": f"m{m:02d}", "kind": kind})
     return db
 
 
@@ -124,7 +124,7 @@ def test_the_average_over_cases_counts_every_case_once(random_db):
         for number, row in enumerate(random_db.sql("FROM models ORDER BY model_id").to_pylist())
         for split in [("val", "test_unseen", "test", "test")[number % 4] if number < 12 else "test"]
     ]
-    random_db.upsert("models", splits, on="model_id")
+    random_db.writer.upsert("models", splits)
     evaluate(random_db)
     for test_only in (1, 0):
         cases = [
@@ -155,13 +155,13 @@ def test_evaluating_again_changes_nothing(toy):
 def test_evaluations_that_cannot_be_made(toy, empty, tmp_path):
     with pytest.raises(InvalidValue, match="gallery is 'mine'; it must be own or all"):
         evaluate(toy, gallery="mine")
-    with pytest.raises(NotFound, match="no encoder 'clip'"):
+    with pytest.raises(NotFound, match="no method 'clip'"):
         evaluate(toy, "clip")
     other = attrdb.create(tmp_path / "bare.attrdb")
-    other.add_encoder("toy:2", 2, {}, "none")
+    other.writer.add_encoder("toy:2", 2, {}, "none")
     with pytest.raises(NotFound, match="has no model whose samples have 'toy_2' features"):
         evaluate(other)
-    other.append_model(
+    other.writer.append_model(
         rows([("m/e", "exemplar", "m", 1), ("m/s", "sample", "m", 2)]), {"model_id": "m", "kind": "object"}
     )
     with pytest.raises(NotFound, match="has no pretraining image with a 'toy_2' feature; ingest a corpus first"):

@@ -20,7 +20,7 @@ from attrdb.store.schema import TABLES, feature_array
 @pytest.fixture
 def pictured(toy):
     """The toy database with an image that has its bytes and no feature."""
-    toy.append_images(pa.table({"image_id": ["bytes"], "role": ["pretraining"], "image": [b"\x89PNG \x00"]}))
+    toy.writer.append_images(pa.table({"image_id": ["bytes"], "role": ["pretraining"], "image": [b"\x89PNG \x00"]}))
     return toy
 
 
@@ -86,7 +86,7 @@ def test_a_duckdb_file_needs_nothing_but_duckdb(pictured, tmp_path):
 
 @pytest.mark.parametrize("form", exporting.FORMATS)
 def test_a_hidden_model_is_not_exported(toy, tmp_path, form):
-    toy.append_images(rows([("half/0/1", "sample", "half", 5), ("half/e", "exemplar", "half", 5)]))
+    toy.writer.append_images(rows([("half/0/1", "sample", "half", 5), ("half/e", "exemplar", "half", 5)]))
     assert export(toy.snapshot, tmp_path / "out", form=form)["images"] == 7
     if form == "parquet":
         ids = pq.read_table(tmp_path / "out" / "images.parquet")["image_id"].to_pylist()
@@ -97,7 +97,7 @@ def test_a_hidden_model_is_not_exported(toy, tmp_path, form):
 
 
 def test_progress_counts_what_is_written(toy, tmp_path):
-    toy.append_images(rows([("half/0/1", "sample", "half", 5)]))
+    toy.writer.append_images(rows([("half/0/1", "sample", "half", 5)]))
     told = {}
     export(toy.snapshot, tmp_path / "out", report=lambda stage, done, total: told.update({stage: (done, total)}))
     assert told["export images"] == (7, 7)
@@ -112,7 +112,7 @@ def test_an_empty_database_is_exported(empty, tmp_path, form):
 
 def test_an_older_moment_is_exported(toy, tmp_path):
     then = toy.version
-    toy.append_images(pa.table({"image_id": ["later"], "role": ["pretraining"]}))
+    toy.writer.append_images(pa.table({"image_id": ["later"], "role": ["pretraining"]}))
     assert export(attrdb.open(toy.path, at=then).snapshot, tmp_path / "then")["images"] == 7
     assert export(toy.snapshot, tmp_path / "now")["images"] == 8
 
@@ -164,12 +164,14 @@ def test_nothing_of_others_is_touched(toy, tmp_path, form):
 @pytest.mark.parametrize("form", exporting.FORMATS)
 def test_rows_are_streamed(empty, tmp_path, monkeypatch, form):
     """Twenty thousand rows pass in batches, and no table is asked for as a whole."""
-    empty.add_encoder("wide:64", 64, {}, "none")
+    empty.writer.add_encoder("wide:64", 64, {}, "none")
     n = 20_000
     features = np.random.default_rng(0).normal(size=(n, 64)).astype(np.float32)
     features /= np.linalg.norm(features, axis=1, keepdims=True)
     ids = [f"p{number:05d}" for number in range(n)]
-    empty.append_images(pa.table({"image_id": ids, "role": ["pretraining"] * n, "wide_64": feature_array(features)}))
+    empty.writer.append_images(
+        pa.table({"image_id": ids, "role": ["pretraining"] * n, "wide_64": feature_array(features)})
+    )
     snapshot = empty.snapshot
     assert snapshot.hidden_models == ()
 

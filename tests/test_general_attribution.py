@@ -6,6 +6,7 @@ import pytest
 from conftest import rows
 
 import attrdb
+from attrdb.store.methods import similarity_id, similarity_row
 from attrdb.store.schema import TABLES
 
 # By features, the ranks of: the two exemplars of a set for its two samples; the one of an object model for its two.
@@ -19,22 +20,27 @@ RANKS = {
 @pytest.fixture
 def ranked(tmp_path):
     db = attrdb.create(tmp_path / "some.attrdb")
-    db.add_encoder("toy:2", 2, {}, "none")
+    db.writer.add_encoder("toy:2", 2, {}, "none")
     for model_id, kind, n_exemplars in (("set", "mixed", 2), ("bell", "object", 1)):
         entries = [(f"{model_id}/e{n}", "exemplar", model_id, 1.0 + n) for n in range(n_exemplars)]
         entries += [(f"{model_id}/{n}/0", "sample", model_id, 5.0 + n) for n in range(2)]
         scheme = pa.array([None] * n_exemplars + ["gpt"] * 2)
-        db.append_model(rows(entries, prompt_scheme=scheme), {"model_id": model_id, "kind": kind, "split": "test"})
+        db.writer.append_model(
+            rows(entries, prompt_scheme=scheme), {"model_id": model_id, "kind": kind, "split": "test"}
+        )
     for mapper_id, (of_set, of_bell) in RANKS.items():
         pairs = [(f"set/{n}/0", f"set/e{e}", rank) for n, both in enumerate(of_set) for e, rank in enumerate(both)]
         pairs += [(f"bell/{n}/0", "bell/e0", rank) for n, rank in enumerate(of_bell)]
-        shared = {"encoder_id": "toy_2", "mapper_id": mapper_id, "gallery": "own", "gallery_size": 50}
+        shared = {"method_id": similarity_id("toy_2", mapper_id), "gallery": "own", "gallery_size": 50}
         table = [
             shared | {"sample_id": sample, "exemplar_id": exemplar, "rank": rank, "images_version": 1}
             for sample, exemplar, rank in pairs
             if rank
         ]
-        db.replace_exemplar_ranks(pa.Table.from_pylist(table, TABLES["exemplar_ranks"]), "toy_2", mapper_id, "own")
+        db.writer.add_method(similarity_row("toy_2", mapper_id))
+        db.writer.replace_exemplar_ranks(
+            pa.Table.from_pylist(table, TABLES["exemplar_ranks"]), similarity_id("toy_2", mapper_id), "own"
+        )
     return db
 
 
@@ -53,6 +59,6 @@ def test_correlation_of_the_benchmarks(ranked):
 
 
 def test_no_correlation_of_two(ranked):
-    ranked.delete("exemplar_ranks", "mapper_id = 'worse'")
+    ranked.writer.delete("exemplar_ranks", "method_id = 'toy_2/worse'")
     [row] = ranked.query("benchmark_correlation").to_pylist()
     assert (row["n_features"], row["correlation"]) == (2, None)

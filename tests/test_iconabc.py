@@ -121,7 +121,7 @@ def test_what_is_frozen_comes_back(small, tmp_path):
         rows.append({"image_id": f"{model.model_id}/0/7", "role": "sample", "prompt": "V* thing", "seed": 7})
         pictures.append(pictures[0])
         table = image_rows([row | {"model_id": model.model_id} for row in rows], pictures, [])
-        db.append_model(table, {"model_id": model.model_id, "kind": model.kind, "weights_path": "weights/x"})
+        db.writer.append_model(table, {"model_id": model.model_id, "kind": model.kind, "weights_path": "weights/x"})
     counts = frozen.freeze(db, folder, out)
     assert counts["models"] == 4
     icons = tmp_path / "icons.parquet"

@@ -158,14 +158,14 @@ def test_ids_made_from_long_names_can_be_used(empty, exemplar_folder, tiny_base)
     settings = settings_for(str(tiny_base), "object", category)
     ids.check_id("model", default_model_id(settings, read_exemplars(exemplar_folder)))
     with pytest.raises(InvalidValue, match="212 characters; give its file a name that makes at most 80"):
-        empty.add_encoder("torchscript:" + "x" * 200, 2, {}, "")
+        empty.writer.add_encoder("torchscript:" + "x" * 200, 2, {}, "")
 
 
 def test_an_old_database_with_an_encoder_of_a_long_name_is_used_on(empty, monkeypatch):
     spec = "torchscript:" + "x" * 150
     monkeypatch.setattr(database, "LONGEST_ENCODER_ID", 1000)
-    encoder_id = empty.add_encoder(spec, 2, {}, "")
+    encoder_id = empty.writer.add_encoder(spec, 2, {}, "")
     monkeypatch.undo()
-    assert empty.check_encoder(spec, 2, {}, "")
-    assert empty.add_encoder(spec, 2, {}, "") == encoder_id
+    assert empty.writer.check_encoder(spec, 2, {}, "")
+    assert empty.writer.add_encoder(spec, 2, {}, "") == encoder_id
     assert ids.encode_job(empty.path, encoder_id).path.parent == empty.path / "jobs"

@@ -11,15 +11,15 @@ from click.testing import CliRunner
 from conftest import DEVICES
 
 import attrdb
-from attrdb.attribution import query as attribution
-from attrdb.attribution.influence import DEFAULT_LAM
 from attrdb.cli import main
 from attrdb.errors import InvalidValue, NotFound, StorageError
 from attrdb.search import exact as exact_search
-from attrdb.search import index_build, index_tuning, ivf, kmeans
-from attrdb.search.mapper import Mapper
+from attrdb.search import index_build, index_tuning, ivf, kmeans, planner
+from attrdb.search.mapper import Mapper, stored_mapper
 from attrdb.store.ids import lock_file
-from attrdb.store.locks import alone
+from attrdb.store.locks import exclusive_lock
+from attrdb.store.methods import DEFAULT_LAM
+from attrdb.store.predicates import CANDIDATES
 from attrdb.store.schema import feature_array
 from attrdb.upkeep import health, optimize
 
@@ -44,12 +44,12 @@ def images(prefix, features, role="pretraining", **columns):
 
 def filled(path):
     db = attrdb.create(path)
-    db.add_encoder("points:16", D, {}, "none")
+    db.writer.add_encoder("points:16", D, {}, "none")
     licenses = pa.array([("CC0", "CC-BY")[number % 2] for number in range(N)])
-    db.append_images(images("p", clustered(N, 1), license=licenses))
+    db.writer.append_images(images("p", clustered(N, 1), license=licenses))
     model = [images("m/e", clustered(2, 2), "exemplar"), images("m/s", clustered(60, 3), "sample")]
     rows = pa.concat_tables(model).append_column("model_id", pa.array(["m"] * 62))
-    db.append_model(rows, {"model_id": "m", "kind": "style"})
+    db.writer.append_model(rows, {"model_id": "m", "kind": "style"})
     return db
 
 
@@ -58,7 +58,7 @@ def built_once(tmp_path_factory):
     db = filled(tmp_path_factory.mktemp("index") / "points.attrdb")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(index_build, "MIN_ROWS", 100)
-        index_build.build(db)
+        index_build.build(db.writer)
     return db
 
 
@@ -67,8 +67,8 @@ def indexed(built_once, tmp_path, monkeypatch):
     """An own copy of a database with an index, which galleries of this size are searched by here."""
     import shutil
 
-    monkeypatch.setattr(attribution, "FEW", 100)
-    monkeypatch.setattr(attribution, "HIT", 0.01)
+    monkeypatch.setattr(planner, "EXACT_BELOW_ROWS", 100)
+    monkeypatch.setattr(planner, "HIT_COST", 0.01)
     monkeypatch.setattr(index_build, "MIN_ROWS", 100)
     shutil.copytree(built_once.path, tmp_path / "db")
     return attrdb.open(tmp_path / "db")
@@ -133,7 +133,7 @@ def test_an_index_answers_as_an_exact_search(indexed):
 def test_exact_answers_do_not_depend_on_the_index(indexed, tmp_path):
     plain = filled(tmp_path / "plain")
     for db in (indexed, plain):
-        assert (db.snapshot.indices != {}) == (db is indexed)
+        assert (planner.indices(db.snapshot) != {}) == (db is indexed)
     for sample in ("m/s00000", "m/s00007"):
         a, b = (db.attribute(sample, k=25, exact=True) for db in (indexed, plain))
         assert a.to_pylist() == b.to_pylist()
@@ -163,15 +163,15 @@ def test_the_index_is_asked_where_that_takes_less(tmp_path, monkeypatch):
     """By attrdb's own rule: one query is, hundreds together and few candidates are compared with everything."""
     n, queries = index_build.MIN_ROWS + 4000, clustered(400, 5)
     db = attrdb.create(tmp_path / "points.attrdb")
-    db.add_encoder("points:16", D, {}, "none")
+    db.writer.add_encoder("points:16", D, {}, "none")
     licenses = pa.array([("CC0", "CC-BY")[number % 10 == 0] for number in range(n)])
-    db.append_bulk(images("p", clustered(n, 1), license=licenses))
-    index_build.build(db)
+    db.writer.append_bulk(images("p", clustered(n, 1), license=licenses))
+    index_build.build(db.writer)
     asked, ask = [], ivf.top_k
     monkeypatch.setattr(ivf, "top_k", lambda *args: asked.append(len(args[4])) or ask(*args))
     for n_queries, candidates, by_index in ((1, None, [1]), (400, None, []), (1, "license = 'CC-BY'", [])):
         found, exact = (
-            attribution.nearest(db.snapshot, "points_16", queries[:n_queries], 10, candidates=candidates, exact=exact)
+            planner.nearest(db.snapshot, "points_16", queries[:n_queries], 10, candidates=candidates, exact=exact)
             for exact in (False, True)
         )
         assert asked == by_index
@@ -231,7 +231,7 @@ def test_a_feature_that_is_none(indexed, feature):
 def test_a_mapper_is_folded_into_the_query(indexed):
     mapper = affine()
     queries = clustered(40, 5)
-    x = np.concatenate([features for _, features in indexed.snapshot.features("points_16", attribution.CANDIDATES)])
+    x = np.concatenate([features for _, features in indexed.snapshot.features("points_16", CANDIDATES)])
     # METHODS A5: similarity = (x . q + c) / n(x), and the folded query has the direction of q
     s = mapper.samples(queries, np.float64)
     q = s @ mapper.parameters["exemplar.weight"]
@@ -242,8 +242,8 @@ def test_a_mapper_is_folded_into_the_query(indexed):
         atol=1e-6,
     )
     np.testing.assert_allclose(ivf.folded(queries, mapper), unit(q), atol=1e-5)
-    tilt = np.linspace(-1, 1, D, dtype=np.float32)
-    np.testing.assert_allclose(ivf.folded(queries, mapper, tilt), unit(q - tilt), atol=1e-5)
+    norm_correction = np.linspace(-1, 1, D, dtype=np.float32)
+    np.testing.assert_allclose(ivf.folded(queries, mapper, norm_correction), unit(q - norm_correction), atol=1e-5)
 
 
 def sloping():
@@ -254,21 +254,19 @@ def sloping():
 
 
 def stored(db, mapper):
-    db.upsert("mappers", [mapper.row() | {"trained_on": "both"}], on="mapper_id")
+    db.writer.upsert("mappers", [mapper.row() | {"trained_on": "both"}])
     db.refresh()
-    return db.snapshot.mapper(mapper.mapper_id)
+    return stored_mapper(db.snapshot, mapper.mapper_id)
 
 
 def test_the_tilt_of_a_query_is_the_slope_of_the_mapped_lengths(indexed):
     mapper = stored(indexed, sloping())
     x = np.concatenate([features for _, features in indexed.snapshot.features("points_16", "true")])
-    exact = exact_search.top_k(
-        indexed.snapshot.features("points_16", attribution.CANDIDATES), clustered(40, 5), 11, mapper=mapper
-    )
-    tilt = index_tuning._tilt(indexed.snapshot, mapper, exact)
+    exact = exact_search.top_k(indexed.snapshot.features("points_16", CANDIDATES), clustered(40, 5), 11, mapper=mapper)
+    norm_correction = index_tuning._norm_correction(indexed.snapshot, mapper, exact)
     t = np.mean([similarity[9] for similarity in exact.similarity])
     n = mapper.norms(x)
-    left = n - x @ (tilt / t)
+    left = n - x @ (norm_correction / t)
     assert left.std() < 0.1 * n.std()
 
 
@@ -289,12 +287,12 @@ def test_a_mapper_is_searched_by_index_once_that_is_measured(indexed, monkeypatc
     monkeypatch.setattr(ivf, "top_k", lambda *args: asked.append(1) or ask(*args))
 
     def nearest(exact=False):
-        return attribution.nearest(indexed.snapshot, "points_16", queries, 10, mapper=mapper, exact=exact)
+        return planner.nearest(indexed.snapshot, "points_16", queries, 10, mapper=mapper, exact=exact)
 
     exact = nearest(exact=True)
     assert [list(ids) for ids in nearest().ids] == [list(ids) for ids in exact.ids]
     assert asked == [], "not measured yet: all candidates are compared"
-    index_tuning.measure_missing(indexed)
+    index_tuning.measure_missing(indexed.writer)
     [row] = indexed.sql("SELECT * FROM mapper_searches").to_pylist()
     assert (row["mapper_id"], row["used"], row["n_queries"]) == ("some", True, 60)
     assert row["recall"] >= index_tuning.RECALL_WANTED
@@ -323,14 +321,12 @@ def test_a_mapper_that_the_index_does_not_serve_is_searched_exactly(indexed, mon
         for name, value in affine().parameters.items()
     }
     mapper = stored(indexed, dataclasses.replace(affine(), parameters=wild))
-    row = index_tuning.measure_mapper(indexed, "some")
+    row = index_tuning.measure_mapper(indexed.writer, "some")
     assert row["recall"] < index_tuning.RECALL_WANTED
     assert not row["used"]
     monkeypatch.setattr(ivf, "top_k", None)
-    hits = attribution.nearest(indexed.snapshot, "points_16", clustered(2, 5), 3, mapper=mapper)
-    exact = exact_search.top_k(
-        indexed.snapshot.features("points_16", attribution.CANDIDATES), clustered(2, 5), 3, mapper=mapper
-    )
+    hits = planner.nearest(indexed.snapshot, "points_16", clustered(2, 5), 3, mapper=mapper)
+    exact = exact_search.top_k(indexed.snapshot.features("points_16", CANDIDATES), clustered(2, 5), 3, mapper=mapper)
     assert [list(ids) for ids in hits.ids] == [list(ids) for ids in exact.ids]
     said = CliRunner().invoke(main, ["status", str(indexed.path)]).stdout
     assert "mapper some: affine, on points_16, of both; searched exactly, its index finds 0." in said
@@ -338,11 +334,11 @@ def test_a_mapper_that_the_index_does_not_serve_is_searched_exactly(indexed, mon
 
 def test_a_tilt_with_which_less_is_found_is_not_taken(indexed, monkeypatch):
     stored(indexed, sloping())
-    assert np.any(index_tuning.measure_mapper(indexed, "some")["tilt"])
-    monkeypatch.setattr(index_tuning, "_tilt", lambda *_: np.full(D, 9, np.float32))
-    row = index_tuning.measure_mapper(indexed, "some")
+    assert np.any(index_tuning.measure_mapper(indexed.writer, "some")["norm_correction"])
+    monkeypatch.setattr(index_tuning, "_norm_correction", lambda *_: np.full(D, 9, np.float32))
+    row = index_tuning.measure_mapper(indexed.writer, "some")
     assert row["used"]
-    assert not np.any(row["tilt"])
+    assert not np.any(row["norm_correction"])
 
 
 def test_what_cannot_be_folded_is_not_measured(toy, indexed):
@@ -353,35 +349,35 @@ def test_what_cannot_be_folded_is_not_measured(toy, indexed):
         for name, shape in (("up", (3, D)), ("up_bias", 3), ("down", (D, 3)))
     }
     stored(indexed, dataclasses.replace(mapper, form="mlp", parameters=parameters))
-    assert index_tuning.measure_mapper(indexed, "some") is None
+    assert index_tuning.measure_mapper(indexed.writer, "some") is None
     two = {name: np.ones((2, 2) if name.endswith("weight") else 2, np.float32) for name in mapper.parameters}
     stored(toy, dataclasses.replace(mapper, encoder_id="toy_2", parameters=two))
-    assert index_tuning.measure_mapper(toy, "some") is None  # without an index
+    assert index_tuning.measure_mapper(toy.writer, "some") is None  # without an index
 
 
 def test_rows_after_the_index_are_compared_for_all_queries_together(indexed):
     mapper = stored(indexed, affine())
-    index_tuning.measure_missing(indexed)
-    indexed.append_images(images("later", clustered(500, 31)))
+    index_tuning.measure_missing(indexed.writer)
+    indexed.writer.append_images(images("later", clustered(500, 31)))
     snapshot = indexed.snapshot
-    assert len(snapshot.indices["points_16"].later) == 1
+    assert len(planner.indices(snapshot)["points_16"].later) == 1
     queries = clustered(50, 5)
     for one in (None, mapper):
         found, exact = (
-            attribution.nearest(snapshot, "points_16", queries, 10, mapper=one, exact=way) for way in (False, True)
+            planner.nearest(snapshot, "points_16", queries, 10, mapper=one, exact=way) for way in (False, True)
         )
         shares = [len({*a} & {*b}) / 10 for a, b in zip(found.ids, exact.ids, strict=True)]
         assert np.mean(shares) >= 0.95
         for ids, best in zip(found.ids, exact.ids, strict=True):
             assert {name for name in best if name.startswith("later")} <= {*ids}
-    optimize.optimize(indexed)
-    assert indexed.snapshot.indices["points_16"].later == ()
+    optimize.optimize(indexed.writer)
+    assert planner.indices(indexed.snapshot)["points_16"].later == ()
 
 
 def test_all_are_compared_where_that_takes_less(indexed, monkeypatch):
     monkeypatch.undo()
-    index = dataclasses.replace(indexed.snapshot.indices["points_16"], oversampling=4)
-    asked = {(n, k): attribution._worthwhile(index, 1_000_000, n, k) for n in (1, 128, 10_000) for k in (10, 257)}
+    index = dataclasses.replace(planner.indices(indexed.snapshot)["points_16"], oversampling=4)
+    asked = {(n, k): planner._pays(index, 1_000_000, n, k) for n in (1, 128, 10_000) for k in (10, 257)}
     assert asked == {
         (1, 10): True,
         (1, 257): True,
@@ -390,8 +386,8 @@ def test_all_are_compared_where_that_takes_less(indexed, monkeypatch):
         (10_000, 10): True,
         (10_000, 257): False,
     }
-    assert not attribution._worthwhile(index, 100_000, 128, 257)
-    assert not attribution._worthwhile(index, 10**9, 1, ivf.FETCHED)
+    assert not planner._pays(index, 100_000, 128, 257)
+    assert not planner._pays(index, 10**9, 1, ivf.FETCHED)
 
 
 def test_other_indices_may_cover_less_or_more(indexed):
@@ -401,9 +397,7 @@ def test_other_indices_may_cover_less_or_more(indexed):
         indexed.refresh()
         for predicate in (None, "image_id >= 'a'", "model_id IS NULL", "license = 'CC0'"):
             found, exact = (
-                attribution.nearest(
-                    indexed.snapshot, "points_16", clustered(40, 5), 10, candidates=predicate, exact=way
-                )
+                planner.nearest(indexed.snapshot, "points_16", clustered(40, 5), 10, candidates=predicate, exact=way)
                 for way in (False, True)
             )
             ids = {name for one in found.ids for name in one}
@@ -412,35 +406,35 @@ def test_other_indices_may_cover_less_or_more(indexed):
             assert np.mean(shares) >= 0.95, predicate
 
     def more(prefix, role, seed, n=300, **columns):
-        indexed.append_images(images(prefix, clustered(n, seed), role, **columns))
+        indexed.writer.append_images(images(prefix, clustered(n, seed), role, **columns))
 
-    one = indexed.snapshot.indices["points_16"]
+    one = planner.indices(indexed.snapshot)["points_16"]
     assert (one.later, one.filtered) == ((), True)
     more("late", "pretraining", 41)
-    indexed.append_images(images("hidden", clustered(300, 42), "sample", model_id=["hidden"] * 300))
+    indexed.writer.append_images(images("hidden", clustered(300, 42), "sample", model_id=["hidden"] * 300))
     right()  # neither covers them
     table = lance.dataset(str(indexed.path / "images.lance"))
     table.optimize.optimize_indices(num_indices_to_merge=10, index_names=["points_16_idx"])
     right()  # the features' index does, the others do not
     more("later", "pretraining", 43)
-    indexed.append_images(images("n/s", clustered(300, 44), "sample", model_id=["n"] * 300))
+    indexed.writer.append_images(images("n/s", clustered(300, 44), "sample", model_id=["n"] * 300))
     indexed.refresh()
-    one = indexed.snapshot.indices["points_16"]
+    one = planner.indices(indexed.snapshot)["points_16"]
     assert (len(one.later), one.filtered) == (2, False)
     right()  # and some come after both
-    optimize.optimize(indexed)
+    optimize.optimize(indexed.writer)
     right()
 
 
 def test_rows_that_come_and_go_are_honoured_at_once(indexed):
     [new] = clustered(1, 9)
     near = unit(new + 0.01 * np.random.default_rng(0).standard_normal((3, D)))
-    indexed.append_images(images("new", near))
+    indexed.writer.append_images(images("new", near))
     found = indexed.attribute(new, k=3)["image_id"].to_pylist()
     assert sorted(found) == ["new00000", "new00001", "new00002"]
-    indexed.delete("images", f"image_id = '{found[0]}'")
+    indexed.writer.delete("images", f"image_id = '{found[0]}'")
     assert sorted(indexed.attribute(new, k=2)["image_id"].to_pylist()) == sorted(found[1:])
-    optimize.optimize(indexed)
+    optimize.optimize(indexed.writer)
     assert health.status(indexed.snapshot)["indices"][-1]["n_unindexed"] == 0
     assert sorted(indexed.attribute(new, k=2)["image_id"].to_pylist()) == sorted(found[1:])
 
@@ -452,12 +446,12 @@ def test_status_says_how_features_are_searched(indexed):
 
     assert state()["state"] == "ready"
     assert state()["recall"] >= index_tuning.RECALL_WANTED
-    indexed.append_images(images("q", clustered(N, 11)))
+    indexed.writer.append_images(images("q", clustered(N, 11)))
     assert state()["state"] == "behind"
-    optimize.optimize(indexed)
+    optimize.optimize(indexed.writer)
     assert state()["state"] == "ready"
-    indexed.append_images(images("r", clustered(N, 12)))
-    optimize.optimize(indexed)
+    indexed.writer.append_images(images("r", clustered(N, 12)))
+    optimize.optimize(indexed.writer)
     assert state()["state"] == "outgrown"
     said = CliRunner().invoke(main, ["status", str(indexed.path)]).stdout
     assert "outgrown: build it again with attrdb index" in said
@@ -468,7 +462,7 @@ def test_status_says_how_features_are_searched(indexed):
         "points_16", "IVF_FLAT", num_partitions=2, metric="cosine"
     )
     assert state() == {"state": "unknown"}
-    index_build.build(indexed)
+    index_build.build(indexed.writer)
     assert state()["state"] == "ready"
     assert list(health.index_self_test(indexed.snapshot)) == []
 
@@ -478,9 +472,9 @@ def test_rows_that_come_while_it_is_built_are_found(indexed):
 
     def report(stage, done, total):
         if (stage, done) == ("index", 0):
-            attrdb.open(indexed.path).append_images(images("meanwhile", new[None]))
+            attrdb.open(indexed.path).writer.append_images(images("meanwhile", new[None]))
 
-    index_build.build(indexed, report=report)
+    index_build.build(indexed.writer, report=report)
     indexed.refresh()
     assert indexed.attribute(new, k=1)["image_id"].to_pylist() == ["meanwhile00000"]
     assert indexed.status()["encoders"]["points_16"]["index"]["state"] == "ready"
@@ -489,7 +483,7 @@ def test_rows_that_come_while_it_is_built_are_found(indexed):
 
 def test_cells_that_hold_nothing(indexed):
     """Where no cell that is looked into holds a candidate that fulfils a predicate, all candidates are compared."""
-    index = indexed.snapshot.indices["points_16"]
+    index = planner.indices(indexed.snapshot)["points_16"]
     queries = clustered(3, 5)
     for n in (1, 3):
         found = ivf.top_k(indexed.snapshot.tables["images"], index, "image_id = 'none'", N, queries[:n], 4)
@@ -513,10 +507,12 @@ def test_wide_answers_are_exact(indexed, monkeypatch):
 def test_building_again_and_an_encoder_of_odd_length(tmp_path, monkeypatch):
     monkeypatch.setattr(index_build, "MIN_ROWS", 100)
     db = attrdb.create(tmp_path / "db")
-    db.add_encoder("points:15", 15, {}, "none")
+    db.writer.add_encoder("points:15", 15, {}, "none")
     features = unit(np.random.default_rng(0).standard_normal((1200, 15)))
     ids = [f"p{number}" for number in range(1200)]
-    db.append_images(pa.table({"image_id": ids, "role": ["pretraining"] * 1200, "points_15": feature_array(features)}))
+    db.writer.append_images(
+        pa.table({"image_id": ids, "role": ["pretraining"] * 1200, "points_15": feature_array(features)})
+    )
     done = CliRunner().invoke(main, ["index", str(db.path), "--quiet", "--device", "cpu"])
     assert done.exit_code == 0, done.output
     assert "IVF_SQ of some 1,200 features of points_15, 15-d: 43 cells, on cpu" in done.stderr
@@ -528,13 +524,13 @@ def test_building_again_and_an_encoder_of_odd_length(tmp_path, monkeypatch):
 
 def test_what_cannot_be_indexed(toy, indexed, monkeypatch):
     with pytest.raises(InvalidValue, match="has 7 features of 'toy_2'; an index is of use from 100 on"):
-        index_build.build(toy)
+        index_build.build(toy.writer)
     with pytest.raises(NotFound, match="no encoder 'x'"):
-        index_build.build(indexed, "x")
+        index_build.build(indexed.writer, "x")
     monkeypatch.setattr(index_build, "_free_memory", lambda: 1000)
     version = lance.dataset(str(indexed.path / "images.lance")).version
     with pytest.raises(StorageError, match=r"needs 0\.5 GiB of memory, 0\.0 GiB are free; nothing was changed"):
-        index_build.build(indexed)
+        index_build.build(indexed.writer)
     assert lance.dataset(str(indexed.path / "images.lance")).version == version
 
 
@@ -549,7 +545,7 @@ def test_without_a_gpu_the_cpu_is_taken(monkeypatch):
 
 
 def test_attributions_of_many_samples_are_stored(indexed, monkeypatch):
-    monkeypatch.setattr("attrdb.attribution.batch.SAMPLES_A_COMMIT", 25)
+    monkeypatch.setattr("attrdb.attribution.batch.SAMPLES_PER_COMMIT", 25)
     command = ["attribute", str(indexed.path), "--samples", "image_id < 'm/s00040'", "--top", "3", "--quiet"]
     done = CliRunner().invoke(main, command)
     assert (done.exit_code, done.stderr) == (0, "40 samples attributed, 0 were already\n"), done.output
@@ -572,12 +568,12 @@ def test_attributions_of_many_samples_are_stored(indexed, monkeypatch):
     ]
     assert CliRunner().invoke(main, [*more, "--tau", "0.2"]).stderr == "0 samples attributed, 60 were already\n"
     # and once the images have changed, or all candidates are to be compared, they are made again
-    indexed.append_images(images("late", clustered(1, 13)))
+    indexed.writer.append_images(images("late", clustered(1, 13)))
     assert CliRunner().invoke(main, [*more, "--tau", "0.2"]).stderr == "60 samples attributed, 0 were already\n"
     assert (
         CliRunner().invoke(main, [*more, "--tau", "0.2", "--exact"]).stderr == "60 samples attributed, 0 were already\n"
     )
-    with alone(lock_file(indexed.path, "attribute", "points_16", ""), "held"):
+    with exclusive_lock(lock_file(indexed.path, "attribute", "points_16", ""), "held"):
         busy = CliRunner().invoke(main, more)
     assert "are being attributed by points_16 by another process" in busy.stderr
     indexed.refresh()

@@ -13,7 +13,7 @@ from attrdb.errors import Busy, InvalidValue, NotFound
 from attrdb.ingest.read import embeddings
 from attrdb.ingest.read.embeddings import ingest_embeddings, is_embeddings, open_embeddings
 from attrdb.store.ids import lock_file
-from attrdb.store.locks import alone
+from attrdb.store.locks import exclusive_lock
 
 SPEC = TOY["spec"]
 
@@ -63,7 +63,7 @@ def test_it_is_what_attribution_finds(toy, laion):
 
 
 def test_the_encoder_is_named_and_its_dimension_checked(toy, laion):
-    toy.add_encoder("other", 3, {}, "none")
+    toy.writer.add_encoder("other", 3, {}, "none")
     with pytest.raises(InvalidValue, match=r"have dimension 2, encoder 'other' of .* makes 3; name the encoder that"):
         ingest_embeddings(toy, open_embeddings(str(laion)), "other", "laion")
     ingest_embeddings(toy, open_embeddings(str(laion)), "open_clip:ViT-B-32/openai", "laion")
@@ -196,7 +196,7 @@ def test_odd_folders_and_columns(empty, tmp_path):
 
 def test_two_imports_of_one_source_at_once(empty, laion):
     with (
-        alone(lock_file(empty.path, "corpus", "laion"), "held"),
+        exclusive_lock(lock_file(empty.path, "corpus", "laion"), "held"),
         pytest.raises(Busy, match="source 'laion' is being imported by another process"),
     ):
         ingest(empty, laion)

@@ -208,7 +208,7 @@ def test_a_killed_worker_leaves_its_model_to_another(tmp_path, wanted, whole):
 
 def test_a_model_that_takes_its_workers_with_it_is_given_up(tmp_path, wanted):
     db = attrdb.create(tmp_path / "queue.attrdb")
-    with jobs.running(db, "ingest models", "wanted", {}) as job:
+    with jobs.running(db.writer, "ingest models", "wanted", {}) as job:
         queue = models.Queue(models.read_specs(wanted)[:1], job, lambda *_: None, retries=1)
         for _ in range(2):
             spec = queue.take()
@@ -248,7 +248,7 @@ class Crew:
 
 def shared_out(tmp_path, wanted, lease_minutes=10.0, **given):
     db = attrdb.create(tmp_path / "queue.attrdb")
-    with jobs.running(db, "ingest models", "wanted", {}) as job:
+    with jobs.running(db.writer, "ingest models", "wanted", {}) as job:
         queue = models.Queue(models.read_specs(wanted), job, given.pop("report", lambda *_: None), **given)
         models._share_out(queue, db.path, ENCODERS, 2, lease_minutes)
     return queue.result
@@ -297,7 +297,7 @@ def test_a_model_is_not_charged_for_a_worker_that_had_ended_before(tmp_path, wan
 
 def test_the_reason_of_a_stuck_worker_names_the_lease(tmp_path, wanted):
     db = attrdb.create(tmp_path / "queue.attrdb")
-    with jobs.running(db, "ingest models", "wanted", {}) as job:
+    with jobs.running(db.writer, "ingest models", "wanted", {}) as job:
         queue = models.Queue(models.read_specs(wanted)[:1], job, lambda *_: None, retries=0)
         queue.lost(queue.take(), -signal.SIGKILL, 10.0)
     [(_, reason)] = queue.result.failed

@@ -6,6 +6,7 @@ import pytest
 from conftest import rows
 
 import attrdb
+from attrdb.store.methods import similarity_id, similarity_row
 from attrdb.store.schema import TABLES
 
 N_MODELS = 12
@@ -16,7 +17,7 @@ def ranked(tmp_path):
     """Twelve models of one exemplar and two to five samples, with ranks with and without a mapper, and one apart."""
     rng = np.random.default_rng(0)
     db = attrdb.create(tmp_path / "some.attrdb")
-    db.add_encoder("toy:2", 2, {}, "none")
+    db.writer.add_encoder("toy:2", 2, {}, "none")
     found = {"": [], "tuned": []}
     for number in range(N_MODELS + 1):
         model_id, n = f"m{number:02d}", 2 + number % 4
@@ -24,7 +25,7 @@ def ranked(tmp_path):
         entries += [(f"{model_id}/{one}/0", "sample", model_id, 2.0) for one in range(n)]
         kind = "object" if number < N_MODELS else "style"
         table = rows(entries, prompt_scheme=pa.array([None] + ["gpt"] * n))
-        db.append_model(table, {"model_id": model_id, "kind": kind, "split": "test"})
+        db.writer.append_model(table, {"model_id": model_id, "kind": kind, "split": "test"})
         hard = rng.integers(5, 40)
         for mapper_id, better in (("", 0), ("tuned", 8)):
             for one in range(n):
@@ -33,14 +34,16 @@ def ranked(tmp_path):
                 )
     for mapper_id, entries in found.items():
         shared = {
-            "encoder_id": "toy_2",
-            "mapper_id": mapper_id,
+            "method_id": similarity_id("toy_2", mapper_id),
             "gallery": "own",
             "gallery_size": 50,
             "images_version": 1,
         }
         table = [shared | {"sample_id": a, "exemplar_id": b, "rank": r} for a, b, r in entries]
-        db.replace_exemplar_ranks(pa.Table.from_pylist(table, TABLES["exemplar_ranks"]), "toy_2", mapper_id, "own")
+        db.writer.add_method(similarity_row("toy_2", mapper_id))
+        db.writer.replace_exemplar_ranks(
+            pa.Table.from_pylist(table, TABLES["exemplar_ranks"]), similarity_id("toy_2", mapper_id), "own"
+        )
     return db, found
 
 
@@ -89,10 +92,9 @@ def test_intervals_follow_from_the_seed(ranked):
 
 def test_a_comparison_is_paired_by_model(ranked):
     db, found = ranked
-    db.upsert(
+    db.writer.upsert(
         "mappers",
         [{"mapper_id": "tuned", "encoder_id": "toy_2", "form": "affine", "parameters": IDENTITY}],
-        on="mapper_id",
     )
     [row] = [row for row in db.query("compare_mappers", mapper_id="tuned").to_pylist() if row["kind"] == "object"]
     rng = np.random.default_rng(1)

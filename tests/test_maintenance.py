@@ -16,7 +16,7 @@ from attrdb.cli import main
 from attrdb.errors import AttrdbError, Busy, InvalidValue, NotFound
 from attrdb.search import index_build
 from attrdb.store import jobs
-from attrdb.store.locks import alone
+from attrdb.store.locks import exclusive_lock
 from attrdb.store.schema import feature_array
 from attrdb.training.evaluate import evaluate
 from attrdb.upkeep import health, optimize
@@ -33,7 +33,7 @@ def images_table(db):
 def add_model(db, model_id, degrees=(3.0, 4.0)):
     entries = [(f"{model_id}/e", "exemplar", model_id, degrees[0])]
     entries += [(f"{model_id}/0/{n}", "sample", model_id, degree) for n, degree in enumerate(degrees[1:])]
-    db.append_model(rows(entries), {"model_id": model_id, "kind": "object"})
+    db.writer.append_model(rows(entries), {"model_id": model_id, "kind": "object"})
 
 
 @pytest.fixture
@@ -41,8 +41,8 @@ def large(toy, monkeypatch):
     """The toy with 600 more pretraining images and an index of their features."""
     monkeypatch.setattr(index_build, "MIN_ROWS", 500)
     degrees = np.random.default_rng(0).uniform(100, 260, 600)
-    toy.append_images(rows([(f"c{n:04d}", "pretraining", None, degree) for n, degree in enumerate(degrees)]))
-    index_build.build(toy)
+    toy.writer.append_images(rows([(f"c{n:04d}", "pretraining", None, degree) for n, degree in enumerate(degrees)]))
+    index_build.build(toy.writer)
     return toy
 
 
@@ -54,7 +54,7 @@ def test_rounds_of_append_and_optimize_leave_one_segment_and_every_row(large):
     for round_ in range(6):
         add_model(large, f"r{round_}")
         before = everything(large)
-        result = optimize.optimize(large)
+        result = optimize.optimize(large.writer)
         assert everything(large) == before
         assert [index["n_unindexed"] for index in result.after["indices"]] == [0, 0, 0, 0]
         assert [index["segments"] for index in result.after["indices"]] == [1, 1, 1, 1]
@@ -77,7 +77,7 @@ def test_large_fragments_are_not_rewritten_for_small_ones(rows, large):
 
 
 def test_what_is_appended_is_found_before_it_is_indexed(large):
-    optimize.optimize(large)
+    optimize.optimize(large.writer)
     add_model(large, "new", degrees=(1.0, 1.5))
     assert [index["n_unindexed"] for index in large.status()["indices"]] == [2, 2, 2, 2]
     assert large.attribute("new/0/0", k=1)["image_id"].to_pylist() == ["new/e"]
@@ -87,10 +87,10 @@ def test_what_is_appended_is_found_before_it_is_indexed(large):
 def test_old_versions_stay_until_they_are_dropped(toy):
     first = toy.version
     add_model(toy, "n")
-    optimize.optimize(toy)
+    optimize.optimize(toy.writer)
     assert len(attrdb.open(toy.path, at=first).sql("SELECT image_id FROM images")) == 7
     kept = toy.status()["tables"]["images"]
-    after = optimize.optimize(toy, timedelta(0)).after["tables"]["images"]
+    after = optimize.optimize(toy.writer, timedelta(0)).after["tables"]["images"]
     assert after["versions_kept"] == 1 < kept["versions_kept"]
     assert after["bytes"] < kept["bytes"]
     with pytest.raises(NotFound, match=f"has no version {first}; it keeps 1 versions"):
@@ -99,7 +99,7 @@ def test_old_versions_stay_until_they_are_dropped(toy):
 
 def test_a_moment_whose_rows_were_dropped_is_not_made_up(toy):
     moment = datetime.now(UTC)
-    toy.upsert("failures", [{"failure_id": "x", "job_id": "j", "item": "i", "reason": "r"}], on="failure_id")
+    toy.writer.upsert("failures", [{"failure_id": "x", "job_id": "j", "item": "i", "reason": "r"}])
     lance.dataset(str(toy.path / "failures.lance")).cleanup_old_versions(older_than=timedelta(0))
     with pytest.raises(NotFound, match="has dropped what failures held then; its oldest version is of"):
         attrdb.open(toy.path, at=moment)
@@ -108,27 +108,27 @@ def test_a_moment_whose_rows_were_dropped_is_not_made_up(toy):
 def test_a_reader_goes_on_while_it_is_compacted(toy):
     reader = attrdb.open(toy.path, read_only=True)
     add_model(toy, "n")
-    optimize.optimize(toy)
+    optimize.optimize(toy.writer)
     assert len(reader.sql("SELECT image_id FROM images")) == 7
 
 
 def test_an_empty_database(empty):
-    assert optimize.optimize(empty).after["n_images"] == 0
+    assert optimize.optimize(empty.writer).after["n_images"] == 0
     assert health.check(empty.snapshot) == []
 
 
 def test_two_at_once(toy):
     with (
-        alone(toy.path / ".maintenance.lock", "held"),
+        exclusive_lock(toy.path / ".maintenance.lock", "held"),
         pytest.raises(Busy, match="is being maintained by another process; wait for it"),
     ):
-        optimize.optimize(toy)
+        optimize.optimize(toy.writer)
 
 
 def test_an_index_that_answers_wrongly_is_an_error(large, monkeypatch):
     monkeypatch.setattr(health, "RECALL_NEEDED", 1.01)
     with pytest.raises(AttrdbError, match=r"index 'toy_2_idx' of .* answers wrongly \(recall@10 .* 1.000"):
-        optimize.optimize(large)
+        optimize.optimize(large.writer)
 
 
 def test_the_command_shows_before_and_after(toy):
@@ -202,7 +202,7 @@ def test_the_command_ends_with_1_and_shows_the_rows(toy):
 
 
 def test_an_index_self_test_can_fail(large, monkeypatch):
-    optimize.optimize(large)
+    optimize.optimize(large.writer)
     assert list(health.index_self_test(large.snapshot)) == []
     monkeypatch.setattr(health, "_recall", lambda *_: 0.5)
     assert [row["index"] for row in health.index_self_test(large.snapshot)] == ["toy_2_idx"]
@@ -214,7 +214,7 @@ def test_an_index_self_test_can_fail(large, monkeypatch):
 @pytest.fixture
 def half(toy):
     """A model whose job was killed between its images and its row."""
-    toy.append_images(rows([("h/e", "exemplar", "h", 2.0), ("h/0/1", "sample", "h", 2.0)]))
+    toy.writer.append_images(rows([("h/e", "exemplar", "h", 2.0), ("h/0/1", "sample", "h", 2.0)]))
     return toy
 
 
@@ -236,7 +236,7 @@ def test_it_is_told_and_completed_by_its_command(half):
     assert half.status()["unfinished_models"] == ["h"]
     assert "model h is unfinished and not shown; give its ingest command again" in run("status", half.path).stdout
     assert found(half) == {"unfinished_models": [{"model_id": "h"}]}
-    half.append_model(rows([("h/e", "exemplar", "h", 2.0), ("h/0/1", "sample", "h", 2.0)]), {"model_id": "h"})
+    half.writer.append_model(rows([("h/e", "exemplar", "h", 2.0), ("h/0/1", "sample", "h", 2.0)]), {"model_id": "h"})
     assert half.snapshot.hidden_models == ()
     assert half.sql("SELECT count(*) AS n FROM images")["n"].to_pylist() == [9]
     assert half.sql("SELECT n_exemplars, n_samples FROM models WHERE model_id = 'h'").to_pylist() == [
@@ -247,7 +247,7 @@ def test_it_is_told_and_completed_by_its_command(half):
 def test_an_abandoned_attempt_is_not_taken_for_the_new_one(half):
     """Its job was deleted, and the model is made again with other samples."""
     new = rows([("h/e", "exemplar", "h", 2.0), ("h/1/7", "sample", "h", 3.0)])
-    half.append_model(new, {"model_id": "h"})
+    half.writer.append_model(new, {"model_id": "h"})
     found = half.sql("SELECT image_id FROM images WHERE model_id = 'h' ORDER BY 1")["image_id"].to_pylist()
     assert found == ["h/1/7", "h/e"]
     assert health.check(half.snapshot) == []
@@ -256,7 +256,7 @@ def test_an_abandoned_attempt_is_not_taken_for_the_new_one(half):
 def test_bytes_that_are_not_those_that_were_written(toy):
     stored = {"image_id": ["a", "b"], "role": ["pretraining"] * 2, "image": [b"one", b"two"]}
     hashes = [hashlib.sha256(b"one").hexdigest(), hashlib.sha256(b"other").hexdigest()]
-    toy.append_images(pa.table({**stored, "sha256": hashes}))
+    toy.writer.append_images(pa.table({**stored, "sha256": hashes}))
     weights = toy.path / "weights"
     weights.mkdir()
     for name in ("kept", "lost"):
@@ -269,7 +269,7 @@ def test_bytes_that_are_not_those_that_were_written(toy):
             "n_exemplars": 0,
             "n_samples": 0,
         }
-        toy.upsert("models", [row], on="model_id")
+        toy.writer.upsert("models", [row])
     (weights / "lost").write_bytes(b"weight")
     changed = found(toy)["changed_bytes"]
     assert [(row["table"], row["id"]) for row in changed] == [("models", "lost"), ("images", "b")]
@@ -279,7 +279,7 @@ def test_bytes_that_are_not_those_that_were_written(toy):
 
 
 def test_status_tells_what_is_left_to_encode(toy):
-    toy.append_images(pa.table({"image_id": ["a", "b"], "role": ["pretraining"] * 2, "image": [b"x", None]}))
+    toy.writer.append_images(pa.table({"image_id": ["a", "b"], "role": ["pretraining"] * 2, "image": [b"x", None]}))
     assert toy.status()["encoders"]["toy_2"] == {"spec": "toy:2", "dimension": 2, "n_encoded": 7, "n_to_encode": 1} | {
         "index": {"state": "none"}
     }
@@ -290,26 +290,26 @@ def test_a_job_is_recorded_from_its_start_to_its_end(toy):
     def state():
         return toy.sql("SELECT job_id, state, n_done, n_failed, message FROM jobs").to_pylist()
 
-    with jobs.running(toy, "encode", "x", {"spec": "x"}) as job:
+    with jobs.running(toy.writer, "encode", "x", {"spec": "x"}) as job:
         assert [row["state"] for row in state()] == ["running"]
         assert toy.status()["open_jobs"][0]["state"] == "running"
         job.n_done = 3
         job.failed({"a": "is broken", "b": "is broken"})
     done = {"job_id": "encode/x", "state": "incomplete", "n_done": 3, "n_failed": 2, "message": None}
     assert state() == [done]
-    with jobs.running(toy, "encode", "x", {"spec": "x"}) as job:
+    with jobs.running(toy.writer, "encode", "x", {"spec": "x"}) as job:
         assert job.failures == {"a": "is broken", "b": "is broken"}
         job.mended(["a", "c"])
     assert state() == [done | {"n_done": 0, "n_failed": 1}]
     assert toy.sql("SELECT item FROM failures")["item"].to_pylist() == ["b"]
-    with pytest.raises(ValueError, match="boom"), jobs.running(toy, "encode", "x", {}):
+    with pytest.raises(ValueError, match="boom"), jobs.running(toy.writer, "encode", "x", {}):
         raise ValueError("boom")
     assert state() == [done | {"state": "failed", "n_done": 0, "n_failed": 1, "message": "ValueError: boom"}]
 
 
 def test_a_killed_job_is_told_from_a_running_one(toy):
-    with jobs.running(toy, "encode", "x", {}):
-        toy.upsert("jobs", [{**toy.sql("SELECT * FROM jobs").to_pylist()[0], "pid": 2**22 + 1}], on="job_id")
+    with jobs.running(toy.writer, "encode", "x", {}):
+        toy.writer.upsert("jobs", [{**toy.sql("SELECT * FROM jobs").to_pylist()[0], "pid": 2**22 + 1}])
         assert toy.status()["open_jobs"][0]["state"] == "killed"
         assert "job encode/x: killed, 0 done, 0 failed" in run("status", toy.path).stdout
 
@@ -320,6 +320,6 @@ def test_status_as_json(toy):
 
 def test_features_of_no_length_never_reach_the_table(toy):
     with pytest.raises(InvalidValue, match="length 0"):
-        toy.append_bulk(
+        toy.writer.append_bulk(
             pa.table({"image_id": ["z"], "role": ["pretraining"], "toy_2": feature_array(np.zeros((1, 2)))})
         )

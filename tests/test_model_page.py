@@ -49,7 +49,7 @@ SAMPLES = [  # image_id, prompt, scheme, seed, picture
 @pytest.fixture
 def vases(empty):
     """Three models: one with everything, one that was imported, one without a single image."""
-    empty.add_encoder(**TOY)
+    empty.writer.add_encoder(**TOY)
     rows = [{"image_id": "vase-01/e", "role": "exemplar", "image": webp(plain((200, 0, 0))), "creator": "Ann & Co"}]
     rows += [
         {"image_id": one, "role": "sample", "prompt": prompt, "prompt_scheme": scheme, "seed": seed, "image": image}
@@ -70,10 +70,10 @@ def vases(empty):
         "synthesize_seconds": 2.5,
         "created_at": datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC),
     }
-    empty.append_model(table, {"model_id": "vase-01", **made})
+    empty.writer.append_model(table, {"model_id": "vase-01", **made})
     for model_id in ("vase-02", "rose"):
         row = {"model_id": model_id, "kind": "style", "n_exemplars": 0, "n_samples": 0}
-        empty.upsert("models", [row], on="model_id")
+        empty.writer.upsert("models", [row])
     return empty
 
 
@@ -171,7 +171,7 @@ def test_unknown_models_are_answered_with_the_nearest(vases, tmp_path):
     which = "nearest are 'rose', 'vase-01', 'vase-02'"
     assert said == f"Error: no customized model 'vase-03'; {which} (list them with: attrdb models list {vases.path})\n"
     for n in range(5):
-        vases.upsert("models", [{"model_id": f"cup-{n}", "n_exemplars": 0, "n_samples": 0}], on="model_id")
+        vases.writer.upsert("models", [{"model_id": f"cup-{n}", "n_exemplars": 0, "n_samples": 0}])
     with pytest.raises(NotFound, match=r"nearest are '.*', 'vase-01', 'vase-02' "):
         models.describe(vases, "vase-03")
     none = attrdb.create(tmp_path / "none.attrdb")
@@ -323,7 +323,7 @@ def test_difference_by_hand():
 def test_what_cannot_be_made_again(vases):
     with pytest.raises(InvalidValue, match="'vase-02' was imported without its weights"):
         regenerated.compare(vases, "vase-02", 1)
-    vases.upsert("models", [{"model_id": "bare", "weights_path": "weights/bare.safetensors"}], on="model_id")
+    vases.writer.upsert("models", [{"model_id": "bare", "weights_path": "weights/bare.safetensors"}])
     with pytest.raises(NotFound, match="'bare' has no sample whose picture is stored"):
         regenerated.compare(vases, "bare", 1)
 

@@ -82,9 +82,9 @@ def test_node_reads_what_optimize_made_and_leaves_hidden_models_out(toy, search)
         features /= np.linalg.norm(features, axis=1, keepdims=True)
         ids = [f"many/{part}/{number}" for number in range(300)]
         table = {"image_id": ids, "role": ["pretraining"] * 300, "toy_2": feature_array(features)}
-        toy.append_images(pa.table({**table, "license": ["CC0-1.0"] * 300}))
-    toy.append_images(rows([("it's/0/1", "sample", "it's", 2), ("it's/e", "exemplar", "it's", 2)]))
-    optimize.optimize(toy)
+        toy.writer.append_images(pa.table({**table, "license": ["CC0-1.0"] * 300}))
+    toy.writer.append_images(rows([("it's/0/1", "sample", "it's", 2), ("it's/e", "exemplar", "it's", 2)]))
+    optimize.optimize(toy.writer)
     toy.refresh()
     assert len(toy.status()["indices"]) >= 3
     done = search(toy.path, "m/0/1", 7)
@@ -95,7 +95,7 @@ def test_node_reads_what_optimize_made_and_leaves_hidden_models_out(toy, search)
 def test_node_reads_a_database_whose_features_are_indexed(search, tmp_path, monkeypatch):
     monkeypatch.setattr(index_build, "MIN_ROWS", 100)
     db = filled(tmp_path / "points.attrdb")
-    assert index_build.build(db)["kind"] == "IVF_RQ"
+    assert index_build.build(db.writer)["kind"] == "IVF_RQ"
     db.refresh()
     done = search(db.path, "m/s00003", 7)
     assert done.returncode == 0, done.stderr

@@ -28,11 +28,11 @@ def db(learnable, tmp_path_factory):
     db = attrdb.open(shutil.copytree(learnable.path, tmp_path_factory.mktemp("report") / "some.attrdb"))
     train(db, settings=QUICK, mapper_id="tuned")
     [row] = db.sql("SELECT * FROM mappers").to_pylist()
-    db.upsert("mappers", [{**row, "mapper_id": "tuned<b>"}], on="mapper_id")  # as an earlier attrdb took it
-    db.delete("mappers", "mapper_id = 'tuned'")
-    calibrate(db, mapper_id="tuned<b>")
+    db.writer.upsert("mappers", [{**row, "mapper_id": "tuned<b>"}])  # as an earlier attrdb took it
+    db.writer.delete("mappers", "mapper_id = 'tuned'")
+    calibrate(db, "tuned<b>")
     for mapper_id in (None, "tuned<b>"):
-        evaluate(db, mapper_id=mapper_id)
+        evaluate(db, mapper_id)
     return db
 
 
@@ -140,7 +140,7 @@ def test_ranks_that_a_grown_database_lacks_are_told(db, page, tmp_path):
         table([name], role, matrix[n : n + 1], "new", ["gpt"])
         for n, (name, role) in enumerate(zip(names, ("exemplar", "sample"), strict=True))
     ]
-    grown.append_model(pa.concat_tables(both), {"model_id": "new", "kind": "object"})
+    grown.writer.append_model(pa.concat_tables(both), {"model_id": "new", "kind": "object"})
     grown.refresh()
     assert "2 pairs of sample and exemplar were never ranked" in page_of(grown)
 
@@ -148,21 +148,21 @@ def test_ranks_that_a_grown_database_lacks_are_told(db, page, tmp_path):
 def test_a_mapper_without_metrics_and_an_encoder_without_features(db, tmp_path):
     other = attrdb.open(shutil.copytree(db.path, tmp_path / "other.attrdb"))
     row = other.sql("SELECT * FROM mappers").to_pylist()[0]
-    other.upsert("mappers", [row | {"metrics": None, "mapper_id": "foreign"}], on="mapper_id")
+    other.writer.upsert("mappers", [row | {"metrics": None, "mapper_id": "foreign"}])
     other.refresh()
     assert "foreign" in page_of(other)
 
 
 def test_models_without_split_or_mapper_have_a_page(tmp_path):
     db = attrdb.create(tmp_path / "some.attrdb")
-    db.add_encoder("toy:2", 2, {}, "none")
-    db.append_images(rows([("p", "pretraining", None, 90.0)]))
-    db.append_model(
+    db.writer.add_encoder("toy:2", 2, {}, "none")
+    db.writer.append_images(rows([("p", "pretraining", None, 90.0)]))
+    db.writer.append_model(
         rows([("n/e", "exemplar", "n", 0.0), ("n/0/0", "sample", "n", 5.0)]),
         {"model_id": "n", "kind": "object", "split": "test"},
     )
     entries = [("m/e", "exemplar", "m", 0.0), ("m/0/0", "sample", "m", 5.0)]
-    db.append_model(rows(entries, prompt_scheme=pa.array([None, "gpt"])), {"model_id": "m", "kind": "object"})
+    db.writer.append_model(rows(entries, prompt_scheme=pa.array([None, "gpt"])), {"model_id": "m", "kind": "object"})
     evaluate(db)
     text = page_of(db)
     assert "1 object test, 1 object." in text

@@ -11,11 +11,11 @@ from conftest import TOY
 import attrdb
 from attrdb import queries, sql
 from attrdb.errors import InvalidValue, NotFound, QueryRefused
-from attrdb.sql.connection import RELATIONS
+from attrdb.sql.relations import relations
 from attrdb.store.schema import TABLES
 
 ALL = sorted(queries.all_queries())
-VIEWS = {*TABLES, *(one.name for one in RELATIONS), "features", "unfinished_models"}
+VIEWS = {*TABLES, *(one.name for one in relations()), "features", "unfinished_models"}
 TRIAL = {"image_id": "m/0/1", "encoder_id": "toy_2", "mapper_id": "m"}
 
 
@@ -108,7 +108,7 @@ def without_parameters(statement):
 
 @pytest.mark.parametrize("name", ALL)
 def test_header_columns_are_those_of_an_empty_run(empty, name):
-    empty.add_encoder(**TOY)
+    empty.writer.add_encoder(**TOY)
     query = queries.load(name)
     given = {one.name: TRIAL[one.name] if one.default is None else one.default for one in query.parameters}
     with sql.connect(empty.snapshot) as connection:
@@ -180,11 +180,10 @@ def test_a_header_line_that_is_not_understood():
 # --- metrics: by hand, and against an oracle ------------------------------------------------------------------------
 
 
-def ranks(entries, encoder_id="toy_2", gallery="own", size=100):
+def ranks(entries, method_id="toy_2", gallery="own", size=100):
     rows = [
         {
-            "encoder_id": encoder_id,
-            "mapper_id": "",
+            "method_id": method_id,
             "gallery": gallery,
             "sample_id": sample,
             "exemplar_id": exemplar,
@@ -199,7 +198,7 @@ def ranks(entries, encoder_id="toy_2", gallery="own", size=100):
 
 def test_metrics_by_hand(toy):
     entries = [("m/0/1", "m/e0", 1), ("m/0/1", "m/e40", 20), ("m/0/2", "m/e0", 5), ("m/0/2", "m/e40", 3)]
-    toy.replace_exemplar_ranks(ranks(entries), "toy_2", "", "own")
+    toy.writer.replace_exemplar_ranks(ranks(entries), "toy_2", "own")
     [recall] = toy.query("recall_at_k", k=4).to_pylist()
     # sample 1 finds one of two, sample 2 one of two
     assert recall["recall_at_k"] == recall["capped_recall_at_k"] == 0.5
@@ -216,7 +215,7 @@ def test_metrics_by_hand(toy):
 
 def test_chance_is_what_a_random_order_gives(toy):
     entries = [(sample, exemplar, 1) for sample in ("m/0/1", "m/0/2") for exemplar in ("m/e0", "m/e40")]
-    toy.replace_exemplar_ranks(ranks(entries, size=60), "toy_2", "", "own")
+    toy.writer.replace_exemplar_ranks(ranks(entries, size=60), "toy_2", "own")
     rng = np.random.default_rng(0)
     drawn = np.sort(np.stack([rng.choice(60, 2, replace=False) + 1 for _ in range(40_000)]), axis=1)
     simulated = (np.arange(1, 3) / drawn).mean()
@@ -225,7 +224,7 @@ def test_chance_is_what_a_random_order_gives(toy):
 
 
 def test_what_was_not_ranked_counts_as_not_found(toy):
-    toy.replace_exemplar_ranks(ranks([("m/0/1", "m/e0", 1)]), "toy_2", "", "own")
+    toy.writer.replace_exemplar_ranks(ranks([("m/0/1", "m/e0", 1)]), "toy_2", "own")
     [recall] = toy.query("recall_at_k", k=10).to_pylist()
     assert recall["recall_at_k"] == 0.25
     assert recall["n_unranked"] == 3
@@ -235,9 +234,9 @@ def test_what_was_not_ranked_counts_as_not_found(toy):
 
 
 def test_ranks_are_replaced_per_encoder_and_gallery(toy):
-    toy.replace_exemplar_ranks(ranks([("m/0/1", "m/e0", 9)]), "toy_2", "", "own")
-    toy.replace_exemplar_ranks(ranks([("m/0/1", "m/e0", 7)], gallery="all"), "toy_2", "", "all")
-    toy.replace_exemplar_ranks(ranks([("m/0/2", "m/e0", 2)]), "toy_2", "", "own")
+    toy.writer.replace_exemplar_ranks(ranks([("m/0/1", "m/e0", 9)]), "toy_2", "own")
+    toy.writer.replace_exemplar_ranks(ranks([("m/0/1", "m/e0", 7)], gallery="all"), "toy_2", "all")
+    toy.writer.replace_exemplar_ranks(ranks([("m/0/2", "m/e0", 2)]), "toy_2", "own")
     found = toy.sql("SELECT gallery, sample_id, rank FROM exemplar_ranks ORDER BY ALL").to_pylist()
     assert found == [
         {"gallery": "all", "sample_id": "m/0/1", "rank": 7},
@@ -252,7 +251,7 @@ def test_metrics_of_nothing(empty):
 
 def test_an_older_snapshot_is_what_an_open_database_sees(toy):
     other = attrdb.open(toy.path)
-    toy.append_images(pa.table({"image_id": ["new"], "role": ["pretraining"]}))
+    toy.writer.append_images(pa.table({"image_id": ["new"], "role": ["pretraining"]}))
     assert other.sql("SELECT count(*) AS n FROM images")["n"][0].as_py() == 7
 
 

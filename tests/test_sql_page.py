@@ -21,8 +21,8 @@ COMMANDS = re.findall(r"^    (attrdb .*)", TEXT, re.MULTILINE)
 @pytest.fixture
 def ranked(toy):
     evaluate(toy, "toy_2", "own")
-    toy.append_images(rows([("vase/e", "exemplar", "vase", 50)]))
-    toy.upsert("models", [{"model_id": "vase", "kind": "object", "n_exemplars": 1, "n_samples": 0}], on="model_id")
+    toy.writer.append_images(rows([("vase/e", "exemplar", "vase", 50)]))
+    toy.writer.upsert("models", [{"model_id": "vase", "kind": "object", "n_exemplars": 1, "n_samples": 0}])
     return toy
 
 
@@ -116,13 +116,13 @@ def test_filters_that_stay_in_duckdb(toy, test):
 
 
 def test_hidden_models_are_left_out_by_lance(toy):
-    toy.append_images(rows([("half/0/1", "sample", "half", 5)]))
+    toy.writer.append_images(rows([("half/0/1", "sample", "half", 5)]))
     found = scan(toy.snapshot, "SELECT image_id FROM samples")
     assert "NOT (\"model_id\" IN ('half'))" in found.partition("Filters:")[2]
 
 
 def test_other_encoders_are_not_read(toy):
-    toy.add_encoder("other:3", 3, {}, "none")
+    toy.writer.add_encoder("other:3", 3, {}, "none")
     found = scan(toy.snapshot, "SELECT feature FROM features WHERE encoder_id = 'toy_2'")
     assert "toy_2" in found
     assert "other_3" not in found

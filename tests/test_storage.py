@@ -118,17 +118,17 @@ def test_a_disk_that_is_full_while_the_database_is_made(disk, photos, kilobytes)
 
 def test_a_model_that_does_not_fit_is_not_shown_at_all(disk):
     db = attrdb.create(disk.path / "db")
-    db.add_encoder(**TOY)
-    db.append_images(rows([("p", "pretraining", None, 3.0)]))
+    db.writer.add_encoder(**TOY)
+    db.writer.append_images(rows([("p", "pretraining", None, 3.0)]))
     large = rows(
         [("m/e", "exemplar", "m", 1.0), ("m/0/1", "sample", "m", 2.0)],
         image=pa.array([bytes(10), np.random.default_rng(0).bytes(700_000)]),
     )
     with pytest.raises(StorageError, match=FULL):
-        db.append_model(large, {"model_id": "m", "kind": "object"})
+        db.writer.append_model(large, {"model_id": "m", "kind": "object"})
     assert ids(db.path) == ["p"]
     disk.change("size=20m")
-    db.append_model(large, {"model_id": "m", "kind": "object"})
+    db.writer.append_model(large, {"model_id": "m", "kind": "object"})
     assert ids(db.path) == ["m/0/1", "m/e", "p"]
 
 
@@ -218,9 +218,9 @@ def test_a_read_only_directory_is_read(read_only):
 def test_a_read_only_directory_is_not_written(read_only, photos, vectors):
     db = attrdb.open(read_only)
     writes = {
-        "images": lambda: db.append_images(pa.table({"image_id": ["x"], "role": ["pretraining"]})),
-        "encoder": lambda: db.add_encoder(**TOY),
-        "optimize": lambda: optimize.optimize(db),
+        "images": lambda: db.writer.append_images(pa.table({"image_id": ["x"], "role": ["pretraining"]})),
+        "encoder": lambda: db.writer.add_encoder(**TOY),
+        "optimize": lambda: optimize.optimize(db.writer),
         "encode": lambda: backfill(db, Pixels(3)),
         "encode again": lambda: backfill(db, Pixels(2)),
         "create": lambda: attrdb.create(read_only.parent / "other"),
@@ -244,7 +244,7 @@ def test_a_read_only_directory_is_not_written(read_only, photos, vectors):
 def test_a_database_that_was_opened_read_only_is_not_written(toy):
     db = attrdb.open(toy.path, read_only=True)
     with pytest.raises(InvalidValue, match="was opened read-only; open it without read_only and at to change it"):
-        db.append_images(rows([("x", "pretraining", None, 1.0)]))
+        db.writer.append_images(rows([("x", "pretraining", None, 1.0)]))
 
 
 # --- damaged files ---------------------------------------------------------------------------------------------------
@@ -287,7 +287,7 @@ def test_a_damaged_data_file_is_named(toy, table, damage):
 
 @pytest.mark.parametrize("table", ["images", "jobs"])
 def test_damage_that_sql_meets_first(toy, table):
-    toy.upsert("jobs", [{"job_id": "a", "command": "encode", "state": "done"}], on="job_id")
+    toy.writer.upsert("jobs", [{"job_id": "a", "command": "encode", "state": "done"}])
     db = attrdb.open(toy.path)
     assert db.snapshot.hidden_models == ()  # which has been read by now
     for file in (toy.path / f"{table}.lance" / "data").glob("*.lance"):

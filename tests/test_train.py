@@ -125,7 +125,7 @@ def test_a_mapper_learns_what_tells(learnable, db, form):
     # Nothing of the test models was seen; their ranks are better, too.
     found = {}
     for mapper_id in (None, result.mapper_id):
-        evaluate(db, mapper_id=mapper_id)
+        evaluate(db, mapper_id)
         rows = db.query("recall_at_k", k=10).to_pylist()
         mine = [row for row in rows if row["split"] == "test" and row["mapper_id"] == (mapper_id or "")]
         found[mapper_id] = np.mean([row["recall_at_k"] for row in mine])
@@ -164,7 +164,7 @@ def test_images_that_changed_under_a_half_trained_mapper(db):
 
     with pytest.raises(KeyboardInterrupt):
         train(db, settings=QUICK, mapper_id="a", report=stop)
-    db.delete("models", "model_id = 'm00'")
+    db.writer.delete("models", "model_id = 'm00'")
     with pytest.raises(InvalidValue, match=r"have changed since it was half trained; delete .*\.train-a to begin anew"):
         train(db, settings=QUICK, mapper_id="a")
 
@@ -174,7 +174,7 @@ def test_a_mapper_that_an_earlier_version_stopped_by_recall(db):
     [row] = db.sql("SELECT * FROM mappers").to_pylist()
     settings = json.loads(row["settings"])
     del settings["stopped_by"]
-    db.upsert("mappers", [{**row, "settings": json.dumps(settings)}], on="mapper_id")
+    db.writer.upsert("mappers", [{**row, "settings": json.dumps(settings)}])
     with pytest.raises(
         InvalidValue, match=r"'a' is in .*, made by an earlier attrdb .* train anew with another --mapper-id"
     ):
@@ -189,7 +189,7 @@ def test_another_mapper_of_that_name(db):
 
 def test_ranks_with_a_mapper_are_those_of_a_full_sort(db):
     result = train(db, settings=QUICK)
-    n_ranks = evaluate(db, mapper_id=result.mapper_id)
+    n_ranks = evaluate(db, result.mapper_id)
     mapper = db.mapper(result.mapper_id)
     rows = db.sql("SELECT image_id, role, model_id, toy_12 FROM images").to_pylist()
     of = {role: [row for row in rows if row["role"] == role] for role in ("exemplar", "sample", "pretraining")}
@@ -267,7 +267,7 @@ def test_settings_that_cannot_be_used(db, given, says):
 
 
 def test_one_model_only(db):
-    db.delete("models", "split = 'train' AND model_id <> 'm01'")
+    db.writer.delete("models", "split = 'train' AND model_id <> 'm01'")
     with pytest.raises(
         InvalidValue, match=r"only one model of .*, 'm01': a pair is learned from those of other models"
     ):
@@ -277,7 +277,7 @@ def test_one_model_only(db):
 def test_images_without_a_feature(db):
     more = table(["m90/e", "m90/0/0"], "exemplar", np.eye(DIMENSION, dtype=np.float32)[:2], "m90", [None, "gpt"])
     more = more.set_column(1, "role", pa.array(["exemplar", "sample"])).drop_columns(["toy_12"])
-    db.append_model(more, {"model_id": "m90", "kind": "object", "split": "train"})
+    db.writer.append_model(more, {"model_id": "m90", "kind": "object", "split": "train"})
     says = (
         r"2 images of the pairs have no 'toy_12' feature, such as 'm90/0/0'; encode them first: attrdb encode .* toy:12"
     )
@@ -289,14 +289,14 @@ def test_images_without_a_feature(db):
 
 def test_no_such_mapper_or_encoder(db):
     with pytest.raises(NotFound, match=r"no mapper 'a' in .*, it has none yet: attrdb train makes them"):
-        evaluate(db, mapper_id="a")
+        evaluate(db, "a")
     with pytest.raises(NotFound, match="no encoder 'clip'"):
         train(db, "clip")
     result = train(db, settings=QUICK, mapper_id="mine")
     with pytest.raises(NotFound, match=r"no mapper 'mime' in .*; nearest: 'mine'"):
         db.mapper("mime")
     with pytest.raises(InvalidValue, match="mapper 'mine' is of encoder 'toy_12', not of 'pixels_8'"):
-        evaluate(db, "pixels_8", mapper_id=result.mapper_id)
+        evaluate(db, result.mapper_id)
 
 
 # --- commands ---------------------------------------------------------------------------------------------------------
@@ -334,7 +334,7 @@ def drawn(tmp_path_factory):
         return image_rows(named, pictures, [encoder])
 
     corpus = rng.integers(0, 256, (20, 16, 16, 3), np.uint8)
-    db.append_images(rows_of([f"p{n:02d}" for n in range(20)], "pretraining", None, corpus))
+    db.writer.append_images(rows_of([f"p{n:02d}" for n in range(20)], "pretraining", None, corpus))
     for number in range(6):
         model_id = f"m{number}"
         own = rng.integers(0, 256, (1, 16, 16, 3), np.uint8)
@@ -342,7 +342,7 @@ def drawn(tmp_path_factory):
         parts = [rows_of([f"{model_id}/e"], "exemplar", model_id, own)]
         parts.append(rows_of([f"{model_id}/{n}/0" for n in range(2)], "sample", model_id, near))
         split = "val" if number > 3 else "train"
-        db.append_model(pa.concat_tables(parts), {"model_id": model_id, "kind": "object", "split": split})
+        db.writer.append_model(pa.concat_tables(parts), {"model_id": model_id, "kind": "object", "split": split})
     return db
 
 
@@ -370,7 +370,7 @@ def test_views_follow_the_images(drawn, tmp_path):
     """After a model has gone, those of the others are still their own."""
     before = Pairs(drawn, "pixels_8", Choice(), tmp_path / "features.f32", "mild")
     db = attrdb.open(shutil.copytree(drawn.path, tmp_path / "fewer.attrdb"))
-    db.delete("models", "model_id = 'm1'")
+    db.writer.delete("models", "model_id = 'm1'")
     db.refresh()
     after = Pairs(db, "pixels_8", Choice(), tmp_path / "features.f32", "mild")
     assert after.digest != before.digest

@@ -1,6 +1,8 @@
-"""Upgrades, from the oldest shape: tests/fixtures/schema-1.attrdb was written by the first attrdb (see `toy` in conftest)."""
+"""Upgrades: tests/fixtures/schema-1.attrdb was written by the first attrdb (see `toy` in conftest), schema-5.zip by the last
+whose results belonged to an encoder and a mapper: `toy` with a mapper, ranks, attributions and a calibration."""
 
 import shutil
+import zipfile
 from pathlib import Path
 
 import lance
@@ -14,6 +16,7 @@ from attrdb.cli import main
 from attrdb.errors import InvalidValue, NotFound
 from attrdb.store import upgrades
 from attrdb.store.schema import SCHEMA_VERSION, TABLES
+from attrdb.training.evaluate import evaluate
 from attrdb.upkeep.health import check
 
 OLDEST = Path(__file__).parent / "fixtures" / "schema-1.attrdb"
@@ -22,6 +25,13 @@ OLDEST = Path(__file__).parent / "fixtures" / "schema-1.attrdb"
 @pytest.fixture
 def oldest(tmp_path):
     return Path(shutil.copytree(OLDEST, tmp_path / "old.attrdb"))
+
+
+@pytest.fixture
+def before_methods(tmp_path):
+    with zipfile.ZipFile(OLDEST.with_name("schema-5.zip")) as archive:
+        archive.extractall(tmp_path / "five.attrdb")
+    return tmp_path / "five.attrdb"
 
 
 def shapes(path):
@@ -49,7 +59,7 @@ def test_upgraded_it_is_a_new_database_with_the_old_rows(oldest, toy):
     assert db.attribute("m/0/1", k=1)["image_id"].to_pylist() == ["m/e0"]
     assert shapes(oldest) == shapes(toy.path)
     assert check(db.snapshot) == []
-    assert db.append_images(rows([("new", "pretraining", None, 3)])).n_appended == 1
+    assert db.writer.append_images(rows([("new", "pretraining", None, 3)])).n_appended == 1
 
 
 def test_older_moments_can_still_be_read(oldest):
@@ -57,6 +67,51 @@ def test_older_moments_can_still_be_read(oldest):
     then = attrdb.open(oldest, at=3)
     assert then.sql("SELECT count(*) AS n FROM images")["n"].to_pylist() == [3]
     assert then.sql("SELECT count(*) AS n FROM jobs")["n"].to_pylist() == [0]
+
+
+def test_results_belong_to_methods_from_6_on(before_methods):
+    assert upgrades.upgrade(before_methods) == (5, SCHEMA_VERSION)
+    db = attrdb.open(before_methods)
+    assert [(row["method_id"], row["kind"], row["mapper_id"]) for row in db.sql("FROM methods").to_pylist()] == [
+        ("toy_2", "similarity", None),
+        ("toy_2/flat", "similarity", "flat"),
+    ]
+    shown = "method_id, encoder_id, mapper_id"
+    for table, n in (("exemplar_ranks", 4), ("attributions", 6)):
+        assert db.sql(f"SELECT {shown}, count(*) AS n FROM {table} GROUP BY ALL ORDER BY ALL").to_pylist() == [
+            {"method_id": "toy_2", "encoder_id": "toy_2", "mapper_id": "", "n": n},
+            {"method_id": "toy_2/flat", "encoder_id": "toy_2", "mapper_id": "flat", "n": n},
+        ]
+    fitted = {"method_id": "toy_2/flat", "encoder_id": "toy_2", "mapper_id": "flat", "tau": 0.1, "lam": 0.01}
+    assert db.sql(f"SELECT {shown}, tau, lam FROM calibrations").to_pylist() == [fitted]
+    stored = db.sql("FROM attributions WHERE sample_id = 'm/0/1' AND mapper_id = '' ORDER BY rank")
+    assert stored["similarity"].to_pylist() == stored["score"].to_pylist()
+    now = db.attribute("m/0/1", k=3)
+    assert stored["candidate_id"].to_pylist() == now["image_id"].to_pylist()
+    assert stored["influence"].to_pylist() == pytest.approx(now["influence"].to_pylist())
+    # Ranked again, there are scores, and the same ranks.
+    ranks = "SELECT sample_id, exemplar_id, rank FROM exemplar_ranks WHERE method_id = 'toy_2' ORDER BY ALL"
+    before = db.sql(ranks)
+    assert db.sql("SELECT count(score) AS n FROM exemplar_ranks")["n"].to_pylist() == [0]
+    evaluate(db)
+    assert db.sql(ranks).equals(before)
+    assert shapes(before_methods) == shapes(attrdb.create(before_methods.with_name("new.attrdb")).path) | {
+        "images": db.snapshot.tables["images"].schema.remove_metadata()
+    }
+    assert check(db.snapshot) == []
+
+
+def test_a_moment_before_methods_is_read_as_they_are_today(before_methods):
+    before = lance.dataset(str(before_methods / "exemplar_ranks.lance")).to_table().num_rows
+    moment = max(lance.dataset(str(one)).versions()[-1]["timestamp"] for one in before_methods.glob("*.lance"))
+    upgrades.upgrade(before_methods)
+    then = attrdb.open(before_methods, at=moment.astimezone())
+    assert then.sql("SELECT count(*) AS n FROM exemplar_ranks WHERE encoder_id = 'toy_2'")["n"].to_pylist() == [before]
+    assert {row["method_id"] for row in then.query("recall_at_k", k=1).to_pylist()} == {"toy_2", "toy_2/flat"}
+    assert then.sql("SELECT method_id, tau FROM calibrations").to_pylist() == [{"method_id": "toy_2/flat", "tau": 0.1}]
+    flat = then.attribute("m/0/1", k=3, mapper_id="flat")
+    stored = then.sql("FROM attributions WHERE sample_id = 'm/0/1' AND mapper_id = 'flat' ORDER BY rank")
+    assert flat["influence"].to_pylist() == pytest.approx(stored["influence"].to_pylist())
 
 
 def test_given_again_there_is_nothing_to_do(oldest):
@@ -69,7 +124,7 @@ def test_given_again_there_is_nothing_to_do(oldest):
 @pytest.mark.parametrize("after", [0, 1, 2, 3, 4, 7, 8, 9, 12])
 def test_interrupted_it_is_completed(oldest, monkeypatch, after):
     """Ended after any number of the tables were made or stamped."""
-    steps = [lance.LanceDataset.update_schema_metadata, upgrades.create_table]
+    steps = [lance.LanceDataset.update_schema_metadata, upgrades._create]
     calls = []
 
     def ending(step):
@@ -83,7 +138,7 @@ def test_interrupted_it_is_completed(oldest, monkeypatch, after):
 
     with monkeypatch.context() as patched:
         patched.setattr(lance.LanceDataset, "update_schema_metadata", ending(steps[0]))
-        patched.setattr(upgrades, "create_table", ending(steps[1]))
+        patched.setattr(upgrades, "_create", ending(steps[1]))
         with pytest.raises(KeyboardInterrupt):
             upgrades.upgrade(oldest)
     found, now = upgrades.upgrade(oldest)

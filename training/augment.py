@@ -17,7 +17,7 @@ from attrdb.errors import InvalidValue
 from attrdb.ingest.encode import encode, load_encoder
 from attrdb.ingest.read.pictures import read_picture
 from attrdb.ingest.views import VIEWS, views
-from attrdb.store.snapshot import among
+from attrdb.store.predicates import among
 
 SIDE = 128  # pixels of a view, before the encoder's own preprocessing
 AT_ONCE = 64  # images whose views are encoded together
@@ -32,7 +32,7 @@ def augmented(db: Database, encoder_id: str, ids: pa.Array, augment: str, seed: 
     shape = (len(ids), VIEWS[augment], db.encoders[encoder_id]["dimension"])
     if not file.exists():
         encoder = load_encoder(db.encoders[encoder_id]["spec"])
-        db.check_encoder(encoder.spec, encoder.dimension, encoder.preprocessing, encoder.weights_fingerprint)
+        db.writer.check_encoder(encoder.spec, encoder.dimension, encoder.preprocessing, encoder.weights_fingerprint)
         part = file.with_suffix(".part")
         with part.open("wb") as opened:
             for start in range(0, len(ids), AT_ONCE):

@@ -13,19 +13,22 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from attrdb.attribution.influence import DEFAULT_LAM, DEFAULT_TAU
+from attrdb.attribution.methods import load_method, resolve_method
+from attrdb.attribution.similarity import Similarity
+from attrdb.attribution.stored import Stored
 from attrdb.database import Database
 from attrdb.errors import InvalidValue
-from attrdb.search import exact as exact_search
 from attrdb.search.mapper import Mapper
-from attrdb.store.snapshot import among
+from attrdb.store.features import Block
+from attrdb.store.methods import DEFAULT_LAM, DEFAULT_TAU
+from attrdb.store.predicates import among
 from attrdb.training.evaluate import features_by_model
 from attrdb.training.train import EVALUATED_ONLY
 
@@ -59,16 +62,20 @@ class Calibration:
 
 @dataclass(frozen=True)
 class Similarities:
-    """What some samples have in common with all their candidates, as float64.
+    """Scores of some samples' candidates, as float64: their cosines where the method is similarity.
 
-    own:   (n_samples, m) of their model's exemplars, -inf where there are fewer than m
-    top:   (n_samples, KEPT) of the best pretraining images, -inf where there are fewer
-    tail:  (n_samples, BINS) how many of the others lie in each bin
+    own:     (n_samples, m) of their model's exemplars, -inf where there are fewer than m
+    top:     (n_samples, KEPT) of the best pretraining images, -inf where there are fewer
+    tail:    (n_samples, BINS) how many of the others lie in each bin
+    centres: (BINS,) of the bins
+    scale:   by how much scores differ; the temperatures of STARTS are multiplied by it. 1 for cosines
     """
 
     own: np.ndarray
     top: np.ndarray
     tail: np.ndarray
+    centres: np.ndarray = field(default_factory=lambda: _centres(-1.0, 1.0))
+    scale: float = 1.0
 
     @property
     def n_own(self) -> np.ndarray:
@@ -77,16 +84,17 @@ class Similarities:
 
 def calibrate(
     db: Database,
-    encoder_id: str | None = None,
-    mapper_id: str | None = None,
+    method: str | None = None,
     split: str = "val",
     report: Report = lambda done, total: None,
 ) -> Calibration:
     """Fit tau and lambda on the samples of a split, and store them in `calibrations` in place of what is there.
 
-    The gallery is that of the evaluation: a sample's own exemplars and all pretraining images.
-    raises: InvalidValue for a split that is kept for tests, or has no encoded model, or without a corpus; NotFound for no
-            such encoder or mapper
+    The gallery is that of the evaluation: a sample's own exemplars and all pretraining images; by a stored method those
+    that have a score.
+    method: a method_id, encoder_id or mapper_id; similarity of the first encoder for None
+    raises: InvalidValue for a split that is kept for tests, or has no model that the method scores, or without a corpus;
+            NotFound for no such method
     source: Wang et al. 2023, Eq. 5 and 6; differs from it in that the whole gallery counts, and in the optimiser
     """
     if split.startswith(EVALUATED_ONLY):
@@ -94,23 +102,25 @@ def calibrate(
             f"split is {split!r}: test models are for evaluation, nothing is learned from them; name another"
         )
     db.refresh()
-    encoder_id, mapper = db.snapshot.compared(encoder_id, mapper_id)
-    found, gallery_size = similarities(db, encoder_id, mapper, split, report)
+    method_id = resolve_method(db.snapshot, method)
+    by = load_method(db.snapshot, method_id)
+    if isinstance(by, Similarity):
+        found, gallery_size = similarities(db, by.encoder_id, by.mapper, split, report)
+    else:
+        found, gallery_size = stored_scores(db, by, split)
     tau, lam, kl = fit(found)
     calibration = Calibration(
         tau,
         lam,
         kl,
-        divergence_of(found, 1.0, 0.0),
+        divergence_of(found, found.scale, 0.0),
         len(found.own),
         gallery_size,
         reliability(found, tau, lam),
-        reliability(found, 1.0, 0.0),
+        reliability(found, found.scale, 0.0),
     )
     row = {
-        "calibration_id": f"{encoder_id}/{mapper_id or ''}",
-        "encoder_id": encoder_id,
-        "mapper_id": mapper_id or "",
+        "method_id": method_id,
         "tau": tau,
         "lam": lam,
         "kl": kl,
@@ -122,7 +132,7 @@ def calibrate(
         "images_version": db.version,
         "created_at": datetime.now(UTC),
     }
-    db.upsert("calibrations", [row], on="calibration_id")
+    db.writer.upsert("calibrations", [row])
     return calibration
 
 
@@ -159,7 +169,47 @@ def similarities(
     return Similarities(np.concatenate(rows), top, tail), size
 
 
-def counted(queries: np.ndarray, gallery: Iterable[exact_search.Block]) -> tuple[np.ndarray, np.ndarray, int]:
+def stored_scores(db: Database, method: Stored, split: str) -> tuple[Similarities, int]:
+    """Of all scored samples of a split's models, and the mean number of pretraining images that have a score."""
+    table = db.query("stored_scores", method=method.method_id, split=split)
+    samples, first = np.unique(table["sample_id"].to_numpy(), return_index=True)
+    if not len(samples):
+        raise InvalidValue(
+            f"no model in split {split!r} of {db.path} has a sample with a {method.scored}; name another split"
+        )
+    scores, is_own = table["score"].to_numpy(), table["is_own"].to_numpy()
+    parts = list(zip(first, [*first[1:], len(scores)], strict=True))
+    own = [scores[a:b][is_own[a:b]] for a, b in parts]
+    others = [scores[a:b][~is_own[a:b]] for a, b in parts]
+    both = [n for n in range(len(parts)) if len(own[n]) and len(others[n])]
+    if not both:
+        raise InvalidValue(
+            f"{db.path} has no sample in split {split!r} with a {method.scored} of an exemplar and of a pretraining image; "
+            "score both to calibrate"
+        )
+    most = max(len(own[n]) for n in both)
+    low, high = float(scores.min()), float(scores.max())
+    centres = _centres(low, high)
+    width = (high - low) / BINS or 1.0
+    tails = [
+        np.bincount(np.clip((others[n][KEPT:] - low) // width, 0, BINS - 1).astype(int), minlength=BINS) for n in both
+    ]
+    spread = float(np.mean([max(own[n][0], others[n][0]) - np.median(others[n]) for n in both])) or 1.0
+    found = Similarities(
+        np.array([np.pad(own[n], (0, most - len(own[n])), constant_values=-np.inf) for n in both]),
+        np.array([np.pad(others[n][:KEPT], (0, max(0, KEPT - len(others[n]))), constant_values=-np.inf) for n in both]),
+        np.array(tails),
+        centres,
+        spread,
+    )
+    return found, round(float(np.mean([len(others[n]) for n in both])))
+
+
+def _centres(low: float, high: float) -> np.ndarray:
+    return low + (np.arange(BINS) + 0.5) * ((high - low) / BINS)
+
+
+def counted(queries: np.ndarray, gallery: Iterable[Block]) -> tuple[np.ndarray, np.ndarray, int]:
     """The KEPT best similarities of each query, how many others lie in each bin, and the size of the gallery."""
     top = np.full((len(queries), KEPT), -np.inf, np.float32)
     tail = np.zeros((len(queries), BINS), np.int64)
@@ -182,8 +232,9 @@ def fit(found: Similarities) -> tuple[float, float, float]:
     def divergence(tau: torch.Tensor, lam: torch.Tensor) -> torch.Tensor:
         return _divergence(*given, tau, lam)
 
+    starts = [(found.scale * tau, lam) for tau, lam in STARTS]
     with torch.no_grad():
-        start = min(STARTS, key=lambda one: divergence(*torch.tensor(one, dtype=torch.float64)).item())
+        start = min(starts, key=lambda one: divergence(*torch.tensor(one, dtype=torch.float64)).item())
     tau, lam = start
     parameters = torch.tensor([math.log(tau), math.log(lam / (1 - lam))], dtype=torch.float64, requires_grad=True)
     optimizer = torch.optim.LBFGS([parameters], max_iter=100, line_search_fn="strong_wolfe")
@@ -207,9 +258,8 @@ def divergence_of(found: Similarities, tau: float, lam: float) -> float:
 
 
 def _tensors(found: Similarities) -> tuple[torch.Tensor, ...]:
-    centres = (np.arange(BINS) + 0.5) * (2 / BINS) - 1
     used = np.flatnonzero(found.tail.any(axis=0))
-    arrays = (found.own, found.top, found.tail[:, used].astype(np.float64), centres[used])
+    arrays = (found.own, found.top, found.tail[:, used].astype(np.float64), found.centres[used])
     return tuple(map(torch.from_numpy, arrays))
 
 
@@ -249,8 +299,7 @@ def reliability(found: Similarities, tau: float, lam: float) -> list[dict]:
     def weight(similarity: np.ndarray) -> np.ndarray:
         return np.maximum(np.exp(np.minimum(similarity - best, 0) / tau) - lam, 0)
 
-    centres = (np.arange(BINS) + 0.5) * (2 / BINS) - 1
-    own, top, binned = weight(found.own), weight(found.top), weight(centres[None])
+    own, top, binned = weight(found.own), weight(found.top), weight(found.centres[None])
     total = (own.sum(axis=1) + top.sum(axis=1) + (binned * found.tail).sum(axis=1))[:, None]
     is_own = np.isfinite(found.own)
     n_own = found.n_own[:, None]

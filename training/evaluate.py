@@ -1,4 +1,4 @@
-"""Evaluate an encoder: the exact ranks of every sample's exemplars, from which all metrics are queries."""
+"""Evaluate a method: the exact ranks of every sample's exemplars, from which all metrics are queries."""
 
 from __future__ import annotations
 
@@ -8,64 +8,85 @@ from collections.abc import Callable, Iterable, Iterator
 import numpy as np
 import pyarrow as pa
 
-from attrdb.attribution.query import CANDIDATES
+from attrdb.attribution.methods import load_method, resolve_method
+from attrdb.attribution.similarity import Similarity
+from attrdb.attribution.stored import Stored
 from attrdb.database import Database
 from attrdb.errors import InvalidValue, NotFound
 from attrdb.search import exact as exact_search
 from attrdb.search.mapper import Mapper
-from attrdb.store.schema import EXEMPLAR_RANKS, feature_matrix
+from attrdb.store.features import Block
+from attrdb.store.predicates import CANDIDATES
+from attrdb.store.schema import TABLES, feature_matrix
 
 GALLERIES = ("own", "all")
 SAMPLES_A_PASS = 8192
+_RANKS = pa.schema(
+    [TABLES["exemplar_ranks"].field(name) for name in ("sample_id", "exemplar_id", "score", "rank", "gallery_size")]
+)
 
 Report = Callable[[int, int], None]
 
 
 def evaluate(
     db: Database,
-    encoder_id: str | None = None,
+    method: str | None = None,
     gallery: str = "own",
     report: Report = lambda done, total: None,
-    mapper_id: str | None = None,
     device: str = "cpu",
 ) -> int:
-    """Fill `exemplar_ranks` for all samples of an encoder, or of a mapper on it; the number of ranks.
+    """Fill `exemplar_ranks` for all samples by a method; the number of ranks.
 
+    method:  a method_id, encoder_id or mapper_id; similarity of the first encoder for None
     gallery: 'own': the exemplars of the sample's model and the pretraining images; 'all': every exemplar of the database
-             and the pretraining images. A rank is 1 + the candidates with a higher similarity, ties by image_id.
+             and the pretraining images. A rank is 1 + the candidates with a higher score, ties by image_id. By a stored
+             method only candidates with a score count
     device:  of the matrix products, `cpu` or one that torch knows; the ranks are the same on all
-    raises:  InvalidValue for another gallery, or a mapper of another encoder, NotFound if there is no such encoder or
-             mapper, or no encoded model or corpus
+    raises:  InvalidValue for another gallery, NotFound if there is no such method, or nothing to rank
     source:  Wang et al. 2023, section 5 (`own`)
     """
     if gallery not in GALLERIES:
         raise InvalidValue(f"gallery is {gallery!r}; it must be {' or '.join(GALLERIES)}")
     db.refresh()
-    encoder_id, mapper = db.snapshot.compared(encoder_id, mapper_id)
+    method_id = resolve_method(db.snapshot, method)
+    by = load_method(db.snapshot, method_id)
+    rank = _similarity_ranks if isinstance(by, Similarity) else _stored_ranks
+    rows = rank(db, by, gallery, report, device)
+    shared = {"method_id": method_id, "gallery": gallery, "images_version": db.version}
+    for name, value in shared.items():
+        rows = rows.append_column(name, pa.array([value] * len(rows)))
+    db.writer.replace_exemplar_ranks(rows, method_id, gallery)
+    return len(rows)
+
+
+def _stored_ranks(db: Database, method: Stored, gallery: str, report: Report, device: str) -> pa.Table:
+    report(0, 1)
+    rows = db.query("stored_ranks", method=method.method_id, gallery=gallery)
+    if not len(rows):
+        raise NotFound(f"{db.path} has no sample with a {method.scored} for an exemplar of its model")
+    report(1, 1)
+    return rows.replace_schema_metadata(None)
+
+
+def _similarity_ranks(db: Database, method: Similarity, gallery: str, report: Report, device: str) -> pa.Table:
+    encoder_id = method.encoder_id
     by_model = {role: features_by_model(db, encoder_id, f"role = '{role}'") for role in ("sample", "exemplar")}
     models = sorted(by_model["sample"].keys() & by_model["exemplar"].keys())
     if not models:
         raise NotFound(f"{db.path} has no model whose samples have {encoder_id!r} features; ingest one first")
-    if not db.images(f"role = 'pretraining' AND `{encoder_id}` IS NOT NULL", ["image_id"]).num_rows:
+    if not db.snapshot.count(f"role = 'pretraining' AND `{encoder_id}` IS NOT NULL"):
         raise NotFound(f"{db.path} has no pretraining image with a {encoder_id!r} feature; ingest a corpus first")
     where = "role = 'pretraining'" if gallery == "own" else CANDIDATES
-    shared = {
-        "encoder_id": encoder_id,
-        "mapper_id": mapper_id or "",
-        "gallery": gallery,
-        "images_version": db.version,
-    }
     rows: list[dict] = []
     done = 0
     for names in _passes(models, {name: len(ids) for name, (ids, _) in by_model["sample"].items()}):
         report(done, len(models))
         part = [(by_model["sample"][name], by_model["exemplar"][name]) for name in names]
-        found = ranks(part, db.features(encoder_id, where), own=gallery == "own", mapper=mapper, device=device)
-        rows += [shared | row for row in found]
+        candidates = db.features(encoder_id, where)
+        rows += ranks(part, candidates, own=gallery == "own", mapper=method.mapper, device=device)
         done += len(names)
-    db.replace_exemplar_ranks(pa.Table.from_pylist(rows, EXEMPLAR_RANKS), encoder_id, mapper_id or "", gallery)
     report(len(models), len(models))
-    return len(rows)
+    return pa.Table.from_pylist(rows, _RANKS)
 
 
 def _passes(models: list[str], n_samples: dict[str, int]) -> Iterator[list[str]]:
@@ -80,14 +101,14 @@ def _passes(models: list[str], n_samples: dict[str, int]) -> Iterator[list[str]]
 
 
 def ranks(
-    models: list[tuple[exact_search.Block, exact_search.Block]],
-    gallery: Iterable[exact_search.Block],
+    models: list[tuple[Block, Block]],
+    gallery: Iterable[Block],
     *,
     own: bool,
     mapper: Mapper | None = None,
     device: str = "cpu",
 ) -> Iterator[dict]:
-    """sample_id, exemplar_id, rank and gallery_size of some models (their samples, their exemplars), from one pass.
+    """sample_id, exemplar_id, score, rank and gallery_size of some models (their samples, their exemplars), from one pass.
 
     gallery: the candidates that all models share
     own:     whether a model's exemplars are candidates besides; of its own samples only
@@ -117,12 +138,13 @@ def ranks(
         yield {
             "sample_id": all_samples[row],
             "exemplar_id": ids[row, column],
+            "score": float(similarity[row, column]),
             "rank": int(above[row, column] + own_above[row, column]) + 1,
             "gallery_size": int(size + own_size[row]),
         }
 
 
-def features_by_model(db: Database, encoder_id: str, where: str) -> dict[str, exact_search.Block]:
+def features_by_model(db: Database, encoder_id: str, where: str) -> dict[str, Block]:
     """Ids and features of the encoded images that a predicate keeps, model by model, in the order of their ids."""
     table = db.images(f"({where}) AND `{encoder_id}` IS NOT NULL", ["image_id", "model_id", encoder_id])
     table = table.sort_by("image_id")

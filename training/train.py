@@ -29,8 +29,8 @@ from attrdb.search import index_tuning
 from attrdb.search.mapper import Mapper
 from attrdb.store import jobs
 from attrdb.store.ids import train_job
-from attrdb.store.locks import alone
-from attrdb.store.snapshot import among
+from attrdb.store.locks import exclusive_lock
+from attrdb.store.predicates import among
 from attrdb.training.evaluate import features_by_model, ranks
 from attrdb.training.objective import Maps, contrastive_loss, regularizer
 from attrdb.training.pairs import Choice, Pairs
@@ -118,15 +118,15 @@ def train(
     job = train_job(db.path, mapper_id)
     if done := _stored(db, mapper_id, record):
         return done
-    with alone(job.lock, f"mapper {mapper_id!r} is being trained"):
+    with exclusive_lock(job.lock, f"mapper {mapper_id!r} is being trained"):
         if done := _stored(db, mapper_id, record):
             return done
-        with jobs.running(db, "train", mapper_id, record):
+        with jobs.running(db.writer, "train", mapper_id, record):
             folder = job.make()
             _check_same(folder, mapper_id, record)
             result = _trained(db, encoder_id, settings, mapper_id, record, folder, report)
         job.remove()
-    index_tuning.measure_trained(db, mapper_id)
+    index_tuning.measure_trained(db.writer, mapper_id)
     return result
 
 
@@ -193,7 +193,7 @@ def _trained(
         "metrics": json.dumps(metrics),
         "created_at": datetime.now(UTC),
     }
-    db.upsert("mappers", [row], on="mapper_id")
+    db.writer.add_mapper(row)
     return _result(mapper_id, True, metrics, curves)
 
 

@@ -1,4 +1,4 @@
-"""Calibrated influence: from similarities to scores that sum to 1 over the candidates of a query."""
+"""Calibrated influence: from scores to shares that sum to 1 over the candidates of a query."""
 
 from __future__ import annotations
 
@@ -7,11 +7,7 @@ import math
 import numpy as np
 
 from attrdb.errors import InvalidValue
-
-# Fixed until a database is calibrated. At these values a candidate counts when its similarity lies within
-# tau * ln(1 / lam) = 0.15 of the best one.
-DEFAULT_TAU = 0.05
-DEFAULT_LAM = 0.05
+from attrdb.store.methods import DEFAULT_LAM, DEFAULT_TAU
 
 
 def check_calibration(tau: float, lam: float) -> None:
@@ -23,21 +19,21 @@ def check_calibration(tau: float, lam: float) -> None:
 
 
 def cut_off(s_max: float, tau: float, lam: float) -> float:
-    """The similarity at or below which influence is exactly 0: s_max + tau * ln(lam); -inf for lam = 0."""
+    """The score at or below which influence is exactly 0: s_max + tau * ln(lam); -inf for lam = 0."""
     check_calibration(tau, lam)
     return s_max + tau * math.log(lam) if lam > 0 else -math.inf
 
 
-def influence(similarity: np.ndarray, tau: float = DEFAULT_TAU, lam: float = DEFAULT_LAM) -> np.ndarray:
+def influence(scores: np.ndarray, tau: float = DEFAULT_TAU, lam: float = DEFAULT_LAM) -> np.ndarray:
     """Influence of the candidates of each query, an estimate and not a causal share.
 
-    similarity: (..., n_candidates) cosine in [-1, 1]; all candidates above the cut-off must be among them
-    returns:    same shape, float64; each row >= 0 and sums to 1
-    raises:     InvalidValue if tau <= 0, or lam is outside [0, 1)
-    source:     Wang et al. 2023, Eq. 6 (with ReLU; a calibration that is fitted uses softplus in its place)
+    scores:  (..., n_candidates); all candidates above the cut-off must be among them
+    returns: same shape, float64; each row >= 0 and sums to 1
+    raises:  InvalidValue if tau <= 0, or lam is outside [0, 1)
+    source:  Wang et al. 2023, Eq. 6 (with ReLU; a calibration that is fitted uses softplus in its place)
     """
     check_calibration(tau, lam)
-    similarity = np.asarray(similarity, dtype=np.float64)
-    excess = np.exp((similarity - similarity.max(axis=-1, keepdims=True)) / tau) - lam
+    scores = np.asarray(scores, dtype=np.float64)
+    excess = np.exp((scores - scores.max(axis=-1, keepdims=True)) / tau) - lam
     raw = np.maximum(excess, 0.0)
     return raw / raw.sum(axis=-1, keepdims=True)

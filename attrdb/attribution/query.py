@@ -1,4 +1,4 @@
-"""Attribution: the candidates that most resemble some images, with their influence."""
+"""Attribution: the candidates that an image owes most to, with their influence."""
 
 from __future__ import annotations
 
@@ -7,35 +7,52 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from attrdb.attribution.influence import DEFAULT_LAM, DEFAULT_TAU, check_calibration, cut_off, influence
+from attrdb.attribution.influence import check_calibration, cut_off, influence
+from attrdb.attribution.methods import calibration, load_method, resolve_method
+from attrdb.attribution.protocol import Method, Queries
 from attrdb.errors import InvalidValue, NotFound
-from attrdb.search import exact as exact_search
-from attrdb.search import ivf
-from attrdb.search.mapper import Mapper
-from attrdb.store.snapshot import Snapshot, storage
+from attrdb.store.predicates import literal
+from attrdb.store.snapshot import Snapshot
 
-# Said by what they are not: Lance tests rows against a short list of others in three quarters of the time.
-CANDIDATES = "role <> 'sample'"
 DEFAULT_K = 10  # a smaller gallery than this answers with all it has; asked for more than it has, it refuses
 FIRST_WIDTH = 256  # candidates that are looked at before it is known how many have influence
-WIDEST = 65_536  # candidates that are kept of a query before its answer is called incomplete
-HIT = 8  # times what a candidate takes in a scan, which reads one after the other
-TOGETHER = 128  # queries whose products with a candidate take as long as reading it
-HITS_A_PASS = 4 << 20  # of all queries that are searched for together
-FEW = 20_000  # candidates of which all are compared, whether there is an index or not
+MAX_WIDTH = 65_536  # candidates that are kept of a query before its answer is called incomplete
+PAIR_BUFFER = 4 << 20  # pairs of a query and a candidate that are held at a time
+
+
+@dataclass(frozen=True)
+class AttributionRequest:
+    """What is asked: for an image, by a method, for some candidates.
+
+    query:      the image_id of a stored image, or a feature (dimension,) of the method's encoder
+    k:          how many candidates; None: all that have influence
+    method:     a method_id, encoder_id or mapper_id; similarity of the database's first encoder for None
+    tau, lam:   temperature and cut-off of influence; None: as calibrated, else as the method's row has them
+    candidates: an SQL predicate on the columns of images, such as "license = 'CC0'"; only what fulfils it is searched, and
+                influence is shared among what is searched
+    exact:      look at every candidate, also where an index would do
+    """
+
+    query: str | np.ndarray | None = None
+    k: int | None = DEFAULT_K
+    method: str | None = None
+    tau: float | None = None
+    lam: float | None = None
+    candidates: str | None = None
+    exact: bool = False
 
 
 @dataclass(frozen=True)
 class Attribution:
     """The candidates of one query, best first, ties by image_id.
 
-    similarity, influence: (n,) float64. Influence is normalised over every candidate above the cut-off, so it does not
-    depend on how many are returned; where more than WIDEST are above it, complete is false and missing_influence bounds
-    the share of those left out. What an index does not find, as its recall says, is in neither.
+    score, influence: (n,) float64. Influence is normalised over every candidate above the cut-off, so it does not depend on
+    how many are returned. Where more than MAX_WIDTH are above it, complete is false and missing_influence bounds the share
+    of those left out. Candidates that an index does not find, as its recall says, are in neither.
     """
 
     ids: np.ndarray
-    similarity: np.ndarray
+    score: np.ndarray
     influence: np.ndarray
     complete: bool
     missing_influence: float
@@ -44,138 +61,110 @@ class Attribution:
         """The first k candidates; for None all that have influence."""
         k = int(np.count_nonzero(self.influence)) if k is None else k
         # Copies, so that the many that were looked at are let go.
-        first = (part[:k].copy() for part in (self.ids, self.similarity, self.influence))
+        first = (part[:k].copy() for part in (self.ids, self.score, self.influence))
         return Attribution(*first, self.complete, self.missing_influence)
 
 
-def nearest(
-    snapshot: Snapshot,
-    encoder_id: str,
-    queries: np.ndarray,
-    k: int,
-    *,
-    mapper: Mapper | None = None,
-    candidates: str | None = None,
-    exact: bool = False,
-) -> exact_search.Hits:
-    """The k most similar candidates of each query, by the encoder's index where there is one; fewer if there are fewer.
+def attribute(snapshot: Snapshot, request: AttributionRequest) -> Attribution:
+    """The answer to one request.
 
-    With a mapper all candidates are compared, unless the index was found to serve it.
-
-    queries:    (n_queries, dimension) float32, unit length, before they are mapped
-    candidates: an SQL predicate on the columns of images; only candidates that fulfil it are searched
-    exact:      do without the index
-    raises:     InvalidValue for a predicate that Lance does not take
+    raises: NotFound for an unknown image or method, or if there is no candidate; InvalidValue for k < 1 or above the number
+            of candidates, a wrong tau, lam or predicate, or a feature that cannot be used
+    source: Wang et al. 2023, Eq. 6
     """
-    if candidates is not None:
-        snapshot.check_predicate("candidates", candidates)
-    where = _where(candidates)
-    index = None if exact else snapshot.index(encoder_id, mapper)
-    n_candidates = count(snapshot, candidates) if index else 0
-    if index is None or n_candidates <= max(FEW, k) or not _worthwhile(index, n_candidates, len(queries), k):
-        return exact_search.top_k(snapshot.features(encoder_id, where), queries, k, mapper=mapper)
-    with storage(snapshot.path):
-        visible = snapshot.visible(where)
-        found = ivf.top_k(snapshot.tables["images"], index, visible, n_candidates, queries, k, mapper)
-    short = [query for query, ids in enumerate(found.ids) if len(ids) < k]
-    if short:
-        whole = exact_search.top_k(snapshot.features(encoder_id, where), queries[short], k, mapper=mapper)
-        for query, ids, similarity in zip(short, whole.ids, whole.similarity, strict=True):
-            found.ids[query], found.similarity[query] = ids, similarity
-    return found
+    method = load_method(snapshot, resolve_method(snapshot, request.method))
+    if isinstance(request.query, str):
+        queries = _stored_query(snapshot, method, request.query)
+    else:
+        queries = method.feature_query(snapshot, request.query)
+    [answer] = _attribute(snapshot, method, queries, request)
+    return answer
 
 
-def _worthwhile(index: ivf.Index, n_candidates: int, n_queries: int, k: int) -> bool:
-    """Whether looking for hits takes less than comparing all candidates, whose reading many queries share."""
-    hits = ivf.n_hits(index, k)
-    return hits <= ivf.FETCHED and n_queries * hits * HIT < n_candidates * (1 + n_queries / TOGETHER)
+def check_attributable(snapshot: Snapshot, image_id: str, by: str) -> None:
+    """raises: NotFound unless an image is stored and the method of that id can attribute it"""
+    _stored_query(snapshot, load_method(snapshot, by), image_id)
 
 
-def count(snapshot: Snapshot, candidates: str | None = None) -> int:
-    """How many candidates there are that fulfil a predicate that has been checked, whether they have a feature or not."""
-    return snapshot.count(_where(candidates))
+def _stored_query(snapshot: Snapshot, method: Method, image_id: str) -> Queries:
+    queries = method.stored_queries(snapshot, [image_id])
+    if not queries.ids:
+        if not snapshot.count(f"image_id = {literal(image_id)}"):
+            raise NotFound(f"no image {image_id!r} in {snapshot.path}")
+        raise NotFound(f"image {image_id!r} has no {method.scored} yet")
+    return queries
 
 
-def _where(candidates: str | None) -> str:
-    return CANDIDATES if candidates is None else f"{CANDIDATES} AND ({candidates})"
+def attribute_stored(
+    snapshot: Snapshot, image_ids: Sequence[str], request: AttributionRequest
+) -> dict[str, Attribution]:
+    """The answers for some stored images, by image_id; images that cannot be attributed have none. Raises as `attribute`."""
+    method = load_method(snapshot, resolve_method(snapshot, request.method))
+    queries = method.stored_queries(snapshot, image_ids)
+    if not queries.ids:
+        return {}
+    return dict(zip(queries.ids, _attribute(snapshot, method, queries, request), strict=True))
 
 
-def attribute(
-    snapshot: Snapshot,
-    encoder_id: str,
-    queries: np.ndarray,
-    own_ids: Sequence[str | None],
-    *,
-    k: int | None = DEFAULT_K,
-    tau: float = DEFAULT_TAU,
-    lam: float = DEFAULT_LAM,
-    mapper: Mapper | None = None,
-    candidates: str | None = None,
-    exact: bool = False,
-) -> list[Attribution]:
-    """The k candidates of each query, for k = None all that have influence.
-
-    queries:    (n_queries, dimension) float32, unit length, of the encoder; they are mapped here, as samples
-    own_ids:    the query's own image_id, which is no candidate of it; None for an image that is not stored
-    candidates, exact: as in `nearest`; influence is shared among the candidates that are searched
-    raises:     InvalidValue for k < 1 or above the number of candidates, a wrong tau or lam, or a wrong predicate; NotFound
-                if there is no candidate
-    source:     Wang et al. 2023, Eq. 6
-    """
+def _attribute(snapshot: Snapshot, method: Method, queries: Queries, request: AttributionRequest) -> list[Attribution]:
+    """Answers in the order of the queries. The search is widened for those that have influence beyond what was looked at."""
+    k, candidates = request.k, request.candidates
     if k is not None and k < 1:
         raise InvalidValue(f"k is {k}; at least one candidate must be asked for")
+    tau, lam = calibration(snapshot, method.method_id, request.tau, request.lam)
     check_calibration(tau, lam)
     answers: dict[int, Attribution] = {}
     # One more than wanted: a query that is a candidate itself finds itself.
     width = max(k or 0, FIRST_WIDTH) + 1
-    left = list(range(len(queries)))
+    left = list(range(len(queries.ids)))
     while left:
-        wider: list[int] = []
-        together = max(1, HITS_A_PASS // width)
-        for start in range(0, len(left), together):
-            part = left[start : start + together]
-            hits = nearest(
-                snapshot, encoder_id, queries[part], width, mapper=mapper, candidates=candidates, exact=exact
-            )
-            for query, ids, similarity in zip(part, hits.ids, hits.similarity, strict=True):
-                others = ids != own_ids[query]
-                everyone = len(ids) < width
-                ids, similarity = ids[others], similarity[others]
+        uncovered: list[int] = []
+        for part in _parts(left, max(1, PAIR_BUFFER // width)):
+            hits = method.nearest(snapshot, queries.part(part), width, candidates, request.exact)
+            for query, ids, scores in zip(part, hits.ids, hits.similarity, strict=True):
+                others = ids != queries.ids[query]
+                all_found = len(ids) < width
+                ids, scores = ids[others], scores[others]
                 if k is not None:
-                    check_enough(snapshot, encoder_id, candidates, k, len(ids))
-                covered = everyone or bool(similarity[-1] <= cut_off(similarity[0], tau, lam))
-                if covered or width > WIDEST:
-                    size = len(ids) if covered else _n_features(snapshot, encoder_id, candidates)
-                    answers[query] = _answer(ids, similarity, size, covered, tau, lam).first(k)
-                else:
-                    wider.append(query)
-        left, width = wider, min(4 * width, WIDEST + 1)
-    return [answers[query] for query in range(len(queries))]
+                    check_enough(snapshot, method.scored, candidates, k, len(ids))
+                covered = all_found or bool(scores[-1] <= cut_off(scores[0], tau, lam))
+                if not covered and width <= MAX_WIDTH:
+                    uncovered.append(query)
+                    continue
+                n = len(ids) if covered else method.n_scored(snapshot, queries.ids[query], candidates)
+                answers[query] = _answer(ids, scores, n, tau, lam).first(k)
+        left, width = uncovered, min(4 * width, MAX_WIDTH + 1)
+    return [answers[query] for query in range(len(queries.ids))]
 
 
-def _n_features(snapshot: Snapshot, encoder_id: str, candidates: str | None) -> int:
-    """How many candidates have a feature; reads all of them, and is asked for incomplete answers alone."""
-    return snapshot.count(f"{_where(candidates)} AND `{encoder_id}` IS NOT NULL")
+def _parts(numbers: list[int], size: int) -> list[list[int]]:
+    return [numbers[start : start + size] for start in range(0, len(numbers), size)]
 
 
-def check_enough(snapshot: Snapshot, encoder_id: str, candidates: str | None, k: int, n: int) -> None:
-    """raises: NotFound if no candidate was found, InvalidValue if fewer were than k, unless k is as small as the default"""
-    that = f" that fulfils {candidates!r}" if candidates else ""
+def check_enough(snapshot: Snapshot, scored: str, candidates: str | None, k: int, n: int) -> None:
+    """See that as many candidates were found as were asked for; a gallery below DEFAULT_K may answer with all it has.
+
+    scored: what candidates have, such as "'pixels_8' feature"
+    raises: NotFound if none was found, InvalidValue if fewer were than k, unless k is at most DEFAULT_K
+    """
+    condition = f" that fulfils {candidates!r}" if candidates else ""
     if not n:
         cure = "give another predicate" if candidates else "ingest a corpus or a model first"
-        raise NotFound(f"{snapshot.path} has no candidate with a {encoder_id!r} feature{that}; {cure}")
+        raise NotFound(f"{snapshot.path} has no candidate with a {scored}{condition}; {cure}")
     if n < k and k > DEFAULT_K:
-        them = f"candidates with a {encoder_id!r} feature{that.replace('fulfils', 'fulfil')}"
+        them = f"candidates with a {scored}{condition.replace('fulfils', 'fulfil')}"
         raise InvalidValue(f"k is {k}, {snapshot.path} has {n:,} {them}; ask for {n} at most")
 
 
-def _answer(ids: np.ndarray, similarity: np.ndarray, size: int, covered: bool, tau: float, lam: float) -> Attribution:
+def _answer(ids: np.ndarray, scores: np.ndarray, n_scored: int, tau: float, lam: float) -> Attribution:
+    """Influence of the candidates that were looked at, where n_scored have a score."""
     if not len(ids):
-        return Attribution(ids, similarity, similarity, True, 0.0)
-    shares = influence(similarity, tau, lam)
-    missing = 0.0
-    if not covered:
-        last = float(shares[-1]) * (size - len(ids))
-        missing = last / (1 + last)
-        shares = shares * (1 - missing)
-    return Attribution(ids, similarity, shares, covered, missing)
+        return Attribution(ids, scores, scores, True, 0.0)
+    shares = influence(scores, tau, lam)
+    n_left_out = n_scored - len(ids)
+    if n_left_out <= 0:
+        return Attribution(ids, scores, shares, True, 0.0)
+    # Each of those left out scores at most as high as the last that was looked at.
+    most = float(shares[-1]) * n_left_out
+    missing = most / (1 + most)
+    return Attribution(ids, scores, shares * (1 - missing), False, missing)

@@ -127,6 +127,14 @@ def queries_option(command: Any) -> Any:
     )(command)
 
 
+def method_option(command: Any) -> Any:
+    return click.option(
+        "--method",
+        type=Id("method"),
+        help="A method_id, encoder_id or mapper_id (attrdb methods). Default: similarity of the first encoder.",
+    )(command)
+
+
 def encoder_option(command: Any) -> Any:
     return click.option(
         "--encoder",
@@ -139,10 +147,10 @@ def encoder_option(command: Any) -> Any:
 def open_with_encoders(path: Path, specs: tuple[str, ...]) -> tuple[Any, list]:
     """The database at the path, made if there is none, and the encoders; nothing is made when an encoder is unknown."""
     from attrdb.database import open_or_create
-    from attrdb.store.snapshot import made
+    from attrdb.store.tables import table_exists
 
     encoders = ml("ingest.encode")
-    db = attrdb.open(path) if made(path / "images.lance") else None
+    db = attrdb.open(path) if table_exists(path / "images.lance") else None
     stored = tuple(row["spec"] for row in db.encoders.values()) if db else ()
     loaded = [encoders.load_encoder(spec) for spec in specs or stored or encoders.DEFAULT_ENCODERS]
     return db or open_or_create(path), loaded

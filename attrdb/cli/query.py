@@ -8,7 +8,17 @@ from typing import Any
 import click
 
 import attrdb
-from attrdb.cli.common import DB, Id, at_option, form_options, ml, print_table, queries_option, quiet_option
+from attrdb.cli.common import (
+    DB,
+    Id,
+    at_option,
+    form_options,
+    method_option,
+    ml,
+    print_table,
+    queries_option,
+    quiet_option,
+)
 from attrdb.errors import InvalidValue, NotFound
 from attrdb.search.memory import use_the_machine
 
@@ -18,8 +28,11 @@ from attrdb.search.memory import use_the_machine
 @click.argument("image", required=False)
 @click.option("--samples", metavar="PREDICATE", help="Store the attributions of all samples that fulfil it, see below.")
 @click.option("--top", "k", type=click.IntRange(1), default=10, show_default=True, help="How many candidates.")
-@click.option("--encoder", "encoder_id", type=Id("encoder"), help="encoder_id; the database's first when left out.")
-@click.option("--mapper", "mapper_id", type=Id("mapper"), help="mapper_id; the encoder's own features when left out.")
+@method_option
+@click.option(
+    "--encoder", "encoder_id", type=Id("encoder"), help="Similarity of this encoder; the first when left out."
+)
+@click.option("--mapper", "mapper_id", type=Id("mapper"), help="Similarity with this mapper.")
 @click.option("--tau", type=float, help="Temperature of influence. Default: as calibrated.")
 @click.option("--lambda", "lam", type=float, help="Cut-off of influence. Default: as calibrated.")
 @click.option("--candidates", metavar="PREDICATE", help="Only candidates that fulfil it, such as \"license = 'CC0'\".")
@@ -32,6 +45,7 @@ def attribute(
     image: str | None,
     samples: str | None,
     k: int,
+    method: str | None,
     encoder_id: str | None,
     mapper_id: str | None,
     tau: float | None,
@@ -53,19 +67,18 @@ def attribute(
     if samples is not None:
         if candidates is not None or at is not None:
             raise click.UsageError("--samples stores attributions to all candidates as they are now")
-        settings = {"k": k, "encoder_id": encoder_id, "mapper_id": mapper_id, "tau": tau, "lam": lam, "exact": exact}
-        _attribute_samples(db, samples, quiet, **settings)
+        _attribute_samples(db, samples, quiet, (method, encoder_id, mapper_id), k=k, tau=tau, lam=lam, exact=exact)
         return
     database = attrdb.open(db, read_only=True, at=at)
     query: Any = image
-    if not database.stored([image]):
+    if not database.snapshot.stored([image]):
         if not Path(image).is_file():
             raise NotFound(f"{image!r} is neither an image_id of {db} nor an image file")
-        encoder_id, _ = database.snapshot.compared(encoder_id, mapper_id)
-        query = ml("ingest.encode").encode_file(database, Path(image), encoder_id)
+        query = _encoded_file(database, Path(image), method, encoder_id, mapper_id)
     found = database.attribute(
         query,
         k=k,
+        method=method,
         encoder_id=encoder_id,
         mapper_id=mapper_id,
         tau=tau,
@@ -76,13 +89,30 @@ def attribute(
     print_table(found, form)
 
 
-def _attribute_samples(db: Path, samples: str, quiet: bool, **settings: Any) -> None:
+def _encoded_file(database: Any, image: Path, method: str | None, encoder_id: str | None, mapper_id: str | None) -> Any:
+    """The feature of an image file, by the encoder of a method that is similarity."""
+    from attrdb.attribution.methods import method_rows, resolve_method
+
+    method_id = resolve_method(database.snapshot, method, encoder_id, mapper_id)
+    encoder_id = method_rows(database.snapshot)[method_id]["encoder_id"]
+    if encoder_id is None:
+        raise InvalidValue(f"method {method_id!r} has scores of stored samples only; give the image_id of a sample")
+    return ml("ingest.encode").encode_file(database, image, encoder_id)
+
+
+def _attribute_samples(
+    db: Path, samples: str, quiet: bool, names: tuple[str | None, str | None, str | None], **settings: Any
+) -> None:
     from attrdb.attribution.batch import attribute_samples
+    from attrdb.attribution.methods import resolve_method
+    from attrdb.attribution.query import AttributionRequest
     from attrdb.cli.output import progress
 
+    database = attrdb.open(db)
+    request = AttributionRequest(method=resolve_method(database.snapshot, *names), **settings)
     with progress(quiet) as advance:
         found = attribute_samples(
-            attrdb.open(db), samples, report=lambda done, total: advance("attribute", done, total), **settings
+            database.writer, samples, request, lambda done, total: advance("attribute", done, total)
         )
     click.echo(f"{found.n_attributed:,} samples attributed, {found.n_stored:,} were already", err=True)
 

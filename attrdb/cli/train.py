@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 import attrdb
-from attrdb.cli.common import DB, Id, at_option, device_option, ml, quiet_option
+from attrdb.cli.common import DB, Id, at_option, device_option, method_option, ml, quiet_option
 from attrdb.search.memory import use_the_machine
 
 
@@ -64,11 +64,16 @@ def train(db: Path, encoder_id: str | None, mapper_id: str | None, quiet: bool, 
 
 @click.command()
 @DB
-@click.option("--encoder", "encoder_id", type=Id("encoder"), help="encoder_id; the database's first when left out.")
-@click.option("--mapper", "mapper_id", type=Id("mapper"), help="mapper_id; the encoder's own features when left out.")
+@method_option
+@click.option(
+    "--encoder", "encoder_id", type=Id("encoder"), help="Similarity of this encoder; the first when left out."
+)
+@click.option("--mapper", "mapper_id", type=Id("mapper"), help="Similarity with this mapper.")
 @click.option("--split", default="val", show_default=True, help="Of the models whose samples it is fitted on.")
 @quiet_option
-def calibrate(db: Path, encoder_id: str | None, mapper_id: str | None, split: str, quiet: bool) -> None:
+def calibrate(
+    db: Path, method: str | None, encoder_id: str | None, mapper_id: str | None, split: str, quiet: bool
+) -> None:
     """Fit temperature and cut-off of influence to the exemplars' known shares; `attribute` uses them from then on.
 
     Give it again when the corpus has grown.
@@ -77,12 +82,13 @@ def calibrate(db: Path, encoder_id: str | None, mapper_id: str | None, split: st
     calibration = ml("training.calibrate")
     import pyarrow as pa
 
+    from attrdb.attribution.methods import resolve_method
     from attrdb.cli.output import print_table, progress
 
+    database = attrdb.open(db)
+    method_id = resolve_method(database.snapshot, method, encoder_id, mapper_id)
     with progress(quiet) as advance:
-        found = calibration.calibrate(
-            attrdb.open(db), encoder_id, mapper_id, split, lambda done, total: advance("calibrate", done, total)
-        )
+        found = calibration.calibrate(database, method_id, split, lambda done, total: advance("calibrate", done, total))
     print_table(pa.Table.from_pylist(found.reliability), "table")
     click.echo(
         f"tau {found.tau:.4g}, lambda {found.lam:.4g}: divergence {found.kl:.3f} nats, {found.kl_before:.3f} at tau 1 "
@@ -94,41 +100,51 @@ def calibrate(db: Path, encoder_id: str | None, mapper_id: str | None, split: st
 @click.command()
 @DB
 @click.option(
-    "--encoder", "encoder_ids", type=Id("encoder"), multiple=True, help="encoder_id, repeatable; all when left out."
+    "--method",
+    "methods",
+    type=Id("method"),
+    multiple=True,
+    help="A method_id, encoder_id or mapper_id, repeatable. Default: every encoder and every stored method.",
 )
 @click.option(
-    "--mapper", "mapper_ids", type=Id("mapper"), multiple=True, help="mapper_id, repeatable, in place of encoders."
+    "--encoder", "encoder_ids", type=Id("encoder"), multiple=True, help="Similarity of this encoder, repeatable."
+)
+@click.option(
+    "--mapper", "mapper_ids", type=Id("mapper"), multiple=True, help="Similarity with this mapper, repeatable."
 )
 @click.option("--gallery", type=click.Choice(["own", "all"]), default="own", show_default=True)
 @device_option
 @quiet_option
 def evaluate(
-    db: Path, encoder_ids: tuple[str, ...], mapper_ids: tuple[str, ...], gallery: str, device: str, quiet: bool
+    db: Path,
+    methods: tuple[str, ...],
+    encoder_ids: tuple[str, ...],
+    mapper_ids: tuple[str, ...],
+    gallery: str,
+    device: str,
+    quiet: bool,
 ) -> None:
     """Rank every sample's exemplars exactly; the metrics are queries over these ranks."""
     evaluation = importlib.import_module("attrdb.training.evaluate")
+    from attrdb.attribution.methods import resolve_method
     from attrdb.cli.output import progress
     from attrdb.search.exact import accelerator
 
     use_the_machine()
     database, device = attrdb.open(db), accelerator(device)
-    wanted = [(encoder_id, None) for encoder_id in encoder_ids]
-    wanted += [(None, mapper_id) for mapper_id in mapper_ids]
+    wanted = [resolve_method(database.snapshot, method) for method in methods]
+    wanted += [resolve_method(database.snapshot, None, encoder_id) for encoder_id in encoder_ids]
+    wanted += [resolve_method(database.snapshot, None, None, mapper_id) for mapper_id in mapper_ids]
     if not wanted:
-        wanted = [(encoder_id, None) for encoder_id in [database.encoder_id(), *list(database.encoders)[1:]]]
+        database.encoder_id()
+        wanted = [name for name, row in database.methods.items() if row["mapper_id"] is None]
     with progress(quiet) as advance:
-        for encoder_id, mapper_id in wanted:
-            stage = f"evaluate {mapper_id or encoder_id}"
+        for method_id in dict.fromkeys(wanted):
+            stage = f"evaluate {method_id}"
             n_ranks = evaluation.evaluate(
-                database,
-                encoder_id,
-                gallery,
-                lambda done, total, stage=stage: advance(stage, done, total),
-                mapper_id,
-                device,
+                database, method_id, gallery, lambda done, total, stage=stage: advance(stage, done, total), device
             )
-            of = f"{database.mapper(mapper_id).encoder_id} with mapper {mapper_id}" if mapper_id else encoder_id
-            click.echo(f"{n_ranks} ranks of {of}, gallery {gallery}", err=True)
+            click.echo(f"{n_ranks} ranks by {method_id}, gallery {gallery}", err=True)
 
 
 @click.command()

@@ -114,7 +114,7 @@ def optimize(db: Path, drop_older_than: int | None, quiet: bool) -> None:
 
     age = None if drop_older_than is None else timedelta(days=drop_older_than)
     with progress(quiet) as advance:
-        result = optimize.optimize(attrdb.open(db), age, advance)
+        result = optimize.optimize(attrdb.open(db).writer, age, advance)
     for when, state in (("before", result.before), ("after", result.after)):
         click.echo(f"{when}: {_size(state['bytes'])}")
         _print_upkeep(state, "  ")
@@ -144,7 +144,7 @@ def index(db: Path, encoder_id: str | None, device: str, quiet: bool) -> None:
         err=True,
     )
     with progress(quiet) as advance:
-        row = index_build.build(database, what.encoder_id, device, advance)
+        row = index_build.build(database.writer, what.encoder_id, device, advance)
     asked = f"looking into {row['n_probes']:,} of {row['n_partitions']:,} cells, {row['oversampling']} hits an answer"
     measured = f"recall@10 {row['recall']:.3f} on {row['n_queries']} {row['queries']}"
     click.echo(f"built in {row['seconds']:.1f} s; {measured}, {asked}", err=True)

@@ -14,7 +14,7 @@ from attrdb.database import Database
 from attrdb.errors import NotFound
 from attrdb.pages import plots
 from attrdb.pages.html import data_uri
-from attrdb.store.snapshot import among
+from attrdb.store.predicates import among
 
 CUT_OFFS = (5, 10, 100)
 CURVE = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
@@ -53,7 +53,7 @@ def figures(db: Database, gallery: str = "own") -> dict[str, Any]:
         for mapper in mappers
         for row in of_gallery("compare_mappers", mapper_id=mapper["mapper_id"], encoder_id=mapper["encoder_id"], k=10)
     ]
-    calibrations = db.sql("SELECT * FROM calibrations ORDER BY calibration_id").to_pylist()
+    calibrations = db.sql("SELECT * FROM calibrations ORDER BY method_id").to_pylist()
     return {
         "gallery": gallery,
         "images_version": db.version,

@@ -17,7 +17,6 @@ from importlib import import_module
 from subprocess import SubprocessError
 from typing import Any
 
-import lance
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -25,52 +24,14 @@ import pyarrow.compute as pc
 from attrdb.errors import InvalidValue
 from attrdb.search.gemm import MARGIN, QUERIES_A_PRODUCT, SCORES, Products
 from attrdb.search.mapper import Mapper
-from attrdb.search.threads import worked
-from attrdb.store.schema import feature_matrix
+from attrdb.search.threads import map_blocks
+from attrdb.store.features import Block
 
-# Image ids (n,) of text, features (n, dimension) float32; or these as a torch tensor, on the device that is to search them.
-Block = tuple[pa.Array, Any]
-
-BLOCK_ROWS = 4096  # that Lance reads; of 8,192 it takes four tenths longer
 ROWS_A_PRODUCT = 8192  # of blocks that are larger, with few queries
-BLOCK_BYTES = 16 << 20  # of features
-READ_AHEAD = {"batch_readahead": 4, "fragment_readahead": 1, "io_buffer_size": 128 << 20}  # bounds what Lance holds
-FEW_ROWS = 0.1  # share of all
 ROWS_A_KERNEL = 1 << 17  # on an accelerator; half a GiB of scores
 ROWS_COUNTED = 1 << 20  # there, without a mapper: no scores are kept
 DIGITS = 12
 PAIRS = 4096  # pairs of vectors that are held in float64 at a time
-
-
-def stream(
-    dataset: lance.LanceDataset,
-    encoder_id: str,
-    where: str,
-    key: str = "image_id",
-    fragments: Sequence[int] | None = None,
-) -> Iterator[Block]:
-    """Ids (or `_rowid`) and features of the encoded rows that the predicate keeps, BLOCK_BYTES of features a block.
-
-    fragments: the ids of those to read; all for None
-    """
-    dimension = dataset.schema.field(encoder_id).type.list_size
-    # Told by a scalar index which rows to read, Lance takes twice the time, unless they are few.
-    few = fragments is None and dataset.count_rows(where) < FEW_ROWS * dataset.count_rows()
-    batches = dataset.scanner(
-        columns=[encoder_id, *([] if key == "_rowid" else [key])],
-        with_row_id=key == "_rowid",
-        filter=where,
-        use_scalar_index=few,
-        fragments=None if fragments is None else [dataset.get_fragment(one) for one in fragments],
-        batch_size=max(1, min(BLOCK_ROWS, BLOCK_BYTES // (4 * dimension))),
-        **READ_AHEAD,
-    ).to_batches()
-    for batch in batches:
-        # In the filter, "IS NOT NULL" would make Lance copy every feature, which takes twice the time of all else.
-        if batch[encoder_id].null_count:
-            batch = batch.filter(batch[encoder_id].is_valid())
-        if batch.num_rows:
-            yield batch[key], feature_matrix(batch[encoder_id])
 
 
 class _Exact:
@@ -162,7 +123,7 @@ def top_k(
             found.append((query, exact(features, candidate, query), block_ids.take(pa.array(candidate))))
         return found
 
-    for found in worked(of_block, _cut(gallery, len(queries), device, ROWS_A_KERNEL), device):
+    for found in map_blocks(of_block, _cut(gallery, len(queries), device, ROWS_A_KERNEL), device):
         for one in found:
             best.add(*one)
     return best.hits()
@@ -253,7 +214,7 @@ def count_above(
 
     counts, size = np.zeros(similarity.shape, dtype=np.int64), 0
     rows_a_kernel = ROWS_A_KERNEL if mapper else ROWS_COUNTED
-    for of_one, n in worked(of_block, _cut(gallery, len(queries), device, rows_a_kernel), device):
+    for of_one, n in map_blocks(of_block, _cut(gallery, len(queries), device, rows_a_kernel), device):
         counts += of_one
         size += n
     return counts, size

@@ -44,9 +44,9 @@ class Products:
 
     def __init__(self, queries: np.ndarray, mapper: Mapper | None, device: str):
         self.device, self.mapper, self.tile = torch.device(device), mapper, _tile(torch.device(device))
-        self.queries = _aligned(placed(mapper.samples(queries) if mapper else queries, self.device))
+        self.queries = _aligned(to_device(mapper.samples(queries) if mapper else queries, self.device))
         exemplar = mapper.arrays("exemplar") if mapper else {}
-        self.arrays = {name: placed(array, self.device) for name, array in exemplar.items()}
+        self.arrays = {name: to_device(array, self.device) for name, array in exemplar.items()}
 
     def scores(self, features: Features) -> Iterator[tuple[int, Scores]]:
         """The first query and the scores, in float32, of some queries and all features, until all had their turn."""
@@ -90,7 +90,7 @@ class Products:
 
     def _candidates(self, features: Features) -> torch.Tensor:
         """Mapped as training images, and aligned."""
-        there = placed(features, self.device)
+        there = to_device(features, self.device)
         if self.mapper:
             with _whole_float32():
                 there = self.mapper.applied(self.arrays, there)
@@ -169,7 +169,7 @@ class Scores:
         return found[:, 0], found[:, 1]
 
 
-def placed(features: Features, device: torch.device | str) -> torch.Tensor:
+def to_device(features: Features, device: torch.device | str) -> torch.Tensor:
     """The features on the device; by way of memory that it reads itself, at several times the rate of any other."""
     device = torch.device(device)
     if isinstance(features, torch.Tensor):

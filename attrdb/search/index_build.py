@@ -19,19 +19,20 @@ import lance
 import numpy as np
 import pyarrow as pa
 
-from attrdb.attribution.query import FEW
-from attrdb.database import Database
 from attrdb.errors import InvalidValue, StorageError
-from attrdb.search import exact as exact_search
-from attrdb.search import index_tuning, ivf, sampling
+from attrdb.search import index_tuning, ivf, planner, sampling
 from attrdb.search.kmeans import nearest_centroids, train_centroids
-from attrdb.search.threads import worked
-from attrdb.store.locks import alone
-from attrdb.store.snapshot import Snapshot, literal, storage
+from attrdb.search.threads import map_blocks
+from attrdb.store.features import Block, stream
+from attrdb.store.lance_errors import storage
+from attrdb.store.locks import exclusive_lock
+from attrdb.store.predicates import literal
+from attrdb.store.snapshot import Snapshot
+from attrdb.store.writer import Writer
 
 SCALAR_INDICES = {"role": "BITMAP", "image_id": "BTREE", "model_id": "BTREE"}
 ALL_SEGMENTS = 10_000
-MIN_ROWS = FEW  # up to there, everything is compared
+MIN_ROWS = planner.EXACT_BELOW_ROWS  # up to there, everything is compared
 BUILDING = ".index-"  # folder, in the database's, of what lies beside an index while it is built
 CELLS = 1.25  # times the square root of the number of features: more cells are quicker to ask and slower to build
 SAMPLES_A_CELL = 20  # features that a centroid is trained on
@@ -77,7 +78,7 @@ def plan(snapshot: Snapshot, encoder_id: str) -> Plan:
 
 
 def build(
-    db: Database,
+    writer: Writer,
     encoder_id: str | None = None,
     device: str = "cpu",
     report: Report = lambda stage, done, total: None,
@@ -89,21 +90,21 @@ def build(
     Readers and writers go on meanwhile: rows that come later are searched without the index until `optimize` takes them in.
     raises: as `plan`; Busy if maintenance runs already, StorageError if memory or disk are too small
     """
-    with alone(db.path / ".maintenance.lock", f"{db.path} is being maintained"), storage(db.path):
-        db.commit(lambda: None)  # refuses a database that is read-only before anything is computed
-        what = plan(db.snapshot, encoder_id)
-        _check_room(db.path, what)
-        cover_columns(db)  # searches filter by them
-        db.refresh()
+    with exclusive_lock(writer.path / ".maintenance.lock", f"{writer.path} is being maintained"), storage(writer.path):
+        writer.commit(lambda: None)  # refuses a database that is read-only before anything is computed
+        what = plan(writer.snapshot, encoder_id)
+        _check_room(writer.path, what)
+        cover_columns(writer)  # searches filter by them
+        writer.refresh()
         started = time.perf_counter()
-        images = db.snapshot.tables["images"]
+        images = writer.snapshot.tables["images"]
         report("cells", 0, 1)
-        features = sampling.features(db.snapshot, what.encoder_id, SAMPLES_A_CELL * what.n_partitions, what.n_rows)
+        features = sampling.features(writer.snapshot, what.encoder_id, SAMPLES_A_CELL * what.n_partitions, what.n_rows)
         centroids = train_centroids(features, what.n_partitions, ROUNDS, 0, device)
         del features
-        for left in db.path.glob(f"{BUILDING}*"):  # of a build that was killed
+        for left in writer.path.glob(f"{BUILDING}*"):  # of a build that was killed
             shutil.rmtree(left)
-        with tempfile.TemporaryDirectory(prefix=BUILDING, dir=db.path) as folder:
+        with tempfile.TemporaryDirectory(prefix=BUILDING, dir=writer.path) as folder:
             divided = str(Path(folder) / "cells.lance")
             # Lance wants it in one file.
             lance.write_dataset(
@@ -112,8 +113,8 @@ def build(
             n_rows = lance.dataset(divided).count_rows()
             report("index", 0, 1)
             # Measured with other cells; until they are measured again, mappers are searched exactly.
-            db.delete("mapper_searches", f"encoder_id = {literal(what.encoder_id)}")
-            db.commit(lambda: _create(db.path, images.version, what, centroids, divided))
+            writer.delete("mapper_searches", f"encoder_id = {literal(what.encoder_id)}")
+            writer.commit(lambda: _create(writer.path, images.version, what, centroids, divided))
         seconds = time.perf_counter() - started
         entry = {
             "encoder_id": what.encoder_id,
@@ -123,31 +124,31 @@ def build(
             "device": device,
             "seconds": seconds,
         }
-        return index_tuning.measure(db, entry, report)
+        return index_tuning.measure(writer, entry, report)
 
 
-def cover_columns(db: Database) -> None:
+def cover_columns(writer: Writer) -> None:
     """Make the indices of SCALAR_INDICES where they are missing, and let them cover all rows."""
-    images = db.path / "images.lance"
+    images = writer.path / "images.lance"
     present = {one.field_names[0] for one in lance.dataset(str(images)).describe_indices()}
     for column, kind in SCALAR_INDICES.items():
         if column not in present:
-            db.commit(
+            writer.commit(
                 lambda column=column, kind=kind: lance.dataset(str(images)).create_scalar_index(
                     column, kind, replace=False
                 )
             )
     for one in lance.dataset(str(images)).describe_indices():
         if one.field_names[0] in SCALAR_INDICES:
-            cover(db, one)
+            cover(writer, one)
 
 
-def cover(db: Database, index: Any) -> None:
+def cover(writer: Writer, index: Any) -> None:
     """Let one index, as Lance describes it, cover all rows in one segment."""
-    images = lance.dataset(str(db.path / "images.lance"))
+    images = lance.dataset(str(writer.path / "images.lance"))
     if len(index.segments) > 1 or index.num_rows_indexed < images.count_rows():
-        db.commit(
-            lambda: lance.dataset(str(db.path / "images.lance")).optimize.optimize_indices(
+        writer.commit(
+            lambda: lance.dataset(str(writer.path / "images.lance")).optimize.optimize_indices(
                 num_indices_to_merge=ALL_SEGMENTS, index_names=[index.name]
             )
         )
@@ -180,12 +181,12 @@ def _divided(
 ) -> Iterator[pa.RecordBatch]:
     """Every row that has a feature, and its cell."""
 
-    def cells_of(block: exact_search.Block) -> tuple[pa.Array, np.ndarray]:
+    def cells_of(block: Block) -> tuple[pa.Array, np.ndarray]:
         rows, features = block
         return rows, nearest_centroids(features, centroids, device).astype(np.uint32)
 
     done = 0
-    for rows, cells in worked(cells_of, exact_search.stream(images, what.encoder_id, "true", "_rowid"), device):
+    for rows, cells in map_blocks(cells_of, stream(images, what.encoder_id, "true", "_rowid"), device):
         yield pa.record_batch([rows, pa.array(cells)], _CELLS)
         done += len(cells)
         report("divide", done, what.n_rows)

@@ -12,33 +12,33 @@ from datetime import UTC, datetime
 
 import numpy as np
 
-from attrdb.attribution.query import CANDIDATES, count
-from attrdb.database import Database
 from attrdb.errors import Busy, InvalidValue
 from attrdb.search import exact as exact_search
-from attrdb.search import ivf, sampling
-from attrdb.search.mapper import Mapper
-from attrdb.store.locks import alone
-from attrdb.store.snapshot import Snapshot, among, literal
+from attrdb.search import ivf, planner, sampling
+from attrdb.search.mapper import Mapper, stored_mapper
+from attrdb.store.locks import exclusive_lock
+from attrdb.store.predicates import CANDIDATES, among, literal
+from attrdb.store.snapshot import Snapshot
+from attrdb.store.writer import Writer
 
 K = 10
 RECALL_WANTED = 0.99
 OVERSAMPLING = (4, 16, 64)  # one bit a dimension says little of short features
 MORE_FOR_A_MAPPER = ((1, 1), (1, 2), (2, 4), (4, 8), (8, 16))  # times as many cells and hits as without it
-BETWEEN = MORE_FOR_A_MAPPER[2]  # with which it is seen whether a mapper's tilt helps
+BETWEEN = MORE_FOR_A_MAPPER[2]  # with which it is seen whether a mapper's norm correction helps
 N_FITTED = 20_000  # features that a mapper's n(x) is fitted on
 RIDGE = 1e-6  # of that fit, so that it does not follow noise
 
 Report = Callable[[str, int, int], None]
 
 
-def measure(db: Database, entry: dict, report: Report = lambda stage, done, total: None) -> dict:
+def measure(writer: Writer, entry: dict, report: Report = lambda stage, done, total: None) -> dict:
     """Choose how many cells a query looks into and how many hits are compared exactly, and store that with its recall.
 
     The least that finds RECALL_WANTED of the exact first K; where nothing does, all that was tried. Then the same for the
     encoder's mappers, see `measure_mapper`.
     """
-    snapshot = db.snapshot
+    snapshot = writer.snapshot
     encoder_id, n_partitions = entry["encoder_id"], entry["n_partitions"]
     said, ids, queries = sampling.queries(snapshot, encoder_id)
     report("recall", 0, 1)
@@ -60,24 +60,24 @@ def measure(db: Database, entry: dict, report: Report = lambda stage, done, tota
         "images_version": snapshot.version,
         "created_at": datetime.now(UTC),
     }
-    db.upsert("indices", [row], on="encoder_id")
-    for mapper_id in _mapper_ids(db.snapshot, encoder_id):
-        measure_mapper(db, mapper_id, report)
+    writer.upsert("indices", [row])
+    for mapper_id in _mapper_ids(writer.snapshot, encoder_id):
+        measure_mapper(writer, mapper_id, report)
     return row
 
 
-def measure_mapper(db: Database, mapper_id: str, report: Report = lambda stage, done, total: None) -> dict | None:
+def measure_mapper(writer: Writer, mapper_id: str, report: Report = lambda stage, done, total: None) -> dict | None:
     """See what a mapper, folded into the query, finds through its encoder's index, and store how it is asked for that.
 
-    With the tilt that is fitted, or with none where more is found so; the least that finds RECALL_WANTED of the exact first
-    K. Where not even the most does, all candidates are compared.
+    With the norm correction that is fitted, or with none where more is found so; the least that finds RECALL_WANTED of the
+    exact first K. Where not even the most does, all candidates are compared.
     returns: the row of `mapper_searches`; None where there is no index, or rows that it does not cover yet (`optimize`
              measures then), or nothing to ask, or a mapper that cannot be folded or is broken
     """
-    db.refresh()
-    snapshot = db.snapshot
-    mapper = snapshot.mapper(mapper_id)
-    own = snapshot.indices.get(mapper.encoder_id)
+    writer.refresh()
+    snapshot = writer.snapshot
+    mapper = stored_mapper(snapshot, mapper_id)
+    own = planner.indices(snapshot).get(mapper.encoder_id)
     if own is None or own.later or mapper.form not in ivf.FOLDABLE:
         return None
     stage = f"recall of {mapper_id}"
@@ -90,16 +90,16 @@ def measure_mapper(db: Database, mapper_id: str, report: Report = lambda stage, 
     if not any(map(len, exact.ids)):
         return None
 
-    def asked(more: int, hits: int, tilt: np.ndarray) -> ivf.Index:
+    def asked(more: int, hits: int, correction: np.ndarray) -> ivf.Index:
         n_probes = min(more * own.n_probes, own.n_partitions)
-        return replace(own, n_probes=n_probes, oversampling=hits * own.oversampling, tilt=tilt)
+        return replace(own, n_probes=n_probes, oversampling=hits * own.oversampling, norm_correction=correction)
 
     def recall_of(index: ivf.Index) -> float:
         return _recall_of(snapshot, index, ids, queries, exact, mapper)
 
-    fitted = _tilt(snapshot, mapper, exact)
-    tilt = max((fitted, np.zeros_like(fitted)), key=lambda tilt: recall_of(asked(*BETWEEN, tilt)))
-    tries = [asked(more, hits, tilt) for more, hits in MORE_FOR_A_MAPPER]
+    fitted = _norm_correction(snapshot, mapper, exact)
+    correction = max((fitted, np.zeros_like(fitted)), key=lambda correction: recall_of(asked(*BETWEEN, correction)))
+    tries = [asked(more, hits, correction) for more, hits in MORE_FOR_A_MAPPER]
     # The most is tried first: it says whether anything else need be.
     index, recall = tries[-1], recall_of(tries[-1])
     if used := recall >= RECALL_WANTED:
@@ -110,29 +110,29 @@ def measure_mapper(db: Database, mapper_id: str, report: Report = lambda stage, 
         "used": used,
         "n_probes": index.n_probes,
         "oversampling": index.oversampling,
-        "tilt": tilt,
+        "norm_correction": correction,
         "recall": recall,
         "n_queries": len(queries),
         "images_version": snapshot.version,
         "created_at": datetime.now(UTC),
     }
-    db.upsert("mapper_searches", [row], on="mapper_id")
+    writer.upsert("mapper_searches", [row])
     return row
 
 
-def measure_trained(db: Database, mapper_id: str) -> None:
+def measure_trained(writer: Writer, mapper_id: str) -> None:
     """`measure_mapper` for a new mapper; left to `optimize` where maintenance runs already."""
-    with suppress(Busy), alone(db.path / ".maintenance.lock", f"{db.path} is being maintained"):
-        measure_mapper(db, mapper_id)
+    with suppress(Busy), exclusive_lock(writer.path / ".maintenance.lock", f"{writer.path} is being maintained"):
+        measure_mapper(writer, mapper_id)
 
 
-def measure_missing(db: Database, report: Report = lambda stage, done, total: None) -> None:
+def measure_missing(writer: Writer, report: Report = lambda stage, done, total: None) -> None:
     """Measure the mappers of indexed encoders that are not measured: the job that should have was killed."""
-    done = set(db.snapshot.tables["mapper_searches"].to_table(columns=["mapper_id"])["mapper_id"].to_pylist())
-    for encoder_id in db.snapshot.indices:
-        for mapper_id in _mapper_ids(db.snapshot, encoder_id):
+    done = set(writer.snapshot.tables["mapper_searches"].to_table(columns=["mapper_id"])["mapper_id"].to_pylist())
+    for encoder_id in planner.indices(writer.snapshot):
+        for mapper_id in _mapper_ids(writer.snapshot, encoder_id):
             if mapper_id not in done:
-                measure_mapper(db, mapper_id, report)
+                measure_mapper(writer, mapper_id, report)
 
 
 def _least(
@@ -154,7 +154,7 @@ def _mapper_ids(snapshot: Snapshot, encoder_id: str) -> list[str]:
     return sorted(snapshot.tables["mappers"].to_table(columns=["mapper_id"], filter=where)["mapper_id"].to_pylist())
 
 
-def _tilt(snapshot: Snapshot, mapper: Mapper, exact: exact_search.Hits) -> np.ndarray:
+def _norm_correction(snapshot: Snapshot, mapper: Mapper, exact: exact_search.Hits) -> np.ndarray:
     """(dimension,) float32: t g, where n(x) is nearly a + g . x, and t is the mean similarity of the K-th candidates."""
     n_rows = sampling.n_features(snapshot, mapper.encoder_id)
     x = sampling.features(snapshot, mapper.encoder_id, N_FITTED, n_rows).astype(np.float64)
@@ -177,5 +177,5 @@ def _recall_of(
     mapper: Mapper | None = None,
 ) -> float:
     where = snapshot.visible(CANDIDATES)
-    found = ivf.top_k(snapshot.tables["images"], index, where, count(snapshot), queries, K + 1, mapper)
+    found = ivf.top_k(snapshot.tables["images"], index, where, planner.count(snapshot), queries, K + 1, mapper)
     return exact_search.recall(found, exact, K, ids)

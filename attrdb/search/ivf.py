@@ -21,6 +21,7 @@ import pyarrow as pa
 
 from attrdb.search import exact as exact_search
 from attrdb.search.mapper import Mapper
+from attrdb.store.features import stream
 from attrdb.store.schema import feature_columns, feature_matrix
 
 FETCHED = 65_536  # hits that Lance is asked for at a time, so that their features fit into memory
@@ -34,9 +35,9 @@ FOLDABLE = ("affine", "gain")  # forms of mappers
 class Index:
     """An index that attrdb built, and how it is asked; see the tables `indices` and `mapper_searches`.
 
-    later:    the fragments of images that it does not cover: they came after it, or their features did
-    filtered: whether the indices of other columns, which predicates are answered by, cover all that it covers
-    tilt:     (dimension,) float32, of a mapper: t g, which is taken from its folded query
+    later:           the fragments of images that it does not cover: they came after it, or their features did
+    filtered:        whether the indices of other columns, which predicates are answered by, cover all that it covers
+    norm_correction: (dimension,) float32, of a mapper: t g, which is subtracted from its folded query
     """
 
     encoder_id: str
@@ -46,7 +47,7 @@ class Index:
     oversampling: int
     later: tuple[int, ...] = ()
     filtered: bool = False
-    tilt: np.ndarray | None = field(default=None, compare=False)
+    norm_correction: np.ndarray | None = field(default=None, compare=False)
 
     @property
     def name(self) -> str:
@@ -78,7 +79,7 @@ def coverage(images: lance.LanceDataset, encoder_id: str) -> dict[str, Any]:
     return {"later": tuple(sorted(there - own)), "filtered": all(own <= one for one in others)}
 
 
-def folded(queries: np.ndarray, mapper: Mapper | None, tilt: np.ndarray | None = None) -> np.ndarray:
+def folded(queries: np.ndarray, mapper: Mapper | None, norm_correction: np.ndarray | None = None) -> np.ndarray:
     """(n_queries, dimension) float32, unit length: what to look for among features that are not mapped."""
     if mapper is None:
         return queries
@@ -88,7 +89,7 @@ def folded(queries: np.ndarray, mapper: Mapper | None, tilt: np.ndarray | None =
         if mapper.form == "affine"
         else own * mapper.parameters["exemplar.gain"]
     )
-    own = own - (0 if tilt is None else tilt)
+    own = own - (0 if norm_correction is None else norm_correction)
     return own / np.linalg.norm(own, axis=1, keepdims=True)
 
 
@@ -112,7 +113,7 @@ def top_k(
     # As many cells as hold, on average, several times what is wanted; more than usual only where very much is.
     holding = math.ceil(ROOM * wanted * index.n_partitions / max(1, n_candidates))
     n_probes = min(index.n_partitions, max(index.n_probes, holding))
-    asked = folded(queries, mapper, index.tilt)
+    asked = folded(queries, mapper, index.norm_correction)
 
     def of_part(part: slice) -> exact_search.Hits:
         query, candidate, ids, features = _hits(images, index, where, asked[part], wanted, n_probes)
@@ -141,7 +142,7 @@ def top_k(
     if not index.later:
         return found
     # Lance would compare what the index does not cover for one query after the other.
-    blocks = exact_search.stream(images, index.encoder_id, where, fragments=index.later)
+    blocks = stream(images, index.encoder_id, where, fragments=index.later)
     return exact_search.merged([found, exact_search.top_k(blocks, queries, k, mapper=mapper)], k)
 
 

@@ -44,9 +44,9 @@ def _sums_by_numpy(features: np.ndarray) -> Callable[[np.ndarray, np.ndarray], n
 def _sums_by_torch(features: np.ndarray, device: str) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
     import torch
 
-    from attrdb.search.gemm_cuda import placed
+    from attrdb.search.gemm_cuda import to_device
 
-    there = placed(features, device).double()  # so that the order in which a GPU adds them does not show
+    there = to_device(features, device).double()  # so that the order in which a GPU adds them does not show
 
     def sums(cell: np.ndarray, n: np.ndarray) -> np.ndarray:
         found = there.new_zeros((len(n), there.shape[1]))
@@ -79,11 +79,11 @@ def _by_numpy(centroids: np.ndarray, half: np.ndarray) -> Callable[[np.ndarray],
 def _by_torch(centroids: np.ndarray, half: np.ndarray, device: str) -> Callable[[np.ndarray], np.ndarray]:
     import torch
 
-    from attrdb.search.gemm_cuda import placed
+    from attrdb.search.gemm_cuda import to_device
 
-    columns, half_there = placed(centroids, device).T, torch.from_numpy(half).to(device)
+    columns, half_there = to_device(centroids, device).T, torch.from_numpy(half).to(device)
 
     def product(features: np.ndarray) -> np.ndarray:
-        return torch.addmm(-half_there, placed(features, device), columns).argmax(dim=1).cpu().numpy()
+        return torch.addmm(-half_there, to_device(features, device), columns).argmax(dim=1).cpu().numpy()
 
     return product

@@ -5,13 +5,16 @@ It is trained in attrdb.training and applied here, without torch.
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from attrdb.errors import InvalidValue
+from attrdb.errors import InvalidValue, NotFound
+from attrdb.store.predicates import literal
+from attrdb.store.snapshot import Snapshot
 
 FORMS = ("affine", "gain", "mlp")
 SIDES = ("exemplar", "sample")  # h for training images (exemplars and pretraining images), h~ for samples
@@ -105,3 +108,24 @@ class Mapper:
     def _unscaled(self, side: str, features: np.ndarray, dtype: type) -> np.ndarray:
         arrays = {name: array.astype(dtype, copy=False) for name, array in self.arrays(side).items()}
         return self.applied(arrays, features.astype(dtype, copy=False))
+
+
+def stored_mapper(snapshot: Snapshot, mapper_id: str) -> Mapper:
+    """A mapper of the database; read once per snapshot.
+
+    raises: NotFound, with the nearest ids
+    """
+    read = snapshot.once(_mappers_read)
+    if mapper_id not in read:
+        rows = snapshot.rows("mappers", f"mapper_id = {literal(mapper_id)}")
+        if not rows:
+            known = [row["mapper_id"] for row in snapshot.rows("mappers", columns=["mapper_id"])]
+            near = ", ".join(map(repr, difflib.get_close_matches(mapper_id, known, 3, 0)))
+            hint = f"; nearest: {near}" if near else ", it has none yet: attrdb train makes them"
+            raise NotFound(f"no mapper {mapper_id!r} in {snapshot.path}{hint}")
+        read[mapper_id] = Mapper.of_row(rows[0])
+    return read[mapper_id]
+
+
+def _mappers_read(snapshot: Snapshot) -> dict[str, Mapper]:
+    return {}

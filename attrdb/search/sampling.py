@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pyarrow.compute as pc
 
-from attrdb.attribution.query import CANDIDATES
-from attrdb.search import exact as exact_search
+from attrdb.store.features import stream
+from attrdb.store.predicates import CANDIDATES, among
 from attrdb.store.schema import feature_matrix
-from attrdb.store.snapshot import Snapshot, among
+from attrdb.store.snapshot import Snapshot
 
 N_QUERIES = 200
 COUNTED, ESTIMATED_FROM = 50_000, 4_096  # images
@@ -33,7 +33,7 @@ def features(snapshot: Snapshot, encoder_id: str, wanted: int, n_rows: int) -> n
     images = snapshot.tables["images"]
     n_images, rng = images.count_rows(), np.random.default_rng(0)
     if n_rows < SPARSE * n_images:
-        blocks = [block for _, block in exact_search.stream(images, encoder_id, "true")]
+        blocks = [block for _, block in stream(images, encoder_id, "true")]
         return np.concatenate([block[rng.random(len(block)) * n_rows < 1.1 * wanted] for block in blocks])
     chosen = rng.choice(n_images, min(n_images, wanted * n_images // n_rows), replace=False)
     return feature_matrix(images.take(np.sort(chosen), columns=[encoder_id])[encoder_id].drop_null())

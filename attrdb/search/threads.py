@@ -21,7 +21,7 @@ from threadpoolctl import ThreadpoolController
 WORKERS = 16  # at most, since each holds a block and the result of a product: half a GiB together
 
 
-def worked(work: Callable[[Any], Any], blocks: Iterable[Any], device: str = "cpu") -> Iterator[Any]:
+def map_blocks(work: Callable[[Any], Any], blocks: Iterable[Any], device: str = "cpu") -> Iterator[Any]:
     """What is made of each block, in their order; on an accelerator one after the other."""
     if device != "cpu":
         yield from map(work, blocks)

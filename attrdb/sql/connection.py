@@ -1,7 +1,4 @@
-"""SQL over one snapshot: DuckDB in-process, read-only and closed in.
-
-Views and macros are declared in RELATIONS, from which the data dictionary is generated.
-"""
+"""SQL over one snapshot: DuckDB in-process, read-only and closed in."""
 
 from __future__ import annotations
 
@@ -9,7 +6,6 @@ import re
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -17,150 +13,57 @@ import duckdb
 import numpy as np
 import pyarrow as pa
 
-from attrdb.attribution.influence import DEFAULT_LAM, DEFAULT_TAU
-from attrdb.attribution.query import Attribution, attribute, check_enough, nearest
+from attrdb.attribution.methods import method_rows, resolve_method
+from attrdb.attribution.query import Attribution, AttributionRequest, attribute_stored, check_enough
 from attrdb.errors import QueryRefused
-from attrdb.store.schema import feature_columns, feature_matrix
-from attrdb.store.snapshot import Snapshot, among
-
-
-@dataclass(frozen=True)
-class Relation:
-    """A view or a table macro: what a row is, how it is called and the SQL behind it."""
-
-    name: str
-    grain: str
-    sql: str
-    arguments: str = ""  # of a macro
-
-
-def _by_role(name: str, role: str) -> Relation:
-    return Relation(name, f"one row per {role} image, with the columns of images", f"FROM images WHERE role = '{role}'")
-
-
-_DESCRIBED = """
-    SELECT hits.rank, hits.image_id, images.role, images.model_id, images.source, images.category, images.creator,
-           images.license, {columns}
-    FROM (SELECT unnest({call}, max_depth := 2)) AS hits
-    JOIN images ON images.image_id = hits.image_id
-    ORDER BY hits.rank
-"""
-
-# H_N is the N-th harmonic number by its expansion, right to 1e-4 from N = 30 on.
-_SAMPLE_SCORES = """
-    WITH evaluations AS (
-        SELECT encoder_id, mapper_id, gallery, max(gallery_size) AS largest_gallery
-        FROM exemplar_ranks
-        GROUP BY encoder_id, mapper_id, gallery
-    ),
-    truth AS (
-        SELECT evaluations.*, models.kind, models.split, models.model_id, samples.prompt_scheme,
-               samples.image_id AS sample_id, exemplars.image_id AS exemplar_id
-        FROM evaluations
-        CROSS JOIN models
-        JOIN samples ON samples.model_id = models.model_id
-        JOIN exemplars ON exemplars.model_id = models.model_id
-    ),
-    ranked AS (
-        SELECT truth.*, ranks.rank, coalesce(ranks.gallery_size, truth.largest_gallery) AS gallery_size,
-               row_number() OVER (
-                   PARTITION BY truth.encoder_id, truth.mapper_id, truth.gallery, truth.sample_id
-                   ORDER BY ranks.rank ASC NULLS LAST, truth.exemplar_id
-               ) / ranks.rank AS precision_at_rank
-        FROM truth
-        LEFT JOIN exemplar_ranks AS ranks
-            ON ranks.encoder_id = truth.encoder_id AND ranks.mapper_id = truth.mapper_id
-            AND ranks.gallery = truth.gallery AND ranks.sample_id = truth.sample_id
-            AND ranks.exemplar_id = truth.exemplar_id
-    ),
-    cut AS (
-        SELECT *, coalesce(k, count(*) OVER (PARTITION BY encoder_id, mapper_id, gallery, sample_id)) AS cut_off
-        FROM ranked
-    ),
-    counted AS (
-        SELECT encoder_id, mapper_id, gallery, kind, split, prompt_scheme, model_id, sample_id, cut_off,
-               count(*) AS n_exemplars, max(gallery_size) AS n, ln(n) + 0.5772156649 + 1 / (2 * n) AS harmonic,
-               count(CASE WHEN rank <= cut_off THEN 1 END) AS n_found,
-               avg(coalesce(precision_at_rank, 0.0)) AS average_precision, count(*) - count(rank) AS n_unranked
-        FROM cut
-        GROUP BY ALL
-    )
-    SELECT encoder_id, mapper_id, gallery, kind, split, prompt_scheme, model_id, sample_id, n_exemplars,
-           n_found / n_exemplars AS recall, n_found / least(cut_off, n_exemplars) AS capped_recall, average_precision,
-           least(1.0, cut_off / n) AS chance_recall, least(1.0, cut_off / n_exemplars) AS best_recall,
-           (harmonic + (n_exemplars - 1) / greatest(n - 1, 1) * (n - harmonic)) / n AS chance_precision, n_unranked
-    FROM counted
-"""
-
-RELATIONS = (
-    _by_role("exemplars", "exemplar"),
-    _by_role("samples", "sample"),
-    _by_role("pretraining_images", "pretraining"),
-    Relation(
-        "sample_scores",
-        "one row per sample and evaluation (encoder, mapper, gallery): how its model's exemplars were ranked. recall: found "
-        "among the first k / all of them, with k NULL among as many as there are; capped_recall: / min(k, all of them); "
-        "average_precision: mean of j / r_j over them by rank; chance_recall and chance_precision: expected of a random "
-        "order; best_recall: the most that recall can be. An exemplar that was never ranked counts as not found, and in "
-        "n_unranked",
-        _SAMPLE_SCORES,
-        "k",
-    ),
-    Relation(
-        "nearest",
-        "one row per candidate (exemplar or pretraining image) of a feature, most similar first, ties by image_id. "
-        "feature: a feature of the encoder, as in the view features; encoder_id: the database's first when left out; "
-        "candidates: a predicate on the columns of images that they must fulfil. By the encoder's index where there is one, "
-        "unless exact",
-        _DESCRIBED.format(
-            columns="hits.similarity",
-            call="_nearest(feature::FLOAT[], k::BIGINT, encoder_id::VARCHAR, candidates::VARCHAR, exact::BOOLEAN)",
-        ),
-        "feature, k := 10, encoder_id := NULL, candidates := NULL, exact := false",
-    ),
-    Relation(
-        "attribute",
-        "one row per candidate of a stored image, most similar first, with its influence, an estimate. k := NULL: every "
-        "candidate that has influence. complete is false where more candidates than could be kept have influence, and "
-        "missing_influence bounds their share. tau and lam are as calibrated where they are left out, else "
-        f"{DEFAULT_TAU} and {DEFAULT_LAM}; candidates and exact as in nearest",
-        _DESCRIBED.format(
-            columns="hits.similarity, hits.influence, hits.complete, hits.missing_influence",
-            call="_attribute(sample::VARCHAR, k::BIGINT, encoder_id::VARCHAR, tau::DOUBLE, lam::DOUBLE, mapper_id::VARCHAR, "
-            "candidates::VARCHAR, exact::BOOLEAN)",
-        ),
-        "sample, k := 10, encoder_id := NULL, tau := NULL, lam := NULL, mapper_id := NULL, candidates := NULL, "
-        "exact := false",
-    ),
-)
-
-# Made from what the snapshot holds, and so not in RELATIONS.
-FEATURES_GRAIN = "one row per image and encoder that has encoded it; feature is a FLOAT[] of unit length"
-UNFINISHED_GRAIN = (
-    "one row per model whose images are stored and whose row in models is not: its job runs or was killed"
-)
+from attrdb.search import planner
+from attrdb.sql.relations import STORED, features_view, older_view, relations
+from attrdb.store.schema import TABLES
+from attrdb.store.snapshot import Snapshot
 
 _HIT = pa.struct([("rank", pa.int64()), ("image_id", pa.string()), ("similarity", pa.float64())])
-_SHARE = pa.struct([*_HIT, ("influence", pa.float64()), ("complete", pa.bool_()), ("missing_influence", pa.float64())])
+_SHARE = pa.struct(
+    [
+        ("rank", pa.int64()),
+        ("image_id", pa.string()),
+        ("score", pa.float64()),
+        ("similarity", pa.float64()),
+        ("influence", pa.float64()),
+        ("complete", pa.bool_()),
+        ("missing_influence", pa.float64()),
+    ]
+)
 
 
 def connect(snapshot: Snapshot) -> duckdb.DuckDBPyConnection:
-    """A connection that sees the tables of the snapshot, RELATIONS and `features`, and no file, network or setting.
+    """A connection that sees the tables of the snapshot, its views and macros, and no file, network or setting.
 
     Views, macros and functions are made once for a snapshot, which takes some 20 ms, and shared by its connections.
     """
-    with snapshot.lock:
-        if snapshot.catalog is None:
-            snapshot.catalog = _catalog(snapshot)
-        connection = snapshot.catalog.cursor()
+    connection = snapshot.once(_catalog).cursor()
     _register(connection, snapshot)  # what is registered is a connection's own
     return connection
 
 
 def _register(connection: duckdb.DuckDBPyConnection, snapshot: Snapshot) -> None:
+    """Show the tables under the names that views read them by."""
     for name, dataset in snapshot.tables.items():
-        connection.register(name if name != "images" or not snapshot.hidden_models else "_images", dataset)
+        connection.register(_registered_name(name, snapshot), dataset)
+    methods = pa.Table.from_pylist(list(method_rows(snapshot).values()), schema=TABLES["methods"])
+    connection.register("methods", methods)
     connection.register("unfinished_models", pa.table({"model_id": pa.array(snapshot.hidden_models, pa.string())}))
+
+
+def _registered_name(name: str, snapshot: Snapshot) -> str:
+    if name == "images" and snapshot.hidden_models:
+        return "_images"
+    if name in STORED:
+        return f"_{name}" if _is_of_today(name, snapshot) else f"_{name}_5"
+    return name
+
+
+def _is_of_today(name: str, snapshot: Snapshot) -> bool:
+    return "method_id" in snapshot.tables[name].schema.names
 
 
 def _catalog(snapshot: Snapshot) -> duckdb.DuckDBPyConnection:
@@ -170,13 +73,13 @@ def _catalog(snapshot: Snapshot) -> duckdb.DuckDBPyConnection:
     _register(connection, snapshot)
     if snapshot.hidden_models:
         connection.execute(f"CREATE VIEW images AS FROM _images WHERE {snapshot.visible('true')}")
-    connection.execute(f"CREATE VIEW features AS {_features(snapshot.tables['images'].schema)}")
+    connection.execute(features_view(snapshot.tables["images"].schema))
     # The snapshot keeps the catalog; were its functions to keep the snapshot, neither would ever be let go.
     owner = weakref.ref(snapshot)
     # DuckDB counts the parameters of a function, so that they have to be spelled out here.
     connection.create_function(
         "_nearest",
-        lambda feature, k, encoder_id, candidates, exact: _together(
+        lambda feature, k, encoder_id, candidates, exact: _batched(
             partial(_nearest, owner()), _HIT, feature, k, encoder_id, candidates, exact
         ),
         ["FLOAT[]", "BIGINT", "VARCHAR", "VARCHAR", "BOOLEAN"],
@@ -186,17 +89,19 @@ def _catalog(snapshot: Snapshot) -> duckdb.DuckDBPyConnection:
     )
     connection.create_function(
         "_attribute",
-        lambda sample, k, encoder_id, tau, lam, mapper_id, candidates, exact: _together(
-            partial(_attribute, owner()), _SHARE, sample, k, encoder_id, tau, lam, mapper_id, candidates, exact
+        lambda sample, k, method, encoder_id, mapper_id, tau, lam, candidates, exact: _batched(
+            partial(_attribute, owner()), _SHARE, sample, k, method, encoder_id, mapper_id, tau, lam, candidates, exact
         ),
-        ["VARCHAR", "BIGINT", "VARCHAR", "DOUBLE", "DOUBLE", "VARCHAR", "VARCHAR", "BOOLEAN"],
+        ["VARCHAR", "BIGINT", "VARCHAR", "VARCHAR", "VARCHAR", "DOUBLE", "DOUBLE", "VARCHAR", "BOOLEAN"],
         _sql_type(_SHARE),
         type="arrow",
         null_handling="special",
     )
-    for one in RELATIONS:
-        what = f"MACRO {one.name}({one.arguments}) AS TABLE" if one.arguments else f"VIEW {one.name} AS"
-        connection.execute(f"CREATE {what} {one.sql}")
+    for name in STORED:
+        if not _is_of_today(name, snapshot):
+            connection.execute(older_view(name).create)
+    for relation in relations():
+        connection.execute(relation.create)
     connection.execute("SET lock_configuration = true")
     return connection
 
@@ -209,20 +114,8 @@ def _sql_type(item: pa.StructType) -> str:
     return f"STRUCT({', '.join(f'{field.name} {_SQL_TYPES[field.type]}' for field in item)})[]"
 
 
-def _features(images: pa.Schema) -> str:
-    # The null test reads the cast column: DuckDB would push one on the column itself down, and Lance's Arrow bridge
-    # cannot filter a vector column (pylance 14.0: 'No match for FieldRef').
-    nothing = "SELECT image_id, role, model_id, '' AS encoder_id, NULL::FLOAT[] AS feature FROM images WHERE false"
-    parts = [
-        f"SELECT image_id, role, model_id, '{encoder}' AS encoder_id, \"{encoder}\"::FLOAT[] AS feature FROM images "
-        f'WHERE "{encoder}"::FLOAT[] IS NOT NULL'
-        for encoder in feature_columns(images)
-    ]
-    return " UNION ALL ".join(parts or [nothing])
-
-
-def _together(find: Callable[..., list], item: pa.StructType, *columns: pa.Array) -> pa.Array:
-    """What DuckDB calls with a block of rows: those that ask with the same settings are searched for together."""
+def _batched(answer: Callable[..., list], item: pa.StructType, *columns: pa.Array) -> pa.Array:
+    """What DuckDB calls with a block of rows: those that ask with the same settings are answered together."""
     rows = list(zip(*(column.to_pylist() for column in columns), strict=True))
     answers: list[list[dict] | None] = [None] * len(rows)
     alike: dict[tuple, list[int]] = {}
@@ -230,9 +123,9 @@ def _together(find: Callable[..., list], item: pa.StructType, *columns: pa.Array
         if query is not None:
             alike.setdefault(tuple(settings), []).append(number)
     for settings, numbers in alike.items():
-        found = find([rows[number][0] for number in numbers], *settings)
-        for number, answer in zip(numbers, found, strict=True):
-            answers[number] = answer
+        answered = answer([rows[number][0] for number in numbers], *settings)
+        for number, items in zip(numbers, answered, strict=True):
+            answers[number] = items
     return pa.array(answers, pa.list_(item))
 
 
@@ -254,10 +147,10 @@ def _nearest(
     queries = np.array(features, dtype=np.float32)
     norms = np.linalg.norm(queries, axis=1, keepdims=True)
     if not (np.isfinite(norms) & (norms > 0)).all():
-        raise QueryRefused("nearest: a feature that is zero or not finite; it must point somewhere")
-    hits = nearest(snapshot, encoder_id, queries / norms, k, candidates=candidates, exact=bool(exact))
+        raise QueryRefused("nearest: a feature that is zero or not finite has no direction")
+    hits = planner.nearest(snapshot, encoder_id, queries / norms, k, candidates=candidates, exact=bool(exact))
     for ids in hits.ids:
-        check_enough(snapshot, encoder_id, candidates, k, len(ids))
+        check_enough(snapshot, f"{encoder_id!r} feature", candidates, k, len(ids))
     return [
         [
             {"rank": rank, "image_id": image_id, "similarity": similarity}
@@ -271,50 +164,34 @@ def _attribute(
     snapshot: Snapshot,
     samples: list[str],
     k: int | None,
+    method: str | None,
     encoder_id: str | None,
+    mapper_id: str | None,
     tau: float | None,
     lam: float | None,
-    mapper_id: str | None,
     candidates: str | None,
     exact: bool | None,
 ) -> list[list[dict] | None]:
-    encoder_id, mapper = snapshot.compared(encoder_id, mapper_id)
-    tau, lam = snapshot.calibration(encoder_id, mapper_id, tau, lam)
-    where = f"{among('image_id', samples)} AND `{encoder_id}` IS NOT NULL"
-    stored = snapshot.images(where, ["image_id", encoder_id])
-    if not len(stored):
-        return [None] * len(samples)
-    ids = stored["image_id"].to_pylist()
-    features = feature_matrix(stored[encoder_id])
-    found = attribute(
-        snapshot,
-        encoder_id,
-        features,
-        ids,
-        k=k,
-        tau=tau,
-        lam=lam,
-        mapper=mapper,
-        candidates=candidates,
-        exact=bool(exact),
-    )
-    answers = dict(zip(ids, map(_share_rows, found), strict=True))
-    return [answers.get(sample) for sample in samples]
+    by = resolve_method(snapshot, method, encoder_id, mapper_id)
+    request = AttributionRequest(None, k, by, tau, lam, candidates, bool(exact))
+    answers = attribute_stored(snapshot, list(dict.fromkeys(samples)), request)
+    is_similarity = method_rows(snapshot)[by]["kind"] == "similarity"
+    rows = {sample: _share_rows(answer, is_similarity) for sample, answer in answers.items()}
+    return [rows.get(sample) for sample in samples]
 
 
-def _share_rows(found: Attribution) -> list[dict]:
+def _share_rows(answer: Attribution, is_similarity: bool) -> list[dict]:
     return [
         {
             "rank": rank,
             "image_id": image_id,
-            "similarity": similarity,
+            "score": score,
+            "similarity": score if is_similarity else None,
             "influence": share,
-            "complete": found.complete,
-            "missing_influence": found.missing_influence,
+            "complete": answer.complete,
+            "missing_influence": answer.missing_influence,
         }
-        for rank, (image_id, similarity, share) in enumerate(
-            zip(found.ids, found.similarity, found.influence, strict=True), 1
-        )
+        for rank, (image_id, score, share) in enumerate(zip(answer.ids, answer.score, answer.influence, strict=True), 1)
     ]
 
 

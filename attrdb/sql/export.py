@@ -12,10 +12,12 @@ import lance
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from attrdb import sql
 from attrdb.errors import AttrdbError, InvalidValue, StorageError
-from attrdb.sql.connection import RELATIONS
+from attrdb.sql.relations import ROLE_VIEWS, STORED, relations
+from attrdb.store.lance_errors import storage
 from attrdb.store.schema import feature_columns
-from attrdb.store.snapshot import Snapshot, storage
+from attrdb.store.snapshot import Snapshot
 
 FORMATS = ("parquet", "duckdb")
 BATCH_ROWS = 1024
@@ -79,6 +81,8 @@ def _stream(
     snapshot: Snapshot, name: str, left_out: set[str], report: Report
 ) -> tuple[pa.Schema, Iterator[pa.RecordBatch]]:
     """The schema of a table without what is left out, and its rows in batches."""
+    if name in (*STORED, "methods"):  # as SQL shows them
+        return _stream_view(snapshot, name, report)
     table: lance.LanceDataset = snapshot.tables[name]
     shown = snapshot.visible("true") if name == "images" and snapshot.hidden_models else None
     columns = [column for column in table.schema.names if column not in left_out]
@@ -97,6 +101,22 @@ def _stream(
                 yield batch
 
     return scanner.projected_schema, batches()
+
+
+def _stream_view(snapshot: Snapshot, name: str, report: Report) -> tuple[pa.Schema, Iterator[pa.RecordBatch]]:
+    connection = sql.connect(snapshot)
+    total = connection.sql(f"SELECT count(*) FROM {name}").fetchall()[0][0]
+    reader = connection.sql(f"FROM {name}").to_arrow_reader(BATCH_ROWS)
+
+    def batches() -> Iterator[pa.RecordBatch]:
+        done = 0
+        with storage(snapshot.path), connection:
+            for batch in reader:
+                done += len(batch)
+                report(f"export {name}", done, total)
+                yield batch
+
+    return reader.schema, batches()
 
 
 def _write_parquet(snapshot: Snapshot, folder: Path, left_out: set[str], report: Report) -> dict[str, int]:
@@ -138,9 +158,9 @@ def _write_duckdb(snapshot: Snapshot, file: Path, left_out: set[str], report: Re
                 raise
             connection.unregister("_rows")
             counts[name] = connection.sql(f'SELECT count(*) FROM "{name}"').fetchall()[0][0]
-        for view in RELATIONS:
-            if not view.arguments:
-                connection.execute(f"CREATE VIEW {view.name} AS {view.sql}")
+        for view in relations():
+            if view.name in ROLE_VIEWS:
+                connection.execute(view.create)
     return counts
 
 

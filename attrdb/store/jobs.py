@@ -10,20 +10,19 @@ from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from typing import Any
 
-from attrdb.database import Database
 from attrdb.errors import AttrdbError
-from attrdb.store.snapshot import among, literal, storage
+from attrdb.store.predicates import among, literal
+from attrdb.store.writer import Writer
 
 
 class Job:
     """A running job: counts what it does and keeps what it could not."""
 
-    def __init__(self, db: Database, job_id: str):
-        self.db = db
+    def __init__(self, writer: Writer, job_id: str):
+        self.writer = writer
         self.job_id = job_id
         self.n_done = 0
-        with storage(db.path):
-            rows = db.snapshot.tables["failures"].to_table(filter=f"job_id = {literal(job_id)}").to_pylist()
+        rows = writer.snapshot.rows("failures", f"job_id = {literal(job_id)}")
         self.failures: dict[str, str] = {row["item"]: row["reason"] for row in rows}
 
     def failed(self, reasons: Mapping[str, str]) -> None:
@@ -34,22 +33,22 @@ class Job:
                 {**shared, "failure_id": f"{self.job_id} {item}", "item": item, "reason": reason}
                 for item, reason in reasons.items()
             ]
-            self.db.upsert("failures", rows, on="failure_id")
+            self.writer.upsert("failures", rows)
             self.failures |= reasons
 
     def mended(self, items: Iterable[str]) -> None:
         """Take out items that have failed before and are done now."""
         done = [item for item in items if item in self.failures]
         if done:
-            self.db.delete("failures", among("failure_id", (f"{self.job_id} {item}" for item in done)))
+            self.writer.delete("failures", among("failure_id", (f"{self.job_id} {item}" for item in done)))
             for item in done:
                 del self.failures[item]
 
 
 @contextmanager
-def running(db: Database, command: str, subject: str, settings: Mapping[str, Any]) -> Iterator[Job]:
+def running(writer: Writer, command: str, subject: str, settings: Mapping[str, Any]) -> Iterator[Job]:
     """A job's row in `jobs`, from its start to its end, however it ends."""
-    job = Job(db, f"{command}/{subject}")
+    job = Job(writer, f"{command}/{subject}")
     row = {
         "job_id": job.job_id,
         "command": command,
@@ -59,7 +58,7 @@ def running(db: Database, command: str, subject: str, settings: Mapping[str, Any
         "pid": os.getpid(),
         "started_at": datetime.now(UTC),
     }
-    db.upsert("jobs", [row], on="job_id")
+    writer.upsert("jobs", [row])
     try:
         yield job
     except BaseException as error:
@@ -72,4 +71,4 @@ def running(db: Database, command: str, subject: str, settings: Mapping[str, Any
 
 def _end(job: Job, row: dict[str, Any]) -> None:
     counts = {"n_done": job.n_done, "n_failed": len(job.failures), "ended_at": datetime.now(UTC)}
-    job.db.upsert("jobs", [row | counts], on="job_id")
+    job.writer.upsert("jobs", [row | counts])

@@ -9,11 +9,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from attrdb.errors import Busy
-from attrdb.store.snapshot import storage
+from attrdb.store.lance_errors import storage
 
 
 @contextmanager
-def alone(file: Path, doing: str) -> Iterator[None]:
+def exclusive_lock(file: Path, doing: str) -> Iterator[None]:
     """Hold a lock file; its folder is made if there is none.
 
     doing:  what the holder does, such as "model 'vase-1' is being made"

@@ -13,12 +13,12 @@ import pyarrow as pa
 
 from attrdb.errors import InvalidValue
 
-SCHEMA_VERSION = 5  # every change has a step in upgrades.py
+SCHEMA_VERSION = 6  # every change has a step in upgrades.py
 
 ROLES = ("exemplar", "sample", "pretraining")
 KINDS = ("object", "style", "mixed")
-TEXT, SMALL, WHOLE, NUMBER = pa.string(), pa.int32(), pa.int64(), pa.float64()
-MOMENT = pa.timestamp("us", tz="UTC")
+TEXT, INT32, INT64, FLOAT64 = pa.string(), pa.int32(), pa.int64(), pa.float64()
+TIMESTAMP = pa.timestamp("us", tz="UTC")
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,11 @@ class TableSchema:
     def arrow(self) -> pa.Schema:
         return pa.schema([column.field for column in self.columns])
 
+    @property
+    def key(self) -> str | None:
+        """The column that identifies a row; None for tables whose rows have no id."""
+        return next((column.name for column in self.columns if column.key), None)
+
 
 def _key(name: str, meaning: str) -> Column:
     return Column(name, TEXT, meaning, key=True)
@@ -72,11 +77,11 @@ DICTIONARY = {
                 TEXT,
                 "of a sample: `gpt` or `procedural`; `user` from a file of prompts, `caption` of an exemplar",
             ),
-            Column("seed", WHOLE, "of a sample: seed of its starting noise"),
+            Column("seed", INT64, "of a sample: seed of its starting noise"),
             Column("uri", TEXT, "where the image was read from"),
             Column("sha256", TEXT, "of the encoded bytes; as the data set states it where the bytes are not stored"),
-            Column("width", SMALL, "pixels, of the original"),
-            Column("height", SMALL, "pixels, of the original"),
+            Column("width", INT32, "pixels, of the original"),
+            Column("height", INT32, "pixels, of the original"),
             Column("creator", TEXT, "who made it"),
             Column("license", TEXT, "under which it may be used"),
             Column("metadata", TEXT, "JSON text: what the data set says beyond these columns"),
@@ -103,11 +108,11 @@ DICTIONARY = {
             Column("settings_hash", TEXT, "sha256 of the settings; file names, and choices of the machine, left out"),
             Column("weights_path", TEXT, "of the trained weights, inside the database directory"),
             Column("weights_hash", TEXT, "sha256 of that file"),
-            Column("n_exemplars", SMALL, "how many exemplars it was customized on"),
-            Column("n_samples", SMALL, "how many samples were drawn from it"),
-            Column("customize_seconds", NUMBER, "seconds of training"),
-            Column("synthesize_seconds", NUMBER, "seconds of sampling"),
-            Column("created_at", MOMENT, "when its row was written"),
+            Column("n_exemplars", INT32, "how many exemplars it was customized on"),
+            Column("n_samples", INT32, "how many samples were drawn from it"),
+            Column("customize_seconds", FLOAT64, "seconds of training"),
+            Column("synthesize_seconds", FLOAT64, "seconds of sampling"),
+            Column("created_at", TIMESTAMP, "when its row was written"),
         ),
     ),
     "encoders": TableSchema(
@@ -115,7 +120,7 @@ DICTIONARY = {
         (
             _key("encoder_id", "also the name of its column in images"),
             Column("spec", TEXT, "what loads it, such as `open_clip:ViT-B-32/openai`"),
-            Column("dimension", SMALL, "length of its features"),
+            Column("dimension", INT32, "length of its features"),
             Column("preprocessing", TEXT, "JSON text: what is done to a picture before the network sees it"),
             Column("weights_fingerprint", TEXT, "of its weights; empty while all its features were imported"),
         ),
@@ -129,85 +134,112 @@ DICTIONARY = {
             Column("trained_on", TEXT, "kind of the models: `object`, `style` or `both`"),
             Column(
                 "parameters",
-                pa.list_(pa.struct([("name", TEXT), ("shape", pa.list_(SMALL)), ("values", pa.list_(pa.float32()))])),
+                pa.list_(pa.struct([("name", TEXT), ("shape", pa.list_(INT32)), ("values", pa.list_(pa.float32()))])),
                 "its arrays, row by row: `exemplar.weight` is W and `exemplar.bias` b, for exemplars and pretraining images; "
                 "`sample.weight` and `sample.bias` are those for samples",
             ),
             Column("settings", TEXT, "JSON text: all that it was trained with"),
-            Column("images_version", WHOLE, "version of images that it was trained on"),
+            Column("images_version", INT64, "version of images that it was trained on"),
             Column(
                 "curves",
                 TEXT,
                 "JSON text: an object per epoch: loss, and recall and mean log rank in validation",
             ),
             Column("metrics", TEXT, "JSON text: of the epoch that was kept"),
-            Column("created_at", MOMENT, "when its row was written"),
+            Column("created_at", TIMESTAMP, "when its row was written"),
+        ),
+    ),
+    "methods": TableSchema(
+        "one row per attribution method: a way of scoring candidates for an image; a higher score means more influence. "
+        "Every encoder and every mapper is one; packages add others",
+        (
+            _key(
+                "method_id",
+                "`<encoder_id>` for similarity of its features, `<encoder_id>/<mapper_id>` with a mapper; of other methods "
+                "an id without a slash",
+            ),
+            Column("kind", TEXT, "`similarity`, or `stored`: its scores are in the table scores", required=True),
+            Column("encoder_id", TEXT, "similarity: whose features are compared"),
+            Column("mapper_id", TEXT, "similarity: the mapper that maps the features; null without one"),
+            Column("unit", TEXT, "what a score is, such as `cosine`", required=True),
+            Column("lowest", FLOAT64, "lowest possible score; null: unbounded"),
+            Column("highest", FLOAT64, "highest possible score; null: unbounded"),
+            Column("tau", FLOAT64, "temperature of influence, in units of the score, until calibrated", required=True),
+            Column("lam", FLOAT64, "cut-off of influence until calibrated", required=True),
+            Column("settings", TEXT, "JSON text: what made its scores"),
+            Column("created_at", TIMESTAMP, "when its row was written"),
+        ),
+    ),
+    "scores": TableSchema(
+        "one row per sample and candidate that a stored method has scored; the other candidates have no score",
+        (
+            Column("method_id", TEXT, "the method", required=True),
+            Column("sample_id", TEXT, "image_id of the sample", required=True),
+            Column("candidate_id", TEXT, "image_id of the candidate", required=True),
+            Column("score", FLOAT64, "in the method's unit; a higher score means more influence", required=True),
         ),
     ),
     "calibrations": TableSchema(
-        "one row per encoder and mapper whose influence was calibrated; without one, influence has a fixed tau and lambda",
+        "one row per method whose influence was calibrated; without it, tau and lambda are those of the method's row",
         (
-            _key("calibration_id", "`<encoder_id>/<mapper_id>`, the latter empty for the encoder's own features"),
-            Column("encoder_id", TEXT, "whose features were compared", required=True),
-            Column("mapper_id", TEXT, "empty: the encoder's own features, without a mapper", required=True),
-            Column("tau", NUMBER, "temperature of influence, above 0", required=True),
-            Column("lam", NUMBER, "cut-off of influence, at least 0 and below 1", required=True),
+            _key("method_id", "the method"),
+            Column("tau", FLOAT64, "temperature of influence, above 0", required=True),
+            Column("lam", FLOAT64, "cut-off of influence, at least 0 and below 1", required=True),
             Column(
                 "kl",
-                NUMBER,
+                FLOAT64,
                 "mean divergence of the exemplars' shares from influence, in nats, with softplus in the place of ReLU",
             ),
-            Column("kl_before", NUMBER, "the same at temperature 1 without a cut-off"),
-            Column("n_samples", WHOLE, "that it was fitted on"),
-            Column("gallery_size", WHOLE, "pretraining images among which they were"),
-            Column("split", TEXT, "of the models that the samples are of"),
+            Column("kl_before", FLOAT64, "the same at temperature 1 without a cut-off"),
+            Column("n_samples", INT64, "number of samples used for the fit"),
+            Column("gallery_size", INT64, "number of pretraining images that the samples were compared with"),
+            Column("split", TEXT, "split of the models whose samples were used"),
             Column(
                 "reliability",
                 TEXT,
-                "JSON text: influence and share of exemplars, an object a bin; `before`, and `fitted` on the same samples",
+                "JSON text: influence and share of exemplars, an object per bin; `before`, and `fitted` on the same samples",
             ),
-            Column("images_version", WHOLE, "version of images that it was fitted on"),
-            Column("created_at", MOMENT, "when its row was written"),
+            Column("images_version", INT64, "version of images that it was fitted on"),
+            Column("created_at", TIMESTAMP, "when its row was written"),
         ),
     ),
     "exemplar_ranks": TableSchema(
-        "one row per sample and exemplar of its model, for an encoder, mapper and gallery; all metrics come from it",
+        "one row per sample and exemplar of its model, for a method and gallery; all metrics come from it",
         (
-            Column("encoder_id", TEXT, "whose features were compared", required=True),
-            Column("mapper_id", TEXT, "empty: the encoder's own features, without a mapper", required=True),
+            Column("method_id", TEXT, "the method that scored the candidates", required=True),
             Column(
                 "gallery", TEXT, "`own` (its model's exemplars) or `all`, with the pretraining images", required=True
             ),
             Column("sample_id", TEXT, "image_id of the sample", required=True),
             Column("exemplar_id", TEXT, "image_id of the exemplar", required=True),
-            Column("rank", WHOLE, "1 + candidates with a higher similarity, ties by image_id", required=True),
-            Column("gallery_size", WHOLE, "candidates in the gallery", required=True),
-            Column("images_version", WHOLE, "version of images that was ranked"),
+            Column("score", FLOAT64, "of the exemplar, in the method's unit; null for ranks of before schema 6"),
+            Column("rank", INT64, "1 + candidates with a higher score, ties by image_id", required=True),
+            Column("gallery_size", INT64, "number of candidates with a score in the gallery", required=True),
+            Column("images_version", INT64, "version of images that was ranked"),
         ),
     ),
     "attributions": TableSchema(
         "one row per sample and candidate that `attrdb attribute --samples` has stored, of the first k of each sample; "
         "influence is an estimate",
         (
-            Column("encoder_id", TEXT, "whose features were compared", required=True),
-            Column("mapper_id", TEXT, "empty: the encoder's own features, without a mapper", required=True),
+            Column("method_id", TEXT, "the method that scored the candidates", required=True),
             Column("sample_id", TEXT, "image_id of the sample", required=True),
-            Column("rank", WHOLE, "place of the candidate, from 1, ties by image_id", required=True),
+            Column("rank", INT64, "place of the candidate, from 1, ties by image_id", required=True),
             Column("candidate_id", TEXT, "image_id of the candidate", required=True),
-            Column("similarity", NUMBER, "cosine, of mapped features where there is a mapper", required=True),
-            Column("influence", NUMBER, "share of all candidates' influence, at least 0", required=True),
+            Column("score", FLOAT64, "of the candidate, in the method's unit", required=True),
+            Column("influence", FLOAT64, "share of all candidates' influence, at least 0", required=True),
             Column(
                 "complete",
                 pa.bool_(),
                 "whether every candidate with influence that the search finds was looked at",
                 required=True,
             ),
-            Column("missing_influence", NUMBER, "at most this share belongs to candidates that were not looked at"),
-            Column("k", WHOLE, "candidates that were asked for"),
+            Column("missing_influence", FLOAT64, "at most this share belongs to candidates that were not looked at"),
+            Column("k", INT64, "number of candidates asked for"),
             Column("exact", pa.bool_(), "whether every candidate was compared, also where there was an index"),
-            Column("tau", NUMBER, "temperature of influence"),
-            Column("lam", NUMBER, "cut-off of influence"),
-            Column("images_version", WHOLE, "version of images that was searched"),
+            Column("tau", FLOAT64, "temperature of influence"),
+            Column("lam", FLOAT64, "cut-off of influence"),
+            Column("images_version", INT64, "version of images that was searched"),
         ),
     ),
     "indices": TableSchema(
@@ -215,17 +247,17 @@ DICTIONARY = {
         (
             _key("encoder_id", "the encoder; the index is on its column of images"),
             Column("kind", TEXT, "of the index, in Lance's words", required=True),
-            Column("n_partitions", SMALL, "cells that the features are divided into", required=True),
-            Column("n_probes", SMALL, "cells that a query looks into", required=True),
-            Column("oversampling", SMALL, "hits an answer that are compared exactly", required=True),
-            Column("recall", NUMBER, "recall@10 against an exact scan, with these settings", required=True),
-            Column("n_queries", SMALL, "that recall was measured with"),
+            Column("n_partitions", INT32, "cells that the features are divided into", required=True),
+            Column("n_probes", INT32, "cells that a query looks into", required=True),
+            Column("oversampling", INT32, "hits an answer that are compared exactly", required=True),
+            Column("recall", FLOAT64, "recall@10 against an exact scan, with these settings", required=True),
+            Column("n_queries", INT32, "that recall was measured with"),
             Column("queries", TEXT, "what they were: `samples`, or `candidates` where there are no samples"),
-            Column("n_rows", WHOLE, "features when its cells were chosen; with many more of them, build it again"),
+            Column("n_rows", INT64, "features when its cells were chosen; with many more of them, build it again"),
             Column("device", TEXT, "that it was built on"),
-            Column("seconds", NUMBER, "that dividing and building took, without measuring recall"),
-            Column("images_version", WHOLE, "version of images that recall was measured on"),
-            Column("created_at", MOMENT, "when its row was written"),
+            Column("seconds", FLOAT64, "that dividing and building took, without measuring recall"),
+            Column("images_version", INT64, "version of images that recall was measured on"),
+            Column("created_at", TIMESTAMP, "when its row was written"),
         ),
     ),
     "mapper_searches": TableSchema(
@@ -234,18 +266,18 @@ DICTIONARY = {
             _key("mapper_id", "the mapper"),
             Column("encoder_id", TEXT, "whose index is asked", required=True),
             Column("used", pa.bool_(), "whether searches do so; otherwise they compare all candidates", required=True),
-            Column("n_probes", SMALL, "cells that a query looks into", required=True),
-            Column("oversampling", SMALL, "hits an answer that are compared exactly", required=True),
+            Column("n_probes", INT32, "cells that a query looks into", required=True),
+            Column("oversampling", INT32, "hits an answer that are compared exactly", required=True),
             Column(
-                "tilt",
+                "norm_correction",
                 pa.list_(pa.float32()),
                 "what is taken from the folded query, see attrdb/search/ivf.py",
                 required=True,
             ),
-            Column("recall", NUMBER, "recall@10 against an exact scan, with these settings", required=True),
-            Column("n_queries", SMALL, "that recall was measured with"),
-            Column("images_version", WHOLE, "version of images that recall was measured on"),
-            Column("created_at", MOMENT, "when its row was written"),
+            Column("recall", FLOAT64, "recall@10 against an exact scan, with these settings", required=True),
+            Column("n_queries", INT32, "that recall was measured with"),
+            Column("images_version", INT64, "version of images that recall was measured on"),
+            Column("created_at", TIMESTAMP, "when its row was written"),
         ),
     ),
     "jobs": TableSchema(
@@ -255,13 +287,13 @@ DICTIONARY = {
             Column("command", TEXT, "such as `ingest corpus` or `encode`", required=True),
             Column("settings", TEXT, "JSON text: what it was started with"),
             Column("state", TEXT, "`running`, `done`, `incomplete` (some items failed) or `failed`", required=True),
-            Column("n_done", WHOLE, "items finished by the last run"),
-            Column("n_failed", WHOLE, "items that failed and were not mended, see failures"),
+            Column("n_done", INT64, "items finished by the last run"),
+            Column("n_failed", INT64, "items that failed and were not mended, see failures"),
             Column("message", TEXT, "why it failed"),
             Column("host", TEXT, "machine of the last run"),
-            Column("pid", WHOLE, "process of the last run; `running` without that process: it was killed"),
-            Column("started_at", MOMENT, "when the last run began"),
-            Column("ended_at", MOMENT, "when it ended; null while it runs"),
+            Column("pid", INT64, "process of the last run; `running` without that process: it was killed"),
+            Column("started_at", TIMESTAMP, "when the last run began"),
+            Column("ended_at", TIMESTAMP, "when it ended; null while it runs"),
         ),
     ),
     "failures": TableSchema(
@@ -271,13 +303,13 @@ DICTIONARY = {
             Column("job_id", TEXT, "the job", required=True),
             Column("item", TEXT, "image_id, file or model_id", required=True),
             Column("reason", TEXT, "what was found, what was needed", required=True),
-            Column("failed_at", MOMENT, "when it last failed"),
+            Column("failed_at", TIMESTAMP, "when it last failed"),
         ),
     ),
 }
 
 TABLES = {name: table.arrow for name, table in DICTIONARY.items()}
-IMAGES, EXEMPLAR_RANKS = TABLES["images"], TABLES["exemplar_ranks"]
+IMAGES = TABLES["images"]
 
 CHECKPOINT_SUFFIXES = (".safetensors", ".torchscript", ".pt", ".pth", ".bin", ".tar")
 

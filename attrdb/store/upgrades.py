@@ -1,40 +1,193 @@
-"""Upgrade steps: from every schema version to the next. A step is never edited once it has been released."""
+"""Upgrade steps: from every schema version to the next. A step is never edited once it has been released.
+
+A step makes tables by the columns that they had then, written out here, so that later changes of schema.py do not reach it.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 
-from attrdb.database import create_table
+import lance
+import pyarrow as pa
+
 from attrdb.errors import NotFound
+from attrdb.store.lance_errors import storage
 from attrdb.store.schema import SCHEMA_VERSION, TABLES
-from attrdb.store.snapshot import STAMP, check_schema_version, open_table, schema_version, storage
+from attrdb.store.tables import STAMP, check_schema_version, open_table, schema_version, table_exists
+
+_TYPES = {
+    "text": pa.string(),
+    "int32": pa.int32(),
+    "int64": pa.int64(),
+    "float64": pa.float64(),
+    "bool": pa.bool_(),
+    "timestamp": pa.timestamp("us", tz="UTC"),
+    "float32s": pa.list_(pa.float32()),
+    "arrays": pa.list_(
+        pa.struct([("name", pa.string()), ("shape", pa.list_(pa.int32())), ("values", pa.list_(pa.float32()))])
+    ),
+}
+
+JOBS_2 = """
+    job_id text key, command text required, settings text, state text required, n_done int64, n_failed int64, message text,
+    host text, pid int64, started_at timestamp, ended_at timestamp
+"""
+FAILURES_2 = "failure_id text key, job_id text required, item text required, reason text required, failed_at timestamp"
+MAPPERS_3 = """
+    mapper_id text key, encoder_id text required, form text required, trained_on text, parameters arrays, settings text,
+    images_version int64, curves text, metrics text, created_at timestamp
+"""
+CALIBRATIONS_3 = """
+    calibration_id text key, encoder_id text required, mapper_id text required, tau float64 required, lam float64 required,
+    kl float64, kl_before float64, n_samples int64, gallery_size int64, split text, reliability text, images_version int64,
+    created_at timestamp
+"""
+ATTRIBUTIONS_4 = """
+    encoder_id text required, mapper_id text required, sample_id text required, rank int64 required,
+    candidate_id text required, similarity float64 required, influence float64 required, complete bool required,
+    missing_influence float64, k int64, exact bool, tau float64, lam float64, images_version int64
+"""
+INDICES_4 = """
+    encoder_id text key, kind text required, n_partitions int32 required, n_probes int32 required,
+    oversampling int32 required, recall float64 required, n_queries int32, queries text, n_rows int64, device text,
+    seconds float64, images_version int64, created_at timestamp
+"""
+MAPPER_SEARCHES_5 = """
+    mapper_id text key, encoder_id text required, used bool required, n_probes int32 required, oversampling int32 required,
+    tilt float32s required, recall float64 required, n_queries int32, images_version int64, created_at timestamp
+"""
+METHODS_6 = """
+    method_id text key, kind text required, encoder_id text, mapper_id text, unit text required, lowest float64,
+    highest float64, tau float64 required, lam float64 required, settings text, created_at timestamp
+"""
+SCORES_6 = "method_id text required, sample_id text required, candidate_id text required, score float64 required"
+CALIBRATIONS_6 = """
+    method_id text key, tau float64 required, lam float64 required, kl float64, kl_before float64, n_samples int64,
+    gallery_size int64, split text, reliability text, images_version int64, created_at timestamp
+"""
+EXEMPLAR_RANKS_6 = """
+    method_id text required, gallery text required, sample_id text required, exemplar_id text required, score float64,
+    rank int64 required, gallery_size int64 required, images_version int64
+"""
+ATTRIBUTIONS_6 = """
+    method_id text required, sample_id text required, rank int64 required, candidate_id text required,
+    score float64 required, influence float64 required, complete bool required, missing_influence float64, k int64,
+    exact bool, tau float64, lam float64, images_version int64
+"""
+
+
+def _columns(text: str) -> pa.Schema:
+    """A schema from `name type [key|required], ...`."""
+    fields = []
+    for column in text.split(","):
+        name, kind, *mark = column.split()
+        metadata = {"lance-schema:unenforced-primary-key": "true"} if mark == ["key"] else None
+        fields.append(pa.field(name, _TYPES[kind], nullable=not mark, metadata=metadata))
+    return pa.schema(fields)
+
+
+def _create(path: Path, name: str, columns: str, version: int) -> None:
+    """An empty table, unless it exists."""
+    table = path / f"{name}.lance"
+    if not table_exists(table):
+        stamped = _columns(columns).with_metadata({STAMP.decode(): str(version)})
+        lance.write_dataset(stamped.empty_table(), str(table))
 
 
 def _to_2(path: Path) -> None:
     """Jobs and their failures are kept."""
-    create_table(path, "jobs")
-    create_table(path, "failures")
+    _create(path, "jobs", JOBS_2, 2)
+    _create(path, "failures", FAILURES_2, 2)
 
 
 def _to_3(path: Path) -> None:
     """Mappers and calibrations are kept."""
-    create_table(path, "mappers")
-    create_table(path, "calibrations")
+    _create(path, "mappers", MAPPERS_3, 3)
+    _create(path, "calibrations", CALIBRATIONS_3, 3)
 
 
 def _to_4(path: Path) -> None:
     """Stored attributions and the indices of features are kept."""
-    create_table(path, "attributions")
-    create_table(path, "indices")
+    _create(path, "attributions", ATTRIBUTIONS_4, 4)
+    _create(path, "indices", INDICES_4, 4)
 
 
 def _to_5(path: Path) -> None:
     """How mappers are searched for is kept."""
-    create_table(path, "mapper_searches")
+    _create(path, "mapper_searches", MAPPER_SEARCHES_5, 5)
 
 
-STEPS = {2: _to_2, 3: _to_3, 4: _to_4, 5: _to_5}
-BEGAN = {
+def _to_6(path: Path) -> None:
+    """Results belong to a method, and have a score, in the place of an encoder, a mapper and a similarity."""
+    _create(path, "methods", METHODS_6, 6)
+    _create(path, "scores", SCORES_6, 6)
+    pairs = [
+        (row["encoder_id"], "") for row in open_table(path, "encoders").to_table(columns=["encoder_id"]).to_pylist()
+    ]
+    mappers = open_table(path, "mappers").to_table(columns=["encoder_id", "mapper_id"]).to_pylist()
+    pairs += [(row["encoder_id"], row["mapper_id"]) for row in mappers]
+    rows = [_similarity_6(encoder_id, mapper_id) for encoder_id, mapper_id in pairs]
+    methods = open_table(path, "methods").merge_insert("method_id").when_not_matched_insert_all()
+    methods.execute(pa.Table.from_pylist(rows, schema=_columns(METHODS_6)))
+    _rewrite(path, "calibrations", CALIBRATIONS_6, lambda old: {"method_id": _method_6(old)})
+    _rewrite(
+        path,
+        "exemplar_ranks",
+        EXEMPLAR_RANKS_6,
+        lambda old: {"method_id": _method_6(old), "score": pa.nulls(old.num_rows, pa.float64())},
+    )
+    _rewrite(
+        path, "attributions", ATTRIBUTIONS_6, lambda old: {"method_id": _method_6(old), "score": old["similarity"]}
+    )
+    searches = open_table(path, "mapper_searches")
+    if "tilt" in searches.schema.names:
+        searches.alter_columns({"path": "tilt", "name": "norm_correction"})
+
+
+def _similarity_6(encoder_id: str, mapper_id: str) -> dict:
+    return {
+        "method_id": f"{encoder_id}/{mapper_id}" if mapper_id else encoder_id,
+        "kind": "similarity",
+        "encoder_id": encoder_id,
+        "mapper_id": mapper_id or None,
+        "unit": "cosine",
+        "lowest": -1.0,
+        "highest": 1.0,
+        "tau": 0.05,
+        "lam": 0.05,
+        "settings": "{}",
+        "created_at": datetime.now(UTC),
+    }
+
+
+def _method_6(old: pa.RecordBatch) -> pa.Array:
+    pairs = zip(old["encoder_id"].to_pylist(), old["mapper_id"].to_pylist(), strict=True)
+    return pa.array([f"{encoder_id}/{mapper_id}" if mapper_id else encoder_id for encoder_id, mapper_id in pairs])
+
+
+def _rewrite(path: Path, name: str, columns: str, changed: Callable[[pa.RecordBatch], dict[str, pa.Array]]) -> None:
+    """Write a table anew in other columns, as its next version, unless that is done; rows are streamed.
+
+    changed: the columns that an old batch does not have as they are
+    """
+    old, schema = open_table(path, name), _columns(columns)
+    if old.schema.names == schema.names:
+        return
+
+    def batches() -> Iterator[pa.RecordBatch]:
+        for batch in old.to_batches():
+            new = changed(batch)
+            arrays = [new[field.name] if field.name in new else batch[field.name] for field in schema]
+            yield pa.record_batch(arrays, schema=schema)
+
+    reader = pa.RecordBatchReader.from_batches(schema, batches())
+    lance.write_dataset(reader, str(path / f"{name}.lance"), mode="overwrite")
+
+
+STEPS = {2: _to_2, 3: _to_3, 4: _to_4, 5: _to_5, 6: _to_6}
+MADE_IN = {  # the version that made a table, where it was not the first
     "jobs": 2,
     "failures": 2,
     "mappers": 3,
@@ -42,7 +195,9 @@ BEGAN = {
     "attributions": 4,
     "indices": 4,
     "mapper_searches": 5,
-}  # the version that made a table, where it was not the first
+    "methods": 6,
+    "scores": 6,
+}
 
 
 def upgrade(path: str | Path) -> tuple[int, int]:
@@ -55,15 +210,15 @@ def upgrade(path: str | Path) -> tuple[int, int]:
     if not (path / "images.lance").is_dir():
         raise NotFound(f"{path} is not an attrdb database (no images.lance in it)")
     with storage(path):
-        found = schema_version(open_table(path, "images"))
-        if not 0 < found <= SCHEMA_VERSION:
-            check_schema_version(path, found)
-        for version in range(found + 1, SCHEMA_VERSION + 1):
+        before = schema_version(open_table(path, "images"))
+        if not 0 < before <= SCHEMA_VERSION:
+            check_schema_version(path, before)
+        for version in range(before + 1, SCHEMA_VERSION + 1):
             STEPS[version](path)
             # 'images' is stamped last: it says which version the directory has.
-            there = [name for name in TABLES if BEGAN.get(name, 1) <= version]
-            for name in sorted(there, key=lambda name: name == "images"):
+            made = [name for name in TABLES if MADE_IN.get(name, 1) <= version]
+            for name in sorted(made, key=lambda name: name == "images"):
                 table = open_table(path, name)
                 if schema_version(table) != version:
                     table.update_schema_metadata({STAMP.decode(): str(version)})
-    return found, SCHEMA_VERSION
+    return before, SCHEMA_VERSION

@@ -15,15 +15,17 @@ import numpy as np
 import pyarrow as pa
 
 from attrdb import queries, sql
-from attrdb.attribution import query as attribution
 from attrdb.errors import InvalidValue
 from attrdb.search import exact as exact_search
-from attrdb.search import ivf
+from attrdb.search import ivf, planner
+from attrdb.store.features import stream
 from attrdb.store.ids import stored_file
+from attrdb.store.lance_errors import storage, words_of
 from attrdb.store.leases import holder
 from attrdb.store.locks import alive
+from attrdb.store.predicates import CANDIDATES, literal
 from attrdb.store.schema import SCHEMA_VERSION, feature_columns, feature_matrix
-from attrdb.store.snapshot import Snapshot, literal, storage, words_of
+from attrdb.store.snapshot import Snapshot
 
 PROBES = 20  # ids and features that the index self-test asks for
 GROWN = 2.0
@@ -53,7 +55,7 @@ def status(snapshot: Snapshot) -> dict[str, Any]:
                 "SELECT job_id, state, n_done, n_failed, message, host, pid FROM jobs WHERE state <> 'done' ORDER BY job_id",
                 "SELECT mapper_id, m.encoder_id, form, trained_on, used AS by_index, recall FROM mappers AS m "
                 "LEFT JOIN mapper_searches USING (mapper_id) ORDER BY mapper_id",
-                "SELECT encoder_id, mapper_id, tau, lam, gallery_size FROM calibrations ORDER BY calibration_id",
+                "SELECT method_id, encoder_id, mapper_id, tau, lam, gallery_size FROM calibrations ORDER BY method_id",
             )
         )
         n_images = sum(row["n"] for row in roles)
@@ -88,11 +90,11 @@ def _index_state(snapshot: Snapshot, encoder_id: str, n_encoded: int) -> dict[st
     """
     images = snapshot.tables["images"]
     there = {one.name: one for one in _indices(snapshot) if one.field_names[0] == encoder_id}
-    if encoder_id not in snapshot.indices:
+    if encoder_id not in planner.indices(snapshot):
         known = snapshot.tables["indices"].count_rows(f"encoder_id = {literal(encoder_id)}")
         return {"state": "unknown" if there else "dropped" if known else "none"}
     [row] = snapshot.tables["indices"].to_table(filter=f"encoder_id = {literal(encoder_id)}").to_pylist()
-    one = there[snapshot.indices[encoder_id].name]
+    one = there[planner.indices(snapshot)[encoder_id].name]
     n_images, n_indexed = images.count_rows(), one.num_rows_indexed
     said = {name: row[name] for name in ("recall", "n_queries", "queries", "n_probes", "n_partitions", "oversampling")}
     if n_encoded > GROWN * row["n_rows"]:
@@ -121,7 +123,7 @@ def _indices(snapshot: Snapshot) -> list:
 
 def _mapper(snapshot: Snapshot, row: dict[str, Any]) -> dict[str, Any]:
     """A mapper's row, with by_index: whether searches with it look into its encoder's index; None where that is not known."""
-    return row if row["encoder_id"] in snapshot.indices else row | {"by_index": None, "recall": None}
+    return row if row["encoder_id"] in planner.indices(snapshot) else row | {"by_index": None, "recall": None}
 
 
 def _index(images: lance.LanceDataset, one: Any) -> dict[str, Any]:
@@ -265,7 +267,7 @@ def index_self_test(snapshot: Snapshot) -> Iterator[dict]:
     for one in _indices(snapshot):
         column = one.field_names[0]
         if column in feature_columns(images.schema):
-            if column not in snapshot.indices or one.name != snapshot.indices[column].name:
+            if column not in planner.indices(snapshot) or one.name != planner.indices(snapshot)[column].name:
                 continue  # of another client, and not asked
             recall = _recall(snapshot, column, chosen)
             if recall < RECALL_NEEDED:
@@ -292,7 +294,7 @@ def _recall(snapshot: Snapshot, encoder_id: str, chosen: np.ndarray) -> float:
     rows = rows.filter(rows[encoder_id].is_valid())
     if not len(rows):
         return 1.0
-    queries, where = feature_matrix(rows[encoder_id]), snapshot.visible(attribution.CANDIDATES)
-    exact = exact_search.top_k(exact_search.stream(images, encoder_id, where), queries, 11)
-    found = ivf.top_k(images, snapshot.indices[encoder_id], where, attribution.count(snapshot), queries, 11)
+    queries, where = feature_matrix(rows[encoder_id]), snapshot.visible(CANDIDATES)
+    exact = exact_search.top_k(stream(images, encoder_id, where), queries, 11)
+    found = ivf.top_k(images, planner.indices(snapshot)[encoder_id], where, planner.count(snapshot), queries, 11)
     return exact_search.recall(found, exact, 10, rows["image_id"].to_pylist())

@@ -9,11 +9,12 @@ from typing import Any
 
 import lance
 
-from attrdb.database import Database
 from attrdb.errors import AttrdbError
-from attrdb.search import index_build, index_tuning
-from attrdb.store.locks import alone
-from attrdb.store.snapshot import literal, storage
+from attrdb.search import index_build, index_tuning, planner
+from attrdb.store.lance_errors import storage
+from attrdb.store.locks import exclusive_lock
+from attrdb.store.predicates import literal
+from attrdb.store.writer import Writer
 from attrdb.upkeep import health
 
 # Of a fragment. Appends are merged into fragments of this size, and an encoder that is added later writes its features
@@ -33,7 +34,7 @@ class Optimized:
 
 
 def optimize(
-    db: Database,
+    writer: Writer,
     drop_older_than: timedelta | None = None,
     report: Report = lambda stage, done, total: None,
 ) -> Optimized:
@@ -44,57 +45,57 @@ def optimize(
 
     Readers and writers go on meanwhile. Killed and given again, it goes on from what was done.
     """
-    with alone(db.path / ".maintenance.lock", f"{db.path} is being maintained"), storage(db.path):
-        db.refresh()
-        before = health.status(db.snapshot)
+    with exclusive_lock(writer.path / ".maintenance.lock", f"{writer.path} is being maintained"), storage(writer.path):
+        writer.refresh()
+        before = health.status(writer.snapshot)
         steps: list[tuple[str, Callable[[], Any]]] = []
-        if db.snapshot.tables["images"].count_rows():
-            steps.append(("index", lambda: _index(db)))
+        if writer.snapshot.tables["images"].count_rows():
+            steps.append(("index", lambda: _index(writer)))
         # Segments before fragments: appending and optimizing in turns otherwise leaves one segment a round.
-        steps += [(f"compact {name}", lambda name=name: _compact(db, name)) for name in db.snapshot.tables]
+        steps += [(f"compact {name}", lambda name=name: _compact(writer, name)) for name in writer.snapshot.tables]
         if drop_older_than is not None:
-            steps.append(("drop old versions", lambda: _drop(db, drop_older_than)))
+            steps.append(("drop old versions", lambda: _drop(writer, drop_older_than)))
         for number, (stage, step) in enumerate(steps):
             report(stage, number, len(steps))
             step()
         report("check", len(steps), len(steps))
-        db.refresh()
-        _measure(db, before, report)
-        wrong = list(health.index_self_test(db.snapshot))
+        writer.refresh()
+        _measure(writer, before, report)
+        wrong = list(health.index_self_test(writer.snapshot))
         if wrong:
             cure = "drop it with a Lance client and give the command again"
-            if wrong[0]["column"] in db.encoders:
-                cure = f"build it again: attrdb index {db.path} --encoder {wrong[0]['column']}"
+            if wrong[0]["column"] in writer.snapshot.encoders:
+                cure = f"build it again: attrdb index {writer.path} --encoder {wrong[0]['column']}"
             raise AttrdbError(
-                f"index {wrong[0]['index']!r} of {db.path} answers wrongly ({wrong[0]['found']}, needed "
+                f"index {wrong[0]['index']!r} of {writer.path} answers wrongly ({wrong[0]['found']}, needed "
                 f"{wrong[0]['needed']}); {cure}"
             )
-        return Optimized(before, health.status(db.snapshot))
+        return Optimized(before, health.status(writer.snapshot))
 
 
-def _measure(db: Database, before: dict[str, Any], report: Report) -> None:
+def _measure(writer: Writer, before: dict[str, Any], report: Report) -> None:
     """Measure the indices again that have taken in many rows, and mappers that are not measured yet."""
     behind = {one["column"] for one in before["indices"] if one["n_unindexed"] > health.BEHIND * before["n_images"]}
-    for encoder_id in db.snapshot.indices:
+    for encoder_id in planner.indices(writer.snapshot):
         if encoder_id in behind:
-            [row] = db.snapshot.tables["indices"].to_table(filter=f"encoder_id = {literal(encoder_id)}").to_pylist()
-            index_tuning.measure(db, row, report)
-    index_tuning.measure_missing(db, report)
+            [row] = writer.snapshot.tables["indices"].to_table(filter=f"encoder_id = {literal(encoder_id)}").to_pylist()
+            index_tuning.measure(writer, row, report)
+    index_tuning.measure_missing(writer, report)
 
 
-def _index(db: Database) -> None:
-    index_build.cover_columns(db)
-    for one in _images(db).describe_indices():
-        index_build.cover(db, one)
+def _index(writer: Writer) -> None:
+    index_build.cover_columns(writer)
+    for one in _images(writer).describe_indices():
+        index_build.cover(writer, one)
 
 
-def _compact(db: Database, name: str) -> None:
+def _compact(writer: Writer, name: str) -> None:
     def compact() -> None:
-        table = _table(db, name)
+        table = _table(writer, name)
         large = large_fragments({one.fragment_id: one.physical_rows for one in table.get_fragments()})
         table.optimize.compact_files(target_rows_per_fragment=FRAGMENT_ROWS, excluded_fragment_ids=large)
 
-    db.commit(compact)
+    writer.commit(compact)
 
 
 def large_fragments(rows: dict[int, int]) -> list[int]:
@@ -112,14 +113,14 @@ def large_fragments(rows: dict[int, int]) -> list[int]:
     return []
 
 
-def _drop(db: Database, age: timedelta) -> None:
-    for name in db.snapshot.tables:
-        _table(db, name).cleanup_old_versions(older_than=age)
+def _drop(writer: Writer, age: timedelta) -> None:
+    for name in writer.snapshot.tables:
+        _table(writer, name).cleanup_old_versions(older_than=age)
 
 
-def _images(db: Database) -> lance.LanceDataset:
-    return _table(db, "images")
+def _images(writer: Writer) -> lance.LanceDataset:
+    return _table(writer, "images")
 
 
-def _table(db: Database, name: str) -> lance.LanceDataset:
-    return lance.dataset(str(db.path / f"{name}.lance"))
+def _table(writer: Writer, name: str) -> lance.LanceDataset:
+    return lance.dataset(str(writer.path / f"{name}.lance"))

@@ -124,7 +124,7 @@ def load_models(db: Database, frozen: Path = HERE) -> int:
     for model in models:
         rows = by_model[model["model_id"]]
         pictures = [read_picture(row["image_id"], row.pop("image")) for row in rows]
-        db.append_model(image_rows(rows, pictures, []), model | {"base_model": "icon-sd"})
+        db.writer.append_model(image_rows(rows, pictures, []), model | {"base_model": "icon-sd"})
     return len(models)
 
 

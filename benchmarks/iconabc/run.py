@@ -93,10 +93,10 @@ def measured(db: Database, encoder_id: str, mapper_id: str | None) -> None:
     where = "encoder_id = $encoder_id AND mapper_id = $mapper_id"
     if not db.sql(f"SELECT count(*) AS n FROM calibrations WHERE {where}", known)["n"][0].as_py():
         with console.status(f"calibrate {mapper_id or encoder_id}"):
-            calibrate(db, encoder_id, mapper_id)
+            calibrate(db, mapper_id or encoder_id)
     if not db.sql(f"SELECT count(*) AS n FROM exemplar_ranks WHERE {where}", known)["n"][0].as_py():
         with console.status(f"evaluate {mapper_id or encoder_id}"):
-            evaluate(db, encoder_id, "own", mapper_id=mapper_id)
+            evaluate(db, mapper_id or encoder_id, "own")
     db.refresh()
 
 

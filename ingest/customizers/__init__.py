@@ -15,8 +15,8 @@ from typing import Protocol
 
 import torch
 
+from attrdb import plugins
 from attrdb.errors import InvalidValue
-from attrdb.ingest import plugins
 from attrdb.ingest.customizers.custom_diffusion import CustomDiffusion
 from attrdb.ingest.customizers.dreambooth_lora import DreamBoothLora
 from attrdb.ingest.customizers.textual_inversion import TextualInversion

@@ -118,7 +118,7 @@ def encode_file(db: Database, path: Path, encoder_id: str | None = None, spec: s
     raises: NotFound for an unknown encoder, InvalidValue for a bad image, or if the encoder here is not the stored one
     """
     encoder = load_encoder(spec or db.encoders[db.encoder_id(encoder_id)]["spec"])
-    if not db.check_encoder(encoder.spec, encoder.dimension, encoder.preprocessing, encoder.weights_fingerprint):
+    if not db.writer.check_encoder(encoder.spec, encoder.dimension, encoder.preprocessing, encoder.weights_fingerprint):
         known = ", ".join(row["spec"] for row in db.encoders.values())
         raise InvalidValue(f"{db.path} has no features of the encoder {encoder.spec!r}; its encoders are: {known}")
     return encode(encoder, [read_picture_file(path).image])[0]

@@ -30,9 +30,9 @@ from attrdb.ingest.model_job import write_whole
 from attrdb.ingest.read.pictures import read_picture
 from attrdb.store import jobs
 from attrdb.store.ids import encode_job
-from attrdb.store.locks import alone
+from attrdb.store.lance_errors import storage
+from attrdb.store.locks import exclusive_lock
 from attrdb.store.schema import feature_array, feature_type
-from attrdb.store.snapshot import storage
 
 CHECKPOINT = 1024  # images; what a kill costs at most
 READ_ROWS = 64  # encoded images that are read at once
@@ -62,11 +62,13 @@ def backfill(
     cannot be decoded is recorded with its reason and passed over, unless retry_failed.
     raises: InvalidValue if the database has an encoder of that id that differs, Busy if another process is at it
     """
-    encoder_id = db.add_encoder(encoder.spec, encoder.dimension, encoder.preprocessing, encoder.weights_fingerprint)
+    encoder_id = db.writer.add_encoder(
+        encoder.spec, encoder.dimension, encoder.preprocessing, encoder.weights_fingerprint
+    )
     folder = encode_job(db.path, encoder_id)
     with (
-        alone(folder.lock, f"encode-{encoder_id} is being run"),
-        jobs.running(db, "encode", encoder_id, {"spec": encoder.spec}) as job,
+        exclusive_lock(folder.lock, f"encode-{encoder_id} is being run"),
+        jobs.running(db.writer, "encode", encoder_id, {"spec": encoder.spec}) as job,
     ):
         folder.make()
         result = BackfillResult(n_without_image=db.snapshot.count(f"`{encoder_id}` IS NULL AND image IS NULL"))

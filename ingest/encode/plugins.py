@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image
 
-from attrdb.ingest import plugins
+from attrdb import plugins
 
 if TYPE_CHECKING:
     from attrdb.ingest.encode import Encoder

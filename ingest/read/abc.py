@@ -204,7 +204,7 @@ def ingest_abc(
         for row in db.sql("SELECT model_id, settings_hash FROM models").to_pylist()
     }
     result = AbcResult()
-    with jobs.running(db, "ingest abc", f"{release.name} in {release.root.resolve()}", {}) as job:
+    with jobs.running(db.writer, "ingest abc", f"{release.name} in {release.root.resolve()}", {}) as job:
         for done, model in enumerate(release.models):
             report(done, len(release.models))
             if reason := _take(db, release, model, encoders, stored, result):
@@ -270,7 +270,7 @@ def _append(db: Database, release: Release, model: ReleasedModel, encoders: Sequ
             add(path, row | {"metadata": said})
     n_samples = len(rows) - n_exemplars
     table = image_rows(list(rows.values()), pictures, encoders)
-    db.append_model(table, _model_row(release, model, n_exemplars, n_samples))
+    db.writer.append_model(table, _model_row(release, model, n_exemplars, n_samples))
 
 
 def _model_row(release: Release, model: ReleasedModel, n_exemplars: int, n_samples: int) -> dict:

@@ -79,14 +79,14 @@ def register(db: Database, encoders: Sequence[Encoder]) -> None:
     raises: InvalidValue for an encoder that differs from the stored one, or a new one once images are stored
     """
     identities = [(one.spec, one.dimension, one.preprocessing, one.weights_fingerprint) for one in encoders]
-    new = [identity for identity in identities if not db.check_encoder(*identity)]
+    new = [identity for identity in identities if not db.writer.check_encoder(*identity)]
     if new and db.snapshot.count("true"):
         known = ", ".join(row["spec"] for row in db.encoders.values())
         raise InvalidValue(
             f"encoder {new[0][0]!r} is new, and the images in {db.path} have no features of it; its encoders are: {known}"
         )
     for identity in identities:
-        db.add_encoder(*identity)
+        db.writer.add_encoder(*identity)
 
 
 def picture_fields(picture: Picture) -> dict[str, Any]:
@@ -139,7 +139,7 @@ def ingest_corpus(
         "path": str(corpus.path.resolve()),
         "encoders": [encoder.spec for encoder in encoders],
     }
-    with jobs.running(db, "ingest corpus", f"{corpus.source} from {corpus.path.resolve()}", settings) as job:
+    with jobs.running(db.writer, "ingest corpus", f"{corpus.source} from {corpus.path.resolve()}", settings) as job:
         fresh = _Fresh(db, corpus, set() if retry_failed else set(job.failures), report)
         with closing(encode_stream(encoders, fresh.items(), _read)) as encoded:
             while chunk := _chunk(encoded):
@@ -181,7 +181,7 @@ class _Fresh:
     def items(self) -> Iterator[Item]:
         items = self.corpus.items()
         while chunk := list(islice(items, CHUNK)):
-            stored = self.db.stored([item.image_id for item in chunk])
+            stored = self.db.snapshot.stored([item.image_id for item in chunk])
             for item in chunk:
                 if item.image_id in self.passed_over:
                     self.seen_failing.add(item.image_id)
@@ -217,7 +217,7 @@ def _append(db: Database, chunk: list[Encoded], encoders: Sequence[Encoder], fre
         table = pa.Table.from_pylist([one.kept for one in good], IMAGES)
         for encoder, features in zip(encoders, zip(*(one.features for one in good), strict=True), strict=True):
             table = table.append_column(encoder_id_of(encoder.spec), feature_array(np.stack(features)))
-        appended = db.append_images(table)
+        appended = db.writer.append_images(table)
         n_appended = appended.n_appended
         fresh.n_stored += appended.n_skipped
         job.mended(one.item.image_id for one in good)

@@ -26,7 +26,7 @@ from attrdb.database import Database
 from attrdb.errors import InvalidValue, NotFound
 from attrdb.store import jobs
 from attrdb.store.ids import lock_file
-from attrdb.store.locks import alone
+from attrdb.store.locks import exclusive_lock
 from attrdb.store.schema import IMAGES, encoder_id_of
 
 PART_ROWS = 131_072
@@ -215,8 +215,8 @@ def ingest_embeddings(
     result = EmbeddingsResult()
     settings = {"encoder": encoder, "source": source, "path": embeddings.root, "id_column": embeddings.id_column}
     with (
-        alone(lock_file(db.path, "corpus", source), f"source {source!r} is being imported"),
-        jobs.running(db, "ingest corpus", f"{source} from {embeddings.root}", settings) as job,
+        exclusive_lock(lock_file(db.path, "corpus", source), f"source {source!r} is being imported"),
+        jobs.running(db.writer, "ingest corpus", f"{source} from {embeddings.root}", settings) as job,
     ):
         db.refresh()
         before, n_seen = Database(db.path, at=db.version), 0
@@ -243,7 +243,7 @@ def _register(db: Database, encoder: str, dimension: int) -> str:
     encoder_id = encoder_id_of(encoder)
     stored = db.encoders.get(encoder_id)
     if stored is None:
-        return db.add_encoder(encoder, dimension, {}, "")
+        return db.writer.add_encoder(encoder, dimension, {}, "")
     if stored["dimension"] != dimension:
         raise InvalidValue(
             f"the embeddings have dimension {dimension}, encoder {encoder_id!r} of {db.path} makes {stored['dimension']}; "
@@ -327,14 +327,14 @@ def _import_part(
 ) -> None:
     """Append what is not stored of a part. before: the database as it was when the import began."""
     has_id, first = pc.is_valid(part.ids).to_numpy(zero_copy_only=False), _first_of_each(part.ids)
-    absent = pc.fill_null(db.absent(part.ids), False).to_numpy(zero_copy_only=False)
+    absent = pc.fill_null(db.writer.absent(part.ids), False).to_numpy(zero_copy_only=False)
     failed = pc.is_in(part.ids, pa.array(list(job.failures), pa.string())).to_numpy(zero_copy_only=False)
     wanted = has_id & first & absent & ~failed
     twice = has_id & ~first
     known = has_id & first & ~absent
     if known.any():
         # Unless it was there when this import began, an earlier row of it has the id.
-        twice |= known & before.absent(part.ids).to_numpy(zero_copy_only=False)
+        twice |= known & before.writer.absent(part.ids).to_numpy(zero_copy_only=False)
     failures = dict.fromkeys(np.flatnonzero(~has_id), f"has no {part.embeddings.id_column}")
     failures |= {row: _twice(part.embeddings) for row in np.flatnonzero(twice)}
     reasons = {
@@ -350,7 +350,7 @@ def _import_part(
         if not wanted.all():
             table = table.filter(pa.array(wanted))
         if len(table):
-            result.n_appended += db.append_bulk(table).n_appended
+            result.n_appended += db.writer.append_bulk(table).n_appended
     if len(reasons) > LISTED_FAILURES:
         raise InvalidValue(
             f"{len(reasons):,} of {len(part.metadata):,} rows of shard {part.shard.number} cannot be used, the first: "

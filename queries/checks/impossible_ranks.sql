@@ -3,6 +3,7 @@
 -- source attrdb
 -- grain  one row per rank
 -- reads  exemplar_ranks, exemplars, samples
+-- column method_id     VARCHAR
 -- column encoder_id    VARCHAR
 -- column mapper_id     VARCHAR
 -- column gallery       VARCHAR
@@ -11,6 +12,7 @@
 -- column rank          BIGINT
 -- column gallery_size  BIGINT
 SELECT
+    ranks.method_id,
     ranks.encoder_id,
     ranks.mapper_id,
     ranks.gallery,
@@ -25,4 +27,4 @@ WHERE ranks.rank NOT BETWEEN 1 AND ranks.gallery_size
    OR samples.image_id IS NULL
    OR exemplars.image_id IS NULL
    OR samples.model_id IS DISTINCT FROM exemplars.model_id
-ORDER BY ranks.encoder_id, ranks.mapper_id, ranks.gallery, ranks.sample_id, ranks.exemplar_id
+ORDER BY ranks.method_id, ranks.gallery, ranks.sample_id, ranks.exemplar_id

@@ -2,11 +2,12 @@
 -- samples counts no more than one with few. A test case is a split and prompt scheme; splits whose name does not begin with
 -- 'test' are left out unless test_only is 0. Without ranks there is no row.
 -- source Wang et al. 2023, section 5
--- grain  one row per encoder, mapper, gallery and kind
+-- grain  one row per method, gallery and kind
 -- param  $k             INTEGER = 10 cut-off, >= 1
 -- param  $test_only     INTEGER = 1 1: cases of splits that begin with 'test'; 0: all, >= 0
 -- reads  sample_scores
--- column encoder_id     VARCHAR
+-- column method_id      VARCHAR
+-- column encoder_id     VARCHAR whose features the method compares; null for a method that is no similarity
 -- column mapper_id      VARCHAR empty: features without a mapper
 -- column gallery        VARCHAR own or all
 -- column kind           VARCHAR object, style or mixed
@@ -17,6 +18,7 @@
 -- column mean_average_precision  DOUBLE  in [0, 1]
 WITH cases AS (
     SELECT
+        method_id,
         encoder_id,
         mapper_id,
         gallery,
@@ -32,6 +34,7 @@ WITH cases AS (
     GROUP BY ALL
 )
 SELECT
+    method_id,
     encoder_id,
     mapper_id,
     gallery,
@@ -42,5 +45,5 @@ SELECT
     avg(capped_recall) AS capped_recall_at_k,
     avg(average_precision) AS mean_average_precision
 FROM cases
-GROUP BY encoder_id, mapper_id, gallery, kind
-ORDER BY kind, gallery, encoder_id, mapper_id
+GROUP BY method_id, encoder_id, mapper_id, gallery, kind
+ORDER BY kind, gallery, encoder_id, mapper_id, method_id

@@ -9,26 +9,26 @@
 -- column gallery        VARCHAR own or all
 -- column kind           VARCHAR object or style
 -- column n_exemplars    BIGINT  size of the set
--- column n_features     BIGINT  encoders and mappers compared
--- column n_encoders     BIGINT  of which they are; mappers on one encoder are not independent of each other
+-- column n_features     BIGINT  methods compared
+-- column n_encoders     BIGINT  encoders behind them, other methods counted singly; mappers on one encoder are not independent
 -- column correlation    DOUBLE  in [-1, 1], over all of them
--- column of_encoders    DOUBLE  the same over encoders without a mapper
+-- column of_encoders    DOUBLE  the same over methods without a mapper
 WITH exemplar_cases AS (
-    SELECT encoder_id, mapper_id, gallery, kind, split, prompt_scheme, avg(recall) AS recall
+    SELECT method_id, encoder_id, mapper_id, gallery, kind, split, prompt_scheme, avg(recall) AS recall
     FROM sample_scores($k)
     WHERE kind <> 'mixed' AND starts_with(split, $split)
-    GROUP BY encoder_id, mapper_id, gallery, kind, split, prompt_scheme
+    GROUP BY method_id, encoder_id, mapper_id, gallery, kind, split, prompt_scheme
 ),
 on_exemplars AS (
-    SELECT encoder_id, mapper_id, gallery, kind, avg(recall) AS recall
+    SELECT method_id, encoder_id, mapper_id, gallery, kind, avg(recall) AS recall
     FROM exemplar_cases
-    GROUP BY encoder_id, mapper_id, gallery, kind
+    GROUP BY method_id, encoder_id, mapper_id, gallery, kind
 ),
 on_sets AS (
-    SELECT encoder_id, mapper_id, gallery, n_exemplars, avg(recall) AS recall
+    SELECT method_id, encoder_id, mapper_id, gallery, n_exemplars, avg(recall) AS recall
     FROM sample_scores(NULL)
     WHERE kind = 'mixed'
-    GROUP BY encoder_id, mapper_id, gallery, n_exemplars
+    GROUP BY method_id, encoder_id, mapper_id, gallery, n_exemplars
 ),
 compared AS (
     SELECT
@@ -36,13 +36,13 @@ compared AS (
         one.kind,
         other.n_exemplars,
         count(*) AS n_features,
-        count(DISTINCT one.encoder_id) AS n_encoders,
+        count(DISTINCT coalesce(one.encoder_id, one.method_id)) AS n_encoders,
         corr(one.recall, other.recall) AS correlation,
         count(CASE WHEN one.mapper_id = '' THEN 1 END) AS n_plain,
         corr(one.recall, other.recall) FILTER (WHERE one.mapper_id = '') AS of_encoders
     FROM on_exemplars AS one
     JOIN on_sets AS other
-        ON other.encoder_id = one.encoder_id AND other.mapper_id = one.mapper_id AND other.gallery = one.gallery
+        ON other.method_id = one.method_id AND other.gallery = one.gallery
     GROUP BY one.gallery, one.kind, other.n_exemplars
 )
 SELECT

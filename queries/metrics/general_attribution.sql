@@ -1,9 +1,10 @@
 -- Recall at the size of the set, for models that were customized on sets of unrelated images: the share of a set's images that
 -- are among as many first candidates. A pair that was never ranked counts as not found. Without ranks there is no row.
 -- source Wang et al. 2023, Fig. 10
--- grain  one row per encoder, mapper, gallery, split and set size
+-- grain  one row per method, gallery, split and set size
 -- reads  sample_scores
--- column encoder_id     VARCHAR
+-- column method_id      VARCHAR
+-- column encoder_id     VARCHAR whose features the method compares; null for a method that is no similarity
 -- column mapper_id      VARCHAR empty: features without a mapper
 -- column gallery        VARCHAR own or all
 -- column split          VARCHAR of the models
@@ -13,6 +14,7 @@
 -- column recall_at_size DOUBLE  in [0, 1]
 -- column chance         DOUBLE  expected of a random order
 SELECT
+    method_id,
     encoder_id,
     mapper_id,
     gallery,
@@ -24,5 +26,5 @@ SELECT
     avg(chance_recall) AS chance
 FROM sample_scores(NULL)
 WHERE kind = 'mixed'
-GROUP BY encoder_id, mapper_id, gallery, split, n_exemplars
-ORDER BY n_exemplars, split, gallery, encoder_id, mapper_id
+GROUP BY method_id, encoder_id, mapper_id, gallery, split, n_exemplars
+ORDER BY n_exemplars, split, gallery, encoder_id, mapper_id, method_id

@@ -4,9 +4,10 @@
 -- (H_N + (E - 1) / (N - 1) * (N - H_N)) / N, with H_N by its expansion, right to 1e-4 from N = 30 on.
 -- Without ranks there is no row; fill them with: attrdb evaluate.
 -- source Wang et al. 2023, section 5
--- grain  one row per encoder, mapper, gallery, kind, split and prompt scheme
+-- grain  one row per method, gallery, kind, split and prompt scheme
 -- reads  sample_scores
--- column encoder_id              VARCHAR
+-- column method_id               VARCHAR
+-- column encoder_id              VARCHAR whose features the method compares; null for a method that is no similarity
 -- column mapper_id               VARCHAR empty: features without a mapper
 -- column gallery                 VARCHAR own or all
 -- column kind                    VARCHAR object or style
@@ -18,6 +19,7 @@
 -- column chance                  DOUBLE  mean_average_precision expected of a random order
 -- column n_unranked              BIGINT  pairs of sample and exemplar without a rank
 SELECT
+    method_id,
     encoder_id,
     mapper_id,
     gallery,
@@ -30,5 +32,5 @@ SELECT
     avg(chance_precision) AS chance,
     sum(n_unranked)::BIGINT AS n_unranked
 FROM sample_scores(1)
-GROUP BY encoder_id, mapper_id, gallery, kind, split, prompt_scheme
-ORDER BY kind, split, prompt_scheme, gallery, encoder_id, mapper_id
+GROUP BY method_id, encoder_id, mapper_id, gallery, kind, split, prompt_scheme
+ORDER BY kind, split, prompt_scheme, gallery, encoder_id, mapper_id, method_id

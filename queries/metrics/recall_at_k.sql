@@ -2,10 +2,11 @@
 -- Averaged over the samples of a test case (encoder, gallery, kind, split and prompt scheme). A pair that was never ranked counts
 -- as not found and is counted in n_unranked; fill the ranks with: attrdb evaluate. Without ranks there is no row.
 -- source Wang et al. 2023, section 5
--- grain  one row per encoder, mapper, gallery, kind, split and prompt scheme
+-- grain  one row per method, gallery, kind, split and prompt scheme
 -- param  $k             INTEGER = 10 cut-off, >= 1
 -- reads  sample_scores
--- column encoder_id     VARCHAR
+-- column method_id      VARCHAR
+-- column encoder_id     VARCHAR whose features the method compares; null for a method that is no similarity
 -- column mapper_id      VARCHAR empty: features without a mapper
 -- column gallery        VARCHAR own or all
 -- column kind           VARCHAR object or style
@@ -19,6 +20,7 @@
 -- column ceiling        DOUBLE  best possible, below 1 where a model has more than k exemplars
 -- column n_unranked     BIGINT  pairs of sample and exemplar without a rank
 SELECT
+    method_id,
     encoder_id,
     mapper_id,
     gallery,
@@ -33,5 +35,5 @@ SELECT
     avg(best_recall) AS ceiling,
     sum(n_unranked)::BIGINT AS n_unranked
 FROM sample_scores($k)
-GROUP BY encoder_id, mapper_id, gallery, kind, split, prompt_scheme
-ORDER BY kind, split, prompt_scheme, gallery, encoder_id, mapper_id
+GROUP BY method_id, encoder_id, mapper_id, gallery, kind, split, prompt_scheme
+ORDER BY kind, split, prompt_scheme, gallery, encoder_id, mapper_id, method_id

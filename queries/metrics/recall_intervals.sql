@@ -2,12 +2,13 @@
 -- independent. An interval is the middle 95 % of the replicates' means; of a case with one model it is empty in width.
 -- Without ranks there is no row.
 -- source Wang et al. 2023, section 5; the intervals are ours
--- grain  one row per encoder, mapper, gallery, kind, split and prompt scheme
+-- grain  one row per method, gallery, kind, split and prompt scheme
 -- param  $k             INTEGER = 10 cut-off, >= 1
 -- param  $n_replicates  INTEGER = 1000 of the bootstrap, >= 1
 -- param  $seed          INTEGER = 0 of the bootstrap
--- reads  sample_scores
--- column encoder_id     VARCHAR
+-- reads  bootstrap_draws, sample_scores
+-- column method_id      VARCHAR
+-- column encoder_id     VARCHAR whose features the method compares; null for a method that is no similarity
 -- column mapper_id      VARCHAR empty: features without a mapper
 -- column gallery        VARCHAR own or all
 -- column kind           VARCHAR object or style
@@ -22,6 +23,7 @@
 -- column precision_high DOUBLE
 WITH per_model AS (
     SELECT
+        method_id,
         encoder_id,
         mapper_id,
         gallery,
@@ -35,21 +37,18 @@ WITH per_model AS (
         count(*) OVER case_of AS n_models,
         row_number() OVER (case_of ORDER BY model_id) - 1 AS number
     FROM sample_scores($k)
-    GROUP BY encoder_id, mapper_id, gallery, kind, split, prompt_scheme, model_id
-    WINDOW case_of AS (PARTITION BY encoder_id, mapper_id, gallery, kind, split, prompt_scheme)
+    GROUP BY method_id, encoder_id, mapper_id, gallery, kind, split, prompt_scheme, model_id
+    WINDOW case_of AS (PARTITION BY method_id, encoder_id, mapper_id, gallery, kind, split, prompt_scheme)
 ),
 draws AS (
-    SELECT
-        sizes.n_models,
-        replicates.replicate,
-        md5_number_lower($seed || '/' || replicates.replicate || '/' || places.place) % sizes.n_models AS number
+    SELECT sizes.n_models, drawn.replicate, drawn.hash % sizes.n_models AS number
     FROM (SELECT DISTINCT n_models FROM per_model) AS sizes
-    CROSS JOIN (SELECT unnest(range($n_replicates)) AS replicate) AS replicates
-    CROSS JOIN (SELECT unnest(range((SELECT max(n_models) FROM per_model))) AS place) AS places
-    WHERE places.place < sizes.n_models
+    JOIN bootstrap_draws((SELECT max(n_models) FROM per_model), $n_replicates, $seed) AS drawn
+        ON drawn.place < sizes.n_models
 ),
 replicate_means AS (
     SELECT
+        per_model.method_id,
         per_model.encoder_id,
         per_model.mapper_id,
         per_model.gallery,
@@ -65,6 +64,7 @@ replicate_means AS (
 ),
 intervals AS (
     SELECT
+        method_id,
         encoder_id,
         mapper_id,
         gallery,
@@ -80,6 +80,7 @@ intervals AS (
 ),
 means AS (
     SELECT
+        method_id,
         encoder_id,
         mapper_id,
         gallery,
@@ -93,6 +94,7 @@ means AS (
     GROUP BY ALL
 )
 SELECT
+    means.method_id,
     means.encoder_id,
     means.mapper_id,
     means.gallery,
@@ -108,10 +110,9 @@ SELECT
     intervals.precision_high
 FROM means
 JOIN intervals
-    ON intervals.encoder_id = means.encoder_id
-    AND intervals.mapper_id = means.mapper_id
+    ON intervals.method_id = means.method_id
     AND intervals.gallery = means.gallery
     AND intervals.kind IS NOT DISTINCT FROM means.kind
     AND intervals.split IS NOT DISTINCT FROM means.split
     AND intervals.prompt_scheme IS NOT DISTINCT FROM means.prompt_scheme
-ORDER BY means.kind, means.split, means.prompt_scheme, means.gallery, means.encoder_id, means.mapper_id
+ORDER BY means.kind, means.split, means.prompt_scheme, means.gallery, means.encoder_id, means.mapper_id, means.method_id

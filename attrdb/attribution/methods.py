@@ -1,0 +1,102 @@
+"""The attribution methods of a database, and how they are found by name.
+
+Two kinds are built in: *similarity* compares an encoder's features, *stored* reads the table `scores`. A package adds a
+method by filling that table, under the entry point group `attrdb.methods` (see `attrdb.attribution.scoring`).
+"""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any
+
+from attrdb.attribution.protocol import Method
+from attrdb.attribution.similarity import Similarity
+from attrdb.attribution.stored import Stored
+from attrdb.errors import InvalidValue, NotFound
+from attrdb.search.mapper import stored_mapper
+from attrdb.store.methods import similarity_id, similarity_row
+from attrdb.store.snapshot import Snapshot
+
+
+def method_rows(snapshot: Snapshot) -> dict[str, dict[str, Any]]:
+    """The rows of `methods`, by method_id: similarity by encoder and by mapper, then stored methods, each by name.
+
+    Similarity of an encoder or mapper is there also where its row is missing: it was added by a command that was killed in
+    between, or the moment that is read is older than the table.
+    """
+    return snapshot.once(_method_rows)
+
+
+def _method_rows(snapshot: Snapshot) -> dict[str, dict[str, Any]]:
+    stored = {row["method_id"]: row for row in snapshot.rows("methods")}
+    mappers = snapshot.rows("mappers", columns=["mapper_id", "encoder_id", "created_at"])
+    pairs: list[tuple[str, str | None, Any]] = [(encoder_id, None, None) for encoder_id in snapshot.encoders]
+    for row in sorted(mappers, key=lambda row: row["mapper_id"]):
+        if row["encoder_id"] in snapshot.encoders:
+            pairs.append((row["encoder_id"], row["mapper_id"], row["created_at"]))
+    rows = {}
+    for encoder_id, mapper_id, created_at in pairs:
+        method_id = similarity_id(encoder_id, mapper_id)
+        rows[method_id] = stored.get(method_id) or similarity_row(encoder_id, mapper_id) | {"created_at": created_at}
+    # Of an encoder that is missing: adding it was interrupted. Results may belong to a mapper that was deleted.
+    others = sorted(
+        name for name, row in stored.items() if row["encoder_id"] is None or row["encoder_id"] in snapshot.encoders
+    )
+    return rows | {name: stored[name] for name in others if name not in rows}
+
+
+def resolve_method(
+    snapshot: Snapshot, method: str | None = None, encoder_id: str | None = None, mapper_id: str | None = None
+) -> str:
+    """The id of the method that is asked for; similarity of the database's first encoder where nothing is.
+
+    method:    a method_id, an encoder_id or a mapper_id
+    encoder_id, mapper_id: similarity of that encoder, with that mapper; in the place of a method
+    raises:    NotFound if this database has no such method, encoder or mapper, or no encoder at all; InvalidValue if the
+               names do not go together
+    """
+    if method is None:
+        if not mapper_id:
+            return snapshot.encoder_id(encoder_id)
+        mapper = stored_mapper(snapshot, mapper_id)
+        if encoder_id not in (None, mapper.encoder_id):
+            raise InvalidValue(f"mapper {mapper_id!r} is of encoder {mapper.encoder_id!r}, not of {encoder_id!r}")
+        return similarity_id(snapshot.encoder_id(mapper.encoder_id), mapper_id)
+    rows = method_rows(snapshot)
+    named = [name for name, row in rows.items() if row["mapper_id"] == method] if method not in rows else [method]
+    if len(named) != 1:
+        near = ", ".join(map(repr, difflib.get_close_matches(method, rows, 3, 0)))
+        hint = f"; nearest: {near}" if near else "; ingest a corpus or a model first"
+        raise NotFound(f"no method {method!r} in {snapshot.path}{hint}")
+    row = rows[named[0]]
+    for noun, name, wanted in (("encoder", row["encoder_id"], encoder_id), ("mapper", row["mapper_id"], mapper_id)):
+        if wanted and wanted != name:
+            raise InvalidValue(
+                f"method {method!r} is of {noun} {name!r}, not of {wanted!r}; give the method alone"
+                if name
+                else f"method {method!r} has no {noun}; give the method alone, or the {noun} {wanted!r} alone"
+            )
+    return named[0]
+
+
+def load_method(snapshot: Snapshot, method_id: str) -> Method:
+    """The method of an id as `resolve_method` gives it."""
+    row = method_rows(snapshot)[method_id]
+    if row["kind"] != "similarity":
+        return Stored(method_id)
+    mapper = stored_mapper(snapshot, row["mapper_id"]) if row["mapper_id"] else None
+    return Similarity(method_id, row["encoder_id"], mapper)
+
+
+def calibration(
+    snapshot: Snapshot, method_id: str, tau: float | None = None, lam: float | None = None
+) -> tuple[float, float]:
+    """tau and lambda of a method's influence: as given, else as calibrated, else as the method's row has them."""
+    known = snapshot.once(_calibrations).get(method_id) or method_rows(snapshot)[method_id]
+    return (known["tau"] if tau is None else tau), (known["lam"] if lam is None else lam)
+
+
+def _calibrations(snapshot: Snapshot) -> dict[str, dict[str, Any]]:
+    rows = snapshot.rows("calibrations")
+    # A moment of before schema 6 has encoder and mapper in the place of a method.
+    return {row.get("method_id") or similarity_id(row["encoder_id"], row["mapper_id"]): row for row in rows}

@@ -1,0 +1,59 @@
+"""Similarity as an attribution method: the cosine of an encoder's features, mapped by a mapper where there is one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from attrdb.attribution.protocol import Queries
+from attrdb.errors import InvalidValue
+from attrdb.search import planner
+from attrdb.search.exact import Hits
+from attrdb.search.mapper import Mapper
+from attrdb.store.predicates import among
+from attrdb.store.schema import feature_matrix
+from attrdb.store.snapshot import Snapshot
+
+
+@dataclass(frozen=True)
+class Similarity:
+    """source: Wang et al. 2023, section 4 (with a mapper)"""
+
+    method_id: str
+    encoder_id: str
+    mapper: Mapper | None = None
+
+    @property
+    def scored(self) -> str:
+        return f"{self.encoder_id!r} feature"
+
+    def attributable(self, snapshot: Snapshot, samples: str) -> list[str]:
+        where = f"role = 'sample' AND `{self.encoder_id}` IS NOT NULL AND ({samples})"
+        return snapshot.images(where, ["image_id"])["image_id"].to_pylist()
+
+    def stored_queries(self, snapshot: Snapshot, image_ids: Sequence[str]) -> Queries:
+        where = f"{among('image_id', image_ids)} AND `{self.encoder_id}` IS NOT NULL"
+        rows = snapshot.images(where, ["image_id", self.encoder_id])
+        return Queries(rows["image_id"].to_pylist(), feature_matrix(rows[self.encoder_id]) if len(rows) else None)
+
+    def feature_query(self, snapshot: Snapshot, feature: np.ndarray) -> Queries:
+        dimension = snapshot.encoders[self.encoder_id]["dimension"]
+        feature = np.asarray(feature, dtype=np.float32)
+        if feature.shape != (dimension,):
+            raise InvalidValue(
+                f"the feature has shape {feature.shape}, encoder {self.encoder_id!r} makes ({dimension},)"
+            )
+        norm = np.linalg.norm(feature)
+        if not (np.isfinite(norm) and norm > 0):
+            raise InvalidValue(f"the feature has length {norm}; it must be finite and not zero")
+        return Queries([None], (feature / norm)[None])
+
+    def nearest(self, snapshot: Snapshot, queries: Queries, k: int, candidates: str | None, exact: bool) -> Hits:
+        return planner.nearest(
+            snapshot, self.encoder_id, queries.features, k, mapper=self.mapper, candidates=candidates, exact=exact
+        )
+
+    def n_scored(self, snapshot: Snapshot, image_id: str | None, candidates: str | None) -> int:
+        return snapshot.count(f"{planner.candidates_predicate(candidates)} AND `{self.encoder_id}` IS NOT NULL")

@@ -1,0 +1,65 @@
+"""Single tables of a database directory: made, stamped with their schema version, opened at a version."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lance
+
+from attrdb.errors import InvalidValue, NotFound, StorageError
+from attrdb.store.lance_errors import by_lance, storage, words_of
+from attrdb.store.schema import SCHEMA_VERSION, TABLES
+
+STAMP = b"attrdb.schema_version"
+
+
+def schema_version(dataset: lance.LanceDataset) -> int:
+    """The schema version a table is stamped with, 0 for none."""
+    return int((dataset.schema.metadata or {}).get(STAMP, b"0"))
+
+
+def table_exists(table: Path) -> bool:
+    """Whether a table is there, whole or damaged; one whose making was killed has neither a version nor data."""
+    return any(next(table.glob(files), None) for files in ("_versions/*.manifest", "data/*"))
+
+
+def check_schema_version(path: Path, found: int) -> None:
+    if found > SCHEMA_VERSION:
+        raise InvalidValue(
+            f"{path} has schema version {found}, this attrdb reads {SCHEMA_VERSION}; install a newer attrdb"
+        )
+    if found == 0:
+        raise NotFound(f"{path} has an images table that attrdb did not make; make a database with: attrdb init PATH")
+    if found < SCHEMA_VERSION:
+        raise InvalidValue(
+            f"{path} has schema version {found}, this attrdb reads {SCHEMA_VERSION}; bring it up with: attrdb upgrade {path}"
+        )
+
+
+def open_table(path: Path, name: str, **options: Any) -> lance.LanceDataset:
+    try:
+        return lance.dataset(str(path / f"{name}.lance"), **options)
+    except BaseException as error:
+        if not (isinstance(error, ValueError) or by_lance(error)):
+            raise
+        # Lance counts the names of its manifests down.
+        newest = min((path / f"{name}.lance" / "_versions").glob("*.manifest"), default=None)
+        cure = f"; restore {newest} from a copy of the directory" if newest else ""
+        raise NotFound(
+            f"{path} is not a whole attrdb database: its table {name} cannot be opened ({words_of(error)}){cure}"
+        ) from error
+
+
+def create_table(path: Path, name: str) -> None:
+    """An empty table of the schema, unless it is there."""
+    table = path / f"{name}.lance"
+    if table_exists(table):
+        return
+    stamped = TABLES[name].with_metadata({STAMP.decode(): str(SCHEMA_VERSION)})
+    try:
+        with storage(path):
+            lance.write_dataset(stamped.empty_table(), str(table))
+    except StorageError:
+        if not table_exists(table):  # by another process, meanwhile
+            raise

@@ -1,0 +1,312 @@
+"""The writer: everything that changes a database goes through it, checked, and in atomic commits."""
+
+from __future__ import annotations
+
+import json
+import random
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import lance
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from lance.commit import CommitConflictError
+
+from attrdb.errors import InvalidValue, StorageError
+from attrdb.store.lance_errors import storage
+from attrdb.store.methods import similarity_row
+from attrdb.store.predicates import literal
+from attrdb.store.schema import DICTIONARY, TABLES, encoder_id_of, encoder_name, feature_columns, feature_type
+from attrdb.store.snapshot import open_snapshot
+from attrdb.store.validation import conform_images
+
+CONFLICT_RETRIES = 30  # of a commit that another writer preempted
+TABLE_KEYS = {name: table.key for name, table in DICTIONARY.items()}
+LONGEST_ENCODER_ID = 80  # characters of a new one: files are named after it
+
+
+@dataclass(frozen=True)
+class Appended:
+    """What an append did. version: of the images table afterwards."""
+
+    n_appended: int
+    n_skipped: int
+    version: int
+
+
+class Writer:
+    """Writes to a database, and holds the snapshot of it that is being read.
+
+    snapshot: moves on with `refresh` and with every write of this writer's own
+    raises:   NotFound if the path is no attrdb database, or keeps no such moment, InvalidValue for another schema version
+    """
+
+    def __init__(self, path: Path, read_only: bool = False, at: int | str | datetime | None = None):
+        self.path = path
+        self.read_only = read_only or at is not None
+        self._at = at
+        self.snapshot = open_snapshot(path, at)
+
+    def refresh(self) -> None:
+        """Move on to the newest version of every table; a database opened at an older moment stays there.
+
+        raises: NotFound if a table is gone
+        """
+        if self._at is None:
+            self.snapshot = open_snapshot(self.path)
+
+    def check_encoder(self, spec: str, dimension: int, preprocessing: dict, weights_fingerprint: str) -> bool:
+        """Whether the encoder is registered; where its checkpoint lies does not matter.
+
+        Of features that were imported only name and dimension are known, so only those are compared.
+        raises: InvalidValue if the registered encoder of that id differs in name, dimension, preprocessing or weights
+        """
+        row = _encoder_row(spec, dimension, preprocessing, weights_fingerprint)
+        stored = self.snapshot.encoders.get(row["encoder_id"])
+        if stored is None:
+            return False
+        known = ["spec", "dimension"]
+        if stored["weights_fingerprint"]:
+            known += ["preprocessing", "weights_fingerprint"]
+        for what in known:
+            ours, theirs = (encoder_name(one[what]) if what == "spec" else one[what] for one in (row, stored))
+            if ours != theirs:
+                raise InvalidValue(
+                    f"encoder {row['encoder_id']!r} has {what.replace('_', ' ')} {row[what]!r}, its stored features were "
+                    f"made with {stored[what]!r}; use that encoder or open another database"
+                )
+        return True
+
+    def add_encoder(self, spec: str, dimension: int, preprocessing: dict, weights_fingerprint: str) -> str:
+        """Register an encoder and add its column to images, null so far; the id of the encoder.
+
+        One that is registered already is checked instead, and what is new about it is noted: where its checkpoint lies
+        now, and the preprocessing and weights behind features that were imported, which are checked from then on.
+        raises: as `check_encoder`; InvalidValue for a new one with a long name
+        """
+        row = _encoder_row(spec, dimension, preprocessing, weights_fingerprint)
+        encoder_id = row["encoder_id"]
+
+        def add() -> None:
+            self.refresh()
+            if self.check_encoder(spec, dimension, preprocessing, weights_fingerprint):
+                if self.snapshot.encoders[encoder_id] != row and weights_fingerprint:
+                    self.upsert("encoders", [row])
+                return
+            if len(encoder_id) > LONGEST_ENCODER_ID:
+                raise InvalidValue(
+                    f"encoder {spec!r} would be called {encoder_id!r}, {len(encoder_id)} characters; give its file a name "
+                    f"that makes at most {LONGEST_ENCODER_ID}"
+                )
+            images = self.snapshot.tables["images"]
+            columns = feature_columns(images.schema)
+            if columns.get(encoder_id) != dimension:
+                if encoder_id in columns:  # left by a call that was interrupted before the encoder's row
+                    images.drop_columns([encoder_id])
+                images.add_columns(pa.field(encoder_id, feature_type(dimension)))
+            self.upsert("methods", [similarity_row(encoder_id)], update=False)
+            self.upsert("encoders", [row], update=False)
+
+        self.commit(add)
+        return encoder_id
+
+    def append_images(self, rows: pa.Table) -> Appended:
+        """Append the images that are not stored yet, in one commit; all of them are visible afterwards, or none.
+
+        raises: InvalidValue, with the row named, for what `validation.conform_images` refuses
+        """
+        self._check_writable()
+        self.refresh()
+        images = self.snapshot.tables["images"]
+        table = conform_images(rows, images.schema)
+        stored = self.snapshot.stored(table["image_id"].to_pylist())
+        n_appended = 0
+        if len(stored) < len(table):
+            # merge_insert and not append: what another process stored since the look-up is skipped too.
+            # Without the index on image_id: with it Lance (pylance 14.0) commits no keys, and two writers that have not seen
+            # each other's rows both insert an id (tests/test_concurrency.py).
+            insert = images.merge_insert("image_id").when_not_matched_insert_all().use_index(False)
+            insert = insert.conflict_retries(CONFLICT_RETRIES)
+            n_appended = self.commit(lambda: insert.execute(table))["num_inserted_rows"]
+        return Appended(n_appended, len(table) - n_appended, self.snapshot.version)
+
+    def absent(self, ids: pa.Array) -> pa.BooleanArray:
+        """Which of the ids images does not have yet; quick for thousands of ids that lie close together.
+
+        Where the ids are indexed only those between the first and the last are read.
+        """
+        self.refresh()
+        images = self.snapshot.tables["images"]
+        ends = pc.min_max(ids)
+        if not ends["min"].is_valid:
+            return pa.array(np.ones(len(ids), bool))
+        where = f"image_id >= {literal(ends['min'].as_py())} AND image_id <= {literal(ends['max'].as_py())}"
+        with storage(self.path):
+            stored = images.to_table(columns=["image_id"], filter=where)["image_id"]
+        return pc.invert(pc.is_in(ids, stored))
+
+    def append_bulk(self, rows: pa.Table) -> Appended:
+        """Append images in one commit, at the speed of a plain append: none of their ids is looked up.
+
+        The caller has found them `absent`, and sees to it that no other process makes the same ids meanwhile.
+        raises: as `append_images`
+        """
+        self._check_writable()
+        table = conform_images(rows, self.snapshot.tables["images"].schema)
+        self.commit(lambda: lance.write_dataset(table, str(self.path / "images.lance"), mode="append"))
+        return Appended(len(table), 0, self.snapshot.version)
+
+    def append_model(self, rows: pa.Table, model: dict) -> Appended:
+        """Append a customized model: its exemplars and samples in one commit, then its row in `models`.
+
+        Both steps skip what is stored, so a call that was interrupted between them is completed by the next; until then
+        nothing of the model is shown.
+        raises: InvalidValue for a refused image, or if a row does not belong to the model
+        """
+        strangers = set(rows["model_id"].to_pylist()) - {model["model_id"]}
+        if strangers:
+            raise InvalidValue(f"images of model {strangers.pop()!r} among those of model {model['model_id']!r}")
+        roles = rows["role"].to_pylist()
+        self._drop_abandoned(rows, model["model_id"])
+        appended = self.append_images(rows)
+        counted = {"n_exemplars": roles.count("exemplar"), "n_samples": roles.count("sample")}
+        self.upsert("models", [{**model, **counted}], update=False)
+        return appended
+
+    def _drop_abandoned(self, rows: pa.Table, model_id: str) -> None:
+        """Take out what an earlier attempt at a model left that never got its row, unless it is what is given now."""
+        self.refresh()
+        if model_id not in self.snapshot.hidden_models:
+            return
+        said = ["image_id", "sha256", "prompt", "seed"]
+        where = f"model_id = {literal(model_id)}"
+        with storage(self.path):
+            stored = self.snapshot.tables["images"].to_table(columns=said, filter=where)
+        given = conform_images(rows, self.snapshot.tables["images"].schema).select(said)
+        if {tuple(row.values()) for row in stored.to_pylist()} != {tuple(row.values()) for row in given.to_pylist()}:
+            self.delete("images", where)
+
+    def add_method(self, method: dict) -> None:
+        """Register an attribution method, or replace its row."""
+        self.upsert("methods", [method | {"created_at": datetime.now(UTC)}])
+
+    def add_mapper(self, mapper: dict) -> None:
+        """Store a mapper and its method; one that is stored already stays as it is."""
+        self.upsert("methods", [similarity_row(mapper["encoder_id"], mapper["mapper_id"])], update=False)
+        self.upsert("mappers", [mapper], update=False)
+
+    def replace_exemplar_ranks(self, rows: pa.Table, method_id: str, gallery: str) -> None:
+        """Store the ranks of one method and gallery in place of those that are stored."""
+        scope = f"method_id = {literal(method_id)} AND gallery = {literal(gallery)}"
+        table = _conformed("exemplar_ranks", rows)
+        self.commit(
+            lambda: (
+                self._dataset("exemplar_ranks")
+                .merge_insert(["method_id", "gallery", "sample_id", "exemplar_id"])
+                .when_matched_update_all()
+                .when_not_matched_insert_all()
+                .when_not_matched_by_source_delete(scope)
+                .execute(table)
+            )
+        )
+
+    def append_rows(self, table: str, rows: pa.Table, stale: str | None = None) -> None:
+        """Append to one of the tables whose rows have no id; rows that the predicate `stale` keeps are deleted first."""
+        if TABLE_KEYS[table] is not None:
+            raise InvalidValue(f"the rows of {table} have an id; they are stored with upsert")
+        if stale is not None:
+            self.delete(table, stale)
+        conformed = _conformed(table, rows)
+        self.commit(lambda: lance.write_dataset(conformed, self._path(table), mode="append"))
+
+    def upsert(self, table: str, rows: list[dict], *, update: bool = True) -> None:
+        """Store rows of one of the small tables by their key; with update=False what is stored stays as it is.
+
+        raises: InvalidValue for a table without a key, for images, an unknown column or a required one without a value
+        """
+        key = TABLE_KEYS[table]
+        if key is None or table == "images":
+            raise InvalidValue(f"rows of {table} cannot be stored by their key; use the method of Writer made for them")
+        conformed = _conformed(table, rows)
+
+        def merge() -> None:
+            insert = self._dataset(table).merge_insert(key).when_not_matched_insert_all()
+            if update:
+                insert = insert.when_matched_update_all()
+            insert.conflict_retries(CONFLICT_RETRIES).execute(conformed)
+
+        self.commit(merge)
+
+    def delete(self, table: str, where: str) -> None:
+        """Delete the rows of a table that a predicate keeps."""
+        self.commit(lambda: self._dataset(table).delete(where))
+
+    def _path(self, table: str) -> str:
+        return str(self.path / f"{table}.lance")
+
+    def _dataset(self, table: str) -> lance.LanceDataset:
+        """The newest version of a table."""
+        return lance.dataset(self._path(table))
+
+    def commit(self, write: Callable[[], Any]) -> Any:
+        """Run a write and move on to what it made; once more where another writer came first.
+
+        raises: InvalidValue if the database was opened read-only, StorageError for a full or read-only disk
+        """
+        self._check_writable()
+        with storage(self.path):
+            for attempt in range(CONFLICT_RETRIES):
+                try:
+                    result = write()
+                    break
+                except OSError as error:  # CommitConflictError is one
+                    # merge_insert gives up with words of its own after its retries.
+                    if not isinstance(error, CommitConflictError) and "concurrent" not in str(error).lower():
+                        raise
+                    if attempt == CONFLICT_RETRIES - 1:
+                        raise StorageError(f"too many others write to {self.path}; rerun the command") from error
+                    time.sleep(random.uniform(0, 0.05 * (attempt + 1)))
+        self.refresh()
+        return result
+
+    def _check_writable(self) -> None:
+        if self.read_only:
+            raise InvalidValue(f"{self.path} was opened read-only; open it without read_only and at to change it")
+
+
+def _conformed(table: str, rows: pa.Table | list[dict]) -> pa.Table:
+    """The rows in the columns of a table's schema, absent columns null.
+
+    raises: InvalidValue for a column that the table does not have, or a required one that is absent or null
+    """
+    schema = TABLES[table]
+    names = set(rows.column_names) if isinstance(rows, pa.Table) else {name for row in rows for name in row}
+    if strange := names - set(schema.names):
+        raise InvalidValue(f"table {table} has no column {min(strange)!r}; it has: {', '.join(schema.names)}")
+    if isinstance(rows, pa.Table):
+        columns = [
+            rows[field.name].cast(field.type) if field.name in names else pa.nulls(len(rows), field.type)
+            for field in schema
+        ]
+        conformed = pa.table(columns, schema=schema)
+    else:
+        conformed = pa.Table.from_pylist(rows, schema=schema)
+    for field in schema:
+        if not field.nullable and conformed[field.name].null_count:
+            raise InvalidValue(f"table {table} needs a value in {field.name!r} of every row")
+    return conformed
+
+
+def _encoder_row(spec: str, dimension: int, preprocessing: dict, weights_fingerprint: str) -> dict:
+    return {
+        "encoder_id": encoder_id_of(spec),
+        "spec": spec,
+        "dimension": dimension,
+        "preprocessing": json.dumps(preprocessing, sort_keys=True),
+        "weights_fingerprint": weights_fingerprint,
+    }

@@ -1,0 +1,190 @@
+"""Scores by methods that packages add: candidates of samples, scored by their code, stored in the table `scores`.
+
+A package adds a method under the entry point group `attrdb.methods`. Its object is called with the text after the colon of
+`attrdb score DB NAME:ARGUMENT` (empty without one) and gives a `Scorer`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from importlib.metadata import entry_points
+from typing import Any, Protocol
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from attrdb import plugins
+from attrdb.attribution.methods import method_rows
+from attrdb.database import Database
+from attrdb.errors import InvalidValue, NotFound
+from attrdb.store import jobs
+from attrdb.store.ids import check_id, lock_file
+from attrdb.store.locks import exclusive_lock
+from attrdb.store.predicates import CANDIDATES, literal
+from attrdb.store.schema import TABLES
+
+GROUP = "attrdb.methods"
+ATTRIBUTES = {
+    "unit": (str,),
+    "lowest": (int, float, type(None)),
+    "highest": (int, float, type(None)),
+    "tau": (int, float),
+    "lam": (int, float),
+    "settings": (dict,),
+}
+SAMPLES_PER_COMMIT = 256
+
+Report = Callable[[int, int], None]
+
+
+class Scorer(Protocol):
+    """What a package provides. A higher score must mean more influence.
+
+    unit:            what a score is, in a word or two, such as "gradient dot product"
+    lowest, highest: bounds of a score; None: unbounded
+    tau, lam:        temperature (in units of the score) and cut-off of influence until `attrdb calibrate` has fitted them
+    settings:        all that decides the scores, as JSON values; other settings make another method
+    """
+
+    unit: str
+    lowest: float | None
+    highest: float | None
+    tau: float
+    lam: float
+    settings: dict[str, Any]
+
+    def scores(self, db: Database, sample_ids: Sequence[str]) -> Iterable[pa.Table]:
+        """Tables with sample_id, candidate_id and score (finite) of these samples; candidates are exemplars and pretraining
+        images. A candidate without a row has no score."""
+        ...
+
+
+@dataclass(frozen=True)
+class Scored:
+    """How many samples were scored, had been before, and got no score, which is kept in `failures`."""
+
+    method_id: str
+    n_scored: int
+    n_stored: int
+    n_failed: int
+
+
+def load_scorer(spec: str) -> Scorer:
+    """The scorer that an installed package makes of NAME or NAME:ARGUMENT.
+
+    raises: NotFound for a name that no package adds, InvalidValue, with the package named, if it fails or is no `Scorer`
+    """
+    name, _, argument = spec.partition(":")
+    plugins.check_clash(GROUP, name, (), "a method")
+    for point in entry_points(group=GROUP, name=name):
+        return plugins.make(point, lambda loaded: loaded(argument), _check_scorer, f"method {spec!r}")
+    known = ", ".join(sorted(entry_points(group=GROUP).names)) or "no installed package adds one"
+    raise NotFound(f"no method {name!r} to score with; known: {known}")
+
+
+def _check_scorer(scorer: Any) -> None:
+    plugins.check_members(scorer, ATTRIBUTES, ["scores"], "attrdb.ingest.score.Scorer")
+    if not (scorer.tau > 0 and 0 <= scorer.lam < 1):
+        raise ValueError(f"tau is {scorer.tau} and lam {scorer.lam}; tau must be above 0, lam at least 0 and below 1")
+    json.dumps(scorer.settings)
+
+
+def score(
+    db: Database,
+    spec: str,
+    scorer: Scorer,
+    samples: str = "true",
+    method_id: str | None = None,
+    report: Report = lambda done, total: None,
+) -> Scored:
+    """Score the samples that a predicate keeps, in commits of SAMPLES_PER_COMMIT; a rerun skips those that have scores.
+
+    method_id: of the method in the database; made from the spec for None
+    raises:    InvalidValue for a wrong id or predicate, scores that cannot be stored, or a method of that id with other
+               settings; NotFound if no sample fulfils the predicate; Busy if another process scores by the same method
+    """
+    method_id = check_id("method", method_id or re.sub(r"[^a-z0-9]+", "_", spec.lower()).strip("_"))
+    db.refresh()
+    db.snapshot.check_predicate("samples", samples)
+    _register(db, method_id, spec, scorer)
+    known = db.images(f"role = 'sample' AND ({samples})", ["image_id"])["image_id"].to_pylist()
+    if not known:
+        raise NotFound(f"no sample of {db.path} fulfils {samples!r}")
+    candidates = pc.unique(db.images(CANDIDATES, ["image_id"])["image_id"].combine_chunks())
+    with (
+        exclusive_lock(lock_file(db.path, "score", method_id), f"samples of {db.path} are being scored by {method_id}"),
+        jobs.running(db.writer, "score", method_id, {"spec": spec, "samples": samples} | scorer.settings) as job,
+    ):
+        scored = db.snapshot.rows("scores", f"method_id = {literal(method_id)}", ["sample_id"])
+        left = sorted(set(known) - {row["sample_id"] for row in scored})
+        for start in range(0, len(left), SAMPLES_PER_COMMIT):
+            report(len(known) - len(left) + start, len(known))
+            part = left[start : start + SAMPLES_PER_COMMIT]
+            rows = pa.concat_tables(
+                [_conformed(table, part, candidates) for table in scorer.scores(db, part)] or [_NONE]
+            )
+            _check_repeats(rows, spec)
+            method = pa.array([method_id] * len(rows), pa.string())
+            db.writer.append_rows("scores", rows.append_column("method_id", method))
+            done = pc.unique(rows["sample_id"]).to_pylist()
+            job.mended(done)
+            job.failed(dict.fromkeys(set(part) - set(done), f"{spec} gives it no score"))
+            job.n_done += len(done)
+        report(len(known), len(known))
+    return Scored(method_id, job.n_done, len(known) - len(left), len(left) - job.n_done)
+
+
+def _register(db: Database, method_id: str, spec: str, scorer: Scorer) -> None:
+    """Write the method's row; one that exists must be the same method."""
+    settings = json.dumps({"spec": spec} | scorer.settings, sort_keys=True)
+    row = method_rows(db.snapshot).get(method_id)
+    if row is None:
+        names = ("unit", "lowest", "highest", "tau", "lam")
+        meaning = {name: getattr(scorer, name) for name in names}
+        db.writer.add_method({"method_id": method_id, "kind": "stored", "settings": settings} | meaning)
+    elif row["kind"] != "stored" or row["settings"] != settings:
+        raise InvalidValue(
+            f"{db.path} has a method {method_id!r} with other settings ({row['settings']}); name this one with --method-id"
+        )
+
+
+_NONE = TABLES["scores"].empty_table().select(["sample_id", "candidate_id", "score"])
+
+
+def _conformed(table: pa.Table, sample_ids: Sequence[str], candidates: pa.Array) -> pa.Table:
+    """Scores as they are stored.
+
+    raises: InvalidValue for a missing column, another type, a score that is not finite, or an image that was not asked for
+    """
+    try:
+        rows = table.select(_NONE.column_names).cast(_NONE.schema)
+    except (KeyError, pa.ArrowException) as error:
+        raise InvalidValue(f"scores need the columns {_NONE.schema.to_string()}: {error}") from error
+    scores = rows["score"].to_numpy()
+    if rows["score"].null_count or not np.isfinite(scores).all():
+        at = int(np.flatnonzero(~np.isfinite(scores))[0])
+        row = rows.slice(at, 1).to_pylist()[0]
+        raise InvalidValue(
+            f"score {row['score']} of sample {row['sample_id']!r} and {row['candidate_id']!r}; it must be finite"
+        )
+    for name, allowed, noun in (
+        ("sample_id", pa.array(sample_ids), "a sample that was asked for"),
+        ("candidate_id", candidates, "an exemplar or a pretraining image of the database"),
+    ):
+        unknown = rows[name].filter(pc.invert(pc.is_in(rows[name], allowed)))
+        if len(unknown):
+            raise InvalidValue(f"scores have the {name} {unknown[0].as_py()!r}, which is not {noun}")
+    return rows
+
+
+def _check_repeats(rows: pa.Table, spec: str) -> None:
+    pairs = rows.group_by(["sample_id", "candidate_id"]).aggregate([([], "count_all")])
+    if len(pairs) < len(rows):
+        row = pairs.filter(pc.greater(pairs["count_all"], 1)).to_pylist()[0]
+        raise InvalidValue(
+            f"method {spec!r} scores sample {row['sample_id']!r} and {row['candidate_id']!r} more than once"
+        )

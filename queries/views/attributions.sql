@@ -1,0 +1,10 @@
+-- Stored attributions, with the encoder and the mapper of a method that is similarity.
+-- grain  one row per sample and candidate that was stored; similarity is the score where the method is similarity, else null
+SELECT
+    stored.method_id,
+    methods.encoder_id,
+    coalesce(methods.mapper_id, '') AS mapper_id,
+    stored.* EXCLUDE (method_id),
+    CASE WHEN methods.kind = 'similarity' THEN stored.score END AS similarity
+FROM _attributions AS stored
+LEFT JOIN methods ON methods.method_id = stored.method_id

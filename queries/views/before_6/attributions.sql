@@ -1,0 +1,17 @@
+-- attributions of a moment before schema 6, in the columns of today.
+-- grain  one row per row of the older table
+SELECT
+    CASE WHEN mapper_id = '' THEN encoder_id ELSE encoder_id || '/' || mapper_id END AS method_id,
+    sample_id,
+    rank,
+    candidate_id,
+    similarity AS score,
+    influence,
+    complete,
+    missing_influence,
+    k,
+    exact,
+    tau,
+    lam,
+    images_version
+FROM _attributions_5

@@ -1,0 +1,6 @@
+-- calibrations of a moment before schema 6, in the columns of today.
+-- grain  one row per row of the older table
+SELECT
+    CASE WHEN mapper_id = '' THEN encoder_id ELSE encoder_id || '/' || mapper_id END AS method_id,
+    * EXCLUDE (calibration_id, encoder_id, mapper_id)
+FROM _calibrations_5
