@@ -8,7 +8,7 @@ from pathlib import Path
 
 from markdown import machine, table
 
-from attrdb.pages.report import CUT_OFFS, drawn
+from attrdb.pages.report import CUT_OFFS, render_plots
 
 PLOTS = Path(__file__).parent / "plots"
 DISCUSSION = Path(__file__).parent / "iconabc" / "discussion.md"
@@ -191,7 +191,9 @@ def rest(found: dict, name_of: dict[str, str]) -> Iterator[str]:
     yield "Pearson correlation with Recall@10 on exemplars, over all features above, and over encoders without a mapper:\n"
     yield table(["models", "set size", "features", "correlation", "encoders", "over these alone"], correlations)
     yield part(
-        "Plots", "", "\n".join(f"![{SAYS[name]}](plots/{name}.svg)\n\n*{SAYS[name]}.*\n" for name in drawn(found))
+        "Plots",
+        "",
+        "\n".join(f"![{SAYS[name]}](plots/{name}.svg)\n\n*{SAYS[name]}.*\n" for name in render_plots(found)),
     )
     yield part(
         "Weights not available to this run",
@@ -202,5 +204,5 @@ def rest(found: dict, name_of: dict[str, str]) -> Iterator[str]:
 
 def write_plots(found: dict) -> None:
     PLOTS.mkdir(exist_ok=True)
-    for name, text in drawn(found).items():
+    for name, text in render_plots(found).items():
         (PLOTS / f"{name}.svg").write_text(text, encoding="utf-8")

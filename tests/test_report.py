@@ -16,7 +16,7 @@ import attrdb
 from attrdb.cli import main
 from attrdb.errors import NotFound
 from attrdb.pages import plots
-from attrdb.pages.report import drawn, figures, render
+from attrdb.pages.report import figures, render, render_plots
 from attrdb.training.calibrate import calibrate
 from attrdb.training.evaluate import evaluate
 from attrdb.training.train import train
@@ -103,12 +103,12 @@ def test_queries_of_the_page_are_test_samples(page):
 
 
 def test_plots_are_the_same_for_the_same_figures(found):
-    assert drawn(found) == drawn(found)
-    assert set(drawn(found)) == {"curves", "gains", "reliability"}
+    assert render_plots(found) == render_plots(found)
+    assert set(render_plots(found)) == {"curves", "gains", "reliability"}
 
 
 def test_sets_are_plotted_against_exemplars():
-    points = [{"case": "sets of 10", "features": name, "x": n / 4, "y": n / 8} for n, name in enumerate("abc")]
+    points = [{"case": "sets of 10", "method": name, "x": n / 4, "y": n / 8} for n, name in enumerate("abc")]
     text = plots.general(points)
     assert all(
         f">{word}<" in text for word in ("sets of 10", "Recall@10 on exemplars", "Recall@size on sets", "a", "b", "c")

@@ -18,15 +18,15 @@ DASHES, MARKERS = ("-", "--", "-."), ("o", "s", "^")
 
 
 def recall_curves(rows: Sequence[dict]) -> str:
-    """Recall@K against K, a panel a test case, a line for every kind of features; chance is dotted.
+    """Recall@K against K, a panel per test case, a line per method; chance is dotted.
 
-    rows: case, features, k, recall, chance
+    rows: case, method, k, recall, chance
     """
     panels = _by(rows, "case")
-    names = list(dict.fromkeys(row["features"] for row in rows))
+    names = list(dict.fromkeys(row["method"] for row in rows))
     figure, axes = _panels(len(panels))
     for axis, (case, of_case) in zip(axes, panels.items(), strict=True):
-        for name, points in _by(of_case, "features").items():
+        for name, points in _by(of_case, "method").items():
             points = sorted(points, key=lambda row: row["k"])
             axis.plot(
                 [row["k"] for row in points], [row["recall"] for row in points], label=name, **_line(names.index(name))
@@ -38,9 +38,9 @@ def recall_curves(rows: Sequence[dict]) -> str:
 
 
 def gains(rows: Sequence[dict]) -> str:
-    """Gains in recall with their intervals, a panel a test case, a line for every kind of features.
+    """Gains in recall with their intervals, a panel per test case, a line per method.
 
-    rows: case, features, value, low, high
+    rows: case, method, value, low, high
     """
     panels = _by(rows, "case")
     most = max(map(len, panels.values()))
@@ -49,7 +49,7 @@ def gains(rows: Sequence[dict]) -> str:
         for place, row in enumerate(reversed(lines)):
             axis.plot([row["low"], row["high"]], [place, place], color=COLOURS[0], linewidth=1.5)
             axis.plot(row["value"], place, "o", color=COLOURS[0], markersize=4)
-        axis.set_yticks(range(len(lines)), [row["features"] for row in reversed(lines)])
+        axis.set_yticks(range(len(lines)), [row["method"] for row in reversed(lines)])
         axis.set(title=case, xlabel="gain in Recall@10, 95 % interval", ylim=(-0.6, len(lines) - 0.4))
         axis.locator_params(axis="x", nbins=5)
         axis.axvline(0, color=SOFT, linewidth=0.8)
@@ -59,10 +59,10 @@ def gains(rows: Sequence[dict]) -> str:
 def reliability(rows: Sequence[dict]) -> str:
     """The share that candidates had against the influence they were given, a line a calibration.
 
-    rows: features, influence, share
+    rows: method, influence, share
     """
     figure, [axis] = _panels(1, width=5.4, height=5)
-    for number, (name, points) in enumerate(_by(rows, "features").items()):
+    for number, (name, points) in enumerate(_by(rows, "method").items()):
         points = [row for row in points if row["influence"] > 0 and row["share"] > 0]  # the axes are logarithmic
         x, y = [row["influence"] for row in points], [row["share"] for row in points]
         axis.plot(x, y, label=name, **_line(number), marker="o", markersize=3)
@@ -73,18 +73,18 @@ def reliability(rows: Sequence[dict]) -> str:
 
 
 def general(rows: Sequence[dict]) -> str:
-    """General attribution against recall on exemplars, a panel a case, a point for every kind of features.
+    """General attribution against recall on exemplars, a panel per case, a point per method.
 
-    rows: case, features, x, y
+    rows: case, method, x, y
     """
     panels = _by(rows, "case")
     figure, axes = _panels(len(panels), columns=3, height=2.6)
-    names = list(dict.fromkeys(row["features"] for row in rows))
+    names = list(dict.fromkeys(row["method"] for row in rows))
     for axis, (case, points) in zip(axes, panels.items(), strict=True):
         for row in points:
-            number = names.index(row["features"])
+            number = names.index(row["method"])
             marker = MARKERS[number // len(COLOURS) % len(MARKERS)]
-            axis.plot(row["x"], row["y"], marker, color=COLOURS[number % len(COLOURS)], label=row["features"])
+            axis.plot(row["x"], row["y"], marker, color=COLOURS[number % len(COLOURS)], label=row["method"])
         axis.set(title=case, xlabel="Recall@10 on exemplars", ylabel="Recall@size on sets")
     _legend(figure)
     return _svg(figure)

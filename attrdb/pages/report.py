@@ -19,18 +19,21 @@ from attrdb.store.predicates import among
 CUT_OFFS = (5, 10, 100)
 CURVE = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
 CASE = ("kind", "split", "prompt_scheme")
+METHOD = ("method_id", "encoder_id", "mapper_id")
 N_CANDIDATES = 6
-QUERIES_A_CASE = 2
+QUERIES_PER_CASE = 2
 SIDE = 128  # pixels; larger pictures are scaled down to it
 
 
 def figures(db: Database, gallery: str = "own") -> dict[str, Any]:
     """Everything that the tables and plots show, as JSON types.
 
+    methods:     the rows of the methods that were evaluated
     cases:       recall at CUT_OFFS and mean average precision with intervals, chance and ceilings, of every test case and
-                 kind of features; n_unranked: pairs that were never ranked and count as misses
+                 method; n_unranked: pairs that were never ranked and count as misses
     curves:      recall at CURVE, averaged over prompt schemes
-    gains:       of every mapper over its encoder's own features, in recall at 10
+    gains:       in recall at 10, of every mapper over its encoder's own features, and of every stored method over similarity
+                 of the first encoder
     general, correlations: the queries general_attribution and benchmark_correlation
     mappers, calibrations: their rows
     raises: NotFound if nothing was evaluated on that gallery
@@ -48,10 +51,13 @@ def figures(db: Database, gallery: str = "own") -> dict[str, Any]:
     )
     if not cases:
         raise NotFound(f"{db.path} has no ranks on gallery {gallery!r}; fill them with: attrdb evaluate {db.path}")
+    evaluated = {row["method_id"] for row in cases}
+    methods = [row for name, row in db.methods.items() if name in evaluated]
     gains = [
-        {"mapper_id": mapper["mapper_id"], "encoder_id": mapper["encoder_id"], **row}
-        for mapper in mappers
-        for row in of_gallery("compare_mappers", mapper_id=mapper["mapper_id"], encoder_id=mapper["encoder_id"], k=10)
+        {**{name: method[name] for name in METHOD}, "other": other, **row}
+        for method in methods
+        if (other := method["encoder_id"] or db.encoder_id()) != method["method_id"]
+        for row in of_gallery("compare_methods", method=method["method_id"], other=other, k=10)
     ]
     calibrations = db.sql("SELECT * FROM calibrations ORDER BY method_id").to_pylist()
     return {
@@ -59,6 +65,7 @@ def figures(db: Database, gallery: str = "own") -> dict[str, Any]:
         "images_version": db.version,
         "images": db.status()["images_by_role"],
         "models": db.sql("SELECT kind, split, count(*) AS n FROM models GROUP BY ALL ORDER BY ALL").to_pylist(),
+        "methods": [_plain(row, ("settings",)) for row in methods],
         "cases": cases,
         "curves": [point for k in CURVE for point in _averaged(k, recall[k])],
         "gains": gains,
@@ -77,14 +84,12 @@ def _plain(row: dict, texts: Iterable[str]) -> dict:
 
 def _cases(intervals: dict[int, list[dict]], beside: dict[int, list[dict]], precision: list[dict]) -> list[dict]:
     def key(row: dict) -> tuple:
-        return tuple(row[name] for name in (*CASE, "encoder_id", "mapper_id"))
+        return tuple(row[name] for name in (*CASE, *METHOD))
 
     found: dict[tuple, dict] = {}
     for k, rows in intervals.items():
         for row in rows:
-            case = found.setdefault(
-                key(row), {name: row[name] for name in (*CASE, "encoder_id", "mapper_id", "n_models")}
-            )
+            case = found.setdefault(key(row), {name: row[name] for name in (*CASE, *METHOD, "n_models")})
             case[f"recall_{k}"] = [row["recall_at_k"], row["recall_low"], row["recall_high"]]
             case["map"] = [row["mean_average_precision"], row["precision_low"], row["precision_high"]]
     for k, rows in beside.items():
@@ -96,44 +101,41 @@ def _cases(intervals: dict[int, list[dict]], beside: dict[int, list[dict]], prec
 
 
 def _averaged(k: int, rows: list[dict]) -> list[dict]:
-    """Recall of kind, split and features: the mean over prompt schemes."""
+    """Recall of kind, split and method: the mean over prompt schemes."""
     groups: dict[tuple, list[dict]] = defaultdict(list)
     for row in rows:
-        groups[row["kind"], row["split"], row["encoder_id"], row["mapper_id"]].append(row)
+        groups[tuple(row[name] for name in ("kind", "split", *METHOD))].append(row)
     return [
         {
-            "kind": kind,
-            "split": split,
-            "encoder_id": encoder_id,
-            "mapper_id": mapper_id,
+            **dict(zip(("kind", "split", *METHOD), names, strict=True)),
             "k": k,
             "recall": sum(row["recall_at_k"] for row in group) / len(group),
             "chance": sum(row["chance"] for row in group) / len(group),
         }
-        for (kind, split, encoder_id, mapper_id), group in groups.items()
+        for names, group in groups.items()
     ]
 
 
-def features_name(row: dict) -> str:
-    """An encoder, or the mapper on it."""
-    return row["mapper_id"] or row["encoder_id"]
+def method_name(row: dict) -> str:
+    """A mapper's id where there is one, else the method's."""
+    return row["mapper_id"] or row["method_id"]
 
 
 def case_name(row: dict) -> str:
     return " · ".join(str(row[name]) for name in CASE if row.get(name))
 
 
-def drawn(found: dict) -> dict[str, str]:
+def render_plots(found: dict) -> dict[str, str]:
     """The plots of `figures`, as SVG, by name; of what there is nothing of there is no plot."""
     curves = [
-        {**row, "case": case_name(row), "features": features_name(row)}
+        {**row, "case": case_name(row), "method": method_name(row)}
         for row in sorted(found["curves"], key=lambda row: (row["kind"] or "", row["split"] or ""))
         if row["kind"] != "mixed"
     ]
     gains = [
         {
             "case": case_name(row),
-            "features": row["mapper_id"],
+            "method": method_name(row),
             "value": row["recall_gain"],
             "low": row["recall_low"],
             "high": row["recall_high"],
@@ -142,7 +144,7 @@ def drawn(found: dict) -> dict[str, str]:
         if row["kind"] != "mixed"
     ]
     told = [
-        {"features": features_name(one), **row} for one in found["calibrations"] for row in one["reliability"]["fitted"]
+        {"method": method_name(one), **row} for one in found["calibrations"] for row in one["reliability"]["fitted"]
     ]
     ways = {
         "curves": (plots.recall_curves, curves),
@@ -154,21 +156,21 @@ def drawn(found: dict) -> dict[str, str]:
 
 
 def _both(found: dict) -> list[dict]:
-    """What general attribution is compared with: a point for every kind of features that both benchmarks have."""
+    """What general attribution is compared with: a point for every method that both benchmarks have."""
     tests: dict[tuple, list[float]] = defaultdict(list)
     for row in found["curves"]:
         if row["k"] == 10 and row["kind"] != "mixed" and (row["split"] or "").startswith("test"):
-            tests[row["kind"], features_name(row)].append(row["recall"])
+            tests[row["kind"], method_name(row)].append(row["recall"])
     return [
         {
             "case": f"sets of {row['n_exemplars']} · {kind} models",
-            "features": features_name(row),
-            "x": sum(tests[kind, features_name(row)]) / len(tests[kind, features_name(row)]),
+            "method": method_name(row),
+            "x": sum(tests[kind, method_name(row)]) / len(tests[kind, method_name(row)]),
             "y": row["recall_at_size"],
         }
         for kind in ("object", "style")
         for row in found["general"]
-        if tests[kind, features_name(row)]
+        if tests[kind, method_name(row)]
     ]
 
 
@@ -179,7 +181,7 @@ def render(db: Database, found: dict[str, Any]) -> str:
     """The page of `figures` as one HTML text, with its plots and pictures inside."""
     by_case: dict[str, list[dict]] = defaultdict(list)
     for row in found["cases"]:
-        by_case[case_name(row)].append({**row, "features": features_name(row)})
+        by_case[case_name(row)].append({**row, "method": method_name(row)})
     evaluated = {row["mapper_id"] for row in found["cases"]}
     # Validation compares only mappers that were validated on the same models: those on both kinds, if there are any.
     known = [one for one in found["mappers"] if one["mapper_id"] in evaluated and one["metrics"]]
@@ -191,17 +193,26 @@ def render(db: Database, found: dict[str, Any]) -> str:
         found=found,
         cases=by_case,
         cut_offs=CUT_OFFS,
-        plots=drawn(found),
+        plots=render_plots(found),
         tuned=tuned,
-        queries=_queries(db, tuned["encoder_id"] if tuned else found["cases"][0]["encoder_id"], tuned),
+        queries=_queries(db, _shown_methods(found, tuned)),
         n_unranked=sum(row["n_unranked"] for row in found["cases"]),
         version=attrdb.__version__,
         database=db.path,
     )
 
 
-def _queries(db: Database, encoder_id: str, tuned: dict | None) -> list[dict]:
-    """Some samples of every split that is for tests, with their exemplars and what was attributed, without and with a mapper.
+def _shown_methods(found: dict, tuned: dict | None) -> list[dict]:
+    """The methods whose answers are shown: similarity without and with the best mapper, then stored methods."""
+    similarity = [row for row in found["methods"] if row["kind"] == "similarity"]
+    encoder_id = tuned["encoder_id"] if tuned else next((row["encoder_id"] for row in similarity), None)
+    shown = [row for row in similarity if row["encoder_id"] == encoder_id and row["mapper_id"] is None]
+    shown += [row for row in similarity if tuned and row["mapper_id"] == tuned["mapper_id"]]
+    return shown + [row for row in found["methods"] if row["kind"] != "similarity"]
+
+
+def _queries(db: Database, methods: list[dict]) -> list[dict]:
+    """Some samples of every split that is for tests, with their exemplars and what each method attributes them to.
 
     Which ones follows from their ids alone.
     """
@@ -210,55 +221,49 @@ def _queries(db: Database, encoder_id: str, tuned: dict | None) -> list[dict]:
         SELECT models.kind, models.split, samples.model_id, samples.image_id, samples.prompt, samples.image
         FROM samples JOIN models ON models.model_id = samples.model_id
         WHERE models.kind <> 'mixed' AND samples.image_id IN (
-            SELECT sample_id FROM exemplar_ranks WHERE encoder_id = $encoder_id
+            SELECT sample_id FROM exemplar_ranks WHERE method_id = $method_id
         )
         QUALIFY row_number() OVER (
             PARTITION BY models.kind, models.split, samples.prompt_scheme ORDER BY md5(samples.image_id)
         ) <= $n
         ORDER BY models.kind, models.split, samples.image_id
         """,
-        {"n": QUERIES_A_CASE, "encoder_id": encoder_id},
+        {"n": QUERIES_PER_CASE, "method_id": methods[0]["method_id"]},
     ).to_pylist()
     tests = [row for row in chosen if (row["split"] or "").startswith("test")] or chosen
-    ways = [
-        {"encoder_id": encoder_id, "mapper_id": mapper_id}
-        for mapper_id in [None] + ([tuned["mapper_id"]] if tuned else [])
-    ]
-    hits = [_hits(db, [row["image_id"] for row in tests], **way) for way in ways]
+    hits = [_hits(db, [row["image_id"] for row in tests], method["method_id"]) for method in methods]
     models = among("model_id", {row["model_id"] for row in tests})
     exemplars = db.images(f"role = 'exemplar' AND {models}", ["image_id", "model_id", "image"])
     exemplars = exemplars.sort_by("image_id").to_pylist()
-    candidates = among("image_id", {hit["image_id"] for of_way in hits for hit in of_way})
+    candidates = among("image_id", {hit["image_id"] for of_method in hits for hit in of_method})
     image_of = {one["image_id"]: one["image"] for one in db.images(candidates, ["image_id", "image"]).to_pylist()}
     for row in tests:
         own = {one["image_id"]: one["image"] for one in exemplars if one["model_id"] == row["model_id"]}
         row["exemplars"] = list(own.values())
         row["answers"] = [
             {
-                "features": features_name(way),
+                "method": method_name(method),
                 "hits": [
                     hit | {"image": image_of[hit["image_id"]], "true": hit["image_id"] in own}
-                    for hit in of_way
+                    for hit in of_method
                     if hit["sample_id"] == row["image_id"]
                 ],
             }
-            for way, of_way in zip(ways, hits, strict=True)
+            for method, of_method in zip(methods, hits, strict=True)
         ]
     return tests
 
 
-def _hits(db: Database, sample_ids: list[str], encoder_id: str, mapper_id: str | None) -> list[dict]:
+def _hits(db: Database, sample_ids: list[str], method_id: str) -> list[dict]:
     """The first candidates of some samples, best first; they are searched for together."""
     return db.sql(
-        f"""
-        SELECT asked.image_id AS sample_id, found.image_id, found.influence
-        FROM samples AS asked, attribute(
-            asked.image_id, k := $k, encoder_id := $encoder_id, mapper_id := $mapper_id
-        ) AS found
-        WHERE {among("asked.image_id", sample_ids)}
-        ORDER BY found.rank
+        """
+        SELECT queries.image_id AS sample_id, hits.image_id, hits.influence
+        FROM samples AS queries, attribute(queries.image_id, k := $k, method := $method) AS hits
+        WHERE queries.image_id IN (SELECT unnest($sample_ids))
+        ORDER BY hits.rank
         """,
-        {"k": N_CANDIDATES, "encoder_id": encoder_id, "mapper_id": mapper_id},
+        {"k": N_CANDIDATES, "method": method_id, "sample_ids": sample_ids},
     ).to_pylist()
 
 
