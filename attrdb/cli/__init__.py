@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 import attrdb
-from attrdb.cli import asking, ingesting, keeping, learning, models
+from attrdb.cli import asking, ingesting, keeping, learning, models, shell
 from attrdb.cli.common import DB, Commands, ml, quiet_option
 
 
@@ -20,7 +20,7 @@ def main() -> None:
     """
 
 
-@main.command()
+@click.command(short_help="Make a new, empty database.")
 @DB
 def init(db: Path) -> None:
     """Make a new, empty database directory."""
@@ -28,31 +28,7 @@ def init(db: Path) -> None:
     click.echo(f"made {db}", err=True)
 
 
-main.add_command(ingesting.ingest)
-main.add_command(ingesting.encode)
-main.add_command(keeping.index)
-main.add_command(asking.attribute)
-main.add_command(learning.train)
-main.add_command(learning.calibrate)
-main.add_command(learning.evaluate)
-main.add_command(learning.report)
-
-
-for command in (
-    asking.run_sql,
-    asking.run_query,
-    asking.queries,
-    models.models,
-    keeping.status,
-    keeping.optimize,
-    keeping.check,
-    keeping.upgrade,
-    keeping.export,
-):
-    main.add_command(command)
-
-
-@main.command()
+@click.command(short_help="Build a small database with models, and a page on it.")
 @click.argument("folder", type=click.Path(path_type=Path), default=Path("demo"))
 @quiet_option
 def demo(folder: Path, quiet: bool) -> None:
@@ -63,3 +39,12 @@ def demo(folder: Path, quiet: bool) -> None:
     with progress(quiet) as advance:
         page = module.build(folder, advance)
     module.tell(folder, page)
+
+
+main.add_section("Start", demo, init)
+main.add_section("Bring in", ingesting.ingest, ingesting.encode)
+main.add_section("Ask", asking.attribute, asking.run_sql, shell.shell, asking.run_query, asking.queries, models.models)
+main.add_section("Learn", learning.train, learning.calibrate, learning.evaluate, learning.report)
+main.add_section(
+    "Keep", keeping.status, keeping.index, keeping.optimize, keeping.check, keeping.export, keeping.upgrade
+)
