@@ -61,7 +61,8 @@ class Shell:
         on_screen: bool = False,
     ):
         self.path, self.at, self.query_folders = path, at, query_folders
-        self.form, self.file, self.on_screen = form, None, on_screen
+        self.form, self.on_screen = form, on_screen
+        self.file: Path | None = None  # of the next result
         self.db = attrdb.open(path, read_only=True, at=at, query_folders=query_folders)
         self._relations: tuple[Snapshot, dict[str, Described]] | None = None
 
