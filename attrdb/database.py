@@ -138,6 +138,11 @@ class Database:
         query, given = self._named(snapshot, name, parameters)
         return self._select(snapshot, query.sql, given)
 
+    def bound_query(self, name: str, **parameters: Any) -> tuple[str, dict[str, Any]]:
+        """The SQL of a named query and all its parameters, for a caller that runs it itself; raises as `query`."""
+        query, given = self._named(self._snapshot, name, parameters)
+        return query.sql, given
+
     def stream_query(self, name: str, rows: int = 8192, **parameters: Any) -> Iterator[pa.RecordBatch]:
         """The result of a named query in batches of some rows, in constant memory; raises as `query`."""
         snapshot = self.snapshot

@@ -16,7 +16,7 @@ from __future__ import annotations
 import difflib
 import operator
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import entry_points
@@ -90,6 +90,11 @@ class NamedQuery:
     columns: tuple[Column, ...]
     sql: str
 
+    @property
+    def usage(self) -> str:
+        """Its parameters with their defaults, `?` where there is none."""
+        return " ".join(f"{parameter.name}={parameter.default or '?'}" for parameter in self.parameters)
+
     def bind(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """All parameters with their values, defaults filled in.
 
@@ -148,6 +153,18 @@ def parse(name: str, group: str, text: str) -> NamedQuery:
         columns=tuple(columns),
         sql=text,
     )
+
+
+def parameters_of(words: Iterable[str]) -> dict[str, str]:
+    """Parameters from texts of the form name=value.
+
+    raises: InvalidValue
+    """
+    words = list(words)
+    for word in words:
+        if "=" not in word:
+            raise InvalidValue(f"parameter {word!r} is not of the form name=value")
+    return dict(word.split("=", 1) for word in words)
 
 
 def all_queries(folders: Sequence[str | Path] = ()) -> dict[str, NamedQuery]:

@@ -546,7 +546,7 @@ def test_without_a_gpu_the_cpu_is_taken(monkeypatch):
 
 def test_attributions_of_many_samples_are_stored(indexed, monkeypatch):
     monkeypatch.setattr("attrdb.attribution.batch.SAMPLES_PER_COMMIT", 25)
-    command = ["attribute", str(indexed.path), "--samples", "image_id < 'm/s00040'", "--top", "3", "--quiet"]
+    command = ["attribute", str(indexed.path), "--samples", "image_id < 'm/s00040'", "-k", "3", "--quiet"]
     done = CliRunner().invoke(main, command)
     assert (done.exit_code, done.stderr) == (0, "40 samples attributed, 0 were already\n"), done.output
     indexed.refresh()

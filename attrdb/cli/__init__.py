@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 import attrdb
-from attrdb.cli import ingest, models, query, train, upkeep
+from attrdb.cli import ingest, models, query, shell, train, upkeep
 from attrdb.cli.common import DB, Commands, ml, quiet_option
 
 
@@ -20,7 +20,7 @@ def main() -> None:
     """
 
 
-@main.command()
+@click.command(short_help="Make a new, empty database.")
 @DB
 def init(db: Path) -> None:
     """Make a new, empty database directory."""
@@ -28,31 +28,7 @@ def init(db: Path) -> None:
     click.echo(f"made {db}", err=True)
 
 
-main.add_command(ingest.ingest)
-main.add_command(ingest.encode)
-main.add_command(upkeep.index)
-main.add_command(query.attribute)
-main.add_command(train.train)
-main.add_command(train.calibrate)
-main.add_command(train.evaluate)
-main.add_command(train.report)
-
-
-for command in (
-    query.run_sql,
-    query.run_query,
-    query.queries,
-    models.models,
-    upkeep.status,
-    upkeep.optimize,
-    upkeep.check,
-    upkeep.upgrade,
-    upkeep.export,
-):
-    main.add_command(command)
-
-
-@main.command()
+@click.command(short_help="Build a small database with models, and a page on it.")
 @click.argument("folder", type=click.Path(path_type=Path), default=Path("demo"))
 @quiet_option
 def demo(folder: Path, quiet: bool) -> None:
@@ -63,3 +39,10 @@ def demo(folder: Path, quiet: bool) -> None:
     with progress(quiet) as advance:
         page = module.build(folder, advance)
     module.tell(folder, page)
+
+
+main.add_section("Start", demo, init)
+main.add_section("Bring in", ingest.ingest, ingest.encode)
+main.add_section("Ask", query.attribute, query.run_sql, shell.shell, query.run_query, query.queries, models.models)
+main.add_section("Learn", train.train, train.calibrate, train.evaluate, train.report)
+main.add_section("Keep", upkeep.status, upkeep.index, upkeep.optimize, upkeep.check, upkeep.export, upkeep.upgrade)

@@ -44,7 +44,17 @@ ML_PACKAGES = {
 
 
 class Commands(click.Group):
-    """Turns every AttrdbError into a click error, and shows commands in the order in which they are used."""
+    """Turns every AttrdbError into a click error, and shows commands in sections, in the order in which they are used."""
+
+    def __init__(self, *args: Any, **attributes: Any):
+        super().__init__(*args, **attributes)
+        self.sections: dict[str, list[str]] = {}
+
+    def add_section(self, title: str, *commands: click.Command) -> None:
+        """Add commands under a title of --help."""
+        self.sections[title] = [command.name for command in commands if command.name]
+        for command in commands:
+            self.add_command(command)
 
     def invoke(self, context: click.Context) -> Any:
         try:
@@ -59,6 +69,16 @@ class Commands(click.Group):
 
     def list_commands(self, context: click.Context) -> list[str]:
         return list(self.commands)
+
+    def format_commands(self, context: click.Context, formatter: click.HelpFormatter) -> None:
+        limit = formatter.width - 6 - max(map(len, self.commands), default=0)
+        grouped = {name for names in self.sections.values() for name in names}
+        others = [name for name in self.commands if name not in grouped]
+        for title, names in (*self.sections.items(), ("Other commands", others)):
+            if not names:
+                continue
+            with formatter.section(title):
+                formatter.write_dl([(name, self.commands[name].get_short_help_str(limit)) for name in names])
 
 
 def ml(module: str) -> ModuleType:
@@ -76,24 +96,45 @@ def ml(module: str) -> ModuleType:
         ) from error
 
 
-def form_options(command: Any) -> Any:
-    """--table, --json, --nl or --csv."""
-    for form, says in (
-        ("csv", "Comma-separated values."),
-        ("nl", "One JSON object a line."),
-        ("json", "A JSON list of objects."),
-        ("table", "A table for reading (the default)."),
-    ):
-        command = click.option(
-            f"--{form}", "form", flag_value=form, type=str, default="table" if form == "table" else None, help=says
-        )(command)
-    return command
+def warn_renamed(old: str, new: str) -> None:
+    click.echo(f"warning: {old} is now called {new}; the old name goes with the next release", err=True)
 
 
-def print_table(table: Any, form: str | None) -> None:
-    from attrdb.cli.output import print_table
+def renamed(old: str, new: str, parameter: str) -> Any:
+    """An old name of an option: it works for one release, with a warning, and --help does not show it.
 
-    print_table(table, form or "table")
+    new, parameter: the option's name now, and the name of its parameter
+    """
+
+    def pass_on(context: click.Context, option: click.Parameter, value: str | None) -> None:
+        if value is not None:
+            warn_renamed(old, new)
+            context.default_map = {**(context.default_map or {}), parameter: value}
+
+    return click.option(
+        old,
+        f"old_{parameter}",  # not the name of the option's own parameter
+        expose_value=False,
+        is_eager=True,
+        hidden=True,
+        callback=pass_on,
+        help=f"The old name of {new}.",
+    )
+
+
+class RenamedChoice(click.Choice):
+    """A choice of which some values had other names, which work for one release, with a warning."""
+
+    def __init__(self, choices: list[str], old: dict[str, str]):
+        super().__init__(choices)
+        self.old = old
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if value in self.old:
+            option = param.opts[0] if param else ""
+            warn_renamed(f"{option} {value}", f"{option} {self.old[value]}")
+            value = self.old[value]
+        return super().convert(value, param, ctx)
 
 
 def quiet_option(command: Any) -> Any:
@@ -140,17 +181,42 @@ def encoder_option(command: Any) -> Any:
         "--encoder",
         "encoders",
         multiple=True,
-        help="Encoder spec, repeatable. Default: those of the database, else efficientnet-lite0 and pixels:8.",
+        help="Encoder spec, or the id of a stored encoder; repeatable. Default: all encoders of the database, else "
+        "efficientnet-lite0 and pixels:8.",
     )(command)
 
 
-def open_with_encoders(path: Path, specs: tuple[str, ...]) -> tuple[Any, list]:
+def asked_encoder_option(command: Any) -> Any:
+    """--encoder of a command that asks about one stored encoder."""
+    return click.option(
+        "--encoder",
+        "encoder_id",
+        type=Id("encoder"),
+        help="Id of a stored encoder, or its spec. Default: the database's first.",
+    )(command)
+
+
+def stored_encoder_id(database: Any, encoder: str | None) -> str | None:
+    """The id of an encoder that --encoder names by its id or its spec; None where the option was left out."""
+    from attrdb.store.schema import encoder_id_of
+
+    return encoder if encoder is None or encoder in database.encoders else encoder_id_of(encoder)
+
+
+def encoder_spec(database: Any, encoder: str) -> str:
+    """The spec of an encoder that --encoder names by its spec, or by its id if the database has it."""
+    stored = database.encoders.get(encoder)
+    return stored["spec"] if stored else encoder
+
+
+def open_with_encoders(path: Path, encoders: tuple[str, ...]) -> tuple[Any, list]:
     """The database at the path, made if there is none, and the encoders; nothing is made when an encoder is unknown."""
     from attrdb.database import open_or_create
     from attrdb.store.tables import table_exists
 
-    encoders = ml("ingest.encode")
+    module = ml("ingest.encode")
     db = attrdb.open(path) if table_exists(path / "images.lance") else None
     stored = tuple(row["spec"] for row in db.encoders.values()) if db else ()
-    loaded = [encoders.load_encoder(spec) for spec in specs or stored or encoders.DEFAULT_ENCODERS]
+    named = tuple(encoder_spec(db, encoder) for encoder in encoders) if db else encoders
+    loaded = [module.load_encoder(spec) for spec in named or stored or module.DEFAULT_ENCODERS]
     return db or open_or_create(path), loaded

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 import attrdb
-from attrdb.cli.common import DB, Id, encoder_option, ml, open_with_encoders, quiet_option
+from attrdb.cli.common import DB, Id, encoder_option, encoder_spec, ml, open_with_encoders, quiet_option
 from attrdb.errors import InvalidValue
 
 LISTED = 20  # failures that are printed; all of them are in the table `failures`
@@ -17,12 +17,12 @@ LISTED = 20  # failures that are printed; all of them are in the table `failures
 retry_option = click.option("--retry-failed", is_flag=True, help="Try items again that failed before.")
 
 
-@click.group()
+@click.group(short_help="Add images: a corpus, or customized models.")
 def ingest() -> None:
     """Add images: a corpus, or customized models with their exemplars and samples."""
 
 
-@ingest.command("corpus")
+@ingest.command("corpus", short_help="Add pretraining images, or embeddings of them.")
 @DB
 @click.argument("path")
 @click.option("--source", help="Name of the data set; the folder's name when left out.")
@@ -101,7 +101,9 @@ def _ingest_embeddings(
     database = open_or_create(db)
     name = source or path.rstrip("/").rsplit("/", 1)[-1]
     with progress(quiet) as advance:
-        result = ingest_embeddings(database, opened, encoders[0], name, retry_failed=retry_failed, report=advance)
+        result = ingest_embeddings(
+            database, opened, encoder_spec(database, encoders[0]), name, retry_failed=retry_failed, report=advance
+        )
     click.echo(f"{result.n_appended:,} embeddings appended, {result.n_stored:,} were stored already", err=True)
     _tell_failures(result.failures, "embeddings")
 
@@ -118,20 +120,27 @@ def _tell_failures(failures: dict[str, str], what: str) -> None:
     )
 
 
-@ingest.command("model")
+@ingest.command("model", short_help="Customize a base model on exemplars, sample it, and add it.")
 @DB
 @click.option("--exemplars", type=click.Path(path_type=Path), required=True, help="Folder of the training images.")
 @click.option("--category", required=True, help="What they show, such as cat; for a style, its name.")
-@click.option("--kind", type=click.Choice(["object", "style", "mixed"]), required=True)
+@click.option(
+    "--kind",
+    type=click.Choice(["object", "style", "mixed"]),
+    required=True,
+    help="What the exemplars have in common: an object, a style, or nothing.",
+)
 @click.option("--base-model", required=True, help="Stable Diffusion 1.x/2.x: a pipeline folder or a hub id.")
-@click.option("--model-id", type=Id("model", new=True), help="Default: the category and a hash of the exemplars.")
-@click.option("--split", help="Such as train, val or test.")
+@click.option(
+    "--model-id", type=Id("model", new=True), help="Id of the model. Default: the category and a hash of the exemplars."
+)
+@click.option("--split", help="Split of the model, such as train, val or test.")
 @click.option(
     "--prompts", help="A prompt bank (photo, icon), a folder of one, or a text file, one prompt with V* a line."
 )
 @click.option("--profile", type=click.Choice(["paper"]), help="As many prompts and samples as in the paper's Table 1.")
-@click.option("--prompts-per-scheme", type=click.IntRange(1))
-@click.option("--samples-per-prompt", type=click.IntRange(1))
+@click.option("--prompts-per-scheme", type=click.IntRange(1), help="Prompts drawn of each scheme.")
+@click.option("--samples-per-prompt", type=click.IntRange(1), help="Samples made of each prompt.")
 @click.option("--steps", type=click.IntRange(1), help="Training steps.")
 @click.option("--batch", type=click.IntRange(1), help="Training batch size.")
 @click.option("--lr", type=click.FloatRange(min=0, min_open=True), help="Learning rate.")
@@ -140,16 +149,16 @@ def _tell_failures(failures: dict[str, str], what: str) -> None:
 @click.option(
     "--sample-batch",
     type=click.IntRange(1),
-    help="Samples that are drawn together; fewer take less memory. Default 16.",
+    help="Samples made at once; fewer take less memory. Default: 16.",
 )
-@click.option("--seed", type=int)
+@click.option("--seed", type=int, help="Seed of training, prompts and samples.")
 @click.option(
     "--method", help="custom-diffusion (default), dreambooth-lora, textual-inversion, or one that a package adds."
 )
 @click.option(
     "--precision",
     type=click.Choice(["auto", "float32", "bf16"]),
-    help="Of the U-Net. Default: auto, bf16 where the hardware multiplies it.",
+    help="Number format of the U-Net. Default: auto, which is bf16 on hardware that supports it.",
 )
 @click.option(
     "--gradient-checkpointing",
@@ -160,20 +169,20 @@ def _tell_failures(failures: dict[str, str], what: str) -> None:
 @click.option(
     "--augment",
     type=click.Choice(["none", "mild", "strong"]),
-    help="Of the exemplars: nothing (default), mirrored, or mirrored, made smaller and larger.",
+    help="Augmentation of the exemplars: none (default), mirrored, or mirrored and scaled.",
 )
 @click.option(
     "--prior",
     type=click.Choice(["caption", "image", "generated"]),
     help="Where regularization images come from: the corpus, by caption (default) or by image, or the base model.",
 )
-@click.option("--prior-images", type=click.IntRange(0), help="How many regularization images; default 0.")
+@click.option("--prior-images", type=click.IntRange(0), help="Number of regularization images. Default: 0.")
 @click.option(
     "--prior-weight",
     type=click.FloatRange(min=0, min_open=True),
-    help="Of their loss beside the exemplars'; default 1.",
+    help="Weight of their loss, relative to that of the exemplars. Default: 1.",
 )
-@click.option("--token-from", help="Words that the new token V* starts from; default: the category.")
+@click.option("--token-from", help="Words that the new token V* starts from. Default: the category.")
 @encoder_option
 @quiet_option
 def ingest_model(
@@ -210,10 +219,10 @@ def ingest_model(
     click.echo(f"{what} {'appended' if result.appended else 'stored already, nothing to do'}", err=True)
 
 
-@ingest.command("models")
+@ingest.command("models", short_help="Customize many models, listed in a file.")
 @DB
 @click.argument("specs", type=click.Path(path_type=Path))
-@click.option("--base-model", help="For lines that name none.")
+@click.option("--base-model", help="Base model of lines that name none.")
 @click.option("--workers", type=click.IntRange(1), default=1, show_default=True, help="Processes that share the work.")
 @click.option(
     "--retries",
@@ -227,7 +236,7 @@ def ingest_model(
     type=click.FloatRange(min=0, min_open=True),
     default=10,
     show_default=True,
-    help="After which a process that says nothing more counts as stuck.",
+    help="Minutes without a sign of life after which a worker counts as stuck.",
 )
 @encoder_option
 @quiet_option
@@ -271,7 +280,7 @@ def ingest_models(
         )
 
 
-@ingest.command("abc")
+@ingest.command("abc", short_help="Add the models of an AbC release file.")
 @DB
 @click.argument("release", type=click.Path(path_type=Path))
 @click.option("--root", type=click.Path(path_type=Path), required=True, help="The folder that has `dataset` in it.")
@@ -301,9 +310,14 @@ def ingest_abc(db: Path, release: Path, root: Path, encoders: tuple[str, ...], q
         )
 
 
-@click.command()
+@click.command(short_help="Add an encoder: encode every stored image with it.")
 @DB
-@click.option("--encoder", "spec", required=True, help="Encoder spec, such as timm:NAME.")
+@click.option(
+    "--encoder",
+    "spec",
+    required=True,
+    help="Encoder spec, such as timm:NAME, or the id of a stored encoder to complete.",
+)
 @retry_option
 @quiet_option
 def encode(db: Path, spec: str, retry_failed: bool, quiet: bool) -> None:
@@ -315,7 +329,7 @@ def encode(db: Path, spec: str, retry_failed: bool, quiet: bool) -> None:
     from attrdb.cli.output import progress
 
     database = attrdb.open(db)
-    encoder = encoders.load_encoder(spec)
+    encoder = encoders.load_encoder(encoder_spec(database, spec))
     with progress(quiet) as advance:
         result = job.backfill(database, encoder, retry_failed=retry_failed, report=advance)
     left = f", {result.n_without_image:,} have no image bytes stored" if result.n_without_image else ""

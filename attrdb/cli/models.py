@@ -9,27 +9,28 @@ from typing import Any
 import click
 
 import attrdb
-from attrdb.cli.common import DB, Id, at_option, form_options, ml, print_table, quiet_option
+from attrdb.cli.common import DB, Id, at_option, ml, quiet_option
+from attrdb.cli.rows import Output, output_options
 from attrdb.errors import InvalidValue
 
 
-@click.group()
+@click.group(short_help="List the customized models, or show one.")
 def models() -> None:
     """The customized models: list them, look at one."""
 
 
-@models.command("list")
+@models.command("list", short_help="List every customized model.")
 @DB
 @at_option
-@form_options
-def list_models(db: Path, at: str | None, form: str | None) -> None:
-    """Every customized model of the database, a row each."""
+@output_options
+def list_models(db: Path, at: str | None, output: Output) -> None:
+    """List every customized model of the database, one row each."""
     from attrdb.models import list_models
 
-    print_table(list_models(attrdb.open(db, read_only=True, at=at)), form)
+    output.write(list_models(attrdb.open(db, read_only=True, at=at)))
 
 
-@models.command("show")
+@models.command("show", short_help="Show settings, figures, exemplars and prompts of a model.")
 @DB
 @click.argument("model_id", metavar="ID", type=Id("model"))
 @at_option
@@ -63,6 +64,7 @@ def show(
 
     Samples that are made again are equal on the kind of machine that made them; others round otherwise.
     """
+    from attrdb.cli.output import print_table
     from attrdb.models import describe
 
     if as_json and html:
@@ -81,7 +83,7 @@ def show(
     if not html and again is None:
         _print_model(found)
     if again is not None:
-        print_table(again, "table")
+        print_table(again)
         n_equal = sum(again["equal"].to_pylist())
         click.echo(f"{n_equal} of {len(again)} samples made again are equal to those stored", err=True)
 

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import csv
-import io
-import json
 import math
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
 
-import click
 import pyarrow as pa
 
-FORMATS = ("table", "json", "nl", "csv")
+from attrdb.cli.formats import write_stdout
 
 
 def plain(value: Any) -> Any:
@@ -23,7 +19,7 @@ def plain(value: Any) -> Any:
         return f"<{len(value)} bytes>"
     if isinstance(value, float):
         return value if math.isfinite(value) else None
-    if isinstance(value, list):
+    if isinstance(value, list) or type(value) is tuple:  # a tuple: an entry of a map
         return [plain(item) for item in value]
     if isinstance(value, dict):
         return {name: plain(item) for name, item in value.items()}
@@ -41,40 +37,9 @@ def shown(value: Any) -> str:
     return str(plain(value))
 
 
-def print_table(table: pa.Table, form: str) -> None:
-    """Write a result to stdout in one of FORMATS."""
-    rows = [{name: plain(value) for name, value in row.items()} for row in table.to_pylist()]
-    if form == "json":
-        click.echo(json.dumps(rows, indent=2))
-    elif form == "nl":
-        for row in rows:
-            click.echo(json.dumps(row))
-    elif form == "csv":
-        text = io.StringIO()
-        writer = csv.DictWriter(text, table.column_names, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-        click.echo(text.getvalue(), nl=False)
-    else:
-        _print_grid(table, rows)
-
-
-def _print_grid(table: pa.Table, rows: list[dict]) -> None:
-    from rich.box import SIMPLE_HEAD
-    from rich.console import Console
-    from rich.table import Table
-
-    grid = Table(box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-    for name in table.column_names:
-        number = pa.types.is_integer(table.schema.field(name).type) or pa.types.is_floating(
-            table.schema.field(name).type
-        )
-        grid.add_column(name, justify="right" if number else "left", overflow="fold")
-    for row in rows:
-        grid.add_row(*(shown(value) for value in row.values()))
-    # A pipe or a file gets whole lines, not lines folded at 80 columns.
-    width = None if sys.stdout.isatty() else 10_000
-    Console(width=width, markup=False, highlight=False).print(grid)
+def print_table(table: pa.Table, form: str = "table") -> None:
+    """Write a result to stdout in one of `formats.FORMATS`."""
+    write_stdout(table, form)
 
 
 class Advance(Protocol):

@@ -11,34 +11,43 @@ import attrdb
 from attrdb.cli.common import (
     DB,
     Id,
+    asked_encoder_option,
     at_option,
-    form_options,
     method_option,
     ml,
-    print_table,
     queries_option,
     quiet_option,
+    renamed,
+    stored_encoder_id,
 )
-from attrdb.errors import InvalidValue, NotFound
+from attrdb.cli.rows import Output, output_options
+from attrdb.errors import AttrdbError, InvalidValue, NotFound
 from attrdb.search.memory import use_the_machine
 
 
-@click.command()
+@click.command(short_help="Find the images that shaped an image, with their influence.")
 @DB
 @click.argument("image", required=False)
-@click.option("--samples", metavar="PREDICATE", help="Store the attributions of all samples that fulfil it, see below.")
-@click.option("--top", "k", type=click.IntRange(1), default=10, show_default=True, help="How many candidates.")
-@method_option
 @click.option(
-    "--encoder", "encoder_id", type=Id("encoder"), help="Similarity of this encoder; the first when left out."
+    "--samples", metavar="PREDICATE", help="Store the attributions of all samples that fulfil PREDICATE, see above."
 )
-@click.option("--mapper", "mapper_id", type=Id("mapper"), help="Similarity with this mapper.")
+@click.option(
+    "-k", "--k", "k", type=click.IntRange(1), default=10, show_default=True, help="Number of candidates per image."
+)
+@renamed("--top", "-k", "k")
+@method_option
+@asked_encoder_option
+@click.option("--mapper", "mapper_id", type=Id("mapper"), help="Similarity with this mapper, in the place of a method.")
 @click.option("--tau", type=float, help="Temperature of influence. Default: as calibrated.")
 @click.option("--lambda", "lam", type=float, help="Cut-off of influence. Default: as calibrated.")
-@click.option("--candidates", metavar="PREDICATE", help="Only candidates that fulfil it, such as \"license = 'CC0'\".")
-@click.option("--exact", is_flag=True, help="Compare all candidates, also where there is an index.")
+@click.option(
+    "--candidates",
+    metavar="PREDICATE",
+    help="Search only candidates that fulfil PREDICATE, such as \"license = 'CC0'\".",
+)
+@click.option("--exact", is_flag=True, help="Compare every candidate, even if there is an index.")
 @at_option
-@form_options
+@output_options
 @quiet_option
 def attribute(
     db: Path,
@@ -53,23 +62,26 @@ def attribute(
     candidates: str | None,
     exact: bool,
     at: str | None,
-    form: str | None,
+    output: Output,
     quiet: bool,
 ) -> None:
     """The candidates that most resemble IMAGE (a stored image_id or an image file), with their influence.
 
     With --samples instead of IMAGE (such as --samples "split = 'test'", or "true" for all), they are stored in the table
-    `attributions` for every sample that fulfils the predicate. Interrupted, the command goes on when it is given again.
+    `attributions` for every sample that fulfils the predicate. Rerunning an interrupted command resumes it.
     """
     use_the_machine()
     if (image is None) == (samples is None):
         raise click.UsageError("give an IMAGE, or --samples with a predicate")
     if samples is not None:
+        if output != Output():
+            raise click.UsageError("--samples stores its rows and prints none; leave --format and --output out")
         if candidates is not None or at is not None:
             raise click.UsageError("--samples stores attributions to all candidates as they are now")
         _attribute_samples(db, samples, quiet, (method, encoder_id, mapper_id), k=k, tau=tau, lam=lam, exact=exact)
         return
     database = attrdb.open(db, read_only=True, at=at)
+    encoder_id = stored_encoder_id(database, encoder_id)
     query: Any = image
     if not database.snapshot.stored([image]):
         if not Path(image).is_file():
@@ -86,7 +98,7 @@ def attribute(
         candidates=candidates,
         exact=exact,
     )
-    print_table(found, form)
+    output.write(found)
 
 
 def _encoded_file(database: Any, image: Path, method: str | None, encoder_id: str | None, mapper_id: str | None) -> Any:
@@ -109,7 +121,9 @@ def _attribute_samples(
     from attrdb.cli.output import progress
 
     database = attrdb.open(db)
-    request = AttributionRequest(method=resolve_method(database.snapshot, *names), **settings)
+    method, encoder, mapper = names
+    by = resolve_method(database.snapshot, method, stored_encoder_id(database, encoder), mapper)
+    request = AttributionRequest(method=by, **settings)
     with progress(quiet) as advance:
         found = attribute_samples(
             database.writer, samples, request, lambda done, total: advance("attribute", done, total)
@@ -117,76 +131,86 @@ def _attribute_samples(
     click.echo(f"{found.n_attributed:,} samples attributed, {found.n_stored:,} were already", err=True)
 
 
-@click.command("sql")
+@click.command("sql", short_help="Run one SELECT over the tables and views.")
 @DB
 @click.argument("statement")
 @click.option(
     "-p", "--param", "params", multiple=True, metavar="NAME=VALUE", help="Value of $NAME, as text; repeatable."
 )
 @at_option
-@form_options
-def run_sql(db: Path, statement: str, params: tuple[str, ...], at: str | None, form: str | None) -> None:
+@output_options
+def run_sql(db: Path, statement: str, params: tuple[str, ...], at: str | None, output: Output) -> None:
     """Run one SELECT over the database's tables and views."""
+    from attrdb.queries import parameters_of
+
     use_the_machine()
-    print_table(attrdb.open(db, read_only=True, at=at).sql(statement, _given(params)), form)
+    output.write(attrdb.open(db, read_only=True, at=at).sql(statement, parameters_of(params)))
 
 
-@click.command("query")
+def complete_query(context: click.Context, parameter: click.Parameter, typed: str) -> list[str]:
+    """The names of queries that begin as typed, for the completion of a shell."""
+    from attrdb.queries import all_queries
+
+    try:
+        names = all_queries(context.params.get("query_folders") or ())
+    except AttrdbError:  # the command itself says what is wrong
+        return []
+    return [name for name in names if name.startswith(typed)]
+
+
+@click.command("query", short_help="Run a named query.")
 @DB
-@click.argument("name")
-@click.option("-p", "--param", "params", multiple=True, metavar="NAME=VALUE", help="A parameter, repeatable.")
+@click.argument("name", shell_complete=complete_query)
+@click.option(
+    "-p", "--param", "params", multiple=True, metavar="NAME=VALUE", help="A parameter of the query; repeatable."
+)
 @queries_option
 @at_option
-@form_options
+@output_options
 def run_query(
     db: Path,
     name: str,
     params: tuple[str, ...],
     query_folders: tuple[Path, ...],
     at: str | None,
-    form: str | None,
+    output: Output,
 ) -> None:
     """Run a named query."""
+    from attrdb.queries import parameters_of
+
     use_the_machine()
     database = attrdb.open(db, read_only=True, at=at, query_folders=query_folders)
-    print_table(database.query(name, **_given(params)), form)
+    output.write(database.query(name, **parameters_of(params)))
 
 
-def _given(params: tuple[str, ...]) -> dict[str, str]:
-    for param in params:
-        if "=" not in param:
-            raise InvalidValue(f"parameter {param!r} is not of the form name=value")
-    return dict(param.split("=", 1) for param in params)
-
-
-@click.group()
+@click.group(short_help="List the named queries, or show the SQL of one.")
 def queries() -> None:
     """The named queries."""
 
 
-@queries.command("list")
+@queries.command("list", short_help="List every named query with its parameters.")
 @queries_option
-@form_options
-def list_queries(query_folders: tuple[Path, ...], form: str | None) -> None:
-    """Every named query, with its group and what its rows say."""
+@output_options
+def list_queries(query_folders: tuple[Path, ...], output: Output) -> None:
+    """List every named query by group, with its parameters and what its rows say.
+
+    A parameter with `?` has no default. encoder_id can always be left out: the database's first encoder takes its place.
+    """
     import pyarrow as pa
 
+    from attrdb.cli.listing import query_listing
     from attrdb.queries import all_queries
 
+    found = list(all_queries(query_folders).values())
     rows = [
-        {
-            "name": query.name,
-            "group": query.group,
-            "parameters": " ".join(f"{one.name}={one.default or '?'}" for one in query.parameters),
-            "summary": query.summary,
-        }
-        for query in all_queries(query_folders).values()
+        {"name": query.name, "group": query.group, "parameters": query.usage, "summary": query.summary}
+        for query in found
     ]
-    print_table(pa.Table.from_pylist(rows), form)
+    output.write_laid_out(query_listing(found), pa.Table.from_pylist(rows))
 
 
-@queries.command("show")
-@click.argument("name")
+@queries.command("show", short_help="Show the SQL of a named query.")
+@click.argument("name", shell_complete=complete_query)
 @queries_option
 def show_query(name: str, query_folders: tuple[Path, ...]) -> None:
     """The SQL of a named query, with its header."""

@@ -10,42 +10,93 @@ from typing import Any
 import click
 
 import attrdb
-from attrdb.cli.common import DB, Id, at_option, device_option, method_option, ml, quiet_option
+from attrdb.cli.common import (
+    DB,
+    Id,
+    RenamedChoice,
+    asked_encoder_option,
+    at_option,
+    device_option,
+    method_option,
+    ml,
+    quiet_option,
+    renamed,
+    stored_encoder_id,
+)
+from attrdb.cli.rows import Output, output_options
 from attrdb.search.memory import use_the_machine
 
+KINDS = {
+    "object": "object",
+    "style": "style",
+    "object+style": "both",
+}  # word of the command line -> word of the settings
 
-@click.command()
+gallery_option = click.option(
+    "--gallery",
+    type=click.Choice(["own", "all"]),
+    default="own",
+    show_default=True,
+    help="Ranked beside the pretraining images: the exemplars of the sample's own model, or those of all models.",
+)
+
+
+@click.command(short_help="Train a mapper on exemplars and their samples.")
 @DB
-@click.option("--encoder", "encoder_id", type=Id("encoder"), help="encoder_id; the database's first when left out.")
-@click.option("--kind", type=click.Choice(["object", "style", "both"]), help="Of the models; default both.")
-@click.option("--form", type=click.Choice(["affine", "gain", "mlp"]), help="Of the maps; default affine.")
-@click.option("--prompt-scheme", type=click.Choice(["gpt", "procedural", "both"]), help="Of the samples; default both.")
-@click.option("--split", help="Of the models it learns from; default train.")
-@click.option("--val-split", help="Of the models that say when to stop; default val.")
-@click.option("--temperature", type=click.FloatRange(min=0, min_open=True), help="v of the loss; default 0.1.")
-@click.option("--lambda-reg", type=click.FloatRange(0), help="Weight of the regularizer; default 0.05.")
-@click.option("--lr", type=click.FloatRange(min=0, min_open=True), help="Learning rate; default 1e-4.")
-@click.option("--batch", type=click.IntRange(2), help="Pairs of as many models; default 256.")
-@click.option("--epochs", type=click.IntRange(1), help="At most; default 100.")
-@click.option("--patience", type=click.IntRange(1), help="Epochs without better ranks until it ends; default 10.")
-@click.option("--n-candidates", type=click.IntRange(1), help="Pretraining images in validation; default 10000.")
-@click.option("--augment", type=click.Choice(["none", "mild", "strong"]), help="Of the training images; default none.")
-@click.option("--seed", type=int)
-@click.option("--mapper-id", type=Id("mapper", new=True), help="Default: encoder, kind and a hash of the settings.")
+@asked_encoder_option
+@click.option(
+    "--kind",
+    type=RenamedChoice(list(KINDS), {"both": "object+style"}),
+    help="Kinds of models to learn from. Default: object+style.",
+)
+@click.option("--form", type=click.Choice(["affine", "gain", "mlp"]), help="Form of the maps. Default: affine.")
+@click.option(
+    "--prompt-scheme", type=click.Choice(["gpt", "procedural", "both"]), help="Prompts of the samples. Default: both."
+)
+@click.option("--split", help="Split of the models to learn from. Default: train.")
+@click.option("--val-split", help="Split of the models that decide when to stop. Default: val.")
+@click.option(
+    "--contrastive-temperature",
+    "temperature",
+    type=click.FloatRange(min=0, min_open=True),
+    help="Temperature of the contrastive loss. Default: 0.1.",
+)
+@renamed("--temperature", "--contrastive-temperature", "temperature")
+@click.option("--lambda-reg", type=click.FloatRange(0), help="Weight of the regularizer. Default: 0.05.")
+@click.option("--lr", type=click.FloatRange(min=0, min_open=True), help="Learning rate. Default: 1e-4.")
+@click.option("--batch", type=click.IntRange(2), help="Pairs per batch, each of another model. Default: 256.")
+@click.option("--epochs", type=click.IntRange(1), help="Most epochs to train. Default: 100.")
+@click.option(
+    "--patience", type=click.IntRange(1), help="Stop after this many epochs without better ranks. Default: 10."
+)
+@click.option("--n-candidates", type=click.IntRange(1), help="Pretraining images to validate among. Default: 10000.")
+@click.option(
+    "--augment",
+    type=click.Choice(["none", "mild", "strong"]),
+    help="Augmentation of the training images. Default: none.",
+)
+@click.option("--seed", type=int, help="Seed of the draws. Default: 0.")
+@click.option(
+    "--mapper-id",
+    type=Id("mapper", new=True),
+    help="Id of the mapper. Default: encoder, kind and a hash of the settings.",
+)
 @quiet_option
 def train(db: Path, encoder_id: str | None, mapper_id: str | None, quiet: bool, **given: Any) -> None:
     """Train a mapper on pairs of exemplars and samples, and keep the epoch that ranks validation exemplars best.
 
-    Interrupted or killed, the command goes on at the epoch it had reached when it is given again.
+    Rerunning an interrupted command resumes at the epoch that it had reached.
     """
     training = ml("training.train")
     from attrdb.cli.output import progress
 
+    given["kind"] = KINDS.get(given["kind"])
     settings = training.TrainSettings(**{name: value for name, value in given.items() if value is not None})
+    database = attrdb.open(db)
     with progress(quiet) as advance:
         result = training.train(
-            attrdb.open(db),
-            encoder_id,
+            database,
+            stored_encoder_id(database, encoder_id),
             settings,
             mapper_id,
             lambda done, total, note: advance("train", done, total, note),
@@ -62,34 +113,39 @@ def train(db: Path, encoder_id: str | None, mapper_id: str | None, quiet: bool, 
         click.echo("no epoch ranks them better than the encoder alone: this mapper changes nothing", err=True)
 
 
-@click.command()
+@click.command(short_help="Fit the temperature and cut-off of influence.")
 @DB
 @method_option
-@click.option(
-    "--encoder", "encoder_id", type=Id("encoder"), help="Similarity of this encoder; the first when left out."
-)
-@click.option("--mapper", "mapper_id", type=Id("mapper"), help="Similarity with this mapper.")
-@click.option("--split", default="val", show_default=True, help="Of the models whose samples it is fitted on.")
+@asked_encoder_option
+@click.option("--mapper", "mapper_id", type=Id("mapper"), help="Similarity with this mapper, in the place of a method.")
+@click.option("--split", default="val", show_default=True, help="Split of the models whose samples are used.")
+@output_options
 @quiet_option
 def calibrate(
-    db: Path, method: str | None, encoder_id: str | None, mapper_id: str | None, split: str, quiet: bool
+    db: Path,
+    method: str | None,
+    encoder_id: str | None,
+    mapper_id: str | None,
+    split: str,
+    output: Output,
+    quiet: bool,
 ) -> None:
     """Fit temperature and cut-off of influence to the exemplars' known shares; `attribute` uses them from then on.
 
-    Give it again when the corpus has grown.
+    Rerun it when the corpus has grown. It prints influence and the true share of exemplars, one row per bin.
     """
     use_the_machine()
     calibration = ml("training.calibrate")
     import pyarrow as pa
 
     from attrdb.attribution.methods import resolve_method
-    from attrdb.cli.output import print_table, progress
+    from attrdb.cli.output import progress
 
     database = attrdb.open(db)
-    method_id = resolve_method(database.snapshot, method, encoder_id, mapper_id)
+    method_id = resolve_method(database.snapshot, method, stored_encoder_id(database, encoder_id), mapper_id)
     with progress(quiet) as advance:
         found = calibration.calibrate(database, method_id, split, lambda done, total: advance("calibrate", done, total))
-    print_table(pa.Table.from_pylist(found.reliability), "table")
+    output.write(pa.Table.from_pylist(found.reliability))
     click.echo(
         f"tau {found.tau:.4g}, lambda {found.lam:.4g}: divergence {found.kl:.3f} nats, {found.kl_before:.3f} at tau 1 "
         f"without a cut-off; {found.n_samples:,} samples among {found.gallery_size:,} pretraining images",
@@ -97,7 +153,7 @@ def calibrate(
     )
 
 
-@click.command()
+@click.command(short_help="Rank the exemplars of every sample; metrics are queries on it.")
 @DB
 @click.option(
     "--method",
@@ -107,12 +163,16 @@ def calibrate(
     help="A method_id, encoder_id or mapper_id, repeatable. Default: every encoder and every stored method.",
 )
 @click.option(
-    "--encoder", "encoder_ids", type=Id("encoder"), multiple=True, help="Similarity of this encoder, repeatable."
+    "--encoder",
+    "encoder_ids",
+    type=Id("encoder"),
+    multiple=True,
+    help="Similarity of this encoder (id or spec), repeatable.",
 )
 @click.option(
     "--mapper", "mapper_ids", type=Id("mapper"), multiple=True, help="Similarity with this mapper, repeatable."
 )
-@click.option("--gallery", type=click.Choice(["own", "all"]), default="own", show_default=True)
+@gallery_option
 @device_option
 @quiet_option
 def evaluate(
@@ -133,7 +193,9 @@ def evaluate(
     use_the_machine()
     database, device = attrdb.open(db), accelerator(device)
     wanted = [resolve_method(database.snapshot, method) for method in methods]
-    wanted += [resolve_method(database.snapshot, None, encoder_id) for encoder_id in encoder_ids]
+    wanted += [
+        resolve_method(database.snapshot, None, stored_encoder_id(database, encoder_id)) for encoder_id in encoder_ids
+    ]
     wanted += [resolve_method(database.snapshot, None, None, mapper_id) for mapper_id in mapper_ids]
     if not wanted:
         database.encoder_id()
@@ -147,16 +209,16 @@ def evaluate(
             click.echo(f"{n_ranks} ranks by {method_id}, gallery {gallery}", err=True)
 
 
-@click.command()
+@click.command(short_help="Write a page with metrics, plots and attributed samples.")
 @DB
 @click.option(
     "--out",
     type=click.Path(dir_okay=False, path_type=Path),
     default=Path("report.html"),
     show_default=True,
-    help="The page's file.",
+    help="File of the page.",
 )
-@click.option("--gallery", type=click.Choice(["own", "all"]), default="own", show_default=True)
+@gallery_option
 @at_option
 def report(db: Path, out: Path, gallery: str, at: str | None) -> None:
     """Write a page with all metrics, plots, and queries with their attributed images, in one file.

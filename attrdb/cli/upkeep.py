@@ -10,7 +10,8 @@ from typing import Any
 import click
 
 import attrdb
-from attrdb.cli.common import DB, Id, at_option, device_option, print_table, quiet_option
+from attrdb.cli.common import DB, asked_encoder_option, at_option, device_option, quiet_option, stored_encoder_id
+from attrdb.cli.rows import Output, output_options
 from attrdb.errors import AttrdbError
 from attrdb.search.memory import use_the_machine
 
@@ -25,7 +26,7 @@ BEHIND = {
 }
 
 
-@click.command()
+@click.command(short_help="Show what is stored, what is open, and what to do next.")
 @DB
 @at_option
 @click.option("--json", "as_json", is_flag=True, help="JSON instead of lines for reading.")
@@ -98,13 +99,13 @@ def _size(n_bytes: int) -> str:
     return f"{n_bytes / 2**20:,.1f} MiB"
 
 
-@click.command()
+@click.command(short_help="Index new rows; merge small files and index segments.")
 @DB
 @click.option(
     "--drop-older-than",
     type=click.IntRange(0),
     metavar="DAYS",
-    help="Also forget versions older than this, and free their disk; --at cannot go back to them.",
+    help="Also delete versions older than this and free their disk space; --at cannot read them any more.",
 )
 @quiet_option
 def optimize(db: Path, drop_older_than: int | None, quiet: bool) -> None:
@@ -120,9 +121,9 @@ def optimize(db: Path, drop_older_than: int | None, quiet: bool) -> None:
         _print_upkeep(state, "  ")
 
 
-@click.command()
+@click.command(short_help="Build an index, which makes searches of large galleries quick.")
 @DB
-@click.option("--encoder", "encoder_id", type=Id("encoder"), help="encoder_id; the database's first when left out.")
+@asked_encoder_option
 @device_option
 @quiet_option
 def index(db: Path, encoder_id: str | None, device: str, quiet: bool) -> None:
@@ -137,7 +138,7 @@ def index(db: Path, encoder_id: str | None, device: str, quiet: bool) -> None:
 
     use_the_machine()
     device, database = exact_search.accelerator(device), attrdb.open(db)
-    what = index_build.plan(database.snapshot, encoder_id)
+    what = index_build.plan(database.snapshot, stored_encoder_id(database, encoder_id))
     click.echo(
         f"{what.kind} of some {what.n_rows:,} features of {what.encoder_id}, {what.dimension}-d: {what.n_partitions:,} "
         f"cells, on {device}; at most {what.memory / 2**30:.1f} GiB of memory and {what.disk / 2**30:.2f} GiB of disk",
@@ -156,25 +157,44 @@ def index(db: Path, encoder_id: str | None, device: str, quiet: bool) -> None:
         click.echo(f"mapper {mapper['mapper_id']}: {_searched_with(mapper)}", err=True)
 
 
-@click.command()
+@click.command(short_help="Read every file and test every row and index.")
 @DB
+@output_options
 @quiet_option
-def check(db: Path, quiet: bool) -> None:
-    """Read every file, run every query of the group `checks`, and test the indices; exit 1 if anything is wrong."""
-    from attrdb.cli.output import progress
+def check(db: Path, output: Output, quiet: bool) -> None:
+    """Read every file, run every query of the group `checks`, and test the indices; exit 1 if anything is wrong.
+
+    With --format or --output there is one row per wrong row: check, meaning, and the row as JSON text.
+    """
+    from attrdb.cli.output import print_table, progress
     from attrdb.upkeep import health
 
     with progress(quiet) as advance:
         findings = health.check(attrdb.open(db, read_only=True).snapshot, advance)
-    for finding in findings:
+    if output != Output():
+        output.write(_wrong_rows(findings))
+    for finding in findings if output == Output() else ():
         click.echo(f"{finding.check}: {finding.meaning}")
-        print_table(finding.rows, "table")
+        print_table(finding.rows)
     if findings:
         raise AttrdbError(f"{sum(len(one.rows) for one in findings)} rows in {len(findings)} checks are wrong")
     click.echo(f"{db}: nothing found", err=True)
 
 
-@click.command()
+def _wrong_rows(findings: list[Any]) -> Any:
+    import pyarrow as pa
+
+    from attrdb.cli.text_formats import rows
+
+    found = [
+        {"check": finding.check, "meaning": finding.meaning, "row": json.dumps(row)}
+        for finding in findings
+        for row in rows(finding.rows)
+    ]
+    return pa.Table.from_pylist(found, pa.schema([(name, pa.string()) for name in ("check", "meaning", "row")]))
+
+
+@click.command(short_help="Bring an older database to the current schema version.")
 @DB
 def upgrade(db: Path) -> None:
     """Bring a database that an older attrdb made to this one's schema version."""
@@ -184,7 +204,7 @@ def upgrade(db: Path) -> None:
     click.echo(f"{db}: schema version {before}, now {after}" if before != after else f"{db}: nothing to do", err=True)
 
 
-@click.command()
+@click.command(short_help="Write all tables as Parquet files, or one DuckDB file.")
 @DB
 @click.argument("target", type=click.Path(path_type=Path))
 @click.option(

@@ -195,13 +195,20 @@ def _share_rows(answer: Attribution, is_similarity: bool) -> list[dict]:
     ]
 
 
-def run(connection: duckdb.DuckDBPyConnection, statement: str, parameters: Mapping[str, Any] | None = None) -> pa.Table:
+def run(
+    connection: duckdb.DuckDBPyConnection,
+    statement: str,
+    parameters: Mapping[str, Any] | None = None,
+    most: int | None = None,
+) -> pa.Table:
     """The result of one SELECT; a column name that stands twice gets a number, so that no format loses one.
 
+    most:   only that many of its first rows
     raises: QueryRefused with DuckDB's own words, or for anything but one SELECT; OSError for a damaged file
     """
     with _refused():
-        result = _asked(connection, statement, parameters).to_arrow_table()
+        relation = _asked(connection, statement, parameters)
+        result = (relation if most is None else relation.limit(most)).to_arrow_table()
     return result.rename_columns(_distinct(result.column_names))
 
 

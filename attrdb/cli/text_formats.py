@@ -1,0 +1,122 @@
+"""Rows as text: CSV, JSON, Markdown, and a table for reading. Each function yields the text in parts."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+import sys
+import textwrap
+from collections.abc import Iterator
+from typing import Any
+
+import pyarrow as pa
+
+from attrdb.cli.output import plain, shown
+
+BATCH_ROWS = 1024
+PIPE_WIDTH = 10_000  # a pipe or a file gets whole lines, not lines folded at 80 columns
+
+# What Markdown or HTML would read as markup; an underscore only at the edge of a word, so that ids stay as they are.
+_MARKUP = re.compile(r"[\\`*|\[\]]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])")
+
+# What a terminal would obey instead of showing it.
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
+
+def rows(table: pa.Table) -> Iterator[dict[str, Any]]:
+    """The rows, with values as JSON can hold them."""
+    for batch in _readable(table).to_batches(BATCH_ROWS):
+        for row in batch.to_pylist():
+            yield {name: plain(value) for name, value in row.items()}
+
+
+def _readable(table: pa.Table) -> pa.Table:
+    """Times in nanoseconds as text: Python has no type for them."""
+    for position, field in enumerate(table.schema):
+        if getattr(field.type, "unit", None) == "ns":
+            table = table.set_column(position, field.name, table[position].cast(pa.string()))
+    return table
+
+
+def cell(value: Any) -> Any:
+    """A plain value as one cell can hold it: lists and structs as JSON text."""
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, (list, dict)) else value
+
+
+def is_number(column: pa.DataType) -> bool:
+    return pa.types.is_integer(column) or pa.types.is_floating(column) or pa.types.is_decimal(column)
+
+
+def csv_parts(table: pa.Table) -> Iterator[str]:
+    """CSV in UTF-8, a header first; null is an empty field."""
+    text = io.StringIO(newline="")
+    # With this line end the csv module quotes a field that holds a carriage return, too.
+    writer = csv.writer(text, lineterminator="\r\n")
+
+    def line(values: list) -> str:
+        writer.writerow(values)
+        written = text.getvalue().removesuffix("\r\n") + "\n"
+        text.seek(0)
+        text.truncate()
+        return written
+
+    yield line(table.column_names)
+    for row in rows(table):
+        yield line([cell(value) for value in row.values()])
+
+
+def json_parts(table: pa.Table) -> Iterator[str]:
+    """A JSON list of objects."""
+    start = "["
+    for row in rows(table):
+        yield start + "\n" + textwrap.indent(json.dumps(row, indent=2), "  ")
+        start = ","
+    yield "[]\n" if start == "[" else "\n]\n"
+
+
+def nl_parts(table: pa.Table) -> Iterator[str]:
+    """One JSON object per line."""
+    for row in rows(table):
+        yield json.dumps(row) + "\n"
+
+
+def markdown_parts(table: pa.Table) -> Iterator[str]:
+    """A Markdown table; values are rounded as in a table for reading, and what would be markup is escaped."""
+    yield _markdown_line([_escaped(name) for name in table.column_names])
+    yield _markdown_line(["---:" if is_number(field.type) else "---" for field in table.schema])
+    for row in rows(table):
+        yield _markdown_line(["" if value is None else _escaped(shown(value)) for value in row.values()])
+
+
+def _markdown_line(cells: list[str]) -> str:
+    return f"| {' | '.join(cells)} |\n"
+
+
+def _escaped(text: str) -> str:
+    text = _MARKUP.sub(lambda found: "\\" + found[0], text)
+    text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return "<br>".join(text.splitlines())
+
+
+def grid_parts(table: pa.Table, *, terminal: bool = False) -> Iterator[str]:
+    """A table for reading; terminal: as wide as the terminal, and in its colours."""
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table
+
+    grid = Table(box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    for field in table.schema:
+        grid.add_column(field.name, justify="right" if is_number(field.type) else "left", overflow="fold")
+    for row in rows(table):
+        grid.add_row(*(_CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", shown(value)) for value in row.values()))
+    console = Console(
+        width=None if terminal else PIPE_WIDTH,
+        file=sys.stdout if terminal else io.StringIO(),
+        markup=False,
+        highlight=False,
+    )
+    with console.capture() as written:
+        console.print(grid)
+    yield written.get()

@@ -1,0 +1,1 @@
+"""An interactive SQL prompt over one database, which it only reads."""
