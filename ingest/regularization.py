@@ -31,7 +31,7 @@ from attrdb.store.schema import encoder_id_of
 from attrdb.store.snapshot import among, literal
 
 if TYPE_CHECKING:
-    from attrdb.ingest.model_job import Report
+    from attrdb.ingest.models.stages import Report
 
 PRIORS = ("caption", "image", "generated")
 CANDIDATES = "role = 'pretraining' AND image IS NOT NULL"

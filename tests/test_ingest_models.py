@@ -20,12 +20,12 @@ from conftest import picture
 import attrdb
 from attrdb.cli import main
 from attrdb.errors import Busy, InvalidValue, NotFound
-from attrdb.ingest import models
 from attrdb.ingest.base_model import OneBaseModel
 from attrdb.ingest.customize import load_delta
 from attrdb.ingest.devices import gpu_of_worker, share_cores
 from attrdb.ingest.encode import load_encoder
-from attrdb.ingest.model_job import leased_job
+from attrdb.ingest.models import queue as models
+from attrdb.ingest.models.stages import leased_job
 from attrdb.store import jobs
 from attrdb.store.ids import model_job
 from attrdb.store.leases import holder
@@ -132,7 +132,7 @@ def test_two_commands_share_a_file(tmp_path, wanted, whole):
     path = tmp_path / "shared.attrdb"
     attrdb.create(path)
     program = (
-        "import sys; from pathlib import Path; from attrdb.ingest import models\n"
+        "import sys; from pathlib import Path; from attrdb.ingest.models import queue as models\n"
         "specs = models.read_specs(Path(sys.argv[2]))\n"
         "result = models.ingest_models(Path(sys.argv[1]), specs, ['pixels:2'])\n"
         "print(result.done, result.stored_already, result.failed)"
@@ -399,7 +399,7 @@ def test_what_a_killed_process_held_is_free(tmp_path):
     job = model_job(tmp_path, "red")
     program = (
         "import os, sys; from pathlib import Path; from attrdb.store.ids import model_job\n"
-        "from attrdb.ingest.model_job import leased_job\n"
+        "from attrdb.ingest.models.stages import leased_job\n"
         "with leased_job(model_job(Path(sys.argv[1]), 'red')): os._exit(9)"
     )
     assert subprocess.run([sys.executable, "-c", program, str(tmp_path)], check=False).returncode == 9

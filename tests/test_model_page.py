@@ -18,8 +18,8 @@ import attrdb
 from attrdb import models
 from attrdb.cli import main
 from attrdb.errors import InvalidValue, NotFound
-from attrdb.ingest import model as ingest
 from attrdb.ingest import regenerated
+from attrdb.ingest.models import ingest_one as ingest
 from attrdb.ingest.read.pictures import webp
 from attrdb.pages import model_page
 from attrdb.store.schema import feature_array

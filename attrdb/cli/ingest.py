@@ -197,7 +197,7 @@ def ingest_model(
     Options that are left out come from the base model's customize.json, else from the defaults for Stable Diffusion.
     Given again, the command goes on where it was interrupted, and changes nothing once the model is stored.
     """
-    model = ml("ingest.model")
+    model = ml("ingest.models.ingest_one")
     from attrdb.cli.output import progress
 
     images = model.read_exemplars(exemplars)
@@ -246,7 +246,7 @@ def ingest_models(
     Every line is checked first. Workers take a GPU each, in turn. Several commands may work on one file and database at
     once. Given again, the command goes on where it was; a model that failed is tried again.
     """
-    models = ml("ingest.models")
+    models = ml("ingest.models.queue")
     from attrdb.cli.output import progress
 
     read = models.read_specs(specs, base_model)

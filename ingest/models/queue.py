@@ -29,7 +29,7 @@ from attrdb.errors import AttrdbError, Busy, InvalidValue, NotFound
 from attrdb.ingest.base_model import OneBaseModel
 from attrdb.ingest.devices import gpu_of_worker, share_cores
 from attrdb.ingest.encode import Encoder, load_encoder
-from attrdb.ingest.model import (
+from attrdb.ingest.models.ingest_one import (
     Exemplar,
     ModelSettings,
     check_model,

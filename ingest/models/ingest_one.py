@@ -23,7 +23,18 @@ from attrdb.ingest.base_model import BaseModel, base_model_folder, load_base_mod
 from attrdb.ingest.customize import Regularization, apply_delta, check_prompts, load_delta
 from attrdb.ingest.devices import resolved_precision
 from attrdb.ingest.encode import Encoder
-from attrdb.ingest.model_job import (
+from attrdb.ingest.models.settings import (
+    Exemplar,
+    ModelSettings,
+    captions,
+    check_model,
+    default_model_id,
+    prompts_of,
+    read_exemplar,
+    read_exemplars,
+    settings_for,
+)
+from attrdb.ingest.models.stages import (
     Made,
     Report,
     check_same,
@@ -34,17 +45,6 @@ from attrdb.ingest.model_job import (
     open_job,
     record_token,
     sampled,
-)
-from attrdb.ingest.model_settings import (
-    Exemplar,
-    ModelSettings,
-    captions,
-    check_model,
-    default_model_id,
-    prompts_of,
-    read_exemplar,
-    read_exemplars,
-    settings_for,
 )
 from attrdb.ingest.prompts import TOKEN, Prompt, train_prompt
 from attrdb.ingest.read.corpus import image_rows, register
