@@ -16,7 +16,6 @@ from attrdb.errors import InvalidValue
 SCHEMA_VERSION = 5  # every change has a step in upgrades.py
 
 ROLES = ("exemplar", "sample", "pretraining")
-KINDS = ("object", "style", "mixed")
 TEXT, SMALL, WHOLE, NUMBER = pa.string(), pa.int32(), pa.int64(), pa.float64()
 MOMENT = pa.timestamp("us", tz="UTC")
 

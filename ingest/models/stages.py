@@ -1,4 +1,4 @@
-"""The stages of a model's job, each kept in the job's folder as it ends, so that a rerun goes on from there.
+"""The stages of a model's job. Each writes its result to the job's folder, so that a rerun resumes after it.
 
 <database>/jobs/<model_id>/   settings.json, figures.json once the weights are trained, batch-NNNN.parquet
 <database>/weights/<model_id>.safetensors
@@ -6,11 +6,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, closing
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -23,7 +24,6 @@ from PIL import Image
 from attrdb.errors import InvalidValue
 from attrdb.ingest.base_model import BaseModel
 from attrdb.ingest.customize import (
-    CustomizeSettings,
     Delta,
     Diverged,
     Regularization,
@@ -35,88 +35,91 @@ from attrdb.ingest.customize import (
 from attrdb.ingest.devices import is_cpu
 from attrdb.ingest.encode import Encoder, encode
 from attrdb.ingest.encode.stream import ahead
+from attrdb.ingest.options import MODEL_OPTIONS, CustomizeSettings, SynthesizeSettings
 from attrdb.ingest.prompts import TOKEN
 from attrdb.ingest.read.pictures import Picture, read_picture, webp
-from attrdb.ingest.synthesize import SamplePlan, SynthesizeSettings, synthesize
+from attrdb.ingest.synthesize import SamplePlan, synthesize
 from attrdb.store.ids import JobFolder
 from attrdb.store.leases import LEASE_MINUTES, Lease, leased
 
 Report = Callable[[str, int, int], None]  # stage, units done, units in all
 
-# The base model's folder may change, what it holds is compared by its hash. What the model was computed in and which
-# regularization images it had follow from the settings, the machine and the corpus of that day, and are kept as they were.
-# Gradient checkpointing changes no number.
-NOTED = ("computed_in", "regularization")
-NOT_COMPARED = {"base_model", "gradient_checkpointing", *NOTED}
-# Settings that records of attrdb 0.1 lack, and what they were then.
-SINCE = {
+# Follow from the settings, the machine and the corpus at the time, and stay as the first run recorded them.
+RECORDED_ONLY = ("computed_in", "regularization")
+# The base model is compared by the hash of its weights, since its folder may move.
+NOT_COMPARED = {"base_model", *RECORDED_ONLY, *(option.name for option in MODEL_OPTIONS if option.of_machine)}
+# Settings that early records lack, with the values that those models were made with.
+DEFAULTS_BEFORE_0_1 = {
     "precision": "auto",
-    "customize": {
-        name: value
-        for name, value in asdict(CustomizeSettings()).items()
-        if name in ("augment", "prior", "prior_images", "prior_weight", "token_from")
-    },
+    "customize": {"augment": "none", "prior": "caption", "prior_images": 0, "prior_weight": 1.0, "token_from": ""},
 }
 
 
-def essence(record: dict) -> dict:
-    """A record without what is not compared, and without settings that are what they were before there was a choice.
+def comparable_settings(record: dict) -> dict:
+    """The part of a record that decides whether two models are the same.
 
-    So a model that was stored by an earlier attrdb has the same essence, and the same hash of it, today.
+    Settings at their DEFAULTS_BEFORE_0_1 are left out, so that a model keeps its settings and their hash across versions.
     """
-    kept = {name: value for name, value in record.items() if name not in NOT_COMPARED and SINCE.get(name, ...) != value}
+    kept = {
+        name: value
+        for name, value in record.items()
+        if name not in NOT_COMPARED and DEFAULTS_BEFORE_0_1.get(name, ...) != value
+    }
     if "customize" in kept:
-        before = SINCE["customize"]
+        before = DEFAULTS_BEFORE_0_1["customize"]
         kept["customize"] = {k: v for k, v in kept["customize"].items() if k not in before or before[k] != v}
     return kept
 
 
-def check_same(model_id: str, found: dict, wanted: dict, where: str) -> None:
+def settings_hash(record: dict) -> str:
+    return hashlib.sha256(json.dumps(comparable_settings(record), sort_keys=True).encode()).hexdigest()
+
+
+def check_same(model_id: str, stored: dict, wanted: dict, where: str) -> None:
     """raises: InvalidValue, naming both values, if two records of settings differ"""
-    found, wanted = essence(found), essence(wanted)
-    for name in sorted(found.keys() | wanted.keys()):
-        if found.get(name) != wanted.get(name):
+    stored, wanted = comparable_settings(stored), comparable_settings(wanted)
+    for name in sorted(stored.keys() | wanted.keys()):
+        if stored.get(name) != wanted.get(name):
             raise InvalidValue(
-                f"model {model_id!r} is {where} with {name} = {found.get(name)!r}, now it is {wanted.get(name)!r}; "
+                f"model {model_id!r} is {where} with {name} = {stored.get(name)!r}, now it is {wanted.get(name)!r}; "
                 "use the old settings or another --model-id"
             )
 
 
 def leased_job(job: JobFolder, minutes: float = LEASE_MINUTES) -> AbstractContextManager[Lease]:
-    """Hold the job's folder; raises Busy if another process is at it."""
+    """Hold the job's folder; raises Busy if another process holds it."""
     job.make()
     return leased(job.lock, f"model {job.path.name!r} is being made", minutes)
 
 
 def open_job(job: Path, record: dict) -> dict:
-    """Note the settings in the job's folder; the record that holds, which an interrupted run may have noted.
+    """Write the settings to the job's folder. Returns them with what an interrupted run has recorded.
 
-    raises: InvalidValue if it holds weights that were trained with others
+    raises: InvalidValue if the folder holds weights that were trained with other settings
     """
     path = job / "settings.json"
     if path.exists():
-        found = json.loads(path.read_text())
+        recorded = json.loads(path.read_text())
         if (job / "figures.json").exists():
-            where = f"half done in {job} (delete that folder to begin anew)"
-            check_same(job.name, found, record, where)
-        if essence(found) == essence(record):
-            record |= {name: found[name] for name in NOTED if name in found}
-    note(job, record)
+            check_same(job.name, recorded, record, f"half done in {job} (delete that folder to begin anew)")
+        if comparable_settings(recorded) == comparable_settings(record):
+            record |= {name: recorded[name] for name in RECORDED_ONLY if name in recorded}
+    write_settings(job, record)
     return record
 
 
-def note(job: Path, record: dict) -> None:
+def write_settings(job: Path, record: dict) -> None:
     write_whole(job / "settings.json", lambda part: part.write_text(json.dumps(record, indent=2)))
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Write a file so that it appears whole or not at all."""
+    """Write a file that appears whole or not at all."""
     part = path.with_suffix(".part")
     write(part)
     part.replace(path)
 
 
-def customized(
+def customize_stage(
     base: BaseModel,
     job: Path,
     weights: Path,
@@ -127,9 +130,9 @@ def customized(
     regularization: Callable[[], Regularization | None],
     report: Report,
 ) -> dict:
-    """Turn the base model into the customized one, by training unless the weights are there; the training's figures.
+    """Turn the base model into the customized one, by training or from stored weights. Returns the training's figures.
 
-    regularization: asked for only if there is something to train
+    regularization: called only before training
     """
     figures_file, method, token = job / "figures.json", record["method"], record_token(record)
     if figures_file.exists():
@@ -158,7 +161,10 @@ def customized(
         raise InvalidValue(f"{error}; what it was after {error.n_steps} steps is kept in {last}") from error
     weights.parent.mkdir(exist_ok=True)
     save(delta, weights)
-    for file in (weights.with_suffix(".json"), figures_file):  # one to keep beside the weights, one to go on from
+    for file in (
+        weights.with_suffix(".json"),
+        figures_file,
+    ):  # one stays beside the weights, one marks the stage as done
         write_whole(file, lambda part: part.write_text(json.dumps(figures)))
     return figures
 
@@ -169,74 +175,80 @@ def record_token(record: dict) -> str | None:
 
 
 @dataclass(frozen=True)
-class Made:
-    """A batch of samples: their pictures, and their features, (n, dimension) of every encoder."""
+class SampleBatch:
+    """A batch of samples: their pictures, and their features, (n, dimension) per encoder."""
 
     pictures: list[Picture]
     features: list[np.ndarray]
     seconds: float  # of sampling
 
 
-def sampled(
+def sample_stage(
     base: BaseModel,
     job: Path,
     batches: list[list[SamplePlan]],
     settings: SynthesizeSettings,
     encoders: Sequence[Encoder],
     report: Report,
-) -> list[Made]:
-    """The batches of samples; one whose pictures the job's folder holds is not sampled again.
+) -> list[SampleBatch]:
+    """The batches of samples. Batches whose pictures are in the job's folder are not generated again.
 
-    With an accelerator a batch is written and its features are taken while the next is sampled. On a CPU both want the
-    same cores, so that one waits for the other.
+    On an accelerator one batch is written and encoded while the next is generated. On a CPU both would compete for the same
+    cores, so they take turns.
     """
-    work = partial(_finish, job=job, encoders=encoders)
-    drawn = _drawn(base, job, batches, settings, report)
+    finish = partial(_write_and_encode, job=job, encoders=encoders)
+    generated = _generate(base, job, batches, settings, report)
     if is_cpu(base.device):
-        return [work(one) for one in drawn]
-    with closing(ahead(drawn, work, 1, 2)) as finished:
+        return [finish(batch) for batch in generated]
+    with closing(ahead(generated, finish, 1, 2)) as finished:
         return list(finished)
 
 
-Drawn = tuple[int, list[SamplePlan], list[Image.Image] | None, float]  # number, plans, pictures unless stored, seconds
+@dataclass(frozen=True)
+class Generated:
+    """A batch of samples as the base model has generated it. images: None if the job's folder has them."""
+
+    number: int
+    plans: list[SamplePlan]
+    images: list[Image.Image] | None
+    seconds: float
 
 
-def _drawn(
+def _generate(
     base: BaseModel, job: Path, batches: list[list[SamplePlan]], settings: SynthesizeSettings, report: Report
-) -> Iterator[Drawn]:
+) -> Iterator[Generated]:
     total = len(batches) * settings.solver_steps
     encoded: dict[str, torch.Tensor] = {}
     for number, batch in enumerate(batches):
         before = number * settings.solver_steps
-        if _file(job, number).exists():
+        if _batch_file(job, number).exists():
             report("sample", before + settings.solver_steps, total)
-            yield number, batch, None, 0.0
+            yield Generated(number, batch, None, 0.0)
             continue
         started = time.monotonic()
         images = synthesize(base, batch, settings, partial(_report_step, report, before, total), encoded)
-        yield number, batch, images, time.monotonic() - started
+        yield Generated(number, batch, images, time.monotonic() - started)
 
 
-def _finish(drawn: Drawn, job: Path, encoders: Sequence[Encoder]) -> Made:
-    number, batch, images, seconds = drawn
-    file = _file(job, number)
-    if images is not None:
-        made = {
-            "image_id": [plan.image_id for plan in batch],
-            "image": [webp(image) for image in images],
-            "seconds": [seconds / len(batch)] * len(batch),
+def _write_and_encode(batch: Generated, job: Path, encoders: Sequence[Encoder]) -> SampleBatch:
+    file = _batch_file(job, batch.number)
+    if batch.images is not None:
+        columns = {
+            "image_id": [plan.image_id for plan in batch.plans],
+            "image": [webp(image) for image in batch.images],
+            "seconds": [batch.seconds / len(batch.plans)] * len(batch.plans),
         }
-        write_whole(file, lambda part: pq.write_table(pa.table(made), part))
+        write_whole(file, lambda part: pq.write_table(pa.table(columns), part))
     table = pq.read_table(file)
     pictures = [
         read_picture(*row) for row in zip(*(table[name].to_pylist() for name in ("image_id", "image")), strict=True)
     ]
-    # Batch by batch even where all are there: features depend, in their last digits, on what is computed together.
+    # Batch by batch even if all are stored: the last digits of features depend on what is computed together.
     features = [encode(encoder, [picture.image for picture in pictures]) for encoder in encoders]
-    return Made(pictures, features, sum(table["seconds"].to_pylist()))
+    return SampleBatch(pictures, features, sum(table["seconds"].to_pylist()))
 
 
-def _file(job: Path, number: int) -> Path:
+def _batch_file(job: Path, number: int) -> Path:
     return job / f"batch-{number:04d}.parquet"
 
 
