@@ -25,12 +25,12 @@ TYPE_NAMES = {str: "text", int: "a whole number", float: "a number", bool: "true
 
 @dataclass(frozen=True)
 class Option:
-    """An option: what it may be, and what is written about it.
+    """An option: its permitted values and its description.
 
-    name:         of the field and the key of a specs file; the command line writes it with dashes
-    default:      REQUIRED if it has none
-    default_text: the default in words, where the default value does not say it
-    of_machine:   it decides how a model is made on this machine, not what the model is
+    name:         name of the field and key in a specs file; on the command line it has dashes
+    default:      REQUIRED if a value must be given
+    default_text: description of the default, if the value does not show it
+    of_machine:   the option decides how this machine makes a model, not what the model is
     """
 
     help: str
@@ -78,9 +78,13 @@ class Option:
             return TYPE_NAMES[self.type]
         if self.choices and value not in self.choices:
             return one_of(self.choices)
-        if isinstance(value, (int, float)) and self.bound:
-            low_enough = value >= self.at_least if self.at_least is not None else value > (self.above or 0)
-            return None if low_enough and value < math.inf else self.bound
+        if isinstance(value, (int, float)):
+            if not math.isfinite(value):
+                return "a finite number"
+            if self.at_least is not None and value < self.at_least:
+                return self.bound
+            if self.above is not None and value <= self.above:
+                return self.bound
         return None
 
 
@@ -97,8 +101,10 @@ def option(help: str, default: Any = REQUIRED, **rules: Any) -> Any:
 
 @dataclass(frozen=True)
 class CustomizeSettings:
-    """Settings of training. steps and lr are those of Custom Diffusion for Stable Diffusion 1.x; base models and methods have
-    their own."""
+    """Settings of training.
+
+    steps and lr are those of Custom Diffusion for Stable Diffusion 1.x; other methods and base models have their own.
+    """
 
     steps: int = option("Training steps.", 250, at_least=1, default_text="the method's")
     batch: int = option("Training batch size.", 8, at_least=1)
@@ -129,10 +135,10 @@ class CustomizeSettings:
 class SynthesizeSettings:
     """Settings of sampling."""
 
-    samples_per_prompt: int = option("Samples made of each prompt.", 4, at_least=1)
+    samples_per_prompt: int = option("Samples per prompt.", 4, at_least=1)
     solver_steps: int = option("Sampling steps.", 25, at_least=1)
     guidance: float = option("Classifier-free guidance.", 6.0, at_least=1)
-    sample_batch: int = option("Samples made at once; fewer take less memory.", 16, at_least=1)
+    sample_batch: int = option("Samples generated at a time; fewer take less memory.", 16, at_least=1)
     seed: int = 0  # its option is that of CustomizeSettings
 
 
@@ -153,7 +159,7 @@ class ModelSettings:
         "A prompt bank (photo, icon), a folder of one, or a text file, one prompt with V* per line.", "photo"
     )
     prompts_per_scheme: int | dict[str, int] = option(  # noqa: RUF009 (a frozen dataclass; the default is a number)
-        "Prompts drawn of each scheme.", 4, at_least=1
+        "Prompts per scheme.", 4, at_least=1
     )
     method: str = option(
         "Method of customization: custom-diffusion, dreambooth-lora, textual-inversion, or one that a package adds.",
@@ -163,7 +169,7 @@ class ModelSettings:
         "Number format of the U-Net; auto is bf16 on hardware that supports it.", "auto", choices=PRECISIONS
     )
     gradient_checkpointing: bool = option(
-        "Train with less memory, and longer. The model is the same.", False, of_machine=True
+        "Train with less memory, but more slowly. The model is the same.", False, of_machine=True
     )
     customize: CustomizeSettings = field(default_factory=CustomizeSettings)
     synthesize: SynthesizeSettings = field(default_factory=SynthesizeSettings)
@@ -185,23 +191,23 @@ class QueueSettings:
 def options_of(settings: type, nested: bool = True) -> Iterator[Option]:
     """The options that a dataclass declares, and, if nested, those of the dataclasses within it."""
     types = get_type_hints(settings)
-    for declared in fields(settings):
-        type_ = next(iter(get_args(types[declared.name])), types[declared.name])  # of `int | None` the int
-        if "option" in declared.metadata:
-            yield replace(declared.metadata["option"], name=declared.name, type=type_)
+    for member in fields(settings):
+        type_ = next(iter(get_args(types[member.name])), types[member.name])  # of `int | None` the int
+        if "option" in member.metadata:
+            yield replace(member.metadata["option"], name=member.name, type=type_)
         elif nested and is_dataclass(type_):
             yield from options_of(type_)
 
 
 def check_options(settings: Any) -> None:
     """raises: InvalidValue, as `Option.check`, for a value of a dataclass or of one within it; None is no value"""
-    for one in options_of(type(settings), nested=False):
-        value = getattr(settings, one.name)
+    for declared in options_of(type(settings), nested=False):
+        value = getattr(settings, declared.name)
         for part in value.values() if isinstance(value, dict) else [value]:
-            if not (part is None and one.default is None):
-                one.check(part)
-    for declared in fields(settings):
-        if is_dataclass(nested := getattr(settings, declared.name)):
+            if not (part is None and declared.default is None):
+                declared.check(part)
+    for member in fields(settings):
+        if is_dataclass(nested := getattr(settings, member.name)):
             check_options(nested)
 
 
@@ -216,6 +222,6 @@ MODEL_OPTIONS = tuple(
             Option("As many prompts and samples as in the paper's Table 1.", "profile", default=None, choices=PROFILES),
             *options_of(ModelSettings),
         ],
-        key=lambda one: not one.required,
+        key=lambda declared: not declared.required,
     )
 )

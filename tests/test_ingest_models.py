@@ -8,8 +8,6 @@ import subprocess
 import sys
 import threading
 import time
-from contextlib import closing
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,12 +21,11 @@ from attrdb.ingest.customize import load_delta
 from attrdb.ingest.devices import gpu_of_worker, share_cores
 from attrdb.ingest.encode import load_encoder
 from attrdb.ingest.models import executors
-from attrdb.ingest.models.executors import ModelMaker, Outcome, ProcessExecutor, Worker, lost_outcome
-from attrdb.ingest.models.queue import Queue, ingest_models, no_progress, run
+from attrdb.ingest.models.executors import ModelMaker
+from attrdb.ingest.models.queue import ingest_models, no_progress
 from attrdb.ingest.models.specs import read_specs
 from attrdb.ingest.models.stages import leased_job
 from attrdb.ingest.options import QueueSettings
-from attrdb.store import jobs
 from attrdb.store.ids import model_job
 from attrdb.store.leases import holder
 
@@ -206,104 +203,6 @@ def test_a_killed_worker_leaves_its_model_to_another(tmp_path, wanted, whole):
     assert (result.done, result.failed) == (3, [])
     assert killed
     assert rows(path) == whole
-
-
-def test_a_model_that_takes_its_workers_with_it_is_given_up(tmp_path, wanted):
-    db = attrdb.create(tmp_path / "queue.attrdb")
-    with jobs.running(db, "ingest models", "wanted", {}) as job:
-        queue = Queue(read_specs(wanted)[:1], job, lambda *_: None, retries=1)
-        for _ in range(2):
-            queue.settle(queue.take(), lost_outcome(-signal.SIGKILL))
-    assert queue.take() is None
-    assert db.sql("SELECT job_id, item FROM failures").to_pylist() == [
-        {"job_id": "ingest models/wanted", "item": "red"}
-    ]
-    assert queue.result.failed == [("red", "its worker process ended with signal 9 (attempt 2)")]
-
-
-class Crew:
-    """Workers that are threads: what `act(number of the worker, n-th process of it, line)` does with every model."""
-
-    def __init__(self, monkeypatch, act):
-        self.act, self.started, self.killed = act, [], []
-        monkeypatch.setattr(ProcessExecutor, "_start", lambda _executor, number: self.start(number))
-
-    def start(self, number):
-        here, there = multiprocessing.Pipe()
-        self.started.append(number)
-        nth = self.started.count(number)
-
-        def work():
-            while True:
-                try:
-                    there.recv()
-                    self.act(number, nth, there)
-                except (EOFError, OSError):
-                    return
-
-        thread = threading.Thread(target=work, daemon=True)
-        thread.start()
-        process = SimpleNamespace(join=lambda *_: None, kill=lambda: self.killed.append(number), exitcode=-9)
-        return Worker(number, process, here)
-
-
-def shared_out(tmp_path, wanted, lease_minutes=10.0, report=no_progress, retries=1):
-    db = attrdb.create(tmp_path / "queue.attrdb")
-    executor = ProcessExecutor(db.path, ENCODERS, 2, report, lease_minutes)
-    with jobs.running(db, "ingest models", "wanted", {}) as job, closing(executor):
-        queue = Queue(read_specs(wanted), job, report, retries)
-        run(queue, executor)
-    return queue.result
-
-
-def test_a_worker_that_fails_is_replaced(tmp_path, wanted, monkeypatch):
-    """What broke it, such as an error of its GPU, would fail all that it is given."""
-
-    def act(number, nth, line):
-        if number == 1 and nth == 1:
-            line.send(Outcome("failed", "CUDA error"))
-        else:
-            time.sleep(0.05)
-            line.send(Outcome("done"))
-
-    crew = Crew(monkeypatch, act)
-    result = shared_out(tmp_path, wanted, retries=1)
-    assert (result.done, result.failed) == (3, [])
-    assert crew.started.count(1) <= 2
-
-
-def test_workers_that_have_spoken_are_not_stuck_when_the_parent_was(tmp_path, wanted, monkeypatch):
-    def act(_number, _nth, line):
-        line.send(("customize", 1, 2))
-        line.send(Outcome("done"))
-
-    crew = Crew(monkeypatch, act)
-    result = shared_out(tmp_path, wanted, lease_minutes=0.001, report=lambda *_: time.sleep(0.1), retries=0)
-    assert (result.done, result.failed) == (3, [])
-    assert crew.started == [1, 2]
-
-
-def test_a_model_is_not_charged_for_a_worker_that_had_ended_before(tmp_path, wanted, monkeypatch):
-    def act(_number, nth, line):
-        line.send(Outcome("done"))
-        if nth == 1:
-            line.close()  # after its first model
-            ended.set()
-
-    ended = threading.Event()
-    crew = Crew(monkeypatch, act)
-    result = shared_out(tmp_path, wanted, report=lambda *_: ended.wait(), retries=0)
-    assert (result.done, result.failed) == (3, [])
-    assert len(crew.started) == 3
-
-
-def test_the_reason_of_a_stuck_worker_names_the_lease(tmp_path, wanted):
-    db = attrdb.create(tmp_path / "queue.attrdb")
-    with jobs.running(db, "ingest models", "wanted", {}) as job:
-        queue = Queue(read_specs(wanted)[:1], job, lambda *_: None, retries=0)
-        queue.settle(queue.take(), lost_outcome(-signal.SIGKILL, 10.0))
-    [(_, reason)] = queue.result.failed
-    assert "was silent for 10 minutes and was ended; if the work is that slow, raise --lease-minutes" in reason
 
 
 def test_a_worker_that_is_stuck_is_ended_and_its_model_made_by_another(tmp_path, wanted, whole, monkeypatch):

@@ -82,9 +82,8 @@ def ingest_model(
     base = load(settings.base_model)
     register(db, encoders)
     with leased_job(folder, lease_minutes) as lease:
-        if result := _stored_result(
-            db, model_id, record, encoders, folder
-        ):  # by the process that held the lease before
+        # The process that held the lease before may have stored it.
+        if result := _stored_result(db, model_id, record, encoders, folder):
             return result
         record = open_job(folder.path, record)
 
@@ -181,7 +180,9 @@ def regenerate(
         raise NotFound(f"no customized model {model_id!r} in {db.path}; list them with: attrdb models list {db.path}")
     row = rows[0]
     if not row["weights_path"]:
-        raise InvalidValue(f"model {model_id!r} was imported without its weights; it cannot draw its samples again")
+        raise InvalidValue(
+            f"model {model_id!r} was imported without its weights; its samples cannot be generated again"
+        )
     record, weights = json.loads(row["settings"]), stored_file(db.path, row["weights_path"])
     name = base_model or row["base_model"]
     if weights_hash(base_model_folder(name)) != row["base_model_hash"]:

@@ -161,16 +161,14 @@ def customize_stage(
         raise InvalidValue(f"{error}; what it was after {error.n_steps} steps is kept in {last}") from error
     weights.parent.mkdir(exist_ok=True)
     save(delta, weights)
-    for file in (
-        weights.with_suffix(".json"),
-        figures_file,
-    ):  # one stays beside the weights, one marks the stage as done
+    # One file stays beside the weights, the other marks the stage as done.
+    for file in (weights.with_suffix(".json"), figures_file):
         write_whole(file, lambda part: part.write_text(json.dumps(figures)))
     return figures
 
 
 def record_token(record: dict) -> str | None:
-    """The modifier token of a model; one of kind `mixed` has none."""
+    """The modifier token of a model; models of kind `mixed` have none."""
     return None if record["kind"] == "mixed" else TOKEN
 
 
