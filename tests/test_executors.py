@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 
 import attrdb
+from attrdb.ingest.models import executors
 from attrdb.ingest.models.executors import LocalExecutor, Outcome, ProcessExecutor, Worker, lost_outcome
 from attrdb.ingest.models.queue import Queue, ingest_models, no_progress, run
 from attrdb.ingest.models.specs import ModelSpec
@@ -159,7 +160,7 @@ class ThreadWorkers:
     """Worker processes that are threads: `act(number of the worker, n-th process of it, connection)` for every model."""
 
     def __init__(self, monkeypatch, act):
-        self.act, self.started = act, []
+        self.act, self.started, self.kill = act, [], lambda: None
         monkeypatch.setattr(ProcessExecutor, "_start", lambda _executor, number: self.start(number))
 
     def start(self, number):
@@ -176,7 +177,7 @@ class ThreadWorkers:
                     return
 
         threading.Thread(target=work, daemon=True).start()
-        process = SimpleNamespace(join=lambda *_: None, kill=lambda: None, exitcode=-9)
+        process = SimpleNamespace(join=lambda *_: None, kill=self.kill, exitcode=-9)
         return Worker(number, process, connection)
 
 
@@ -245,6 +246,22 @@ def test_workers_that_have_reported_are_not_stuck_when_the_parent_was(tmp_path, 
     queue, _ = work_off(tmp_path, executor, retries=0)
     assert (queue.result.done, queue.result.failed) == (3, [])
     assert workers.started == [1, 2]
+
+
+def test_a_silent_worker_is_killed_and_its_model_made_by_another(tmp_path, monkeypatch):
+    def act(_number, nth, connection):
+        if nth == 1:
+            killed.wait(30)
+            connection.close()
+        else:
+            connection.send(DONE)
+
+    killed, workers = threading.Event(), ThreadWorkers(monkeypatch, act)
+    workers.kill = killed.set
+    monkeypatch.setattr(executors, "CHECK_SECONDS", 0.05)
+    queue, _ = work_off(tmp_path, processes(1, lease_minutes=0.01), ["red"], retries=1)
+    assert killed.is_set()
+    assert (queue.result.done, queue.result.failed, workers.started) == (1, [], [1, 1])
 
 
 def test_a_model_is_not_charged_for_a_worker_that_had_ended_before(tmp_path, monkeypatch):

@@ -21,7 +21,7 @@ from attrdb.ingest.customize import load_delta
 from attrdb.ingest.devices import gpu_of_worker, share_cores
 from attrdb.ingest.encode import load_encoder
 from attrdb.ingest.models import executors
-from attrdb.ingest.models.executors import ModelMaker
+from attrdb.ingest.models.executors import ModelMaker, ProcessExecutor
 from attrdb.ingest.models.queue import ingest_models, no_progress
 from attrdb.ingest.models.specs import read_specs
 from attrdb.ingest.models.stages import leased_job
@@ -206,19 +206,25 @@ def test_a_killed_worker_leaves_its_model_to_another(tmp_path, wanted, whole):
 
 
 def test_a_worker_that_is_stuck_is_ended_and_its_model_made_by_another(tmp_path, wanted, whole, monkeypatch):
-    """Stopped by a signal, it lives and holds its lease, and says nothing more."""
+    """Stopped by a signal, it lives and holds its lease, and sends nothing more."""
     monkeypatch.setattr(executors, "CHECK_SECONDS", 0.1)
     path, stuck = tmp_path / "stuck.attrdb", []
 
     def report(stage, _done, _total, note=""):
         if stage == "worker 1: customize" and not stuck:
-            stuck.extend(children()[:1])
-            os.kill(stuck[0], signal.SIGSTOP)
+            worker = executor._workers[1]
+            stuck.append(worker)
+            os.kill(worker.process.pid, signal.SIGSTOP)
+            while worker.connection.poll():  # its messages from before
+                worker.connection.recv()
+            worker.last_message -= 3600
 
-    # A worker has to start within the lease, on a machine that may have other things to do.
-    result = ingest(path, read_specs(wanted), workers=2, report=report, retries=5, lease_minutes=0.25)
+    executor = ProcessExecutor(path, ENCODERS, 2, report, lease_minutes=10.0)
+    result = ingest(path, read_specs(wanted), report, executor)
     assert (result.done, result.failed) == (3, [])
-    assert stuck
+    [worker] = stuck
+    assert worker.stuck
+    assert worker.process.exitcode == -signal.SIGKILL
     assert rows(path) == whole
 
 

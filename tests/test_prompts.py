@@ -251,7 +251,7 @@ def test_mixed_models_have_no_token_and_no_bank(tmp_path):
     own.write_text("a lighthouse at night\n")
     assert texts("mixed", "", str(own), 1, 0) == ["a lighthouse at night"]
     own.write_text("\n")
-    with pytest.raises(InvalidValue, match=r"has no prompt in it; write one per line$"):
+    with pytest.raises(InvalidValue, match=r"has no prompt in it; write one a line$"):
         choose_prompts("mixed", "", str(own), 1, 0)
     with pytest.raises(InvalidValue, match="bank 'photo' has no prompts for mixed models; give a text file"):
         choose_prompts("mixed", "", "photo", 1, 0)
