@@ -18,6 +18,7 @@ lint: $(VENV)/.ready
 docs: $(VENV)/.ready
 	$(BIN)/python docs/cli.py
 	$(BIN)/python docs/dictionary.py
+	$(BIN)/python docs/options.py
 
 # The experiments on IconAbC, from its frozen files; hours on two cores, and it goes on where it was.
 benchmark: $(VENV)/.ready

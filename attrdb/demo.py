@@ -16,7 +16,8 @@ from attrdb.database import Database, open_or_create
 from attrdb.errors import InvalidValue
 from attrdb.ingest.base_model import BUNDLED, base_model_folder, weights_hash
 from attrdb.ingest.encode import DEFAULT_ENCODERS, load_encoder
-from attrdb.ingest.model import Exemplar, ingest_model, settings_for
+from attrdb.ingest.models.ingest_one import ingest_model
+from attrdb.ingest.models.settings import Exemplar, settings_for
 from attrdb.ingest.read.corpus import ingest_corpus, open_corpus
 from attrdb.ingest.read.pictures import read_picture
 from attrdb.pages.html import data_uri

@@ -33,7 +33,9 @@ from attrdb.ingest.base_model import BaseModel, base_model_folder, load_base_mod
 from attrdb.ingest.customizers import BUILT_IN
 from attrdb.ingest.devices import default_device, is_cpu
 from attrdb.ingest.encode import load_encoder
-from attrdb.ingest.model import ModelSettings, ingest_model, prompts_of, settings_for
+from attrdb.ingest.models.ingest_one import ingest_model
+from attrdb.ingest.models.settings import prompts_of, settings_for
+from attrdb.ingest.options import ModelSettings
 from attrdb.ingest.prompts import TOKEN, train_prompt
 from attrdb.ingest.read.corpus import image_rows, register
 from attrdb.ingest.read.pictures import read_picture, square, webp

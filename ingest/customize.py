@@ -26,6 +26,7 @@ from attrdb.errors import InvalidValue
 from attrdb.ingest.base_model import BaseModel
 from attrdb.ingest.customizers import DEFAULT_METHOD, Customizer, load_customizer
 from attrdb.ingest.devices import enough_memory, is_cpu
+from attrdb.ingest.options import CustomizeSettings
 from attrdb.ingest.views import Latents, encode_views
 
 TOKEN_KEY = "text_encoder.token_embedding"
@@ -34,32 +35,6 @@ LOOKED_AT = 10  # steps between two looks at the losses: on a GPU a look waits f
 
 Delta = dict[str, torch.Tensor]
 Report = Callable[[int, int], None]  # steps done, steps in all
-
-
-@dataclass(frozen=True)
-class CustomizeSettings:
-    """lr and steps are those of Custom Diffusion for Stable Diffusion 1.x; a base model's profile may say otherwise.
-
-    augment:      'none', 'mild' or 'strong', see `views.VIEWS`
-    prior:        where regularization images come from, see `regularization.PRIORS`
-    prior_images: how many of them there are; a batch then has as many again as it has exemplars
-    prior_weight: of their loss beside the exemplars'
-    token_from:   words at whose mean embedding the new token starts; empty: the category
-    """
-
-    steps: int = 250
-    batch: int = 8
-    lr: float = 8e-5
-    seed: int = 0
-    augment: str = "none"
-    prior: str = "caption"
-    prior_images: int = 0
-    prior_weight: float = 1.0
-    token_from: str = ""
-
-    def like(self, category: str | None) -> str:
-        """What the new token starts from."""
-        return self.token_from or category or ""
 
 
 class Diverged(InvalidValue):

@@ -9,8 +9,7 @@ from contextlib import contextmanager
 import torch
 
 from attrdb.errors import InvalidValue, OutOfMemory
-
-PRECISIONS = ("auto", "float32", "bf16")
+from attrdb.ingest.options import PRECISIONS, one_of
 
 
 def default_device() -> str:
@@ -46,7 +45,7 @@ def resolved_precision(precision: str, device: str | None = None) -> str:
     raises: InvalidValue for no such precision
     """
     if precision not in PRECISIONS:
-        raise InvalidValue(f"precision is {precision!r}; it must be {', '.join(PRECISIONS[:-1])} or {PRECISIONS[-1]}")
+        raise InvalidValue(f"precision is {precision!r}; it must be {one_of(PRECISIONS)}")
     if precision != "auto":
         return precision
     if is_cpu(device or default_device()):

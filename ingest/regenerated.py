@@ -11,7 +11,7 @@ from PIL import Image
 
 from attrdb.database import Database
 from attrdb.errors import InvalidValue, NotFound
-from attrdb.ingest.model import regenerate
+from attrdb.ingest.models.ingest_one import regenerate
 from attrdb.models import describe
 from attrdb.store.predicates import among
 

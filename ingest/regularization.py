@@ -21,30 +21,20 @@ import numpy as np
 from attrdb.database import Database
 from attrdb.errors import InvalidValue
 from attrdb.ingest.base_model import BaseModel
-from attrdb.ingest.customize import CustomizeSettings, Regularization
+from attrdb.ingest.customize import Regularization
 from attrdb.ingest.encode import Encoder, encode, load_encoder
+from attrdb.ingest.options import PRIORS, CustomizeSettings, SynthesizeSettings
 from attrdb.ingest.prompts import Prompt
 from attrdb.ingest.read.pictures import Picture, read_picture
-from attrdb.ingest.synthesize import SynthesizeSettings, plan_samples, synthesize, use_fast_solver
+from attrdb.ingest.synthesize import plan_samples, synthesize, use_fast_solver
 from attrdb.search.exact import top_k
 from attrdb.store.predicates import among, literal
 from attrdb.store.schema import encoder_id_of
 
 if TYPE_CHECKING:
-    from attrdb.ingest.model_job import Report
+    from attrdb.ingest.models.stages import Report
 
-PRIORS = ("caption", "image", "generated")
 CANDIDATES = "role = 'pretraining' AND image IS NOT NULL"
-
-
-def check_prior(settings: CustomizeSettings) -> None:
-    """raises: InvalidValue for settings that mean nothing"""
-    if settings.prior not in PRIORS:
-        raise InvalidValue(f"prior is {settings.prior!r}; it must be {', '.join(PRIORS[:-1])} or {PRIORS[-1]}")
-    if settings.prior_images < 0:
-        raise InvalidValue(f"prior_images is {settings.prior_images}; it must be at least 0")
-    if not 0 < settings.prior_weight < float("inf"):
-        raise InvalidValue(f"prior_weight is {settings.prior_weight}; it must be above 0")
 
 
 def choose_names(

@@ -14,18 +14,10 @@ from attrdb.ingest.attention import Projected
 from attrdb.ingest.base_model import BaseModel
 from attrdb.ingest.customize import encode_prompts
 from attrdb.ingest.devices import enough_memory
+from attrdb.ingest.options import SynthesizeSettings
 from attrdb.ingest.prompts import Prompt
 
 DECODED = 4  # pictures that the autoencoder decodes at a time: its activations are what fills a card
-
-
-@dataclass(frozen=True)
-class SynthesizeSettings:
-    samples_per_prompt: int = 4
-    solver_steps: int = 25
-    guidance: float = 6.0
-    sample_batch: int = 16
-    seed: int = 0
 
 
 @dataclass(frozen=True)

@@ -62,7 +62,7 @@ READY = [
     "attrdb.ingest.read.corpus",
     "attrdb.ingest.read.embeddings",
     "attrdb.ingest.base_model",
-    "attrdb.ingest.model",
+    "attrdb.ingest.models.ingest_one",
     "pytest",
 ]
 

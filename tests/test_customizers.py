@@ -13,11 +13,14 @@ from test_ingest_model import images, ingest
 
 import attrdb
 from attrdb.errors import InvalidValue, NotFound
-from attrdb.ingest import base_model, customize, customizers, devices, model, synthesize, views
+from attrdb.ingest import base_model, customize, customizers, devices, synthesize, views
 from attrdb.ingest.encode import Pixels
+from attrdb.ingest.models import ingest_one
+from attrdb.ingest.models.settings import read_exemplars, settings_for
+from attrdb.ingest.options import KINDS
+from attrdb.ingest.prompts import Prompt
 from attrdb.ingest.read.corpus import ingest_corpus, open_corpus
 from attrdb.ingest.read.pictures import webp
-from attrdb.store.schema import KINDS
 
 METHODS = tuple(customizers.BUILT_IN)
 RED = Image.new("RGB", (32, 32), (200, 30, 30))
@@ -217,7 +220,7 @@ def test_a_package_adds_a_method(tmp_path, monkeypatch, empty, exemplar_folder, 
     assert customizers.names() == [*METHODS, "bias"]
     ingest(empty, exemplar_folder, tiny_base, toy_encoder, method="bias")
     assert empty.sql("SELECT method FROM models")["method"].to_pylist() == ["bias"]
-    made = dict(model.regenerate(empty, "vase-1"))
+    made = dict(ingest_one.regenerate(empty, "vase-1"))
     assert {name: webp(image) for name, image in made.items()} == samples(empty)
 
 
@@ -241,12 +244,12 @@ def test_a_package_whose_method_is_none(tmp_path, monkeypatch):
 
 def test_an_unknown_method(tiny_base):
     with pytest.raises(InvalidValue, match="no method 'hypernetwork'; there are: custom-diffusion, dreambooth-lora"):
-        model.settings_for(str(tiny_base), "object", "vase", {"method": "hypernetwork"})
+        settings_for(str(tiny_base), "object", "vase", {"method": "hypernetwork"})
 
 
 def test_the_profile_is_of_the_default_method(tiny_base, tmp_path):
-    assert model.settings_for(str(tiny_base), "object", "vase").customize.lr == 0.01
-    other = model.settings_for(str(tiny_base), "object", "vase", {"method": "textual-inversion", "batch": 4})
+    assert settings_for(str(tiny_base), "object", "vase").customize.lr == 0.01
+    other = settings_for(str(tiny_base), "object", "vase", {"method": "textual-inversion", "batch": 4})
     assert (other.customize.steps, other.customize.lr, other.customize.batch) == (3000, 4e-3, 4)
     assert other.synthesize.solver_steps == 2
 
@@ -262,42 +265,41 @@ def samples(db):
 def test_regenerates_the_stored_samples(empty, exemplar_folder, tiny_base, method):
     ingest(empty, exemplar_folder, tiny_base, Pixels(4), method=method, steps=3, lr=0.01)
     stored = samples(empty)
-    assert {name: webp(image) for name, image in model.regenerate(empty, "vase-1")} == stored
+    assert {name: webp(image) for name, image in ingest_one.regenerate(empty, "vase-1")} == stored
     wanted = sorted(stored)[-1]
-    assert [(name, webp(image)) for name, image in model.regenerate(empty, "vase-1", [wanted])] == [
+    assert [(name, webp(image)) for name, image in ingest_one.regenerate(empty, "vase-1", [wanted])] == [
         (wanted, stored[wanted])
     ]
 
 
 def test_what_cannot_be_regenerated(empty, exemplar_folder, tiny_base, toy_encoder, toy):
     with pytest.raises(NotFound, match="no customized model 'vase-9'"):
-        next(model.regenerate(toy, "vase-9"))
+        next(ingest_one.regenerate(toy, "vase-9"))
     with pytest.raises(InvalidValue, match="'m' was imported without its weights"):
-        next(model.regenerate(toy, "m"))
+        next(ingest_one.regenerate(toy, "m"))
     ingest(toy, exemplar_folder, tiny_base, toy_encoder)
     with pytest.raises(NotFound, match="'vase-1' has no sample 'x'"):
-        next(model.regenerate(toy, "vase-1", ["x"]))
+        next(ingest_one.regenerate(toy, "vase-1", ["x"]))
     with pytest.raises(InvalidValue, match="is not the one that model 'vase-1' was made from"):
-        next(model.regenerate(toy, "vase-1", base_model="icon-sd"))
+        next(ingest_one.regenerate(toy, "vase-1", base_model="icon-sd"))
     file = toy.path / "weights" / "vase-1.safetensors"
     delta = customize.load_delta(file)
     delta[customize.TOKEN_KEY] += 1
     customize.save_delta(delta, file, "V*", "hash")
     with pytest.raises(InvalidValue, match="have changed since model 'vase-1' was stored"):
-        next(model.regenerate(toy, "vase-1"))
+        next(ingest_one.regenerate(toy, "vase-1"))
 
 
 def test_one_loaded_base_model_makes_the_models_of_fresh_ones(tmp_path, exemplar_folder, tiny_base, toy_encoder):
     found, kept = {}, base_model.OneBaseModel()
     settings = {
-        method: model.settings_for(str(tiny_base), "object", "vase", {"method": method, "steps": 3})
-        for method in METHODS
+        method: settings_for(str(tiny_base), "object", "vase", {"method": method, "steps": 3}) for method in METHODS
     }
-    exemplars = model.read_exemplars(exemplar_folder)
+    exemplars = read_exemplars(exemplar_folder)
     for name, load in (("fresh", base_model.load_base_model), ("kept", kept.load)):
         db = attrdb.create(tmp_path / f"{name}.attrdb")
         for method in METHODS:
-            model.ingest_model(db, exemplars, settings[method], [toy_encoder], method, load=load)
+            ingest_one.ingest_model(db, exemplars, settings[method], [toy_encoder], method, load=load)
         found[name] = images(db)
     assert found["kept"] == found["fresh"]
     assert kept.load(str(tiny_base)) is kept.load(str(tiny_base))
@@ -346,7 +348,7 @@ def test_the_hash_of_a_base_model_is_read_once_and_again_when_a_file_changes(tin
 @pytest.mark.parametrize("guidance", [1.0, 4.0])
 def test_samples_are_those_of_the_pipeline(base, guidance):
     settings = synthesize.SynthesizeSettings(samples_per_prompt=2, solver_steps=4, guidance=guidance, sample_batch=3)
-    prompts = [model.Prompt(0, "gpt", "a vase"), model.Prompt(1, "gpt", "a picture of art")]
+    prompts = [Prompt(0, "gpt", "a vase"), Prompt(1, "gpt", "a picture of art")]
     synthesize.use_fast_solver(base)
     for batch in synthesize.plan_samples("m", prompts, settings):
         slow = base.pipeline(
@@ -438,7 +440,7 @@ def test_regularization_images_by_image(stocked, exemplar_folder, tiny_base):
 def test_regularization_images_that_the_base_model_draws(empty, exemplar_folder, tiny_base):
     ingest(empty, exemplar_folder, tiny_base, Pixels(4), prior="generated", prior_images=3)
     assert len(set(noted(empty))) == 3
-    assert {name: webp(image) for name, image in model.regenerate(empty, "vase-1")} == samples(empty)
+    assert {name: webp(image) for name, image in ingest_one.regenerate(empty, "vase-1")} == samples(empty)
 
 
 def test_too_few_regularization_images(stocked, exemplar_folder, tiny_base):
@@ -480,12 +482,12 @@ def test_prior_weight_counts(base):
         ({"prior": "dream"}, "prior is 'dream'; it must be caption, image or generated"),
         ({"prior_weight": 0.0}, "prior_weight is 0.0; it must be above 0"),
         ({"prior_images": -1}, "prior_images is -1"),
-        ({"augment": "wild"}, "augment is 'wild'; it must be none or mild or strong"),
+        ({"augment": "wild"}, "augment is 'wild'; it must be none, mild or strong"),
     ],
 )
 def test_settings_that_mean_nothing(tiny_base, given, words):
     with pytest.raises(InvalidValue, match=words):
-        model.settings_for(str(tiny_base), "object", "vase", given)
+        settings_for(str(tiny_base), "object", "vase", given)
 
 
 def test_a_token_starts_from_other_words_and_is_drawn_again_from_them(empty, exemplar_folder, tiny_base, base):
@@ -495,12 +497,12 @@ def test_a_token_starts_from_other_words_and_is_drawn_again_from_them(empty, exe
     customize.customize(base, [RED], "V* vase", "V*", "vase", settings, method="dreambooth-lora")
     grown = base.pipeline.text_encoder.get_input_embeddings().weight
     assert grown[len(embedded)].equal(embedded[art].mean(dim=0))
-    settings = model.settings_for(str(tiny_base), "object", "vase", {"method": "dreambooth-lora", "token_from": "art"})
-    exemplars = model.read_exemplars(exemplar_folder)
-    model.ingest_model(empty, exemplars, settings, [Pixels(4)], "vase-1")
-    assert {name: webp(image) for name, image in model.regenerate(empty, "vase-1")} == samples(empty)
+    settings = settings_for(str(tiny_base), "object", "vase", {"method": "dreambooth-lora", "token_from": "art"})
+    exemplars = read_exemplars(exemplar_folder)
+    ingest_one.ingest_model(empty, exemplars, settings, [Pixels(4)], "vase-1")
+    assert {name: webp(image) for name, image in ingest_one.regenerate(empty, "vase-1")} == samples(empty)
     with pytest.raises(InvalidValue, match="token_from is 'V\\* art'; it must be words that the base model knows"):
-        model.settings_for(str(tiny_base), "object", "vase", {"token_from": "V* art"})
+        settings_for(str(tiny_base), "object", "vase", {"token_from": "V* art"})
 
 
 def test_every_exemplar_is_trained_with_its_own_prompt_where_a_token_is_trained(base, monkeypatch):
@@ -545,8 +547,8 @@ def mixed_folder(tmp_path):
 
 
 def mixed(db, folder, base, **given):
-    settings = model.settings_for(str(base), "mixed", "anything", given)
-    return model.ingest_model(db, model.read_exemplars(folder), settings, [Pixels(4)], "mixed-3")
+    settings = settings_for(str(base), "mixed", "anything", given)
+    return ingest_one.ingest_model(db, read_exemplars(folder), settings, [Pixels(4)], "mixed-3")
 
 
 @pytest.mark.parametrize("method", ["custom-diffusion", "dreambooth-lora"])
@@ -558,7 +560,7 @@ def test_unrelated_images_are_trained_on_and_sampled_with_their_captions(empty, 
     assert stored == [{"kind": "mixed", "token": None, "train_prompt": None}]
     rows = empty.sql("SELECT prompt, prompt_scheme FROM samples ORDER BY image_id").to_pylist()
     assert rows == [{"prompt": f"a picture of {name}", "prompt_scheme": "caption"} for name in "abc"]
-    assert {name: webp(image) for name, image in model.regenerate(empty, "mixed-3")} == samples(empty)
+    assert {name: webp(image) for name, image in ingest_one.regenerate(empty, "mixed-3")} == samples(empty)
 
 
 def test_each_exemplar_is_trained_on_its_own_caption(base):
@@ -579,7 +581,7 @@ def test_unrelated_images_sampled_with_a_file(empty, mixed_folder, tiny_base, tm
     assert mixed(empty, mixed_folder, tiny_base, prompts=str(file)).n_samples == 2
     file.write_text("a V* vase\n")
     with pytest.raises(InvalidValue, match="line 1 has V\\*, and models of kind 'mixed' have no token"):
-        model.settings_for(str(tiny_base), "mixed", "anything", {"prompts": str(file)})
+        settings_for(str(tiny_base), "mixed", "anything", {"prompts": str(file)})
 
 
 def test_an_unrelated_image_without_a_caption(empty, mixed_folder, tiny_base):
@@ -591,4 +593,4 @@ def test_an_unrelated_image_without_a_caption(empty, mixed_folder, tiny_base):
 
 def test_a_token_alone_cannot_learn_unrelated_images(tiny_base):
     with pytest.raises(InvalidValue, match="'textual-inversion' trains a token alone, and models of kind 'mixed' have"):
-        model.settings_for(str(tiny_base), "mixed", "anything", {"method": "textual-inversion"})
+        settings_for(str(tiny_base), "mixed", "anything", {"method": "textual-inversion"})

@@ -10,7 +10,7 @@ import attrdb
 from attrdb import database
 from attrdb.cli import main
 from attrdb.errors import InvalidValue
-from attrdb.ingest.model_settings import default_model_id, read_exemplars, settings_for
+from attrdb.ingest.models.settings import default_model_id, read_exemplars, settings_for
 from attrdb.models import training_record
 from attrdb.store import ids
 from attrdb.training.train import TrainSettings, train

@@ -14,16 +14,19 @@ from killing import attrdb_runs, log_of, run_whole, start
 
 import attrdb
 from attrdb.errors import Busy, InvalidValue, NotFound, OutOfMemory
-from attrdb.ingest import base_model, customize, model, model_job, synthesize
+from attrdb.ingest import base_model, customize, synthesize
 from attrdb.ingest.encode import Pixels
+from attrdb.ingest.models import ingest_one, stages
+from attrdb.ingest.models.settings import default_model_id, read_exemplars, settings_for
+from attrdb.ingest.prompts import Prompt
 from attrdb.ingest.read.pictures import webp
 from attrdb.store import ids
 
 
 def ingest(db, folder, base, encoder, **given):
     report = given.pop("report", lambda *_: None)
-    settings = model.settings_for(str(base), "object", "vase", given)
-    return model.ingest_model(db, model.read_exemplars(folder), settings, [encoder], "vase-1", report)
+    settings = settings_for(str(base), "object", "vase", given)
+    return ingest_one.ingest_model(db, read_exemplars(folder), settings, [encoder], "vase-1", report)
 
 
 def images(db):
@@ -145,7 +148,7 @@ def test_delta_reloads_into_a_fresh_base_and_regenerates_the_samples(empty, exem
     delta = customize.load_delta(empty.path / "weights" / "vase-1.safetensors")
     customize.apply_delta(base, delta, "V*", "vase")
     synthesize.use_fast_solver(base)
-    prompts = [model.Prompt(n, scheme, text) for n, (scheme, text) in enumerate(schemes_of(record))]
+    prompts = [Prompt(n, scheme, text) for n, (scheme, text) in enumerate(schemes_of(record))]
     made = {}
     for batch in synthesize.plan_samples("vase-1", prompts, settings):
         for plan, image in zip(batch, synthesize.synthesize(base, batch, settings), strict=True):
@@ -182,7 +185,7 @@ def test_killed_outright_and_rerun_is_run_once(tmp_path, exemplar_folder, tiny_b
 
 def test_two_processes_do_not_make_the_same_model(empty, exemplar_folder, tiny_base, toy_encoder):
     with (
-        model_job.leased_job(ids.model_job(empty.path, "vase-1")),
+        stages.leased_job(ids.model_job(empty.path, "vase-1")),
         pytest.raises(Busy, match=r"'vase-1' is being made by another process \(\d+ on .*\); wait for it"),
     ):
         ingest(empty, exemplar_folder, tiny_base, toy_encoder)
@@ -194,9 +197,9 @@ def test_two_processes_do_not_make_the_same_model(empty, exemplar_folder, tiny_b
 def test_empty_exemplar_folder(tmp_path):
     (tmp_path / "none").mkdir()
     with pytest.raises(InvalidValue, match="has no image; put PNG"):
-        model.read_exemplars(tmp_path / "none")
+        read_exemplars(tmp_path / "none")
     with pytest.raises(NotFound, match="no folder"):
-        model.read_exemplars(tmp_path / "nowhere")
+        read_exemplars(tmp_path / "nowhere")
 
 
 def test_the_same_exemplar_twice(empty, exemplar_folder, tiny_base, toy_encoder):
@@ -211,7 +214,7 @@ def test_base_model_with_a_part_missing(tiny_base, tmp_path, part):
     shutil.copytree(tiny_base, copy)
     shutil.rmtree(copy / part) if (copy / part).is_dir() else (copy / part).unlink()
     with pytest.raises(InvalidValue, match=rf"base model .*(lacks|has no) {part}"):
-        model.settings_for(str(copy), "object", "vase")
+        settings_for(str(copy), "object", "vase")
 
 
 def test_base_model_with_weights_missing(tiny_base, tmp_path):
@@ -219,7 +222,7 @@ def test_base_model_with_weights_missing(tiny_base, tmp_path):
     shutil.copytree(tiny_base, copy)
     (copy / "unet" / "diffusion_pytorch_model.safetensors").unlink()
     with pytest.raises(InvalidValue, match=r"lacks unet/\*\.safetensors"):
-        model.settings_for(str(copy), "object", "vase")
+        settings_for(str(copy), "object", "vase")
 
 
 def test_a_base_model_whose_weights_are_pickled(tiny_base, tmp_path):
@@ -231,7 +234,7 @@ def test_a_base_model_whose_weights_are_pickled(tiny_base, tmp_path):
         r"lacks unet/\*\.safetensors; unet/diffusion_pytorch_model\.bin is a pickle, which attrdb never reads: load the"
     )
     with pytest.raises(InvalidValue, match=says):
-        model.settings_for(str(copy), "object", "vase")
+        settings_for(str(copy), "object", "vase")
 
 
 def test_customized_weights_that_are_pickled_are_never_unpickled(tmp_path):
@@ -263,7 +266,7 @@ def test_a_token_that_the_vocabulary_has_already(empty, exemplar_folder, tiny_ba
 
 def test_no_such_base_model():
     with pytest.raises(NotFound, match="neither a folder nor a hub id"):
-        model.settings_for("nowhere", "object", "vase")
+        settings_for("nowhere", "object", "vase")
 
 
 def test_another_kind_of_pipeline(tiny_base, tmp_path):
@@ -272,10 +275,10 @@ def test_another_kind_of_pipeline(tiny_base, tmp_path):
     index = copy / "model_index.json"
     index.write_text(index.read_text().replace("StableDiffusionPipeline", "StableDiffusionXLPipeline"))
     with pytest.raises(InvalidValue, match=r"is a StableDiffusionXLPipeline; a StableDiffusionPipeline .* is needed"):
-        model.settings_for(str(copy), "object", "vase")
+        settings_for(str(copy), "object", "vase")
     index.write_text("{")
     with pytest.raises(InvalidValue, match=r"model_index\.json is not JSON"):
-        model.settings_for(str(copy), "object", "vase")
+        settings_for(str(copy), "object", "vase")
 
 
 def test_a_base_model_with_broken_weights_leaves_nothing(empty, exemplar_folder, tiny_base, tmp_path, toy_encoder):
@@ -351,7 +354,7 @@ def test_more_than_the_memory_holds_is_told_with_advice(empty, exemplar_folder, 
         OutOfMemory, match=r"training 10000000000 pictures of 32 pixels .* turn gradient checkpointing on"
     ):
         ingest(empty, exemplar_folder, tiny_base, toy_encoder, batch=10**10)
-    prompts = [model.Prompt(0, "gpt", "a vase")]
+    prompts = [Prompt(0, "gpt", "a vase")]
     base, many = base_model.load_base_model(str(tiny_base)), synthesize.SynthesizeSettings(1)
     [[plan]] = synthesize.plan_samples("m", prompts, many)
     base.predict = lambda *given: torch.empty(10**13)
@@ -374,12 +377,12 @@ def test_a_prompt_whose_token_is_never_read(empty, exemplar_folder, tiny_base, t
 @pytest.mark.parametrize("category", ["", " ", "V* cat"])
 def test_categories_that_say_nothing(tiny_base, category):
     with pytest.raises(InvalidValue, match="it must say what is shown, without the modifier token"):
-        model.settings_for(str(tiny_base), "object", category)
+        settings_for(str(tiny_base), "object", category)
 
 
 def test_a_category_in_another_script_has_an_id(tiny_base, exemplar_folder):
-    settings = model.settings_for(str(tiny_base), "object", "猫")
-    assert model.default_model_id(settings, model.read_exemplars(exemplar_folder)).startswith("object-")
+    settings = settings_for(str(tiny_base), "object", "猫")
+    assert default_model_id(settings, read_exemplars(exemplar_folder)).startswith("object-")
 
 
 def test_unknown_encoder():
@@ -409,10 +412,10 @@ def test_prompt_without_the_modifier_token(empty, exemplar_folder, tiny_base, to
 
 @pytest.mark.parametrize("model_id", ["../escape", "a/b", "", ".hidden"])
 def test_model_id_cannot_leave_the_directory(empty, exemplar_folder, tiny_base, toy_encoder, model_id):
-    settings = model.settings_for(str(tiny_base), "object", "vase")
-    exemplars = model.read_exemplars(exemplar_folder)
+    settings = settings_for(str(tiny_base), "object", "vase")
+    exemplars = read_exemplars(exemplar_folder)
     if model_id:
         with pytest.raises(InvalidValue, match="cannot be used"):
-            model.ingest_model(empty, exemplars, settings, [toy_encoder], model_id)
+            ingest_one.ingest_model(empty, exemplars, settings, [toy_encoder], model_id)
     else:
-        assert model.default_model_id(settings, exemplars).startswith("vase-")
+        assert default_model_id(settings, exemplars).startswith("vase-")

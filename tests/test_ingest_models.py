@@ -3,14 +3,11 @@
 import json
 import multiprocessing
 import os
-import re
 import signal
 import subprocess
 import sys
 import threading
 import time
-from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,13 +17,15 @@ from conftest import picture
 import attrdb
 from attrdb.cli import main
 from attrdb.errors import Busy, InvalidValue, NotFound
-from attrdb.ingest import models
-from attrdb.ingest.base_model import OneBaseModel
 from attrdb.ingest.customize import load_delta
 from attrdb.ingest.devices import gpu_of_worker, share_cores
 from attrdb.ingest.encode import load_encoder
-from attrdb.ingest.model_job import leased_job
-from attrdb.store import jobs
+from attrdb.ingest.models import executors
+from attrdb.ingest.models.executors import ModelMaker, ProcessExecutor
+from attrdb.ingest.models.queue import ingest_models, no_progress
+from attrdb.ingest.models.specs import read_specs
+from attrdb.ingest.models.stages import leased_job
+from attrdb.ingest.options import QueueSettings
 from attrdb.store.ids import model_job
 from attrdb.store.leases import holder
 
@@ -78,16 +77,16 @@ def rows(path):
     return db.sql("SELECT * FROM images ORDER BY image_id").to_pylist(), stored
 
 
-def ingest(path, specs, **given):
+def ingest(path, specs, report=no_progress, executor=None, **settings):
     if not path.exists():
         attrdb.create(path)
-    return models.ingest_models(path, specs, ENCODERS, **given)
+    return ingest_models(path, specs, ENCODERS, QueueSettings(**settings), report, executor=executor)
 
 
 @pytest.fixture
 def whole(tmp_path, wanted):
     """What one undisturbed process makes of the file."""
-    result = ingest(tmp_path / "whole.attrdb", models.read_specs(wanted))
+    result = ingest(tmp_path / "whole.attrdb", read_specs(wanted))
     assert (result.done, result.stored_already, result.failed) == (3, 0, [])
     return rows(tmp_path / "whole.attrdb")
 
@@ -104,7 +103,7 @@ def test_every_line_is_a_model_and_run_twice_is_run_once(tmp_path, wanted, whole
     ]
     assert len(images) == 15
     reports = []
-    again = ingest(tmp_path / "whole.attrdb", models.read_specs(wanted), report=lambda *units: reports.append(units))
+    again = ingest(tmp_path / "whole.attrdb", read_specs(wanted), report=lambda *units: reports.append(units))
     assert (again.done, again.stored_already, again.failed) == (0, 3, [])
     assert set(reports) == {("models", 3, 3, "")}
     assert rows(tmp_path / "whole.attrdb") == whole
@@ -115,7 +114,7 @@ def test_two_workers_make_the_rows_of_one(tmp_path, wanted, whole):
     reports = []
     line = json.loads(wanted.read_text().splitlines()[0]) | {"model_id": "bad", "lr": 1e30, "steps": 5}
     wanted.write_text(json.dumps(line) + "\n" + wanted.read_text())
-    specs = models.read_specs(wanted)
+    specs = read_specs(wanted)
     result = ingest(tmp_path / "shared.attrdb", specs, workers=2, report=lambda *units: reports.append(units))
     assert result.done == 3
     ((model_id, reason),) = result.failed
@@ -132,9 +131,9 @@ def test_two_commands_share_a_file(tmp_path, wanted, whole):
     path = tmp_path / "shared.attrdb"
     attrdb.create(path)
     program = (
-        "import sys; from pathlib import Path; from attrdb.ingest import models\n"
-        "specs = models.read_specs(Path(sys.argv[2]))\n"
-        "result = models.ingest_models(Path(sys.argv[1]), specs, ['pixels:2'])\n"
+        "import sys; from pathlib import Path\n"
+        "from attrdb.ingest.models.queue import ingest_models; from attrdb.ingest.models.specs import read_specs\n"
+        "result = ingest_models(Path(sys.argv[1]), read_specs(Path(sys.argv[2])), ['pixels:2'])\n"
         "print(result.done, result.stored_already, result.failed)"
     )
     command = [sys.executable, "-c", program, str(path), str(wanted)]
@@ -145,7 +144,7 @@ def test_two_commands_share_a_file(tmp_path, wanted, whole):
 
 
 def test_a_model_that_another_process_makes_is_waited_for(tmp_path, wanted, monkeypatch):
-    monkeypatch.setattr(models, "PAUSE", 0.01)
+    monkeypatch.setattr(executors, "BUSY_SECONDS", 0.01)
     path = tmp_path / "waits.attrdb"
     attrdb.create(path)
     settled, release = [], threading.Event()
@@ -164,7 +163,7 @@ def test_a_model_that_another_process_makes_is_waited_for(tmp_path, wanted, monk
     other.start()
     while not (path / "jobs" / ".red.lock").exists():
         time.sleep(0.01)
-    result = ingest(path, models.read_specs(wanted), report=report)
+    result = ingest(path, read_specs(wanted), report=report)
     other.join()
     assert (result.done, result.failed) == (3, [])
     assert list(dict.fromkeys(settled)) == [0, 1, 2, 3]
@@ -180,9 +179,9 @@ def test_interrupted_and_rerun_is_run_once(tmp_path, wanted, whole):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        ingest(path, models.read_specs(wanted), workers=2, report=interrupt)
+        ingest(path, read_specs(wanted), workers=2, report=interrupt)
     assert not children()
-    ingest(path, models.read_specs(wanted))
+    ingest(path, read_specs(wanted))
     assert rows(path) == whole
 
 
@@ -200,124 +199,32 @@ def test_a_killed_worker_leaves_its_model_to_another(tmp_path, wanted, whole):
             killed.extend(children()[:1])
             os.kill(killed[0], signal.SIGKILL)
 
-    result = ingest(path, models.read_specs(wanted), workers=2, report=report)
+    result = ingest(path, read_specs(wanted), workers=2, report=report)
     assert (result.done, result.failed) == (3, [])
     assert killed
     assert rows(path) == whole
 
 
-def test_a_model_that_takes_its_workers_with_it_is_given_up(tmp_path, wanted):
-    db = attrdb.create(tmp_path / "queue.attrdb")
-    with jobs.running(db.writer, "ingest models", "wanted", {}) as job:
-        queue = models.Queue(models.read_specs(wanted)[:1], job, lambda *_: None, retries=1)
-        for _ in range(2):
-            spec = queue.take()
-            queue.lost(spec, -signal.SIGKILL)
-    assert queue.take() is None
-    assert db.sql("SELECT job_id, item FROM failures").to_pylist() == [
-        {"job_id": "ingest models/wanted", "item": "red"}
-    ]
-    assert queue.result.failed == [("red", "the worker process that made it ended with signal 9 (attempt 2)")]
-
-
-class Crew:
-    """Workers that are threads: what `act(number of the worker, n-th process of it, line)` does with every model."""
-
-    def __init__(self, monkeypatch, act):
-        self.act, self.started, self.killed = act, [], []
-        monkeypatch.setattr(models, "_start", self.start)
-
-    def start(self, number, *_):
-        here, there = multiprocessing.Pipe()
-        self.started.append(number)
-        nth = self.started.count(number)
-
-        def work():
-            while True:
-                try:
-                    there.recv()
-                    self.act(number, nth, there)
-                except (EOFError, OSError):
-                    return
-
-        thread = threading.Thread(target=work, daemon=True)
-        thread.start()
-        process = SimpleNamespace(join=lambda *_: None, kill=lambda: self.killed.append(number), exitcode=-9)
-        return models.Worker(number, process, here)
-
-
-def shared_out(tmp_path, wanted, lease_minutes=10.0, **given):
-    db = attrdb.create(tmp_path / "queue.attrdb")
-    with jobs.running(db.writer, "ingest models", "wanted", {}) as job:
-        queue = models.Queue(models.read_specs(wanted), job, given.pop("report", lambda *_: None), **given)
-        models._share_out(queue, db.path, ENCODERS, 2, lease_minutes)
-    return queue.result
-
-
-def test_a_worker_that_fails_is_replaced(tmp_path, wanted, monkeypatch):
-    """What broke it, such as an error of its GPU, would fail all that it is given."""
-
-    def act(number, nth, line):
-        if number == 1 and nth == 1:
-            line.send(models.Outcome("failed", "CUDA error"))
-        else:
-            time.sleep(0.05)
-            line.send(models.Outcome("done"))
-
-    crew = Crew(monkeypatch, act)
-    result = shared_out(tmp_path, wanted, retries=1)
-    assert (result.done, result.failed) == (3, [])
-    assert crew.started.count(1) <= 2
-
-
-def test_workers_that_have_spoken_are_not_stuck_when_the_parent_was(tmp_path, wanted, monkeypatch):
-    def act(_number, _nth, line):
-        line.send(("customize", 1, 2))
-        line.send(models.Outcome("done"))
-
-    crew = Crew(monkeypatch, act)
-    result = shared_out(tmp_path, wanted, lease_minutes=0.001, report=lambda *_: time.sleep(0.1), retries=0)
-    assert (result.done, result.failed) == (3, [])
-    assert crew.started == [1, 2]
-
-
-def test_a_model_is_not_charged_for_a_worker_that_had_ended_before(tmp_path, wanted, monkeypatch):
-    def act(_number, nth, line):
-        line.send(models.Outcome("done"))
-        if nth == 1:
-            line.close()  # after its first model
-            ended.set()
-
-    ended = threading.Event()
-    crew = Crew(monkeypatch, act)
-    result = shared_out(tmp_path, wanted, report=lambda *_: ended.wait(), retries=0)
-    assert (result.done, result.failed) == (3, [])
-    assert len(crew.started) == 3
-
-
-def test_the_reason_of_a_stuck_worker_names_the_lease(tmp_path, wanted):
-    db = attrdb.create(tmp_path / "queue.attrdb")
-    with jobs.running(db.writer, "ingest models", "wanted", {}) as job:
-        queue = models.Queue(models.read_specs(wanted)[:1], job, lambda *_: None, retries=0)
-        queue.lost(queue.take(), -signal.SIGKILL, 10.0)
-    [(_, reason)] = queue.result.failed
-    assert "said nothing for 10 minutes and was ended; if the work is that slow, give more (--lease-minutes)" in reason
-
-
 def test_a_worker_that_is_stuck_is_ended_and_its_model_made_by_another(tmp_path, wanted, whole, monkeypatch):
-    """Stopped by a signal, it lives and holds its lease, and says nothing more."""
-    monkeypatch.setattr(models, "LOOK", 0.1)
+    """Stopped by a signal, it lives and holds its lease, and sends nothing more."""
+    monkeypatch.setattr(executors, "CHECK_SECONDS", 0.1)
     path, stuck = tmp_path / "stuck.attrdb", []
 
     def report(stage, _done, _total, note=""):
         if stage == "worker 1: customize" and not stuck:
-            stuck.extend(children()[:1])
-            os.kill(stuck[0], signal.SIGSTOP)
+            worker = executor._workers[1]
+            stuck.append(worker)
+            os.kill(worker.process.pid, signal.SIGSTOP)
+            while worker.connection.poll():  # its messages from before
+                worker.connection.recv()
+            worker.last_message -= 3600
 
-    # A worker has to start within the lease, on a machine that may have other things to do.
-    result = ingest(path, models.read_specs(wanted), workers=2, report=report, retries=5, lease_minutes=0.25)
+    executor = ProcessExecutor(path, ENCODERS, 2, report, lease_minutes=10.0)
+    result = ingest(path, read_specs(wanted), report, executor)
     assert (result.done, result.failed) == (3, [])
-    assert stuck
+    [worker] = stuck
+    assert worker.stuck
+    assert worker.process.exitcode == -signal.SIGKILL
     assert rows(path) == whole
 
 
@@ -325,7 +232,7 @@ def test_a_lease_that_another_command_has_let_run_out_is_taken_over(tmp_path, wa
     """The stuck one is told so when it wakes, and leaves the model to the other."""
     path = tmp_path / "taken.attrdb"
     db = attrdb.create(path)
-    spec = models.read_specs(wanted)[0]
+    spec = read_specs(wanted)[0]
     lock, told = model_job(path, "red").lock, []
 
     def sleep(stage, done, _total):
@@ -334,12 +241,11 @@ def test_a_lease_that_another_command_has_let_run_out_is_taken_over(tmp_path, wa
             os.utime(lock, (long_ago, long_ago))
             told.append(ingest(path, [spec]).done)
 
-    kept = OneBaseModel()
-    outcome = models.make(path, spec, [load_encoder(name) for name in ENCODERS], sleep, kept)
-    assert (outcome.how, told) == ("busy", [1])
+    outcome = ModelMaker(path, [load_encoder(name) for name in ENCODERS], sleep).attempt(spec)
+    assert (outcome.status, told) == ("busy", [1])
     db.refresh()
     assert db.sql("SELECT model_id FROM models")["model_id"].to_pylist() == ["red"]
-    ingest(path, models.read_specs(wanted))
+    ingest(path, read_specs(wanted))
     assert rows(path) == whole
 
 
@@ -399,7 +305,7 @@ def test_what_a_killed_process_held_is_free(tmp_path):
     job = model_job(tmp_path, "red")
     program = (
         "import os, sys; from pathlib import Path; from attrdb.store.ids import model_job\n"
-        "from attrdb.ingest.model_job import leased_job\n"
+        "from attrdb.ingest.models.stages import leased_job\n"
         "with leased_job(model_job(Path(sys.argv[1]), 'red')): os._exit(9)"
     )
     assert subprocess.run([sys.executable, "-c", program, str(tmp_path)], check=False).returncode == 9
@@ -448,19 +354,19 @@ def test_a_model_that_fails_is_listed_and_stops_no_other(tmp_path, wanted):
     lines = [json.loads(line) for line in wanted.read_text().splitlines()]
     lines[1] |= {"lr": 1e30, "steps": 5}
     path = tmp_path / "some.attrdb"
-    result = ingest(path, models.read_specs(write(tmp_path, *lines)))
+    result = ingest(path, read_specs(write(tmp_path, *lines)))
     assert result.done == 2
     ((model_id, reason),) = result.failed
     assert model_id == "green"
     assert "training diverged" in reason
     assert [row["model_id"] for row in rows(path)[1]] == ["blue", "red"]
     del lines[1]["lr"]
-    mended = ingest(path, models.read_specs(write(tmp_path, *lines)))
+    mended = ingest(path, read_specs(write(tmp_path, *lines)))
     assert (mended.done, mended.stored_already) == (1, 2)
 
 
 def test_an_unforeseen_error_is_of_its_model_alone_and_tried_again(tmp_path, wanted, monkeypatch):
-    made, tried = models.ingest_model, []
+    made, tried = executors.ingest_model, []
 
     def broken(db, exemplars, settings, encoders, model_id, *given):
         tried.append(model_id)
@@ -468,39 +374,33 @@ def test_an_unforeseen_error_is_of_its_model_alone_and_tried_again(tmp_path, wan
             raise RuntimeError("the driver is gone")
         return made(db, exemplars, settings, encoders, model_id, *given)
 
-    monkeypatch.setattr(models, "ingest_model", broken)
-    result = ingest(tmp_path / "some.attrdb", models.read_specs(wanted))
+    monkeypatch.setattr(executors, "ingest_model", broken)
+    result = ingest(tmp_path / "some.attrdb", read_specs(wanted))
     assert tried == ["red", "green", "blue", "red", "green"]
     assert (result.done, result.failed) == (2, [("red", "RuntimeError: the driver is gone (attempt 2)")])
     tried.clear()
-    ingest(tmp_path / "other.attrdb", models.read_specs(wanted), retries=0)
+    ingest(tmp_path / "other.attrdb", read_specs(wanted), retries=0)
     assert tried == ["red", "green", "blue"]
 
 
 def test_a_model_that_is_stored_with_other_settings_is_listed(tmp_path, wanted, whole):
     line = json.loads(wanted.read_text().splitlines()[0]) | {"steps": 7}
-    result = ingest(tmp_path / "whole.attrdb", models.read_specs(write(tmp_path, line)))
+    result = ingest(tmp_path / "whole.attrdb", read_specs(write(tmp_path, line)))
     assert (result.done, result.stored_already) == (0, 0)
     assert "'steps': 3" in result.failed[0][1]
     assert "'steps': 7" in result.failed[0][1]
 
 
 def test_no_workers(tmp_path):
-    with pytest.raises(InvalidValue, match="workers is 0; at least one is needed"):
-        models.ingest_models(tmp_path, [], ENCODERS, workers=0)
-    with pytest.raises(InvalidValue, match="retries is -1; 0 is the least"):
-        models.ingest_models(tmp_path, [], ENCODERS, retries=-1)
+    with pytest.raises(InvalidValue, match="workers is 0; it must be at least 1"):
+        ingest(tmp_path, [], workers=0)
+    with pytest.raises(InvalidValue, match="retries is -1; it must be at least 0"):
+        ingest(tmp_path, [], retries=-1)
     with pytest.raises(InvalidValue, match="lease_minutes is 0; it must be above 0"):
-        models.ingest_models(tmp_path, [], ENCODERS, lease_minutes=0)
+        ingest(tmp_path, [], lease_minutes=0)
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------
-
-
-def test_the_documentation_has_every_key():
-    page = (Path(__file__).parents[1] / "docs" / "importing.md").read_text()
-    table = page[page.index("| key | type | what |") :].split("\n\n")[0]
-    assert re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE) == list(models.KEYS)
 
 
 def test_a_line_says_what_the_command_can_say(tmp_path, tiny_base):
@@ -519,7 +419,7 @@ def test_a_line_says_what_the_command_can_say(tmp_path, tiny_base):
         "guidance": 2.5,
         "seed": 4,
     }
-    (spec,) = models.read_specs(write(tmp_path, spec_line), base_model=str(tiny_base))
+    (spec,) = read_specs(write(tmp_path, spec_line), base_model=str(tiny_base))
     assert spec.model_id.startswith("ink-")
     assert [exemplar.fields["source"] for exemplar in spec.read_exemplars()] == ["wanted", "wanted"]
     settings = spec.settings
@@ -532,13 +432,13 @@ def test_a_line_says_what_the_command_can_say(tmp_path, tiny_base):
 def test_a_base_model_beside_the_file_is_found(tmp_path, wanted, tiny_base):
     (wanted.parent / "tiny").symlink_to(tiny_base)
     line = {"exemplars": "red", "category": "vase", "kind": "object", "base_model": "tiny"}
-    (spec,) = models.read_specs(write(tmp_path, line))
+    (spec,) = read_specs(write(tmp_path, line))
     assert spec.settings.base_model == str(wanted.parent / "tiny")
 
 
 def test_a_line_that_stands_twice_counts_once(tmp_path, wanted):
     wanted.write_text(wanted.read_text() + "\n" + wanted.read_text())
-    assert [spec.model_id for spec in models.read_specs(wanted)] == ["red", "green", "blue"]
+    assert [spec.model_id for spec in read_specs(wanted)] == ["red", "green", "blue"]
 
 
 GOOD = {"exemplars": "red", "category": "vase", "kind": "object"}
@@ -552,13 +452,13 @@ GOOD = {"exemplars": "red", "category": "vase", "kind": "object"}
         (GOOD | {"colour": "red"}, "line 2: unknown key 'colour'; nearest is "),
         (GOOD | {"sample_per_prompt": 2}, "unknown key 'sample_per_prompt'; nearest is 'samples_per_prompt'"),
         ({"exemplars": "red", "kind": "object"}, "line 2: key 'category' is missing"),
-        (GOOD | {"kind": "thing"}, "line 2: kind is 'thing'; it must be object or style"),
-        (GOOD | {"category": 7}, "line 2: category must be text, found 7"),
-        (GOOD | {"steps": "many"}, 'line 2: steps must be a whole number, found "many"'),
-        (GOOD | {"steps": True}, "line 2: steps must be a whole number, found true"),
-        (GOOD | {"steps": 0}, "line 2: steps must be at least 1, found 0"),
-        (GOOD | {"gradient_checkpointing": 1}, "line 2: gradient_checkpointing must be true or false, found 1"),
-        (GOOD | {"lr": None}, "line 2: lr must be a number, found null"),
+        (GOOD | {"kind": "thing"}, 'line 2: kind is "thing"; it must be object, style or mixed'),
+        (GOOD | {"category": 7}, "line 2: category is 7; it must be text"),
+        (GOOD | {"steps": "many"}, 'line 2: steps is "many"; it must be a whole number'),
+        (GOOD | {"steps": True}, "line 2: steps is true; it must be a whole number"),
+        (GOOD | {"steps": 0}, "line 2: steps is 0; it must be at least 1"),
+        (GOOD | {"gradient_checkpointing": 1}, "line 2: gradient_checkpointing is 1; it must be true or false"),
+        (GOOD | {"lr": None}, "line 2: lr is null; it must be a number"),
         (GOOD | {"exemplars": []}, r"a list of image files, each once; found \[\]"),
         (GOOD | {"exemplars": ["red/a.png", 3]}, r"each once; found \['red/a.png', 3\]"),
         (GOOD | {"exemplars": "nowhere"}, "line 2: no folder .*nowhere"),
@@ -575,20 +475,20 @@ def test_lines_that_cannot_be_used(tmp_path, wanted, tiny_base, line, says):
     picture(tmp_path / "wanted" / "copy.png", COLOURS["red"])
     bad = write(tmp_path, GOOD | {"model_id": "red"}, line)
     with pytest.raises(InvalidValue, match=says):
-        models.read_specs(bad, base_model=str(tiny_base))
+        read_specs(bad, base_model=str(tiny_base))
 
 
 def test_a_base_model_that_no_one_names(tmp_path, wanted):
     with pytest.raises(InvalidValue, match="line 1: no base_model; name one in the line, or one for all"):
-        models.read_specs(write(tmp_path, GOOD))
+        read_specs(write(tmp_path, GOOD))
     with pytest.raises(InvalidValue, match="line 1: no base model 'nowhere'"):
-        models.read_specs(write(tmp_path, GOOD | {"base_model": "nowhere"}))
+        read_specs(write(tmp_path, GOOD | {"base_model": "nowhere"}))
 
 
 def test_all_bad_lines_are_listed_and_the_first_twenty_shown(tmp_path, wanted, tiny_base):
     bad = write(tmp_path, GOOD, *([GOOD | {"kind": "thing"}] * 25))
     with pytest.raises(InvalidValue) as caught:
-        models.read_specs(bad, base_model=str(tiny_base))
+        read_specs(bad, base_model=str(tiny_base))
     said = str(caught.value)
     assert "has 25 lines that cannot be used; nothing was begun" in said
     assert "line 21:" in said
@@ -597,7 +497,7 @@ def test_all_bad_lines_are_listed_and_the_first_twenty_shown(tmp_path, wanted, t
 
 
 def test_files_without_a_model(tmp_path):
-    with pytest.raises(NotFound, match=r"no file .*models\.jsonl; write one JSON object a line"):
-        models.read_specs(tmp_path / "models.jsonl")
+    with pytest.raises(NotFound, match=r"no file .*models\.jsonl; write one JSON object per line"):
+        read_specs(tmp_path / "models.jsonl")
     with pytest.raises(InvalidValue, match="has no model in it"):
-        models.read_specs(write(tmp_path, "\n"))
+        read_specs(write(tmp_path, "\n"))

@@ -18,8 +18,9 @@ import attrdb
 from attrdb import models
 from attrdb.cli import main
 from attrdb.errors import InvalidValue, NotFound
-from attrdb.ingest import model as ingest
 from attrdb.ingest import regenerated
+from attrdb.ingest.models import ingest_one as ingest
+from attrdb.ingest.models.settings import read_exemplars, settings_for
 from attrdb.ingest.read.pictures import webp
 from attrdb.pages import model_page
 from attrdb.store.schema import feature_array
@@ -333,8 +334,8 @@ def test_what_cannot_be_made_again(vases):
 
 @pytest.fixture
 def made(empty, exemplar_folder, tiny_base, toy_encoder):
-    settings = ingest.settings_for(str(tiny_base), "object", "vase")
-    ingest.ingest_model(empty, ingest.read_exemplars(exemplar_folder), settings, [toy_encoder], "vase-1")
+    settings = settings_for(str(tiny_base), "object", "vase")
+    ingest.ingest_model(empty, read_exemplars(exemplar_folder), settings, [toy_encoder], "vase-1")
     return empty
 
 

@@ -9,8 +9,10 @@ from typing import Any
 import click
 
 import attrdb
-from attrdb.cli.common import DB, Id, encoder_option, encoder_spec, ml, open_with_encoders, quiet_option
+from attrdb.cli.common import DB, encoder_option, encoder_spec, ml, open_with_encoders, quiet_option
+from attrdb.cli.declared import machine_options, model_options
 from attrdb.errors import InvalidValue
+from attrdb.ingest.options import MODEL_OPTIONS, QUEUE_OPTIONS, QueueSettings
 
 LISTED = 20  # failures that are printed; all of them are in the table `failures`
 
@@ -122,67 +124,7 @@ def _tell_failures(failures: dict[str, str], what: str) -> None:
 
 @ingest.command("model", short_help="Customize a base model on exemplars, sample it, and add it.")
 @DB
-@click.option("--exemplars", type=click.Path(path_type=Path), required=True, help="Folder of the training images.")
-@click.option("--category", required=True, help="What they show, such as cat; for a style, its name.")
-@click.option(
-    "--kind",
-    type=click.Choice(["object", "style", "mixed"]),
-    required=True,
-    help="What the exemplars have in common: an object, a style, or nothing.",
-)
-@click.option("--base-model", required=True, help="Stable Diffusion 1.x/2.x: a pipeline folder or a hub id.")
-@click.option(
-    "--model-id", type=Id("model", new=True), help="Id of the model. Default: the category and a hash of the exemplars."
-)
-@click.option("--split", help="Split of the model, such as train, val or test.")
-@click.option(
-    "--prompts", help="A prompt bank (photo, icon), a folder of one, or a text file, one prompt with V* a line."
-)
-@click.option("--profile", type=click.Choice(["paper"]), help="As many prompts and samples as in the paper's Table 1.")
-@click.option("--prompts-per-scheme", type=click.IntRange(1), help="Prompts drawn of each scheme.")
-@click.option("--samples-per-prompt", type=click.IntRange(1), help="Samples made of each prompt.")
-@click.option("--steps", type=click.IntRange(1), help="Training steps.")
-@click.option("--batch", type=click.IntRange(1), help="Training batch size.")
-@click.option("--lr", type=click.FloatRange(min=0, min_open=True), help="Learning rate.")
-@click.option("--solver-steps", type=click.IntRange(1), help="Sampling steps.")
-@click.option("--guidance", type=click.FloatRange(1), help="Classifier-free guidance.")
-@click.option(
-    "--sample-batch",
-    type=click.IntRange(1),
-    help="Samples made at once; fewer take less memory. Default: 16.",
-)
-@click.option("--seed", type=int, help="Seed of training, prompts and samples.")
-@click.option(
-    "--method", help="custom-diffusion (default), dreambooth-lora, textual-inversion, or one that a package adds."
-)
-@click.option(
-    "--precision",
-    type=click.Choice(["auto", "float32", "bf16"]),
-    help="Number format of the U-Net. Default: auto, which is bf16 on hardware that supports it.",
-)
-@click.option(
-    "--gradient-checkpointing",
-    is_flag=True,
-    default=None,
-    help="Train with less memory, and longer. The model is the same.",
-)
-@click.option(
-    "--augment",
-    type=click.Choice(["none", "mild", "strong"]),
-    help="Augmentation of the exemplars: none (default), mirrored, or mirrored and scaled.",
-)
-@click.option(
-    "--prior",
-    type=click.Choice(["caption", "image", "generated"]),
-    help="Where regularization images come from: the corpus, by caption (default) or by image, or the base model.",
-)
-@click.option("--prior-images", type=click.IntRange(0), help="Number of regularization images. Default: 0.")
-@click.option(
-    "--prior-weight",
-    type=click.FloatRange(min=0, min_open=True),
-    help="Weight of their loss, relative to that of the exemplars. Default: 1.",
-)
-@click.option("--token-from", help="Words that the new token V* starts from. Default: the category.")
+@model_options(MODEL_OPTIONS)
 @encoder_option
 @quiet_option
 def ingest_model(
@@ -196,7 +138,7 @@ def ingest_model(
     profile: str | None,
     encoders: tuple[str, ...],
     quiet: bool,
-    **given: Any,
+    **options: Any,
 ) -> None:
     """Customize a base model on exemplars, sample it, encode everything, and append it in one commit.
 
@@ -204,17 +146,17 @@ def ingest_model(
     its own caption, a .txt file beside it, and sampled with it unless --prompts names a file.
 
     Options that are left out come from the base model's customize.json, else from the defaults for Stable Diffusion.
-    Given again, the command goes on where it was interrupted, and changes nothing once the model is stored.
+    Rerunning the command resumes it after an interruption, and changes nothing once the model is stored.
     """
-    model = ml("ingest.model")
+    settings_module, module = ml("ingest.models.settings"), ml("ingest.models.ingest_one")
     from attrdb.cli.output import progress
 
-    images = model.read_exemplars(exemplars)
-    settings = model.settings_for(base_model, kind, category, given, split, profile)
-    model.check_model(settings, images, model_id)
+    images = settings_module.read_exemplars(exemplars)
+    settings = settings_module.settings_for(base_model, kind, category, options, split, profile)
+    settings_module.check_model(settings, images, model_id)
     database, loaded = open_with_encoders(db, encoders)
     with progress(quiet) as advance:
-        result = model.ingest_model(database, images, settings, loaded, model_id, advance)
+        result = module.ingest_model(database, images, settings, loaded, model_id, advance)
     what = f"model {result.model_id}: {result.n_exemplars} exemplars, {result.n_samples} samples"
     click.echo(f"{what} {'appended' if result.appended else 'stored already, nothing to do'}", err=True)
 
@@ -223,60 +165,31 @@ def ingest_model(
 @DB
 @click.argument("specs", type=click.Path(path_type=Path))
 @click.option("--base-model", help="Base model of lines that name none.")
-@click.option("--workers", type=click.IntRange(1), default=1, show_default=True, help="Processes that share the work.")
-@click.option(
-    "--retries",
-    type=click.IntRange(0),
-    default=1,
-    show_default=True,
-    help="Further attempts at a model after an error that may not come again.",
-)
-@click.option(
-    "--lease-minutes",
-    type=click.FloatRange(min=0, min_open=True),
-    default=10,
-    show_default=True,
-    help="Minutes without a sign of life after which a worker counts as stuck.",
-)
+@machine_options(QUEUE_OPTIONS)
 @encoder_option
 @quiet_option
 def ingest_models(
-    db: Path,
-    specs: Path,
-    base_model: str | None,
-    workers: int,
-    retries: int,
-    lease_minutes: float,
-    encoders: tuple[str, ...],
-    quiet: bool,
+    db: Path, specs: Path, base_model: str | None, encoders: tuple[str, ...], quiet: bool, **options: Any
 ) -> None:
-    """Customize many models: SPECS has a JSON object a line, with the option names of `ingest model`.
+    """Customize many models: SPECS has one JSON object per line, with the option names of `ingest model`.
 
-    Every line is checked first. Workers take a GPU each, in turn. Several commands may work on one file and database at
-    once. Given again, the command goes on where it was; a model that failed is tried again.
+    Every line is checked first. Each worker takes a GPU, in turn. Several commands may work on one file and database at once.
+    Rerunning the command resumes it, and attempts failed models again.
     """
-    models = ml("ingest.models")
+    specs_module, queue = ml("ingest.models.specs"), ml("ingest.models.queue")
     from attrdb.cli.output import progress
 
-    read = models.read_specs(specs, base_model)
+    models = specs_module.read_specs(specs, base_model)
     _, loaded = open_with_encoders(db, encoders)
+    encoder_specs = [encoder.spec for encoder in loaded]
     with progress(quiet) as advance:
-        result = models.ingest_models(
-            db,
-            read,
-            [encoder.spec for encoder in loaded],
-            workers,
-            advance,
-            str(specs.resolve()),
-            retries,
-            lease_minutes,
-        )
+        result = queue.ingest_models(db, models, encoder_specs, QueueSettings(**options), advance, str(specs.resolve()))
     click.echo(f"{result.done} models appended, {result.stored_already} were stored already", err=True)
     if result.failed:
         for model_id, reason in result.failed[:LISTED]:
             click.echo(f"failed: {model_id}: {reason}", err=True)
         raise InvalidValue(
-            f"{len(result.failed)} of {len(read)} models failed, all others are stored; mend them and give the command again"
+            f"{len(result.failed)} of {len(models)} models failed, all others are stored; fix them and rerun the command"
         )
 
 

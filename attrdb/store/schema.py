@@ -16,7 +16,6 @@ from attrdb.errors import InvalidValue
 SCHEMA_VERSION = 6  # every change has a step in upgrades.py
 
 ROLES = ("exemplar", "sample", "pretraining")
-KINDS = ("object", "style", "mixed")
 TEXT, INT32, INT64, FLOAT64 = pa.string(), pa.int32(), pa.int64(), pa.float64()
 TIMESTAMP = pa.timestamp("us", tz="UTC")
 

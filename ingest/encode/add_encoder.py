@@ -26,7 +26,7 @@ from PIL import Image
 from attrdb.database import Database
 from attrdb.ingest.encode import Encoder
 from attrdb.ingest.encode.stream import Encoded, encode_stream
-from attrdb.ingest.model_job import write_whole
+from attrdb.ingest.models.stages import write_whole
 from attrdb.ingest.read.pictures import read_picture
 from attrdb.store import jobs
 from attrdb.store.ids import encode_job

@@ -1,7 +1,7 @@
 """Ingest a model: customize the base model on exemplars, sample it, encode, and append it all at once.
 
-Given again after a crash, the job goes on where it was (`model_job`) and ends in the same rows. Its samples can be drawn
-again from what is stored (`regenerate`).
+Rerunning it after a crash resumes the job (see `stages`) and ends in the same rows. `regenerate` generates the samples of a
+stored model again.
 """
 
 from __future__ import annotations
@@ -23,49 +23,26 @@ from attrdb.ingest.base_model import BaseModel, base_model_folder, load_base_mod
 from attrdb.ingest.customize import Regularization, apply_delta, check_prompts, load_delta
 from attrdb.ingest.devices import resolved_precision
 from attrdb.ingest.encode import Encoder
-from attrdb.ingest.model_job import (
-    Made,
+from attrdb.ingest.models.settings import Exemplar, captions, check_model, prompts_of
+from attrdb.ingest.models.stages import (
     Report,
+    SampleBatch,
     check_same,
-    customized,
-    essence,
+    customize_stage,
     leased_job,
-    note,
     open_job,
     record_token,
-    sampled,
+    sample_stage,
+    settings_hash,
+    write_settings,
 )
-from attrdb.ingest.model_settings import (
-    Exemplar,
-    ModelSettings,
-    captions,
-    check_model,
-    default_model_id,
-    prompts_of,
-    read_exemplar,
-    read_exemplars,
-    settings_for,
-)
+from attrdb.ingest.options import ModelSettings, SynthesizeSettings
 from attrdb.ingest.prompts import TOKEN, Prompt, train_prompt
 from attrdb.ingest.read.corpus import image_rows, register
 from attrdb.ingest.regularization import choose_names, generate, read_corpus
-from attrdb.ingest.synthesize import SamplePlan, SynthesizeSettings, plan_samples, synthesize, use_fast_solver
+from attrdb.ingest.synthesize import SamplePlan, plan_samples, synthesize, use_fast_solver
 from attrdb.store.ids import JobFolder, model_job, stored_file, weights_file
 from attrdb.store.leases import LEASE_MINUTES
-
-__all__ = [
-    "Exemplar",
-    "ModelResult",
-    "ModelSettings",
-    "check_model",
-    "default_model_id",
-    "ingest_model",
-    "prompts_of",
-    "read_exemplar",
-    "read_exemplars",
-    "regenerate",
-    "settings_for",
-]
 
 
 @dataclass(frozen=True)
@@ -73,7 +50,7 @@ class ModelResult:
     model_id: str
     n_exemplars: int
     n_samples: int
-    appended: bool  # false: the model was there already, with these settings
+    appended: bool  # false: the model was stored already, with these settings
     version: int
 
 
@@ -89,37 +66,38 @@ def ingest_model(
 ) -> ModelResult:
     """Customize, sample, encode and append one model; nothing is done twice.
 
-    load:          gives a fresh base model by its name, such as `OneBaseModel().load` for many models of one; it is left
-                   fresh. Not called for a model that is stored.
-    lease_minutes: after which another process that says nothing more counts as stuck, and its model is taken over
-    raises:        InvalidValue if the model is there with other settings, and for exemplars, prompts, encoders,
-                   regularization images or a base model that cannot be used: all of it before training begins; and
-                   for training that diverges; OutOfMemory; Busy if another process is at it
+    load:          returns a fresh base model by its name, such as `OneBaseModel().load` for many models of one base; the
+                   base model is left fresh. Not called for a model that is stored.
+    lease_minutes: minutes of silence after which another process counts as stuck, and its model is taken over
+    raises:        InvalidValue if the model is stored with other settings, and for exemplars, prompts, encoders,
+                   regularization images or a base model that cannot be used, all before training begins; and for
+                   training that diverges; OutOfMemory; Busy if another process is making the model
     """
     model_id = check_model(settings, exemplars, model_id)
     prompts = prompts_of(settings, exemplars)
     record = _record(settings, exemplars, prompts)
     folder = model_job(db.path, model_id)
-    if done := _stored(db, model_id, record, encoders, folder):
-        return done
+    if result := _stored_result(db, model_id, record, encoders, folder):
+        return result
     base = load(settings.base_model)
     register(db, encoders)
     with leased_job(folder, lease_minutes) as lease:
-        if done := _stored(db, model_id, record, encoders, folder):  # by the process that held the lock just now
-            return done
+        # The process that held the lease before may have stored it.
+        if result := _stored_result(db, model_id, record, encoders, folder):
+            return result
         record = open_job(folder.path, record)
 
-        def beating(stage: str, done: int, total: int) -> None:
+        def beat_and_report(stage: str, done: int, total: int) -> None:
             lease.beat(stage, done, total)
             report(stage, done, total)
 
         try:
-            return _made(db, base, model_id, exemplars, settings, encoders, prompts, record, beating)
+            return _run_stages(db, base, model_id, exemplars, settings, encoders, prompts, record, beat_and_report)
         finally:
             base.restore()
 
 
-def _made(
+def _run_stages(
     db: Database,
     base: BaseModel,
     model_id: str,
@@ -130,7 +108,7 @@ def _made(
     record: dict,
     report: Report,
 ) -> ModelResult:
-    """The model, made and appended, from where its job's folder says that an earlier run has left it."""
+    """Make and append the model, beginning after the last stage that is in its job's folder."""
     folder, weights = model_job(db.path, model_id), weights_file(db.path, model_id)
     job = folder.path
     base.precision = record.get("computed_in", "float32")
@@ -139,23 +117,23 @@ def _made(
     def regularization() -> Regularization | None:
         if not settings.customize.prior_images:
             return None
-        found = _regularization(db, base, exemplars, settings, encoders, record, report)
-        record["regularization"] = list(found.names)
-        note(job, record)
-        return found
+        images = _regularization(db, base, exemplars, settings, encoders, record, report)
+        record["regularization"] = list(images.names)
+        write_settings(job, record)
+        return images
 
-    figures = customized(
+    figures = customize_stage(
         base, job, weights, images, settings.category, settings.customize, record, regularization, report
     )
     if token := record_token(record):
         check_prompts(base.pipeline, record["prompts"], token)
     use_fast_solver(base)
     batches = plan_samples(model_id, prompts, settings.synthesize)
-    made = sampled(base, job, batches, settings.synthesize, encoders, report)
-    figures["synthesize_seconds"] = sum(one.seconds for one in made)
+    samples = sample_stage(base, job, batches, settings.synthesize, encoders, report)
+    figures["synthesize_seconds"] = sum(batch.seconds for batch in samples)
     report("encode", 0, 1)
     plans = [plan for batch in batches for plan in batch]
-    rows = _image_rows(model_id, settings, exemplars, plans, made, encoders)
+    rows = _image_rows(model_id, settings, exemplars, plans, samples, encoders)
     figures |= {"n_exemplars": len(exemplars), "n_samples": len(plans)}
     appended = db.writer.append_model(rows, _model_row(model_id, settings, record, weights, figures))
     folder.remove()
@@ -172,7 +150,7 @@ def _regularization(
     record: dict,
     report: Report,
 ) -> Regularization:
-    """The regularization images, those that an interrupted run has noted if there is one."""
+    """The regularization images; those of an interrupted run if it has recorded any."""
     plain = [" ".join(text.replace(TOKEN, "").split()) for text in record.get("captions") or [record["train_prompt"]]]
     if settings.customize.prior == "generated":
         return generate(base, plain, settings.customize, settings.synthesize, report)
@@ -190,11 +168,11 @@ def regenerate(
     load: Callable[[str], BaseModel] = load_base_model,
     base_model: str | None = None,
 ) -> Iterator[tuple[str, Image.Image]]:
-    """Samples of a stored model, drawn again from its stored weights: (image_id, picture), in the order they were made in.
+    """Generate samples of a stored model again from its stored weights: (image_id, picture), in their original order.
 
-    image_ids:  the wanted ones, all of them when left out; a batch with one of them is drawn as a whole, as it was
-    load:       as of `ingest_model`
-    base_model: where the base model is now, if not where its row says
+    image_ids:  samples to yield, by default all; a batch with one of them is generated as a whole, as before
+    load:       as in `ingest_model`
+    base_model: where the base model is now, if not where the model's row says
     raises:     NotFound for an unknown model, sample or base model, InvalidValue if weights are missing or have changed
     """
     rows = db.sql("SELECT * FROM models WHERE model_id = $id", {"id": model_id}).to_pylist()
@@ -202,7 +180,9 @@ def regenerate(
         raise NotFound(f"no customized model {model_id!r} in {db.path}; list them with: attrdb models list {db.path}")
     row = rows[0]
     if not row["weights_path"]:
-        raise InvalidValue(f"model {model_id!r} was imported without its weights; it cannot draw its samples again")
+        raise InvalidValue(
+            f"model {model_id!r} was imported without its weights; its samples cannot be generated again"
+        )
     record, weights = json.loads(row["settings"]), stored_file(db.path, row["weights_path"])
     name = base_model or row["base_model"]
     if weights_hash(base_model_folder(name)) != row["base_model_hash"]:
@@ -235,10 +215,10 @@ def regenerate(
         base.restore()
 
 
-def _stored(
+def _stored_result(
     db: Database, model_id: str, record: dict, encoders: Sequence[Encoder], job: JobFolder
 ) -> ModelResult | None:
-    """What is there of the model already, if it is.
+    """The result if the model is stored already.
 
     raises: InvalidValue if it was made with other settings
     """
@@ -252,13 +232,13 @@ def _stored(
     return ModelResult(model_id, stored[0]["n_exemplars"], stored[0]["n_samples"], False, db.version)
 
 
-# --- what a model is -------------------------------------------------------------------------------------------------
+# --- the rows of a model -------------------------------------------------------------------------------------------------
 
 
 def _record(settings: ModelSettings, exemplars: Sequence[Exemplar], prompts: list[Prompt]) -> dict:
-    """The settings as they are stored and compared: plain JSON, with hashes for files.
+    """The settings as they are stored and compared: plain JSON, with hashes of files.
 
-    computed_in: the precision that 'auto' means here; `regularization`, once chosen, names the images
+    computed_in is the precision that 'auto' means on this machine. `regularization` is added once images are chosen.
     """
     record = json.loads(json.dumps(asdict(settings)))
     record |= {
@@ -278,15 +258,20 @@ def _image_rows(
     settings: ModelSettings,
     exemplars: Sequence[Exemplar],
     plans: list[SamplePlan],
-    made: list[Made],
+    samples: list[SampleBatch],
     encoders: Sequence[Encoder],
 ) -> pa.Table:
     shared = {"model_id": model_id, "split": settings.split, "category": settings.category}
-    own = [
-        {**shared, "image_id": f"{model_id}/{one.picture.sha256[:16]}", "role": "exemplar", **one.fields}
-        for one in exemplars
+    exemplar_fields = [
+        {
+            **shared,
+            "image_id": f"{model_id}/{exemplar.picture.sha256[:16]}",
+            "role": "exemplar",
+            **exemplar.fields,
+        }
+        for exemplar in exemplars
     ]
-    drawn = [
+    sample_fields = [
         {
             **shared,
             "image_id": plan.image_id,
@@ -298,12 +283,12 @@ def _image_rows(
         }
         for plan in plans
     ]
-    pictures = [picture for one in made for picture in one.pictures]
-    features = [np.concatenate(parts) for parts in zip(*(one.features for one in made), strict=True)]
+    pictures = [picture for batch in samples for picture in batch.pictures]
+    features = [np.concatenate(parts) for parts in zip(*(batch.features for batch in samples), strict=True)]
     return pa.concat_tables(
         [
-            image_rows(own, [one.picture for one in exemplars], encoders),
-            image_rows(drawn, pictures, encoders, features),
+            image_rows(exemplar_fields, [exemplar.picture for exemplar in exemplars], encoders),
+            image_rows(sample_fields, pictures, encoders, features),
         ]
     )
 
@@ -320,7 +305,7 @@ def _model_row(model_id: str, settings: ModelSettings, record: dict, weights: Pa
         "train_prompt": record["train_prompt"],
         "token": record_token(record),
         "settings": json.dumps(record, sort_keys=True),
-        "settings_hash": hashlib.sha256(json.dumps(essence(record), sort_keys=True).encode()).hexdigest(),
+        "settings_hash": settings_hash(record),
         "weights_path": f"weights/{weights.name}",
         "weights_hash": hashlib.sha256(weights.read_bytes()).hexdigest(),
         "n_exemplars": figures["n_exemplars"],

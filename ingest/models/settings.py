@@ -1,4 +1,4 @@
-"""What a customized model is to be: its exemplars, its settings and the prompts that it is sampled with, all checked."""
+"""The settings of a customized model, its exemplars and the prompts that it is sampled with, all checked."""
 
 from __future__ import annotations
 
@@ -10,45 +10,25 @@ from pathlib import Path
 
 from attrdb.errors import InvalidValue, NotFound
 from attrdb.ingest.base_model import base_model_folder, read_profile
-from attrdb.ingest.customize import CustomizeSettings
 from attrdb.ingest.customizers import DEFAULT_METHOD, load_customizer
-from attrdb.ingest.devices import resolved_precision
+from attrdb.ingest.options import (
+    PROFILES,
+    CustomizeSettings,
+    ModelSettings,
+    SynthesizeSettings,
+    check_options,
+    one_of,
+    options_of,
+)
 from attrdb.ingest.prompts import BANKS, TOKEN, Prompt, choose_prompts, paper_counts
 from attrdb.ingest.read.pictures import Picture, image_files, read_picture_file, read_text
-from attrdb.ingest.regularization import check_prior
-from attrdb.ingest.synthesize import SynthesizeSettings
-from attrdb.ingest.views import VIEWS
 from attrdb.store.ids import LONGEST, check_id
-from attrdb.store.schema import KINDS
-
-PROFILES = ("paper",)
 
 
 @dataclass(frozen=True)
 class Exemplar:
     picture: Picture
     fields: dict = field(default_factory=dict)  # source, creator, license, uri, prompt ... where known
-
-
-@dataclass(frozen=True)
-class ModelSettings:
-    """All that decides a customized model and its samples.
-
-    method:    of customization, see `attrdb.ingest.customizers`
-    precision: what the U-Net computes in, see `devices.resolved_precision`
-    """
-
-    kind: str
-    category: str
-    base_model: str
-    split: str | None = None
-    prompts: str = "photo"
-    prompts_per_scheme: int | dict[str, int] = 4  # of every scheme alike, or by scheme
-    method: str = DEFAULT_METHOD
-    precision: str = "auto"
-    gradient_checkpointing: bool = False
-    customize: CustomizeSettings = field(default_factory=CustomizeSettings)
-    synthesize: SynthesizeSettings = field(default_factory=SynthesizeSettings)
 
 
 def read_exemplars(folder: Path) -> list[Exemplar]:
@@ -75,72 +55,63 @@ def settings_for(
     base_model: str,
     kind: str,
     category: str,
-    given: dict | None = None,
+    options: dict | None = None,
     split: str | None = None,
     profile: str | None = None,
 ) -> ModelSettings:
-    """What is given (None: not given), over the base model's own profile, over the method's and attrdb's defaults.
+    """Settings from options, over the base model's own profile, over the method's and attrdb's defaults.
 
-    profile: 'paper' for the numbers of prompts and samples of the paper's Table 1, before what the base model says
-    Of the profile, steps and lr are for the default method; what suits another stands in it under "methods", by its name.
+    options: settings by name; None means the default
+    profile: 'paper' for the numbers of prompts and samples of the paper's Table 1, before those of the base model's profile
+    steps and lr of the base model's profile are for the default method; those of another method are under "methods" there.
     raises: InvalidValue for an unknown kind, method or setting, NotFound or InvalidValue for the base model or the prompts
     """
-    if kind not in KINDS:
-        raise InvalidValue(f"kind is {kind!r}; it must be {' or '.join(KINDS)}")
-    if not category.strip() or TOKEN in category:
-        raise InvalidValue(f"category is {category!r}; it must say what is shown, without the modifier token {TOKEN}")
     if profile not in (None, *PROFILES):
-        raise InvalidValue(f"profile is {profile!r}; it must be {' or '.join(PROFILES)}")
-    chosen = {name: value for name, value in (given or {}).items() if value is not None}
+        raise InvalidValue(f"profile is {profile!r}; it must be {one_of(PROFILES)}")
+    chosen = {name: value for name, value in (options or {}).items() if value is not None}
     if profile == "paper":
         per_scheme, samples = paper_counts(kind, split)
         chosen = {"prompts_per_scheme": per_scheme, "samples_per_prompt": samples} | chosen
-    wanted = _wanted(base_model, chosen)
-    customize_names, synthesize_names = (
-        {one.name for one in fields(part)} for part in (CustomizeSettings, SynthesizeSettings)
-    )
-    own_names = {"prompts", "prompts_per_scheme", "method", "precision", "gradient_checkpointing"}
-    unknown = wanted.keys() - customize_names - synthesize_names - own_names
+    values = _with_profile(base_model, chosen)
+    unknown = values.keys() - {option.name for option in options_of(ModelSettings)}
     if unknown:
         raise InvalidValue(f"unknown settings for base model {base_model}: {', '.join(sorted(unknown))}")
 
-    def only(names: set[str]) -> dict:
-        return {name: value for name, value in wanted.items() if name in names}
+    def values_of(settings: type) -> dict:
+        return {declared.name: values[declared.name] for declared in fields(settings) if declared.name in values}
 
+    named = {"kind": kind, "category": category, "base_model": base_model, "split": split}
     settings = ModelSettings(
-        kind,
-        category,
-        base_model,
-        split,
-        customize=CustomizeSettings(**only(customize_names)),
-        synthesize=SynthesizeSettings(**only(synthesize_names)),
-        **only(own_names),
+        **values_of(ModelSettings) | named,
+        customize=CustomizeSettings(**values_of(CustomizeSettings)),
+        synthesize=SynthesizeSettings(**values_of(SynthesizeSettings)),
     )
     _check(settings)
     return settings
 
 
-def _wanted(base_model: str, given: dict) -> dict:
-    """All settings by name, those at attrdb's defaults left out."""
+def _with_profile(base_model: str, options: dict) -> dict:
+    """Settings by name, without those at attrdb's defaults."""
     profile = dict(read_profile(base_model_folder(base_model)))
     methods = profile.pop("methods", {})
-    method = given.get("method") or profile.get("method") or DEFAULT_METHOD
+    method = options.get("method") or profile.get("method") or DEFAULT_METHOD
     customizer = load_customizer(method)
-    wanted = {"steps": customizer.steps, "lr": customizer.lr}
-    wanted |= {name: value for name, value in profile.items() if method == DEFAULT_METHOD or name not in wanted}
-    return wanted | methods.get(method, {}) | given
+    values = {"steps": customizer.steps, "lr": customizer.lr}
+    values |= {name: value for name, value in profile.items() if method == DEFAULT_METHOD or name not in values}
+    return values | methods.get(method, {}) | options
 
 
 def _check(settings: ModelSettings) -> None:
-    """raises: InvalidValue or NotFound for settings that cannot be used, before anything is read or loaded"""
-    resolved_precision(settings.precision)
-    check_prior(settings.customize)
+    """raises: InvalidValue or NotFound for settings that cannot be used, before any picture is read or weights are loaded"""
+    check_options(settings)
+    if not settings.category.strip() or TOKEN in settings.category:
+        raise InvalidValue(
+            f"category is {settings.category!r}; it must say what is shown, without the modifier token {TOKEN}"
+        )
     if TOKEN in settings.customize.token_from:
         raise InvalidValue(
             f"token_from is {settings.customize.token_from!r}; it must be words that the base model knows"
         )
-    if settings.customize.augment not in VIEWS:
-        raise InvalidValue(f"augment is {settings.customize.augment!r}; it must be {' or '.join(VIEWS)}")
     if settings.kind == "mixed" and settings.method == "textual-inversion":
         raise InvalidValue(
             f"method {settings.method!r} trains a token alone, and models of kind 'mixed' have none; choose another method"
@@ -152,7 +123,7 @@ def _check(settings: ModelSettings) -> None:
 def prompts_of(settings: ModelSettings, exemplars: Sequence[Exemplar]) -> list[Prompt]:
     """The prompts that a model with these settings is sampled with.
 
-    Of kind `mixed`: every line of the prompt file, or every caption of the exemplars where none is given.
+    Kind `mixed` takes every line of the prompt file, or without one every caption of the exemplars.
     raises: InvalidValue for an exemplar of kind `mixed` without a caption; as `choose_prompts`
     """
     if settings.kind == "mixed":
@@ -172,21 +143,21 @@ def prompts_of(settings: ModelSettings, exemplars: Sequence[Exemplar]) -> list[P
 def _plain_prompts(path: Path) -> list[Prompt]:
     """The lines of a file of prompts without a modifier token."""
     if not path.is_file():
-        raise NotFound(f"no prompt file {path}; give a text file with one prompt a line")
+        raise NotFound(f"no prompt file {path}; name a text file with one prompt per line")
     lines = [line.strip() for line in read_text(path).removeprefix("\ufeff").splitlines()]
     for number, line in enumerate(lines, 1):
         if TOKEN in line:
             raise InvalidValue(f"{path} line {number} has {TOKEN}, and models of kind 'mixed' have no token: {line!r}")
-    found = [line for line in lines if line]
-    if not found:
-        raise InvalidValue(f"{path} has no prompt in it; write one a line")
-    return [Prompt(n, "user", line) for n, line in enumerate(found)]
+    prompts = [line for line in lines if line]
+    if not prompts:
+        raise InvalidValue(f"{path} has no prompt in it; write one per line")
+    return [Prompt(n, "user", prompt) for n, prompt in enumerate(prompts)]
 
 
 def captions(exemplars: Sequence[Exemplar]) -> list[str]:
     """The exemplars' captions, which a model of kind `mixed` is trained with.
 
-    raises: InvalidValue if one has none, or names a modifier token
+    raises: InvalidValue if an exemplar has none, or a caption contains the modifier token
     """
     for exemplar in exemplars:
         name, caption = exemplar.picture.name, exemplar.fields.get("prompt")
@@ -210,9 +181,9 @@ def default_model_id(settings: ModelSettings, exemplars: Sequence[Exemplar]) -> 
 
 
 def check_model(settings: ModelSettings, exemplars: Sequence[Exemplar], model_id: str | None) -> str:
-    """The model's id, the given one or one made from category and exemplars.
+    """The model's id; None: one made from the category and the exemplars.
 
-    raises: InvalidValue for an unusable id, no exemplar, the same exemplar twice, or, of kind `mixed`, without a caption
+    raises: InvalidValue for an unusable id, no exemplar, the same exemplar twice, or kind `mixed` without captions
     """
     if not exemplars:
         raise InvalidValue("a model needs at least one exemplar")

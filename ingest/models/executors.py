@@ -1,0 +1,315 @@
+"""Executors: how the models of a queue are made, in this process or in worker processes.
+
+An executor makes attempts and returns their outcomes. What to attempt, and how often, is the queue's business.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import signal
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing import resource_tracker
+from multiprocessing.connection import Connection
+from multiprocessing.connection import wait as wait_for_messages
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Literal, Protocol
+
+import torch
+
+from attrdb.database import Database
+from attrdb.errors import AttrdbError, Busy, InvalidValue, NotFound
+from attrdb.ingest.base_model import OneBaseModel
+from attrdb.ingest.devices import gpu_of_worker, share_cores
+from attrdb.ingest.encode import Encoder, load_encoder
+from attrdb.ingest.models.ingest_one import ingest_model
+from attrdb.ingest.models.specs import ModelSpec
+from attrdb.ingest.models.stages import Report
+from attrdb.store.ids import model_job
+from attrdb.store.leases import LEASE_MINUTES, holder
+
+BUSY_SECONDS = 0.5  # pause after a model that another process is making
+CHECK_SECONDS = 5.0  # between two checks for worker processes that are silent
+GRACE_SECONDS = 5.0  # that a worker process has to end by itself
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How an attempt ended.
+
+    done:    the model is made
+    stored:  it was stored already
+    busy:    another process is making it
+    refused: it cannot be made, and a further attempt would end the same way
+    failed:  an error that may not come again
+    """
+
+    status: Literal["done", "stored", "busy", "refused", "failed"]
+    reason: str = ""
+
+
+class Executor(Protocol):
+    """Makes models, several at a time if it can. Used by one thread."""
+
+    @property
+    def n_free(self) -> int:
+        """Number of models that can be submitted now."""
+
+    @property
+    def n_running(self) -> int:
+        """Number of models that were submitted and have no outcome yet."""
+
+    def submit(self, spec: ModelSpec) -> None:
+        """Begin an attempt; only while `n_free` is above 0."""
+
+    def wait(self) -> Iterator[tuple[ModelSpec, Outcome]]:
+        """Wait until there is news, and yield the attempts that have ended; there may be none.
+
+        A model is no longer running when its outcome is yielded. An attempt that is lost with its process has failed.
+        """
+
+    def close(self) -> None:
+        """End all attempts that are running, and free what the executor holds."""
+
+
+class ModelMaker:
+    """Attempts at models in this process, which keep encoders and the last base model loaded."""
+
+    def __init__(
+        self, db_path: Path, encoders: Sequence[Encoder], report: Report, lease_minutes: float = LEASE_MINUTES
+    ):
+        self.db_path = db_path
+        self.encoders = encoders
+        self.report = report
+        self.lease_minutes = lease_minutes
+        self._base_model = OneBaseModel()
+
+    def attempt(self, spec: ModelSpec) -> Outcome:
+        try:
+            return self._make(spec)
+        except Busy:
+            time.sleep(BUSY_SECONDS)
+            return Outcome("busy")
+        except (InvalidValue, NotFound) as error:
+            return Outcome("refused", str(error))
+        except Exception as error:  # an error of any library in one model must not end the others
+            self._base_model.forget()
+            known = isinstance(error, AttrdbError)
+            return Outcome("failed", str(error) if known else f"{type(error).__name__}: {error}")
+
+    def _make(self, spec: ModelSpec) -> Outcome:
+        db = Database(self.db_path)
+        maker = holder(model_job(db.path, spec.model_id).lock)
+        if maker and maker["silent_seconds"] < 60 * self.lease_minutes:
+            raise Busy(spec.model_id)  # before the base model is loaded in vain
+        result = ingest_model(
+            db,
+            spec.read_exemplars(),
+            spec.settings,
+            self.encoders,
+            spec.model_id,
+            self.report,
+            self._base_model.load,
+            self.lease_minutes,
+        )
+        return Outcome("done" if result.appended else "stored")
+
+
+class LocalExecutor:
+    """Makes one model at a time, in this process."""
+
+    def __init__(self, maker: ModelMaker):
+        self._maker = maker
+        self._spec: ModelSpec | None = None
+
+    @property
+    def n_free(self) -> int:
+        return 1 - self.n_running
+
+    @property
+    def n_running(self) -> int:
+        return int(self._spec is not None)
+
+    def submit(self, spec: ModelSpec) -> None:
+        self._spec = spec
+
+    def wait(self) -> Iterator[tuple[ModelSpec, Outcome]]:
+        spec, self._spec = self._spec, None
+        if spec:
+            yield spec, self._maker.attempt(spec)
+
+    def close(self) -> None:
+        self._spec = None
+
+
+# --- worker processes -------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Worker:
+    """A worker process, as the process that started it sees it."""
+
+    number: int
+    process: BaseProcess
+    connection: Connection
+    spec: ModelSpec | None = None  # that it is making
+    last_message: float = 0.0  # when it came, by time.monotonic()
+    stuck: bool = False  # it was killed for its silence
+
+    def assign(self, spec: ModelSpec) -> bool:
+        """Hand a model over; False if the process has ended."""
+        self.spec, self.last_message = spec, time.monotonic()
+        try:
+            self.connection.send(spec)
+        except OSError:
+            return False
+        return True
+
+
+class ProcessExecutor:
+    """Makes models in worker processes, each with a GPU where there are as many.
+
+    A process that ends, is silent for longer than a lease, or reports a failure is replaced by a new one.
+    """
+
+    def __init__(
+        self, db_path: Path, encoder_specs: Sequence[str], n_workers: int, report: Report, lease_minutes: float
+    ):
+        self.db_path = db_path
+        self.encoder_specs = tuple(encoder_specs)
+        self.n_workers = n_workers
+        self.report = report
+        self.lease_minutes = lease_minutes
+        self._workers: dict[int, Worker] = {}  # by number, from 1
+
+    @property
+    def n_free(self) -> int:
+        return self.n_workers - self.n_running
+
+    @property
+    def n_running(self) -> int:
+        return len(self._busy())
+
+    def submit(self, spec: ModelSpec) -> None:
+        busy = {worker.number for worker in self._busy()}
+        number = next(number for number in range(1, self.n_workers + 1) if number not in busy)
+        idle = self._workers.get(number)
+        if idle and idle.assign(spec):
+            return
+        if idle:  # it has ended since its last model
+            self._dismiss(idle)
+        self._workers[number] = self._start(number)
+        self._workers[number].assign(spec)  # should it have ended, `wait` reports the model as lost
+
+    def wait(self) -> Iterator[tuple[ModelSpec, Outcome]]:
+        self._kill_silent()
+        workers = {worker.connection: worker for worker in self._busy()}
+        for connection in wait_for_messages(list(workers), CHECK_SECONDS):
+            yield from self._receive(workers[connection])
+
+    def close(self) -> None:
+        self._dismiss(*self._workers.values())
+
+    def _busy(self) -> list[Worker]:
+        return [worker for worker in self._workers.values() if worker.spec]
+
+    def _receive(self, worker: Worker) -> Iterator[tuple[ModelSpec, Outcome]]:
+        """Take a worker's message: progress is reported, an outcome is yielded."""
+        spec = worker.spec
+        assert spec is not None
+        worker.last_message = time.monotonic()
+        try:
+            message = worker.connection.recv()
+        except (EOFError, OSError):
+            worker.process.join()
+            lost = lost_outcome(worker.process.exitcode, self.lease_minutes if worker.stuck else None)
+            worker.spec = None
+            self._dismiss(worker)
+            yield spec, lost
+            return
+        if not isinstance(message, Outcome):
+            stage, done, total = message
+            self.report(f"worker {worker.number}: {stage}", done, total)
+            return
+        worker.spec = None
+        yield spec, message
+        if message.status == "failed":  # its next models may fail too, such as after an error of its GPU
+            self._dismiss(worker)
+
+    def _kill_silent(self) -> None:
+        for worker in self._busy():
+            silent = time.monotonic() - worker.last_message > 60 * self.lease_minutes
+            if silent and not worker.connection.poll():
+                worker.stuck = True
+                worker.process.kill()  # its connection ends, and `_receive` reports the model as lost
+
+    def _dismiss(self, *workers: Worker) -> None:
+        """End worker processes. Each ends by itself at its next message, and is killed after GRACE_SECONDS."""
+        deadline = time.monotonic() + GRACE_SECONDS
+        for worker in workers:
+            worker.connection.close()
+        for worker in workers:
+            worker.process.join(max(0, deadline - time.monotonic()))
+            worker.process.kill()  # also a process that a signal has stopped
+            worker.process.join()
+            self._workers.pop(worker.number, None)
+
+    def _start(self, number: int) -> Worker:
+        context = multiprocessing.get_context("spawn")  # not fork: neither CUDA nor Lance works after one
+        connection, worker_end = context.Pipe()
+        arguments = (worker_end, number, self.n_workers, self.db_path, self.encoder_specs, self.lease_minutes)
+        process = context.Process(target=_work, args=arguments, daemon=True)
+        with _interrupts_blocked():
+            process.start()
+        worker_end.close()  # so that `connection` ends with the process
+        return Worker(number, process, connection)
+
+
+def lost_outcome(exit_code: int | None, silent_minutes: float | None = None) -> Outcome:
+    """The outcome of a model whose worker process has ended; silent_minutes: it was killed after such a silence."""
+    if silent_minutes is not None:
+        return Outcome(
+            "failed",
+            f"its worker process was silent for {silent_minutes:g} minutes and was ended; if the work is that slow, raise "
+            "--lease-minutes",
+        )
+    end = f"signal {-exit_code}" if (exit_code or 0) < 0 else f"exit code {exit_code}"
+    return Outcome("failed", f"its worker process ended with {end}")
+
+
+@contextmanager
+def _interrupts_blocked() -> Iterator[None]:
+    """Processes started inside the block ignore Ctrl-C. The process that starts them receives it too, and ends them."""
+    resource_tracker.ensure_running()  # its start would lift the block
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _work(
+    connection: Connection,
+    number: int,
+    n_workers: int,
+    db_path: Path,
+    encoder_specs: Iterable[str],
+    lease_minutes: float,
+) -> None:
+    """A worker process: makes the models that it receives until it is ended."""
+    share_cores(n_workers)
+    if (gpu := gpu_of_worker(number)) is not None:
+        torch.cuda.set_device(gpu)
+
+    def report(stage: str, done: int, total: int) -> None:
+        connection.send((stage, done, total))
+
+    maker = ModelMaker(db_path, [load_encoder(spec) for spec in encoder_specs], report, lease_minutes)
+    try:
+        while True:
+            connection.send(maker.attempt(connection.recv()))
+    except (EOFError, OSError):  # the process that started it is gone
+        return

@@ -1,0 +1,246 @@
+"""The stages of a model's job. Each writes its result to the job's folder, so that a rerun resumes after it.
+
+<database>/jobs/<model_id>/   settings.json, figures.json once the weights are trained, batch-NNNN.parquet
+<database>/weights/<model_id>.safetensors
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, closing
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from PIL import Image
+
+from attrdb.errors import InvalidValue
+from attrdb.ingest.base_model import BaseModel
+from attrdb.ingest.customize import Delta, Diverged, Regularization, apply_delta, customize, load_delta, save_delta
+from attrdb.ingest.devices import is_cpu
+from attrdb.ingest.encode import Encoder, encode
+from attrdb.ingest.encode.stream import ahead
+from attrdb.ingest.options import MODEL_OPTIONS, CustomizeSettings, SynthesizeSettings
+from attrdb.ingest.prompts import TOKEN
+from attrdb.ingest.read.pictures import Picture, read_picture, webp
+from attrdb.ingest.synthesize import SamplePlan, synthesize
+from attrdb.store.ids import JobFolder
+from attrdb.store.leases import LEASE_MINUTES, Lease, leased
+
+Report = Callable[[str, int, int], None]  # stage, units done, units in all
+
+# Follow from the settings, the machine and the corpus at the time, and stay as the first run recorded them.
+RECORDED_ONLY = ("computed_in", "regularization")
+# The base model is compared by the hash of its weights, since its folder may move.
+NOT_COMPARED = {"base_model", *RECORDED_ONLY, *(option.name for option in MODEL_OPTIONS if option.of_machine)}
+# Settings that early records lack, with the values that those models were made with.
+DEFAULTS_BEFORE_0_1 = {
+    "precision": "auto",
+    "customize": {"augment": "none", "prior": "caption", "prior_images": 0, "prior_weight": 1.0, "token_from": ""},
+}
+
+
+def comparable_settings(record: dict) -> dict:
+    """The part of a record that decides whether two models are the same.
+
+    Settings at their DEFAULTS_BEFORE_0_1 are left out, so that a model keeps its settings and their hash across versions.
+    """
+    kept = {
+        name: value
+        for name, value in record.items()
+        if name not in NOT_COMPARED and DEFAULTS_BEFORE_0_1.get(name, ...) != value
+    }
+    if "customize" in kept:
+        before = DEFAULTS_BEFORE_0_1["customize"]
+        kept["customize"] = {k: v for k, v in kept["customize"].items() if k not in before or before[k] != v}
+    return kept
+
+
+def settings_hash(record: dict) -> str:
+    return hashlib.sha256(json.dumps(comparable_settings(record), sort_keys=True).encode()).hexdigest()
+
+
+def check_same(model_id: str, stored: dict, wanted: dict, where: str) -> None:
+    """raises: InvalidValue, naming both values, if two records of settings differ"""
+    stored, wanted = comparable_settings(stored), comparable_settings(wanted)
+    for name in sorted(stored.keys() | wanted.keys()):
+        if stored.get(name) != wanted.get(name):
+            raise InvalidValue(
+                f"model {model_id!r} is {where} with {name} = {stored.get(name)!r}, now it is {wanted.get(name)!r}; "
+                "use the old settings or another --model-id"
+            )
+
+
+def leased_job(job: JobFolder, minutes: float = LEASE_MINUTES) -> AbstractContextManager[Lease]:
+    """Hold the job's folder; raises Busy if another process holds it."""
+    job.make()
+    return leased(job.lock, f"model {job.path.name!r} is being made", minutes)
+
+
+def open_job(job: Path, record: dict) -> dict:
+    """Write the settings to the job's folder. Returns them with what an interrupted run has recorded.
+
+    raises: InvalidValue if the folder holds weights that were trained with other settings
+    """
+    path = job / "settings.json"
+    if path.exists():
+        recorded = json.loads(path.read_text())
+        if (job / "figures.json").exists():
+            check_same(job.name, recorded, record, f"half done in {job} (delete that folder to begin anew)")
+        if comparable_settings(recorded) == comparable_settings(record):
+            record |= {name: recorded[name] for name in RECORDED_ONLY if name in recorded}
+    write_settings(job, record)
+    return record
+
+
+def write_settings(job: Path, record: dict) -> None:
+    write_whole(job / "settings.json", lambda part: part.write_text(json.dumps(record, indent=2)))
+
+
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
+    """Write a file that appears whole or not at all."""
+    part = path.with_suffix(".part")
+    write(part)
+    part.replace(path)
+
+
+def customize_stage(
+    base: BaseModel,
+    job: Path,
+    weights: Path,
+    images: Sequence[Image.Image],
+    category: str,
+    settings: CustomizeSettings,
+    record: dict,
+    regularization: Callable[[], Regularization | None],
+    report: Report,
+) -> dict:
+    """Turn the base model into the customized one, by training or from stored weights. Returns the training's figures.
+
+    regularization: called only before training
+    """
+    figures_file, method, token = job / "figures.json", record["method"], record_token(record)
+    if figures_file.exists():
+        apply_delta(base, load_delta(weights, method), token, settings.like(category), method)
+        return json.loads(figures_file.read_text())
+
+    def save(delta: Delta, path: Path) -> None:
+        write_whole(path, lambda part: save_delta(delta, part, token, record["base_model_hash"], method))
+
+    try:
+        delta, figures = customize(
+            base,
+            images,
+            record["train_prompt"] or record["captions"],
+            token,
+            category,
+            settings,
+            lambda done, total: report("customize", done, total),
+            method=method,
+            regularization=regularization(),
+            gradient_checkpointing=record["gradient_checkpointing"],
+        )
+    except Diverged as error:
+        last = job / "diverged.safetensors"
+        save(error.delta, last)
+        raise InvalidValue(f"{error}; what it was after {error.n_steps} steps is kept in {last}") from error
+    weights.parent.mkdir(exist_ok=True)
+    save(delta, weights)
+    # One file stays beside the weights, the other marks the stage as done.
+    for file in (weights.with_suffix(".json"), figures_file):
+        write_whole(file, lambda part: part.write_text(json.dumps(figures)))
+    return figures
+
+
+def record_token(record: dict) -> str | None:
+    """The modifier token of a model; models of kind `mixed` have none."""
+    return None if record["kind"] == "mixed" else TOKEN
+
+
+@dataclass(frozen=True)
+class SampleBatch:
+    """A batch of samples: their pictures, and their features, (n, dimension) per encoder."""
+
+    pictures: list[Picture]
+    features: list[np.ndarray]
+    seconds: float  # of sampling
+
+
+def sample_stage(
+    base: BaseModel,
+    job: Path,
+    batches: list[list[SamplePlan]],
+    settings: SynthesizeSettings,
+    encoders: Sequence[Encoder],
+    report: Report,
+) -> list[SampleBatch]:
+    """The batches of samples. Batches whose pictures are in the job's folder are not generated again.
+
+    On an accelerator one batch is written and encoded while the next is generated. On a CPU both would compete for the same
+    cores, so they take turns.
+    """
+    finish = partial(_write_and_encode, job=job, encoders=encoders)
+    generated = _generate(base, job, batches, settings, report)
+    if is_cpu(base.device):
+        return [finish(batch) for batch in generated]
+    with closing(ahead(generated, finish, 1, 2)) as finished:
+        return list(finished)
+
+
+@dataclass(frozen=True)
+class Generated:
+    """A batch of samples as the base model has generated it. images: None if the job's folder has them."""
+
+    number: int
+    plans: list[SamplePlan]
+    images: list[Image.Image] | None
+    seconds: float
+
+
+def _generate(
+    base: BaseModel, job: Path, batches: list[list[SamplePlan]], settings: SynthesizeSettings, report: Report
+) -> Iterator[Generated]:
+    total = len(batches) * settings.solver_steps
+    encoded: dict[str, torch.Tensor] = {}
+    for number, batch in enumerate(batches):
+        before = number * settings.solver_steps
+        if _batch_file(job, number).exists():
+            report("sample", before + settings.solver_steps, total)
+            yield Generated(number, batch, None, 0.0)
+            continue
+        started = time.monotonic()
+        images = synthesize(base, batch, settings, partial(_report_step, report, before, total), encoded)
+        yield Generated(number, batch, images, time.monotonic() - started)
+
+
+def _write_and_encode(batch: Generated, job: Path, encoders: Sequence[Encoder]) -> SampleBatch:
+    file = _batch_file(job, batch.number)
+    if batch.images is not None:
+        columns = {
+            "image_id": [plan.image_id for plan in batch.plans],
+            "image": [webp(image) for image in batch.images],
+            "seconds": [batch.seconds / len(batch.plans)] * len(batch.plans),
+        }
+        write_whole(file, lambda part: pq.write_table(pa.table(columns), part))
+    table = pq.read_table(file)
+    pictures = [
+        read_picture(*row) for row in zip(*(table[name].to_pylist() for name in ("image_id", "image")), strict=True)
+    ]
+    # Batch by batch even if all are stored: the last digits of features depend on what is computed together.
+    features = [encode(encoder, [picture.image for picture in pictures]) for encoder in encoders]
+    return SampleBatch(pictures, features, sum(table["seconds"].to_pylist()))
+
+
+def _batch_file(job: Path, number: int) -> Path:
+    return job / f"batch-{number:04d}.parquet"
+
+
+def _report_step(report: Report, before: int, total: int, step: int, _steps: int) -> None:
+    report("sample", before + step, total)
