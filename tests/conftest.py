@@ -100,6 +100,29 @@ def exemplar_folder(tmp_path: Path) -> Path:
     return tmp_path / "exemplars"
 
 
+class Recorder:
+    """An observer of a customization that keeps what it is told, and the order in which."""
+
+    def __init__(self):
+        self.calls, self.steps, self.run, self.error = [], [], None, None
+
+    def start(self, run):
+        self.calls.append("start")
+        self.run = run
+
+    def before_update(self, step):
+        self.calls.append(f"before {step.number}")
+        self.steps.append(step)
+
+    def after_update(self, step):
+        self.calls.append(f"after {step.number}")
+        assert step is self.steps[-1]
+
+    def end(self, error):
+        self.calls.append("end")
+        self.error = error
+
+
 def make_tiny_base(parent: Path) -> Path:
     """A Stable Diffusion pipeline folder, randomly initialised and as small as its parts allow."""
     import torch
