@@ -1,4 +1,4 @@
-"""Views of the training pictures: what augmentation makes of them, and their latents, encoded once before training."""
+"""Views of the training pictures: augmented copies, and their latents, encoded once before training."""
 
 from __future__ import annotations
 
@@ -17,17 +17,18 @@ from attrdb.ingest.read.pictures import square
 if TYPE_CHECKING:
     from attrdb.ingest.base_model import BaseModel
 
-# Views of a picture. `mild`: the picture and its mirror image. `strong`: each mirrored or not, by chance, and made smaller
-# (to a third of its side at least, laid anywhere on grey) or larger (by a fifth to two fifths, cut anywhere).
+# Number of views per picture. `mild`: the picture and its mirror image. `strong`: each view is mirrored or not, by chance,
+# and made smaller (to a third of its side at least, anywhere on grey) or larger (by a fifth to two fifths, cut anywhere).
 VIEWS = {"none": 1, "mild": 2, "strong": 16}
 
 
 @dataclass(frozen=True)
 class Latents:
-    """Views as the autoencoder sees them, scaled as the U-Net does: of picture p the rows p * n_views to (p + 1) * n_views.
+    """The autoencoder's posterior of every view, scaled as the U-Net reads it.
 
+    Picture p has the rows p * n_views to (p + 1) * n_views - 1.
     mean, deviation: (n, channels, height, width) float32
-    seen:            (n, 1, height, width) float32: 1 where the picture is, 0 on the grey around it; None where all is picture
+    seen:            (n, 1, height, width) float32: 1 where the picture is, 0 on the grey around it; None if there is no grey
     """
 
     mean: torch.Tensor
@@ -37,23 +38,24 @@ class Latents:
 
 
 def views(image: Image.Image, augment: str, size: int, draw: random.Random) -> list[tuple[Image.Image, tuple]]:
-    """Pictures of `size` pixels a side, each with the box (left, top, right, bottom) in pixels that shows the picture.
+    """Views of `size` pixels a side, each with the box (left, top, right, bottom) in pixels that the picture fills.
 
-    raises: InvalidValue for no such augmentation
+    raises: InvalidValue for an unknown augmentation
     source: Kumari et al. 2023, section 3.3; differs from it in that no words such as "far away" are put into the prompt, and
             that sizes are drawn for a fixed number of views, not for every step
     """
     if augment not in VIEWS:
         raise InvalidValue(f"augment is {augment!r}; it must be {' or '.join(VIEWS)}")
-    whole, all_of_it = square(image, size), (0, 0, size, size)
+    whole, full_box = square(image, size), (0, 0, size, size)
     if augment == "none":
-        return [(whole, all_of_it)]
+        return [(whole, full_box)]
     if augment == "mild":
-        return [(whole, all_of_it), (ImageOps.mirror(whole), all_of_it)]
+        return [(whole, full_box), (ImageOps.mirror(whole), full_box)]
     return [_zoomed(ImageOps.mirror(whole) if draw.random() < 0.5 else whole, draw) for _ in range(VIEWS["strong"])]
 
 
 def _zoomed(whole: Image.Image, draw: random.Random) -> tuple[Image.Image, tuple]:
+    """The picture made smaller, on grey, or larger and cut; with the box that it fills."""
     size = whole.width
     if draw.random() < 2 / 3:
         side = draw.randint(-(-size // 3), size)
@@ -74,29 +76,31 @@ def encode_views(
     seed: int,
     report: Callable[[int, int], None] = lambda done, total: None,
 ) -> Latents:
-    """Mean and deviation of the latents of every picture's views, drawn by seed; raises as `views`."""
+    """The latents of every picture's views, drawn by seed; raises as `views`. Reports views done, and views in all."""
     draw = random.Random(f"{seed}/views")
-    shown = [view for image in images for view in views(image, augment, base.resolution, draw)]
-    pixels = np.stack([np.asarray(picture) for picture, _ in shown])
+    all_views = [view for image in images for view in views(image, augment, base.resolution, draw)]
+    pixels = np.stack([np.asarray(picture) for picture, _ in all_views])
     x = torch.from_numpy(pixels).permute(0, 3, 1, 2)
-    # One at a time: the autoencoder's activations, not its weights, are what fills a card.
+    # One view at a time: the autoencoder's activations, not its weights, are what fills a card.
     posteriors = []
-    for one in x.split(1):
-        posteriors.append(base.pipeline.vae.encode(one.to(base.device).float() / 127.5 - 1).latent_dist)
+    for view in x.split(1):
+        posteriors.append(base.pipeline.vae.encode(view.to(base.device).float() / 127.5 - 1).latent_dist)
         report(len(posteriors), len(x))
     scale = base.pipeline.vae.config.scaling_factor
-    mean, deviation = (torch.cat([getattr(one, what) for one in posteriors]) * scale for what in ("mean", "std"))
+    mean = torch.cat([posterior.mean for posterior in posteriors]) * scale
+    deviation = torch.cat([posterior.std for posterior in posteriors]) * scale
     seen = None
     if augment == "strong":
-        seen = torch.stack([_seen(box, mean.shape[-1], base.pipeline.vae_scale_factor) for _, box in shown]).to(mean)
+        masks = [_seen(box, mean.shape[-1], base.pipeline.vae_scale_factor) for _, box in all_views]
+        seen = torch.stack(masks).to(mean)
     return Latents(mean, deviation, seen, VIEWS[augment])
 
 
 def _seen(box: tuple[int, int, int, int], side: int, factor: int) -> torch.Tensor:
-    """(1, side, side): 1 for the latent positions that lie wholly inside a box of pixels."""
+    """(1, side, side) float32: 1 for latent positions wholly inside the box of pixels. factor: pixels per position."""
     left, top, right, bottom = -(-box[0] // factor), -(-box[1] // factor), box[2] // factor, box[3] // factor
     mask = torch.zeros(1, side, side)
     mask[:, top:bottom, left:right] = 1
-    if not mask.any():  # too small to hold one position: the one in its middle counts
+    if not mask.any():  # too small to hold a position: the one at its centre counts
         mask[:, (box[1] + box[3]) // 2 // factor, (box[0] + box[2]) // 2 // factor] = 1
     return mask

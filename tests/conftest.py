@@ -100,19 +100,46 @@ def exemplar_folder(tmp_path: Path) -> Path:
     return tmp_path / "exemplars"
 
 
-@pytest.fixture(scope="session")
-def tiny_base(tmp_path_factory) -> Path:
+class Recorder:
+    """An observer of a customization that keeps what it is told, and the order in which."""
+
+    def __init__(self):
+        self.calls, self.steps, self.run, self.error = [], [], None, None
+
+    def start(self, run):
+        self.calls.append("start")
+        self.run = run
+
+    def before_update(self, step):
+        self.calls.append(f"before {step.number}")
+        self.steps.append(step)
+
+    def after_update(self, step):
+        self.calls.append(f"after {step.number}")
+        assert step is self.steps[-1]
+
+    def end(self, error):
+        self.calls.append("end")
+        self.error = error
+
+
+def make_tiny_base(parent: Path) -> Path:
     """A Stable Diffusion pipeline folder, randomly initialised and as small as its parts allow."""
     import torch
 
     from attrdb.training.icon_sd import parts
 
     torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("base")
+    folder = parent / "tiny-sd"
     settings = replace(parts.TINY, vocabulary=600)
-    tokenizer = parts.train_tokenizer(["a picture of a vase in the style of art"] * 3, settings, folder / "tokens")
+    tokenizer = parts.train_tokenizer(["a picture of a vase in the style of art"] * 3, settings, parent / "tokens")
     vae, unet = parts.new_vae(settings), parts.new_unet(settings)
-    parts.export(vae, unet, parts.new_text_encoder(tokenizer, settings), tokenizer, {}, folder / "tiny-sd")
+    parts.export(vae, unet, parts.new_text_encoder(tokenizer, settings), tokenizer, {}, folder)
     profile = '{"steps": 3, "batch": 2, "lr": 0.01, "prompts": "icon", "prompts_per_scheme": 2, "samples_per_prompt": 1'
-    (folder / "tiny-sd" / "customize.json").write_text(profile + ', "solver_steps": 2, "sample_batch": 2}')
-    return folder / "tiny-sd"
+    (folder / "customize.json").write_text(profile + ', "solver_steps": 2, "sample_batch": 2}')
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_base(tmp_path_factory) -> Path:
+    return make_tiny_base(tmp_path_factory.mktemp("base"))

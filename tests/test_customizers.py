@@ -6,7 +6,7 @@ import random
 import numpy as np
 import pytest
 import torch
-from conftest import picture
+from conftest import Recorder, picture
 from PIL import Image
 from safetensors.torch import save_file
 from test_ingest_model import images, ingest
@@ -510,28 +510,20 @@ def test_every_exemplar_is_trained_with_its_own_prompt_where_a_token_is_trained(
     exemplars = [RED, Image.new("RGB", (32, 32), "blue")]
     prompts = ["V* vase", "a picture of V* art"]
     settings = customize.CustomizeSettings(steps=6, batch=4, lr=0.01)
-    seen, drawn = [], []
-    predict, draw = base.predict, customize._Training._draw
+    predicted_with, predict, recorder = [], base.predict, Recorder()
 
     def watched(noisy, times, states):
         ids = customize.token_ids(base, prompts)
         wanted = base.pipeline.text_encoder(ids).last_hidden_state
         far = (states.unsqueeze(1) - wanted).abs().amax(dim=(2, 3))  # (batch, prompts)
-        seen.append(far.argmin(dim=1).tolist())
+        predicted_with.append(far.argmin(dim=1).tolist())
         assert far.min(dim=1).values.max() < 1e-4
         return predict(noisy, times, states)
 
-    def noted(self, latents, states, generator):
-        state = generator.get_state()
-        drawn.append(torch.randint(len(latents.mean), (settings.batch,), generator=generator).tolist())
-        generator.set_state(state)
-        return draw(self, latents, states, generator)
-
     monkeypatch.setattr(base, "predict", watched)
-    monkeypatch.setattr(customize._Training, "_draw", noted)
-    customize.customize(base, exemplars, prompts, "V*", "vase", settings)
-    assert seen == drawn
-    assert {number for batch in seen for number in batch} == {0, 1}
+    customize.customize(base, exemplars, prompts, "V*", "vase", settings, observer=recorder)
+    assert predicted_with == [step.images.tolist() for step in recorder.steps]
+    assert {number for batch in predicted_with for number in batch} == {0, 1}
 
 
 # --- kind mixed -------------------------------------------------------------------------------------------------------

@@ -1,11 +1,11 @@
-"""Methods of customization: what each trains, and how a base model takes on what it has trained.
+"""Methods of customization: what each trains, and how its delta changes a base model.
 
     custom-diffusion     K and V of the cross-attention, and the new token's embedding; Kumari et al. 2023
     dreambooth-lora      a low-rank change of all attention projections; Ruiz et al. 2023 with Hu et al. 2022
     textual-inversion    the new token's embedding alone; Gal et al. 2023
-    NAME                 what an installed package adds under the entry point group attrdb.customizers
+    NAME                 a method of an installed package, an entry point of the group attrdb.customizers
 
-The training itself is the same for all and lies in `attrdb.ingest.customize`.
+The training itself is the same for all, see `attrdb.ingest.customize`.
 """
 
 from __future__ import annotations
@@ -25,45 +25,45 @@ __all__ = ["BUILT_IN", "DEFAULT_METHOD", "Customizer", "load_customizer", "names
 
 GROUP = "attrdb.customizers"
 DEFAULT_METHOD = "custom-diffusion"
-BUILT_IN = {one.name: one for one in (CustomDiffusion, DreamBoothLora, TextualInversion)}
+BUILT_IN = {method.name: method for method in (CustomDiffusion, DreamBoothLora, TextualInversion)}
 ATTRIBUTES = {"name": (str,), "steps": (int,), "lr": (int, float), "trains_token": (bool,)}
 METHODS = ("attach", "detach", "changed")
 
 
 class Customizer(Protocol):
-    """What a package has to make. An entry point's name is the method's; its object is called with nothing."""
+    """A method of customization. An entry point's name is the method's name; its object is called without arguments."""
 
     name: str
-    steps: int  # that suit Stable Diffusion 1.x, as does lr
-    lr: float
+    steps: int  # default for Stable Diffusion 1.x
+    lr: float  # default for Stable Diffusion 1.x
     trains_token: bool  # whether the new token's embedding is trained; if not, it stays where it starts
 
     def attach(self, unet: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
-        """What is trained in the U-Net, by the name it has in the delta: weights of its own, or of layers added here.
+        """What is trained in the U-Net, by name in the delta: weights of the U-Net, or of layers that are added here.
 
         torch's random numbers are seeded before it is called.
         """
 
     def detach(self, unet: torch.nn.Module) -> None:
-        """Take away the layers that `attach` has added."""
+        """Remove the layers that `attach` added."""
 
     def changed(self, unet: torch.nn.Module, delta: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """The weights of a fresh U-Net that a trained delta changes, by their name there, as they are to be.
+        """New values of the weights of a fresh U-Net that a trained delta changes, by name in the U-Net.
 
         raises: KeyError, or a RuntimeError of torch, if the delta was made for another architecture
         """
 
 
 def names() -> list[str]:
-    """The methods that there are, attrdb's own first."""
+    """Names of the available methods, attrdb's own first."""
     return [*BUILT_IN, *sorted(set(entry_points(group=GROUP).names) - BUILT_IN.keys())]
 
 
 def load_customizer(name: str) -> Customizer:
     """The method of this name.
 
-    raises: InvalidValue for no such method, one that attrdb and a package or two packages have, and with the package named
-            if its own fails or is not what `Customizer` says
+    raises: InvalidValue for an unknown method, for a name that two packages (or a package and attrdb) share, and for a
+            package's method that fails or is not a `Customizer`; the error names the package
     """
     plugins.check_clash(GROUP, name, BUILT_IN, "a method")
     if name in BUILT_IN:

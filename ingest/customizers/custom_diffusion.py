@@ -16,16 +16,16 @@ TRAINED = ("attn2.to_k.weight", "attn2.to_v.weight")
 class CustomDiffusion:
     name = "custom-diffusion"
     steps = 250
-    lr = 8e-5  # 1e-5 for each image of a batch of 8
+    lr = 8e-5  # 1e-5 per image of a batch of 8
     trains_token = True
 
     def attach(self, unet: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
-        found = {name: weight for name, weight in unet.named_parameters() if name.endswith(TRAINED)}
-        if not found:
+        trained = {name: weight for name, weight in unet.named_parameters() if name.endswith(TRAINED)}
+        if not trained:
             raise InvalidValue(
                 "the U-Net has no K and V of a cross-attention (attn2.to_k, attn2.to_v), which this trains"
             )
-        return found
+        return trained
 
     def detach(self, unet: torch.nn.Module) -> None:
         """Nothing was added."""

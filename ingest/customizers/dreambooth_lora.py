@@ -23,7 +23,7 @@ class DreamBoothLora:
     trains_token = False
 
     def attach(self, unet: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
-        """A and B of every projection; A at random, B zero, so that training starts at the base model."""
+        """A and B of every projection: A (rank, in) random, B (out, rank) zero, so that training starts at the base model."""
         try:
             from peft import LoraConfig
         except ImportError as error:

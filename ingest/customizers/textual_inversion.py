@@ -12,7 +12,7 @@ import torch
 class TextualInversion:
     name = "textual-inversion"
     steps = 3000
-    lr = 4e-3  # 5e-4 for each image of a batch of 8
+    lr = 4e-3  # 5e-4 per image of a batch of 8
     trains_token = True
 
     def attach(self, unet: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
