@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import attrdb
 from attrdb.database import Database, open_or_create
 from attrdb.errors import InvalidValue
-from attrdb.ingest.base_model import BUNDLED, base_model_folder, weights_hash
+from attrdb.ingest.customize.base_model import BUNDLED, base_model_folder, weights_hash
 from attrdb.ingest.encode import DEFAULT_ENCODERS, load_encoder
 from attrdb.ingest.models.ingest_one import ingest_model
 from attrdb.ingest.models.settings import Exemplar, settings_for

@@ -29,8 +29,9 @@ from shapes import measured, peak
 
 import attrdb
 from attrdb.demo import bundled_exemplars
-from attrdb.ingest.base_model import BaseModel, base_model_folder, load_base_model, quiet_libraries
-from attrdb.ingest.customizers import BUILT_IN
+from attrdb.ingest.customize.base_model import BaseModel, base_model_folder, load_base_model, quiet_libraries
+from attrdb.ingest.customize.customizers import BUILT_IN
+from attrdb.ingest.customize.synthesize import plan_samples
 from attrdb.ingest.devices import default_device, is_cpu
 from attrdb.ingest.encode import load_encoder
 from attrdb.ingest.models.ingest_one import ingest_model
@@ -39,7 +40,6 @@ from attrdb.ingest.options import ModelSettings
 from attrdb.ingest.prompts import TOKEN, train_prompt
 from attrdb.ingest.read.corpus import image_rows, register
 from attrdb.ingest.read.pictures import read_picture, square, webp
-from attrdb.ingest.synthesize import plan_samples
 
 CONCEPT = "bell-by-fxemoji"
 ENCODER = "efficientnet-lite0"

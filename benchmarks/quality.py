@@ -18,11 +18,11 @@ from PIL import Image
 
 import attrdb
 from attrdb.database import Database
-from attrdb.ingest.base_model import BaseModel, load_base_model
+from attrdb.ingest.customize.base_model import BaseModel, load_base_model
+from attrdb.ingest.customize.synthesize import SynthesizeSettings, plan_samples, synthesize, use_fast_solver
 from attrdb.ingest.encode import encode, load_encoder
 from attrdb.ingest.prompts import TOKEN, Prompt
 from attrdb.ingest.read.pictures import read_picture
-from attrdb.ingest.synthesize import SynthesizeSettings, plan_samples, synthesize, use_fast_solver
 
 ENCODER = "efficientnet-lite0"
 

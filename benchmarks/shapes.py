@@ -24,12 +24,18 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPTextConfig, CLIPTextModel
 
 import attrdb
-from attrdb.ingest.base_model import BaseModel, base_model_folder, load_base_model, quiet_libraries, read_profile
-from attrdb.ingest.customize import CustomizeSettings, customize
-from attrdb.ingest.customizers import BUILT_IN, DEFAULT_METHOD
+from attrdb.ingest.customize.base_model import (
+    BaseModel,
+    base_model_folder,
+    load_base_model,
+    quiet_libraries,
+    read_profile,
+)
+from attrdb.ingest.customize.customize import CustomizeSettings, customize
+from attrdb.ingest.customize.customizers import BUILT_IN, DEFAULT_METHOD
+from attrdb.ingest.customize.synthesize import SynthesizeSettings, plan_samples, synthesize, use_fast_solver
 from attrdb.ingest.devices import default_device, is_cpu, resolved_precision
 from attrdb.ingest.prompts import TOKEN, choose_prompts, train_prompt
-from attrdb.ingest.synthesize import SynthesizeSettings, plan_samples, synthesize, use_fast_solver
 
 ICONS = Path(attrdb.__file__).parent / "assets" / "icons.parquet"
 EXEMPLAR, KIND, CATEGORY = "fxemoji/bell", "object", "bell"

@@ -61,7 +61,7 @@ READY = [
     "attrdb.ingest.encode.add_encoder",
     "attrdb.ingest.read.corpus",
     "attrdb.ingest.read.embeddings",
-    "attrdb.ingest.base_model",
+    "attrdb.ingest.customize.base_model",
     "attrdb.ingest.models.ingest_one",
     "pytest",
 ]

@@ -7,8 +7,8 @@ import torch
 from diffusers.models.attention_processor import AttnProcessor2_0
 from diffusers.models.normalization import RMSNorm
 
-from attrdb.ingest.attention import PromptAttention, use_prompt_attention
-from attrdb.ingest.base_model import load_base_model
+from attrdb.ingest.customize.attention import PromptAttention, use_prompt_attention
+from attrdb.ingest.customize.base_model import load_base_model
 
 
 @pytest.fixture

@@ -10,10 +10,10 @@ from test_icons import ASSETS
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from attrdb.errors import InvalidValue
-from attrdb.ingest import base_model as loading
-from attrdb.ingest import customize as cd
+from attrdb.ingest.customize import base_model as loading
+from attrdb.ingest.customize import customize as cd
+from attrdb.ingest.customize.synthesize import SynthesizeSettings, plan_samples, synthesize, use_fast_solver
 from attrdb.ingest.prompts import Prompt
-from attrdb.ingest.synthesize import SynthesizeSettings, plan_samples, synthesize, use_fast_solver
 
 
 def test_bundled_icon_sd_is_a_genuine_small_pipeline():

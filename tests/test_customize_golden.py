@@ -15,8 +15,8 @@ import torch
 from conftest import make_tiny_base
 from PIL import Image
 
-from attrdb.ingest import customize, customizers
-from attrdb.ingest.base_model import BaseModel, load_base_model
+from attrdb.ingest.customize import customize, customizers
+from attrdb.ingest.customize.base_model import BaseModel, load_base_model
 
 TOLERANCE = 1e-4  # relative; without vector instructions torch differs from the file by 2e-5
 GOLDEN = Path(__file__).parent / "fixtures" / "customize_golden.json"

@@ -13,8 +13,8 @@ from test_customize_golden import CASES, EXEMPLARS, PRIOR, STEPS, Case
 from test_customizers import same, weights_of
 
 from attrdb.errors import InvalidValue
-from attrdb.ingest import customize, customizers, views
-from attrdb.ingest.base_model import load_base_model
+from attrdb.ingest.customize import augmentation, customize, customizers
+from attrdb.ingest.customize.base_model import load_base_model
 
 
 @pytest.fixture(scope="module")
@@ -97,8 +97,8 @@ def test_a_step_can_be_computed_again_from_what_its_observer_is_told(tiny_base, 
     base = load_base_model(str(tiny_base))
     base.pipeline.scheduler.register_to_config(prediction_type=prediction)
     scheduler = DDPMScheduler.from_config(base.pipeline.scheduler.config)
-    exemplars = views.encode_views(base, EXEMPLARS, case.augment, seed=5)
-    prior = views.encode_views(base, PRIOR, "none", seed=5)
+    exemplars = augmentation.encode_views(base, EXEMPLARS, case.augment, seed=5)
+    prior = augmentation.encode_views(base, PRIOR, "none", seed=5)
     inputs, predict, recorder = [], base.predict, Recorder()
 
     def watched(noisy, timesteps, states):

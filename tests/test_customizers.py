@@ -13,7 +13,8 @@ from test_ingest_model import images, ingest
 
 import attrdb
 from attrdb.errors import InvalidValue, NotFound
-from attrdb.ingest import base_model, customize, customizers, devices, synthesize, views
+from attrdb.ingest import devices
+from attrdb.ingest.customize import augmentation, base_model, customize, customizers, synthesize
 from attrdb.ingest.encode import Pixels
 from attrdb.ingest.models import ingest_one
 from attrdb.ingest.models.settings import read_exemplars, settings_for
@@ -376,13 +377,13 @@ def test_auto_precision_is_what_the_device_multiplies(monkeypatch):
 def test_views_of_a_picture():
     half = Image.new("RGB", (32, 32), (255, 0, 0))
     half.paste((0, 0, 255), (16, 0, 32, 32))
-    [(plain, box)] = views.views(half, "none", 32, random.Random(0))
+    [(plain, box)] = augmentation.views(half, "none", 32, random.Random(0))
     assert (np.asarray(plain) == np.asarray(half)).all()
     assert box == (0, 0, 32, 32)
-    [(first, _), (second, _)] = views.views(half, "mild", 32, random.Random(0))
+    [(first, _), (second, _)] = augmentation.views(half, "mild", 32, random.Random(0))
     assert (np.asarray(second) == np.asarray(first)[:, ::-1]).all()
-    strong = views.views(half, "strong", 32, random.Random(0))
-    assert len(strong) == views.VIEWS["strong"]
+    strong = augmentation.views(half, "strong", 32, random.Random(0))
+    assert len(strong) == augmentation.VIEWS["strong"]
     for view, (left, top, right, bottom) in strong:
         grey = np.ones((32, 32), bool)
         grey[top:bottom, left:right] = False
@@ -390,17 +391,17 @@ def test_views_of_a_picture():
         assert (np.asarray(view)[grey] == 128).all()
     assert any(right - left < 32 for _, (left, _, right, _) in strong)
     assert [np.asarray(v).tobytes() for v, _ in strong] == [
-        np.asarray(v).tobytes() for v, _ in views.views(half, "strong", 32, random.Random(0))
+        np.asarray(v).tobytes() for v, _ in augmentation.views(half, "strong", 32, random.Random(0))
     ]
 
 
 def test_grey_around_a_small_view_is_not_learned(base):
-    latents = views.encode_views(base, [RED], "strong", 0)
-    n, side = views.VIEWS["strong"], latents.mean.shape[-1]
+    latents = augmentation.encode_views(base, [RED], "strong", 0)
+    n, side = augmentation.VIEWS["strong"], latents.mean.shape[-1]
     assert latents.seen.shape == (n, 1, side, side)
     assert set(latents.seen.unique().tolist()) == {0.0, 1.0}
     assert (latents.seen.sum(dim=(1, 2, 3)) > 0).all()
-    assert views.encode_views(base, [RED], "none", 0).seen is None
+    assert augmentation.encode_views(base, [RED], "none", 0).seen is None
     delta, _ = train(base, "custom-diffusion", augment="strong")
     base.restore()
     assert same(delta, train(base, "custom-diffusion", augment="strong")[0])

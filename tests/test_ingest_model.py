@@ -14,7 +14,7 @@ from killing import attrdb_runs, log_of, run_whole, start
 
 import attrdb
 from attrdb.errors import Busy, InvalidValue, NotFound, OutOfMemory
-from attrdb.ingest import base_model, customize, synthesize
+from attrdb.ingest.customize import base_model, customize, synthesize
 from attrdb.ingest.encode import Pixels
 from attrdb.ingest.models import ingest_one, stages
 from attrdb.ingest.models.settings import default_model_id, read_exemplars, settings_for

@@ -17,7 +17,7 @@ from conftest import picture
 import attrdb
 from attrdb.cli import main
 from attrdb.errors import Busy, InvalidValue, NotFound
-from attrdb.ingest.customize import load_delta
+from attrdb.ingest.customize.customize import load_delta
 from attrdb.ingest.devices import gpu_of_worker, share_cores
 from attrdb.ingest.encode import load_encoder
 from attrdb.ingest.models import executors

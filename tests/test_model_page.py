@@ -18,7 +18,7 @@ import attrdb
 from attrdb import models
 from attrdb.cli import main
 from attrdb.errors import InvalidValue, NotFound
-from attrdb.ingest import regenerated
+from attrdb.ingest.customize import verify_samples
 from attrdb.ingest.models import ingest_one as ingest
 from attrdb.ingest.models.settings import read_exemplars, settings_for
 from attrdb.ingest.read.pictures import webp
@@ -291,7 +291,7 @@ def made_again(monkeypatch):
             asked.append(image_id)
             yield image_id, plain((10, 20, 33), 300 if image_id == "vase-01/0/9" else 32)
 
-    monkeypatch.setattr(regenerated, "regenerate", regenerate)
+    monkeypatch.setattr(verify_samples, "regenerate", regenerate)
     return asked
 
 
@@ -308,25 +308,25 @@ def test_regenerated_samples_are_compared_pixel_by_pixel(vases, made_again):
 
 def test_difference_by_hand():
     before = plain((10, 20, 30), 16)
-    assert regenerated.difference(webp(before), before) == {
+    assert verify_samples.difference(webp(before), before) == {
         "equal": True,
         "max_difference": 0,
         "mean_difference": 0.0,
     }
     other = before.copy()
     other.putpixel((3, 4), (0, 20, 255))
-    found = regenerated.difference(webp(before), other)
+    found = verify_samples.difference(webp(before), other)
     assert (found["equal"], found["max_difference"]) == (False, 225)
     assert found["mean_difference"] == pytest.approx((10 + 225) / (16 * 16 * 3))
-    assert regenerated.difference(webp(before), plain((0, 0, 0), 8))["max_difference"] is None
+    assert verify_samples.difference(webp(before), plain((0, 0, 0), 8))["max_difference"] is None
 
 
 def test_what_cannot_be_made_again(vases):
     with pytest.raises(InvalidValue, match="'vase-02' was imported without its weights"):
-        regenerated.compare(vases, "vase-02", 1)
+        verify_samples.compare(vases, "vase-02", 1)
     vases.writer.upsert("models", [{"model_id": "bare", "weights_path": "weights/bare.safetensors"}])
     with pytest.raises(NotFound, match="'bare' has no sample whose picture is stored"):
-        regenerated.compare(vases, "bare", 1)
+        verify_samples.compare(vases, "bare", 1)
 
 
 # --- a model that was really made -------------------------------------------------------------------------------------

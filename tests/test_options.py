@@ -14,7 +14,8 @@ import pytest
 from attrdb.cli import main
 from attrdb.errors import InvalidValue
 from attrdb.ingest import options
-from attrdb.ingest.customizers import DEFAULT_METHOD
+from attrdb.ingest.customize.augmentation import VIEWS
+from attrdb.ingest.customize.customizers import DEFAULT_METHOD
 from attrdb.ingest.models import ingest_one
 from attrdb.ingest.models.settings import Exemplar, settings_for
 from attrdb.ingest.models.specs import KEYS, read_specs
@@ -30,7 +31,6 @@ from attrdb.ingest.options import (
     check_options,
 )
 from attrdb.ingest.prompts import BANKS, Prompt
-from attrdb.ingest.views import VIEWS
 from attrdb.store.leases import LEASE_MINUTES
 
 DOCS = Path(__file__).parents[1] / "docs"

@@ -9,7 +9,7 @@ import pytest
 
 from attrdb import demo
 from attrdb.errors import InvalidValue, NotFound
-from attrdb.ingest.base_model import BUNDLED, base_model_folder
+from attrdb.ingest.customize.base_model import BUNDLED, base_model_folder
 from attrdb.ingest.prompts import (
     BANKS,
     PARTS,

@@ -17,8 +17,8 @@ from prompt_toolkit.completion import CompleteEvent
 from prompt_toolkit.document import Document
 
 from attrdb.cli import main
-from attrdb.shell import ROWS_ON_SCREEN, Shell
 from attrdb.shell.prompt import ShellCompleter, history, is_complete
+from attrdb.shell.session import ROWS_ON_SCREEN, Shell
 from attrdb.shell.statements import is_blank, split
 
 SECONDS = 30  # a shared machine may be slow

@@ -15,10 +15,10 @@ from PIL import Image
 import attrdb
 from attrdb.cli import main
 from attrdb.errors import InvalidValue, NotFound
+from attrdb.ingest.customize.augmentation import VIEWS, views
 from attrdb.ingest.encode import encode, load_encoder
 from attrdb.ingest.read.corpus import image_rows, register
 from attrdb.ingest.read.pictures import read_picture, webp
-from attrdb.ingest.views import VIEWS, views
 from attrdb.search.mapper import Mapper
 from attrdb.store.ids import train_job
 from attrdb.training import augment as augment_module

@@ -1,7 +1,7 @@
 """Augmentation of a mapper's training images: further views of each, encoded once.
 
 Source: Wang et al. 2023, Fig. 7, where mild or strong augmentation makes little difference; which views, the text that we
-have does not say. Ours are those of customization, see `attrdb.ingest.views`.
+have does not say. Ours are those of customization, see `attrdb.ingest.customize.augmentation`.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ import pyarrow as pa
 
 from attrdb.database import Database
 from attrdb.errors import InvalidValue
+from attrdb.ingest.customize.augmentation import VIEWS, views
 from attrdb.ingest.encode import encode, load_encoder
 from attrdb.ingest.read.pictures import read_picture
-from attrdb.ingest.views import VIEWS, views
 from attrdb.store.predicates import among
 
 SIDE = 128  # pixels of a view, before the encoder's own preprocessing
@@ -26,7 +26,7 @@ AT_ONCE = 64  # images whose views are encoded together
 def augmented(db: Database, encoder_id: str, ids: pa.Array, augment: str, seed: int, file: Path) -> np.ndarray:
     """(images, views, dimension) float32 of unit length, in the order of the ids, in a file; one that is whole is kept.
 
-    augment: 'mild' or 'strong', of `attrdb.ingest.views.VIEWS`
+    augment: 'mild' or 'strong', of `attrdb.ingest.customize.augmentation.VIEWS`
     raises:  InvalidValue for an image whose picture is not stored; as `load_encoder`
     """
     shape = (len(ids), VIEWS[augment], db.encoders[encoder_id]["dimension"])

@@ -24,7 +24,7 @@ import torch
 
 from attrdb.database import Database
 from attrdb.errors import InvalidValue
-from attrdb.ingest.views import VIEWS
+from attrdb.ingest.customize.augmentation import VIEWS
 from attrdb.search import index_tuning
 from attrdb.search.mapper import Mapper
 from attrdb.store import jobs

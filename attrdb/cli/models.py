@@ -91,7 +91,7 @@ def show(
 def _regenerated(database: Any, model_id: str, n_samples: int, base_model: str | None, quiet: bool) -> Any:
     from attrdb.cli.output import progress
 
-    compare = ml("ingest.regenerated").compare
+    compare = ml("ingest.customize.verify_samples").compare
     with progress(quiet) as advance:
         return compare(
             database, model_id, n_samples, base_model, lambda done, total: advance("regenerate", done, total)

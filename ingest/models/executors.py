@@ -22,7 +22,7 @@ import torch
 
 from attrdb.database import Database
 from attrdb.errors import AttrdbError, Busy, InvalidValue, NotFound
-from attrdb.ingest.base_model import OneBaseModel
+from attrdb.ingest.customize.base_model import OneBaseModel
 from attrdb.ingest.devices import gpu_of_worker, share_cores
 from attrdb.ingest.encode import Encoder, load_encoder
 from attrdb.ingest.models.ingest_one import ingest_model

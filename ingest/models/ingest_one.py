@@ -19,8 +19,10 @@ from PIL import Image
 
 from attrdb.database import Database
 from attrdb.errors import InvalidValue, NotFound
-from attrdb.ingest.base_model import BaseModel, base_model_folder, load_base_model, weights_hash
-from attrdb.ingest.customize import Regularization, apply_delta, check_prompts, load_delta
+from attrdb.ingest.customize.base_model import BaseModel, base_model_folder, load_base_model, weights_hash
+from attrdb.ingest.customize.customize import Regularization, apply_delta, check_prompts, load_delta
+from attrdb.ingest.customize.regularization import choose_names, generate, read_corpus
+from attrdb.ingest.customize.synthesize import SamplePlan, plan_samples, synthesize, use_fast_solver
 from attrdb.ingest.devices import resolved_precision
 from attrdb.ingest.encode import Encoder
 from attrdb.ingest.models.settings import Exemplar, captions, check_model, prompts_of
@@ -39,8 +41,6 @@ from attrdb.ingest.models.stages import (
 from attrdb.ingest.options import ModelSettings, SynthesizeSettings
 from attrdb.ingest.prompts import TOKEN, Prompt, train_prompt
 from attrdb.ingest.read.corpus import image_rows, register
-from attrdb.ingest.regularization import choose_names, generate, read_corpus
-from attrdb.ingest.synthesize import SamplePlan, plan_samples, synthesize, use_fast_solver
 from attrdb.store.ids import JobFolder, model_job, stored_file, weights_file
 from attrdb.store.leases import LEASE_MINUTES
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from attrdb.errors import InvalidValue, NotFound
-from attrdb.ingest.base_model import base_model_folder, read_profile
-from attrdb.ingest.customizers import DEFAULT_METHOD, load_customizer
+from attrdb.ingest.customize.base_model import base_model_folder, read_profile
+from attrdb.ingest.customize.customizers import DEFAULT_METHOD, load_customizer
 from attrdb.ingest.options import (
     PROFILES,
     CustomizeSettings,

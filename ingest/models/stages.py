@@ -22,15 +22,23 @@ import torch
 from PIL import Image
 
 from attrdb.errors import InvalidValue
-from attrdb.ingest.base_model import BaseModel
-from attrdb.ingest.customize import Delta, Diverged, Regularization, apply_delta, customize, load_delta, save_delta
+from attrdb.ingest.customize.base_model import BaseModel
+from attrdb.ingest.customize.customize import (
+    Delta,
+    Diverged,
+    Regularization,
+    apply_delta,
+    customize,
+    load_delta,
+    save_delta,
+)
+from attrdb.ingest.customize.synthesize import SamplePlan, synthesize
 from attrdb.ingest.devices import is_cpu
 from attrdb.ingest.encode import Encoder, encode
 from attrdb.ingest.encode.stream import ahead
 from attrdb.ingest.options import MODEL_OPTIONS, CustomizeSettings, SynthesizeSettings
 from attrdb.ingest.prompts import TOKEN
 from attrdb.ingest.read.pictures import Picture, read_picture, webp
-from attrdb.ingest.synthesize import SamplePlan, synthesize
 from attrdb.store.ids import JobFolder
 from attrdb.store.leases import LEASE_MINUTES, Lease, leased
 

@@ -19,7 +19,7 @@ from pathlib import Path, PurePosixPath
 
 from attrdb.database import Database
 from attrdb.errors import InvalidValue, NotFound
-from attrdb.ingest.customizers import DEFAULT_METHOD
+from attrdb.ingest.customize.customizers import DEFAULT_METHOD
 from attrdb.ingest.encode import Encoder
 from attrdb.ingest.prompts import TOKEN, train_prompt
 from attrdb.ingest.read.corpus import image_rows, register

@@ -16,9 +16,9 @@ from pathlib import Path
 import click
 from PIL import Image, ImageDraw
 
-from attrdb.ingest.base_model import load_base_model
+from attrdb.ingest.customize.base_model import load_base_model
+from attrdb.ingest.customize.synthesize import SynthesizeSettings, plan_samples, synthesize, use_fast_solver
 from attrdb.ingest.prompts import Prompt
-from attrdb.ingest.synthesize import SynthesizeSettings, plan_samples, synthesize, use_fast_solver
 from attrdb.training.icon_sd import media
 from attrdb.training.icon_sd.build import SPRITES
 from attrdb.training.icon_sd.scenes import COLOURS, PLACES, RELATIONS, SPOTS, Sprites, with_article

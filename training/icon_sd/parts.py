@@ -16,7 +16,7 @@ from diffusers.models.resnet import ResnetBlock2D
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from attrdb.ingest.base_model import quiet_libraries
+from attrdb.ingest.customize.base_model import quiet_libraries
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 

@@ -5,7 +5,7 @@
     textual-inversion    the new token's embedding alone; Gal et al. 2023
     NAME                 a method of an installed package, an entry point of the group attrdb.customizers
 
-The training itself is the same for all, see `attrdb.ingest.customize`.
+The training itself is the same for all, see `attrdb.ingest.customize.customize`.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ import torch
 
 from attrdb import plugins
 from attrdb.errors import InvalidValue
-from attrdb.ingest.customizers.custom_diffusion import CustomDiffusion
-from attrdb.ingest.customizers.dreambooth_lora import DreamBoothLora
-from attrdb.ingest.customizers.textual_inversion import TextualInversion
+from attrdb.ingest.customize.customizers.custom_diffusion import CustomDiffusion
+from attrdb.ingest.customize.customizers.dreambooth_lora import DreamBoothLora
+from attrdb.ingest.customize.customizers.textual_inversion import TextualInversion
 
 __all__ = ["BUILT_IN", "DEFAULT_METHOD", "Customizer", "load_customizer", "names"]
 
@@ -75,6 +75,6 @@ def load_customizer(name: str) -> Customizer:
 
 def _check(customizer: Customizer, name: str) -> None:
     """raises: TypeError or ValueError, for `plugins.make` to complete"""
-    plugins.check_members(customizer, ATTRIBUTES, METHODS, "attrdb.ingest.customizers.Customizer")
+    plugins.check_members(customizer, ATTRIBUTES, METHODS, "attrdb.ingest.customize.customizers.Customizer")
     if customizer.name != name:
         raise ValueError(f"it calls itself {customizer.name!r}; its name has to load it again")

@@ -10,9 +10,9 @@ import torch
 from diffusers import DPMSolverMultistepScheduler
 from PIL import Image
 
-from attrdb.ingest.attention import Projected
-from attrdb.ingest.base_model import BaseModel
-from attrdb.ingest.customize import encode_prompts
+from attrdb.ingest.customize.attention import Projected
+from attrdb.ingest.customize.base_model import BaseModel
+from attrdb.ingest.customize.customize import encode_prompts
 from attrdb.ingest.devices import enough_memory
 from attrdb.ingest.options import SynthesizeSettings
 from attrdb.ingest.prompts import Prompt

@@ -15,7 +15,7 @@ from attrdb.errors import InvalidValue
 from attrdb.ingest.read.pictures import square
 
 if TYPE_CHECKING:
-    from attrdb.ingest.base_model import BaseModel
+    from attrdb.ingest.customize.base_model import BaseModel
 
 # Number of views per picture. `mild`: the picture and its mirror image. `strong`: each view is mirrored or not, by chance,
 # and made smaller (to a third of its side at least, anywhere on grey) or larger (by a fifth to two fifths, cut anywhere).

@@ -19,7 +19,7 @@ from diffusers.utils import logging as diffusers_logging
 from transformers.utils import logging as transformers_logging
 
 from attrdb.errors import InvalidValue, NotFound
-from attrdb.ingest.attention import Projected, use_prompt_attention
+from attrdb.ingest.customize.attention import Projected, use_prompt_attention
 from attrdb.ingest.devices import default_device, enough_memory, is_cpu
 from attrdb.search.memory import keep_freed_memory
 

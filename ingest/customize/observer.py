@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 if TYPE_CHECKING:
-    from attrdb.ingest.base_model import BaseModel
+    from attrdb.ingest.customize.base_model import BaseModel
     from attrdb.ingest.options import CustomizeSettings
 
 Tensors = dict[str, torch.Tensor]

@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from diffusers import DDPMScheduler
 
 from attrdb.errors import InvalidValue
-from attrdb.ingest.base_model import BaseModel
-from attrdb.ingest.observer import Observer, Step
-from attrdb.ingest.views import Latents
+from attrdb.ingest.customize.augmentation import Latents
+from attrdb.ingest.customize.base_model import BaseModel
+from attrdb.ingest.customize.observer import Observer, Step
 
 if TYPE_CHECKING:
     from attrdb.ingest.options import CustomizeSettings

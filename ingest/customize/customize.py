@@ -1,7 +1,8 @@
 """Customization: the training that all methods share, and the delta in which a trained model is kept.
 
-What a method trains is in `attrdb.ingest.customizers`; the steps are in `attrdb.ingest.customize_steps`. Exemplars and
-prompts are encoded once, before the first step; only prompts with a token that is trained are encoded in every step.
+What a method trains is in `attrdb.ingest.customize.customizers`; the steps are in `attrdb.ingest.customize.steps`.
+Exemplars and prompts are encoded once, before the first step; only prompts with a token that is trained are encoded in every
+step.
 """
 
 from __future__ import annotations
@@ -20,8 +21,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from attrdb.errors import InvalidValue
-from attrdb.ingest.base_model import BaseModel
-from attrdb.ingest.customize_steps import (
+from attrdb.ingest.customize.augmentation import encode_views
+from attrdb.ingest.customize.base_model import BaseModel
+from attrdb.ingest.customize.customizers import DEFAULT_METHOD, Customizer, load_customizer
+from attrdb.ingest.customize.observer import Observer, Run, observing
+from attrdb.ingest.customize.steps import (
     Batches,
     Diverged,
     FixedPrompts,
@@ -31,11 +35,8 @@ from attrdb.ingest.customize_steps import (
     new_optimizer,
     take_steps,
 )
-from attrdb.ingest.customizers import DEFAULT_METHOD, Customizer, load_customizer
 from attrdb.ingest.devices import enough_memory, is_cpu
-from attrdb.ingest.observer import Observer, Run, observing
 from attrdb.ingest.options import CustomizeSettings
-from attrdb.ingest.views import encode_views
 
 __all__ = [
     "TOKEN_KEY",
@@ -115,7 +116,7 @@ def customize(
     prompt:   of all exemplars, or a sequence with one for each
     token:    the new token by which the prompt names the concept; None: there is none, and none is trained
     gradient_checkpointing: for small cards: activations are computed again in the backward pass, the delta is the same
-    observer: is told of every step; the delta is the same, see `attrdb.ingest.observer`
+    observer: is told of every step; the delta is the same, see `attrdb.ingest.customize.observer`
     returns:  figures: `losses` (one per step), `loss` (mean of the last tenth of them), `customize_seconds`
 
     The base model must be a fresh one. It is left customized, as by `apply_delta`; `base.restore()` undoes that. If training

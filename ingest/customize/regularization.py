@@ -20,13 +20,13 @@ import numpy as np
 
 from attrdb.database import Database
 from attrdb.errors import InvalidValue
-from attrdb.ingest.base_model import BaseModel
-from attrdb.ingest.customize import Regularization
+from attrdb.ingest.customize.base_model import BaseModel
+from attrdb.ingest.customize.customize import Regularization
+from attrdb.ingest.customize.synthesize import plan_samples, synthesize, use_fast_solver
 from attrdb.ingest.encode import Encoder, encode, load_encoder
 from attrdb.ingest.options import PRIORS, CustomizeSettings, SynthesizeSettings
 from attrdb.ingest.prompts import Prompt
 from attrdb.ingest.read.pictures import Picture, read_picture
-from attrdb.ingest.synthesize import plan_samples, synthesize, use_fast_solver
 from attrdb.search.exact import top_k
 from attrdb.store.predicates import among, literal
 from attrdb.store.schema import encoder_id_of

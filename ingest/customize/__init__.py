@@ -1,0 +1,1 @@
+"""Customization: fine-tuning a base model on exemplars, by any method, and drawing samples from it."""
