@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from importlib.metadata import entry_points
 from typing import Any, Protocol
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -161,13 +160,12 @@ def _conformed(table: pa.Table, sample_ids: Sequence[str], candidates: pa.Array)
     raises: InvalidValue for a missing column, another type, a score that is not finite, or an image that was not asked for
     """
     try:
-        rows = table.select(_NONE.column_names).cast(_NONE.schema)
+        rows = pa.table({name: table[name].cast(_NONE.schema.field(name).type) for name in _NONE.column_names})
     except (KeyError, pa.ArrowException) as error:
-        raise InvalidValue(f"scores need the columns {_NONE.schema.to_string()}: {error}") from error
-    scores = rows["score"].to_numpy()
-    if rows["score"].null_count or not np.isfinite(scores).all():
-        at = int(np.flatnonzero(~np.isfinite(scores))[0])
-        row = rows.slice(at, 1).to_pylist()[0]
+        raise InvalidValue(f"scores need the columns {', '.join(_NONE.column_names)}: {error}") from error
+    finite = pc.fill_null(pc.is_finite(rows["score"]), False)
+    if not pc.all(finite).as_py() and len(rows):
+        row = rows.filter(pc.invert(finite)).slice(0, 1).to_pylist()[0]
         raise InvalidValue(
             f"score {row['score']} of sample {row['sample_id']!r} and {row['candidate_id']!r}; it must be finite"
         )

@@ -96,6 +96,11 @@ def calibration(
     return (known["tau"] if tau is None else tau), (known["lam"] if lam is None else lam)
 
 
+def is_calibrated(snapshot: Snapshot, method_id: str) -> bool:
+    """Whether tau and lambda of a method were fitted."""
+    return method_id in snapshot.once(_calibrations)
+
+
 def _calibrations(snapshot: Snapshot) -> dict[str, dict[str, Any]]:
     rows = snapshot.rows("calibrations")
     # A moment of before schema 6 has encoder and mapper in the place of a method.

@@ -43,6 +43,8 @@ def demo(folder: Path, quiet: bool) -> None:
 
 main.add_section("Start", demo, init)
 main.add_section("Bring in", ingest.ingest, ingest.encode)
-main.add_section("Ask", query.attribute, query.run_sql, shell.shell, query.run_query, query.queries, models.models)
-main.add_section("Learn", train.train, train.calibrate, train.evaluate, train.report)
+main.add_section(
+    "Ask", query.attribute, query.run_sql, shell.shell, query.run_query, query.queries, query.methods, models.models
+)
+main.add_section("Learn", train.train, train.score, train.calibrate, train.evaluate, train.report)
 main.add_section("Keep", upkeep.status, upkeep.index, upkeep.optimize, upkeep.check, upkeep.export, upkeep.upgrade)

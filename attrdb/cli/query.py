@@ -131,6 +131,30 @@ def _attribute_samples(
     click.echo(f"{found.n_attributed:,} samples attributed, {found.n_stored:,} were already", err=True)
 
 
+@click.command(short_help="List the attribution methods.")
+@DB
+@at_option
+@output_options
+def methods(db: Path, at: str | None, output: Output) -> None:
+    """List the attribution methods that --method takes, with what their scores mean.
+
+    Every encoder and every mapper is one (kind similarity); others are stored by `attrdb score`. tau and lam are those that
+    influence has now.
+    """
+    import pyarrow as pa
+
+    from attrdb.attribution.methods import calibration, is_calibrated, method_rows
+
+    columns = [(name, pa.string()) for name in ("method_id", "kind", "encoder_id", "mapper_id", "unit")]
+    columns += [("tau", pa.float64()), ("lam", pa.float64()), ("calibrated", pa.bool_())]
+    snapshot = attrdb.open(db, read_only=True, at=at).snapshot
+    rows = []
+    for method_id, row in method_rows(snapshot).items():
+        tau, lam = calibration(snapshot, method_id)
+        rows.append(row | {"tau": tau, "lam": lam, "calibrated": is_calibrated(snapshot, method_id)})
+    output.write(pa.Table.from_pylist(rows, pa.schema(columns)))
+
+
 @click.command("sql", short_help="Run one SELECT over the tables and views.")
 @DB
 @click.argument("statement")

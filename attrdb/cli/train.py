@@ -153,6 +153,40 @@ def calibrate(
     )
 
 
+@click.command(short_help="Score candidates by a method that a package adds.")
+@DB
+@click.argument("scorer")
+@click.option(
+    "--samples", metavar="PREDICATE", default="true", help="Score the samples that fulfil PREDICATE. Default: all."
+)
+@click.option("--method-id", type=Id("method", new=True), help="Id of the method. Default: SCORER in lower case.")
+@quiet_option
+def score(db: Path, scorer: str, samples: str, method_id: str | None, quiet: bool) -> None:
+    """Score candidates of samples by SCORER (NAME or NAME:ARGUMENT), which an installed package adds, and store the scores.
+
+    The method then works with --method in attribute, evaluate, calibrate and report. Rerunning the command resumes it, and
+    scores samples that are new.
+    """
+    scoring = importlib.import_module("attrdb.ingest.score")
+    from attrdb.cli.output import progress
+
+    with progress(quiet) as advance:
+        result = scoring.score(
+            attrdb.open(db),
+            scorer,
+            scoring.load_scorer(scorer),
+            samples,
+            method_id,
+            lambda done, total: advance("score", done, total),
+        )
+    failed = f", {result.n_failed:,} got no score (see failures)" if result.n_failed else ""
+    click.echo(
+        f"{result.n_scored:,} samples scored by {result.method_id}, {result.n_stored:,} were already{failed}", err=True
+    )
+    if result.n_failed:
+        raise click.exceptions.Exit(1)
+
+
 @click.command(short_help="Rank the exemplars of every sample; metrics are queries on it.")
 @DB
 @click.option(
