@@ -110,7 +110,7 @@ def test_init_status_query_and_queries(tmp_path, toy):
     assert "0 images" in run("status", tmp_path / "new.attrdb").stdout
     assert json.loads(run("status", toy.path, "--json").stdout)["n_images"] == 7
     assert "2-d, 7 of 7 encoded" in run("status", toy.path).stdout
-    assert "4 ranks of toy_2" in run("evaluate", toy.path).stderr
+    assert "4 ranks by toy_2" in run("evaluate", toy.path).stderr
     [row] = json.loads(run("query", toy.path, "recall_at_k", "-p", "k=1", "--json").stdout)
     assert row["recall_at_k"] == 0.5
     listed = {row["name"] for row in json.loads(run("queries", "list", "--json").stdout)}
@@ -302,7 +302,7 @@ def test_an_encoder_is_named_by_its_id_or_its_spec(tmp_path, photos):
 
 def test_check_writes_wrong_rows_in_a_format(toy):
     assert run("check", toy.path, "--json").stdout == "[]\n"
-    toy.upsert("models", [{"model_id": "m", "kind": "style", "n_exemplars": 5, "n_samples": 2}], on="model_id")
+    toy.writer.upsert("models", [{"model_id": "m", "kind": "style", "n_exemplars": 5, "n_samples": 2}])
     [row] = json.loads(run("check", toy.path, "--json", code=1).stdout)
     assert (row["check"], json.loads(row["row"])["model_id"]) == ("model_counts", "m")
 
