@@ -133,7 +133,7 @@ def test_output_cannot_go_into_the_database(toy):
 def test_at_and_refresh(toy):
     count, before = "SELECT count(*) AS n FROM images", toy.version
     asked = Shell(toy.path, form="csv")
-    toy.append_images(rows([("p1", "pretraining", None, 1)]))
+    toy.writer.append_images(rows([("p1", "pretraining", None, 1)]))
 
     def counted():
         return asked.db.sql(count)["n"][0].as_py()

@@ -310,7 +310,7 @@ def test_the_commands(db):
     assert "mapper mine was trained already, nothing to do" in CliRunner().invoke(main, words).stderr
     done = CliRunner().invoke(main, ["evaluate", str(db.path), "--mapper", "mine"])
     assert done.exit_code == 0, done.output
-    assert "ranks of toy_12 with mapper mine, gallery own" in done.stderr
+    assert "ranks by toy_12/mine, gallery own" in done.stderr
     done = CliRunner().invoke(main, ["train", str(db.path), "--split", "test"])
     assert done.exit_code == 1
     assert "nothing is learned from them" in done.output
