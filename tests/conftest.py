@@ -11,7 +11,6 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from learnable import build
-from PIL import Image
 
 import attrdb
 from attrdb.search.exact import accelerator
@@ -89,6 +88,8 @@ def toy_encoder():
 
 
 def picture(path: Path, colour: tuple[int, int, int], size: int = 32) -> Path:
+    from PIL import Image  # not in the light core
+
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new("RGB", (size, size), colour).save(path)
     return path
