@@ -300,3 +300,20 @@ def test_an_installed_package_adds_a_method(toy, tmp_path):
     shutil.rmtree(site)
     assert json.loads(attrdb_says("attribute", "m/0/2", "--method", "shared", "-k", "1", "--json").stdout) == first
     assert attrdb.open(toy.path).sql("SELECT count(*) AS n FROM scores")["n"].to_pylist() == [10]
+
+
+# --- the page ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_examples_of_the_page_run(toy):
+    page = (
+        (Path(__file__).parent.parent / "docs" / "methods.md").read_text(encoding="utf-8").replace("pixels_8", "toy_2")
+    )
+    evaluate(toy)
+    for statement in re.findall(r"```sql\n(.*?)```", page, re.S):
+        assert len(toy.sql(statement))
+    names: dict = {}
+    [example] = re.findall(r"```python\n(.*?)```", page, re.S)
+    exec(compile(example, "methods.md", "exec"), names)
+    assert score(toy, "brightness", names["Brightness"]()).n_scored == 2
+    assert toy.attribute("m/0/1", method="brightness", k=1)["image_id"].to_pylist() == ["m/e0"]  # cos 2 is near cos 0
