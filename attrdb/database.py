@@ -140,7 +140,7 @@ class Database:
 
     def bound_query(self, name: str, **parameters: Any) -> tuple[str, dict[str, Any]]:
         """The SQL of a named query and all its parameters, for a caller that runs it itself; raises as `query`."""
-        query, given = self._named(self._snapshot, name, parameters)
+        query, given = self._named(self.snapshot, name, parameters)
         return query.sql, given
 
     def stream_query(self, name: str, rows: int = 8192, **parameters: Any) -> Iterator[pa.RecordBatch]:

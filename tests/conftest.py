@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import sys
 from dataclasses import replace
-from importlib.util import find_spec
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pyarrow as pa
@@ -16,6 +18,8 @@ import attrdb
 from attrdb.search.exact import accelerator
 from attrdb.store.schema import feature_array
 
+ROOT = Path(__file__).parent.parent
+
 # What goes the way of an accelerator is run on one, or else by torch on the CPU with its kernels interpreted.
 OTHER = {"cuda": "cuda", "cpu": "cpu:0"}[accelerator("auto")]
 DEVICES = ("cpu", OTHER) if find_spec("triton") else ("cpu",)
@@ -23,6 +27,14 @@ if OTHER == "cpu:0":
     os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported
 
 TOY = {"spec": "toy:2", "dimension": 2, "preprocessing": {}, "weights_fingerprint": "none"}
+
+
+def docs_script(name: str) -> ModuleType:
+    """The module docs/NAME.py, which is in no package."""
+    spec = spec_from_file_location(f"docs_{name}", ROOT / "docs" / f"{name}.py")
+    module = sys.modules[spec.name] = module_from_spec(spec)  # dataclasses look their module up there
+    spec.loader.exec_module(module)
+    return module
 
 
 def angle(degrees: float) -> list[float]:
