@@ -20,6 +20,37 @@ from attrdb.store.schema import feature_array
 
 ROOT = Path(__file__).parent.parent
 
+# The test modules that need the core alone: no torch, no Pillow. Where torch is not installed, the others are left out.
+LIGHT = (
+    "test_application",
+    "test_architecture",
+    "test_attribution",
+    "test_contributing",
+    "test_database",
+    "test_dictionary",
+    "test_evaluation",
+    "test_export",
+    "test_general_attribution",
+    "test_golden",
+    "test_index",
+    "test_ingest_embeddings",
+    "test_intervals",
+    "test_maintenance",
+    "test_node",
+    "test_shell",
+    "test_site",
+    "test_sql",
+    "test_sql_page",
+    "test_upgrades",
+    "test_user_queries",
+    "test_version",
+)
+collect_ignore = [
+    path.name
+    for path in Path(__file__).parent.glob("test_*.py")
+    if path.stem not in LIGHT and find_spec("torch") is None
+]
+
 # What goes the way of an accelerator is run on one, or else by torch on the CPU with its kernels interpreted.
 OTHER = {"cuda": "cuda", "cpu": "cpu:0"}[accelerator("auto")]
 DEVICES = ("cpu", OTHER) if find_spec("triton") else ("cpu",)
