@@ -67,7 +67,8 @@ def views(connection: duckdb.DuckDBPyConnection) -> Iterator[str]:
     for name, grain in grains.items():
         columns = described(connection, name)
         listed = "" if columns == of_images else "\n" + type_grid(columns)
-        yield f"### {name}\n\n{sentence(grain)}\n{listed}"
+        title = f"{name} in SQL" if name in STORED else name
+        yield f"### {title}\n\n{sentence(grain)}\n{listed}"
 
 
 def macros(connection: duckdb.DuckDBPyConnection) -> Iterator[str]:

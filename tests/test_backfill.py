@@ -179,7 +179,7 @@ def test_with_indices_and_after_optimize(stored, photos, toy_encoder):
     backfill(stored, Pixels(2))
     optimize.optimize(stored.writer)
     assert_filled(stored, photos)
-    assert stored.stored(["photos/3.png"]).keys() == {"photos/3.png"}
+    assert stored.snapshot.stored(["photos/3.png"]).keys() == {"photos/3.png"}
 
 
 def test_another_encoder_of_that_name_is_refused(stored):

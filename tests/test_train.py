@@ -13,6 +13,7 @@ from learnable import DIMENSION, table
 from PIL import Image
 
 import attrdb
+from attrdb.attribution.methods import resolve_method
 from attrdb.cli import main
 from attrdb.errors import InvalidValue, NotFound
 from attrdb.ingest.customize.augmentation import VIEWS, views
@@ -289,6 +290,8 @@ def test_images_without_a_feature(db):
 
 def test_no_such_mapper_or_encoder(db):
     with pytest.raises(NotFound, match=r"no mapper 'a' in .*, it has none yet: attrdb train makes them"):
+        db.attribute("m00/0/0", mapper_id="a")
+    with pytest.raises(NotFound, match=r"no method 'a' in .*; nearest: 'toy_12'"):
         evaluate(db, "a")
     with pytest.raises(NotFound, match="no encoder 'clip'"):
         train(db, "clip")
@@ -296,7 +299,7 @@ def test_no_such_mapper_or_encoder(db):
     with pytest.raises(NotFound, match=r"no mapper 'mime' in .*; nearest: 'mine'"):
         db.mapper("mime")
     with pytest.raises(InvalidValue, match="mapper 'mine' is of encoder 'toy_12', not of 'pixels_8'"):
-        evaluate(db, result.mapper_id)
+        resolve_method(db.snapshot, None, "pixels_8", result.mapper_id)
 
 
 # --- commands ---------------------------------------------------------------------------------------------------------

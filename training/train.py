@@ -124,77 +124,113 @@ def train(
         with jobs.running(db.writer, "train", mapper_id, record):
             folder = job.make()
             _check_same(folder, mapper_id, record)
-            result = _trained(db, encoder_id, settings, mapper_id, record, folder, report)
+            training = _Training(db, encoder_id, settings, mapper_id, folder)
+            training.run(report)
+            result = _store(training, record)
         job.remove()
     index_tuning.measure_trained(db.writer, mapper_id)
     return result
 
 
-def _trained(
-    db: Database,
-    encoder_id: str,
-    settings: TrainSettings,
-    mapper_id: str,
-    record: dict,
-    job: Path,
-    report: Report,
-) -> TrainResult:
-    validation = Validation(db, encoder_id, settings)
-    pairs = Pairs(db, encoder_id, settings.choice(), job / "features.f32", settings.augment)
-    maps = Maps(settings.form, db.encoders[encoder_id]["dimension"], settings.seed)
-    optimizer = torch.optim.Adam(maps.parameters(), lr=settings.lr)
-    checkpoint = job / "checkpoint.pt"
+class _Training:
+    """A mapper in training: its maps, their best state so far, and what validation found after each epoch."""
 
-    def mapper() -> Mapper:
-        return Mapper(mapper_id, encoder_id, settings.form, maps.arrays())
+    def __init__(self, db: Database, encoder_id: str, settings: TrainSettings, mapper_id: str, folder: Path):
+        self.db, self.encoder_id, self.settings, self.mapper_id = db, encoder_id, settings, mapper_id
+        self.checkpoint = folder / "checkpoint.pt"
+        self.validation = Validation(db, encoder_id, settings)
+        self.pairs = Pairs(db, encoder_id, settings.choice(), folder / "features.f32", settings.augment)
+        self.maps = Maps(settings.form, db.encoders[encoder_id]["dimension"], settings.seed)
+        self.optimizer = torch.optim.Adam(self.maps.parameters(), lr=settings.lr)
+        if self.checkpoint.exists():
+            self._resume()
+        else:
+            self.curves = [{"epoch": 0, "loss": None, **self.validation.found(self.mapper())}]
+            self._keep()
 
-    if checkpoint.exists():
-        state = torch.load(checkpoint, weights_only=True)
-        if state["pairs"] != pairs.digest:
+    @property
+    def best(self) -> dict:
+        """The epoch with the lowest mean log rank, the first of several."""
+        return min(self.curves, key=lambda epoch: (epoch["mean_log_rank"], epoch["epoch"]))
+
+    @property
+    def is_over(self) -> bool:
+        last = self.curves[-1]["epoch"]
+        return last >= self.settings.epochs or last - self.best["epoch"] >= self.settings.patience
+
+    def mapper(self) -> Mapper:
+        return Mapper(self.mapper_id, self.encoder_id, self.settings.form, self.maps.arrays())
+
+    def run(self, report: Report) -> None:
+        """Train until it is over; the maps are then those of the best epoch."""
+        self._report(report)
+        while not self.is_over:
+            epoch = self.curves[-1]["epoch"] + 1
+            loss = _epoch(self.pairs, self.maps, self.optimizer, self.settings, epoch)
+            self.curves.append({"epoch": epoch, "loss": loss, **self.validation.found(self.mapper())})
+            if self.best["epoch"] == epoch:
+                self._keep()
+            self._save()
+            self._report(report)
+        self.maps.load_state_dict(self.best_maps)
+
+    def metrics(self) -> dict:
+        """What validation found in the best epoch, and before training."""
+        best, before = self.best, self.curves[0]
+        return {
+            "best_epoch": best["epoch"],
+            **{name: best[name] for name in VALIDATED},
+            **{f"{name}_before": before[name] for name in VALIDATED},
+            "k": K,
+            "n_pairs": self.pairs.n_pairs,
+            "n_validation_samples": self.validation.n_samples,
+        }
+
+    def _report(self, report: Report) -> None:
+        note = _note(self.curves[0], self.best, self.curves[-1])
+        report(self.curves[-1]["epoch"], self.settings.epochs, note)
+
+    def _keep(self) -> None:
+        self.best_maps = {name: value.clone() for name, value in self.maps.state_dict().items()}
+
+    def _resume(self) -> None:
+        """raises: InvalidValue if the images it learned from have changed"""
+        state = torch.load(self.checkpoint, weights_only=True)
+        if state["pairs"] != self.pairs.digest:
             raise InvalidValue(
-                f"the images that mapper {mapper_id!r} learns from have changed since it was half trained; delete {job} to "
-                "begin anew"
+                f"the images that mapper {self.mapper_id!r} learns from have changed since it was half trained; delete "
+                f"{self.checkpoint.parent} to begin anew"
             )
-        maps.load_state_dict(state["maps"])
-        optimizer.load_state_dict(state["optimizer"])
-        curves, best = state["curves"], state["best"]
-    else:
-        curves = [{"epoch": 0, "loss": None, **validation.found(mapper())}]
-        best = {name: value.clone() for name, value in maps.state_dict().items()}
-    while True:
-        kept = min(curves, key=lambda one: (one["mean_log_rank"], one["epoch"]))
-        last = curves[-1]["epoch"]
-        report(last, settings.epochs, _note(curves[0], kept, curves[-1]))
-        if last >= settings.epochs or last - kept["epoch"] >= settings.patience:
-            break
-        loss = _epoch(pairs, maps, optimizer, settings, last + 1)
-        curves.append({"epoch": last + 1, "loss": loss, **validation.found(mapper())})
-        if curves[-1]["mean_log_rank"] < kept["mean_log_rank"]:
-            best = {name: value.clone() for name, value in maps.state_dict().items()}
-        state = {"maps": maps.state_dict(), "optimizer": optimizer.state_dict(), "curves": curves, "best": best}
-        state["pairs"] = pairs.digest
-        torch.save(state, checkpoint.with_suffix(".part"))
-        checkpoint.with_suffix(".part").replace(checkpoint)
-    maps.load_state_dict(best)
-    metrics = {
-        "best_epoch": kept["epoch"],
-        **{name: kept[name] for name in VALIDATED},
-        **{f"{name}_before": curves[0][name] for name in VALIDATED},
-        "k": K,
-        "n_pairs": pairs.n_pairs,
-        "n_validation_samples": validation.n_samples,
-    }
-    row = {
-        **mapper().row(),
-        "trained_on": settings.kind,
-        "settings": json.dumps(record, sort_keys=True),
-        "images_version": db.version,
-        "curves": json.dumps(curves),
-        "metrics": json.dumps(metrics),
-        "created_at": datetime.now(UTC),
-    }
-    db.writer.add_mapper(row)
-    return _result(mapper_id, True, metrics, curves)
+        self.maps.load_state_dict(state["maps"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.curves, self.best_maps = state["curves"], state["best"]
+
+    def _save(self) -> None:
+        state = {
+            "maps": self.maps.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "curves": self.curves,
+            "best": self.best_maps,
+            "pairs": self.pairs.digest,
+        }
+        torch.save(state, self.checkpoint.with_suffix(".part"))
+        self.checkpoint.with_suffix(".part").replace(self.checkpoint)
+
+
+def _store(training: _Training, record: dict) -> TrainResult:
+    metrics, curves = training.metrics(), training.curves
+    training.db.writer.add_mapper(
+        {
+            **training.mapper().row(),
+            "trained_on": training.settings.kind,
+            "settings": json.dumps(record, sort_keys=True),
+            "images_version": training.db.version,
+            "curves": json.dumps(curves),
+            "metrics": json.dumps(metrics),
+            "created_at": datetime.now(UTC),
+        }
+    )
+    return _result(training.mapper_id, True, metrics, curves)
 
 
 def _result(mapper_id: str, trained: bool, metrics: dict, curves: list[dict]) -> TrainResult:

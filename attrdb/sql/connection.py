@@ -17,7 +17,7 @@ from attrdb.attribution.methods import method_rows, resolve_method
 from attrdb.attribution.query import Attribution, AttributionRequest, attribute_stored, check_enough
 from attrdb.errors import QueryRefused
 from attrdb.search import planner
-from attrdb.sql.relations import STORED, features_view, older_view, relations
+from attrdb.sql.relations import STORED, Relation, features_view, older_view, relations
 from attrdb.store.schema import TABLES
 from attrdb.store.snapshot import Snapshot
 
@@ -48,22 +48,31 @@ def connect(snapshot: Snapshot) -> duckdb.DuckDBPyConnection:
 def _register(connection: duckdb.DuckDBPyConnection, snapshot: Snapshot) -> None:
     """Show the tables under the names that views read them by."""
     for name, dataset in snapshot.tables.items():
-        connection.register(_registered_name(name, snapshot), dataset)
-    methods = pa.Table.from_pylist(list(method_rows(snapshot).values()), schema=TABLES["methods"])
-    connection.register("methods", methods)
+        hidden = name == "images" and snapshot.hidden_models
+        connection.register("_images" if hidden else table_name(name, snapshot), dataset)
+    connection.register("methods", method_table(snapshot))
     connection.register("unfinished_models", pa.table({"model_id": pa.array(snapshot.hidden_models, pa.string())}))
 
 
-def _registered_name(name: str, snapshot: Snapshot) -> str:
-    if name == "images" and snapshot.hidden_models:
-        return "_images"
-    if name in STORED:
-        return f"_{name}" if _is_of_today(name, snapshot) else f"_{name}_5"
-    return name
+def table_name(name: str, snapshot: Snapshot) -> str:
+    """The name under which views read a table: a table that is shown through a view of its own name has an underscore."""
+    if name not in STORED:
+        return name
+    return f"_{name}" if _is_of_today(name, snapshot) else f"_{name}_5"
+
+
+def older_views(snapshot: Snapshot) -> list[Relation]:
+    """Views that give the tables of a moment before schema 6 the columns of today."""
+    return [older_view(name) for name in STORED if not _is_of_today(name, snapshot)]
 
 
 def _is_of_today(name: str, snapshot: Snapshot) -> bool:
     return "method_id" in snapshot.tables[name].schema.names
+
+
+def method_table(snapshot: Snapshot) -> pa.Table:
+    """The methods as SQL shows them, see `methods.method_rows`."""
+    return pa.Table.from_pylist(list(method_rows(snapshot).values()), schema=TABLES["methods"])
 
 
 def _catalog(snapshot: Snapshot) -> duckdb.DuckDBPyConnection:
@@ -97,10 +106,7 @@ def _catalog(snapshot: Snapshot) -> duckdb.DuckDBPyConnection:
         type="arrow",
         null_handling="special",
     )
-    for name in STORED:
-        if not _is_of_today(name, snapshot):
-            connection.execute(older_view(name).create)
-    for relation in relations():
+    for relation in (*older_views(snapshot), *relations()):
         connection.execute(relation.create)
     connection.execute("SET lock_configuration = true")
     return connection

@@ -12,9 +12,9 @@ import lance
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from attrdb import sql
 from attrdb.errors import AttrdbError, InvalidValue, StorageError
-from attrdb.sql.relations import ROLE_VIEWS, STORED, relations
+from attrdb.sql.connection import method_table, older_views, table_name
+from attrdb.sql.relations import relations
 from attrdb.store.lance_errors import storage
 from attrdb.store.schema import feature_columns
 from attrdb.store.snapshot import Snapshot
@@ -81,8 +81,9 @@ def _stream(
     snapshot: Snapshot, name: str, left_out: set[str], report: Report
 ) -> tuple[pa.Schema, Iterator[pa.RecordBatch]]:
     """The schema of a table without what is left out, and its rows in batches."""
-    if name in (*STORED, "methods"):  # as SQL shows them
-        return _stream_view(snapshot, name, report)
+    if name == "methods":  # those without a row, too
+        methods = method_table(snapshot)
+        return methods.schema, iter(methods.to_batches())
     table: lance.LanceDataset = snapshot.tables[name]
     shown = snapshot.visible("true") if name == "images" and snapshot.hidden_models else None
     columns = [column for column in table.schema.names if column not in left_out]
@@ -101,22 +102,6 @@ def _stream(
                 yield batch
 
     return scanner.projected_schema, batches()
-
-
-def _stream_view(snapshot: Snapshot, name: str, report: Report) -> tuple[pa.Schema, Iterator[pa.RecordBatch]]:
-    connection = sql.connect(snapshot)
-    total = connection.sql(f"SELECT count(*) FROM {name}").fetchall()[0][0]
-    reader = connection.sql(f"FROM {name}").to_arrow_reader(BATCH_ROWS)
-
-    def batches() -> Iterator[pa.RecordBatch]:
-        done = 0
-        with storage(snapshot.path), connection:
-            for batch in reader:
-                done += len(batch)
-                report(f"export {name}", done, total)
-                yield batch
-
-    return reader.schema, batches()
 
 
 def _write_parquet(snapshot: Snapshot, folder: Path, left_out: set[str], report: Report) -> dict[str, int]:
@@ -150,16 +135,16 @@ def _write_duckdb(snapshot: Snapshot, file: Path, left_out: set[str], report: Re
             raised: list[BaseException] = []
             connection.register("_rows", pa.RecordBatchReader.from_batches(schema, _watched(batches, raised)))
             try:
-                connection.execute(f'CREATE TABLE "{name}" AS FROM _rows')
+                connection.execute(f'CREATE TABLE "{table_name(name, snapshot)}" AS FROM _rows')
             except duckdb.Error:
                 # What is raised while DuckDB reads the stream, Ctrl-C too, comes back as an error of its own.
                 if raised:
                     raise raised[0] from None
                 raise
             connection.unregister("_rows")
-            counts[name] = connection.sql(f'SELECT count(*) FROM "{name}"').fetchall()[0][0]
-        for view in relations():
-            if view.name in ROLE_VIEWS:
+            counts[name] = connection.sql(f'SELECT count(*) FROM "{table_name(name, snapshot)}"').fetchall()[0][0]
+        for view in (*older_views(snapshot), *relations()):
+            if not view.arguments:
                 connection.execute(view.create)
     return counts
 
