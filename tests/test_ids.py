@@ -7,12 +7,11 @@ import pytest
 from click.testing import CliRunner
 
 import attrdb
-from attrdb import database
 from attrdb.cli import main
 from attrdb.errors import InvalidValue
 from attrdb.ingest.models.settings import default_model_id, read_exemplars, settings_for
 from attrdb.models import training_record
-from attrdb.store import ids
+from attrdb.store import ids, writer
 from attrdb.training.train import TrainSettings, train
 
 HOSTILE = ["/../../../precious", "../precious", "/../../images.lance", "a/b", "a\\b", ".", "..", ".hidden", "-x", "a b"]
@@ -163,7 +162,7 @@ def test_ids_made_from_long_names_can_be_used(empty, exemplar_folder, tiny_base)
 
 def test_an_old_database_with_an_encoder_of_a_long_name_is_used_on(empty, monkeypatch):
     spec = "torchscript:" + "x" * 150
-    monkeypatch.setattr(database, "LONGEST_ENCODER_ID", 1000)
+    monkeypatch.setattr(writer, "LONGEST_ENCODER_ID", 1000)
     encoder_id = empty.writer.add_encoder(spec, 2, {}, "")
     monkeypatch.undo()
     assert empty.writer.check_encoder(spec, 2, {}, "")

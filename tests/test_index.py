@@ -517,7 +517,7 @@ def test_building_again_and_an_encoder_of_odd_length(tmp_path, monkeypatch):
     assert done.exit_code == 0, done.output
     assert "IVF_SQ of some 1,200 features of points_15, 15-d: 43 cells, on cpu" in done.stderr
     assert "recall@10" in done.stderr
-    again = index_build.build(attrdb.open(db.path))
+    again = index_build.build(attrdb.open(db.path).writer)
     assert (again["queries"], again["n_queries"]) == ("candidates", 200)
     assert again["recall"] >= index_tuning.RECALL_WANTED
 
@@ -573,7 +573,7 @@ def test_attributions_of_many_samples_are_stored(indexed, monkeypatch):
     assert (
         CliRunner().invoke(main, [*more, "--tau", "0.2", "--exact"]).stderr == "60 samples attributed, 0 were already\n"
     )
-    with exclusive_lock(lock_file(indexed.path, "attribute", "points_16", ""), "held"):
+    with exclusive_lock(lock_file(indexed.path, "attribute", "points_16"), "held"):
         busy = CliRunner().invoke(main, more)
     assert "are being attributed by points_16 by another process" in busy.stderr
     indexed.refresh()

@@ -80,7 +80,7 @@ def test_killed_and_rerun_is_run_once(tmp_path, exemplar_folder, tiny_base, toy_
 
 def test_killed_between_images_and_models_row(empty, exemplar_folder, tiny_base, toy_encoder, monkeypatch):
     empty.writer.add_encoder(toy_encoder.spec, 2, {}, "none")
-    monkeypatch.setattr(type(empty), "upsert", lambda *args, **kwargs: 1 / 0)
+    monkeypatch.setattr(type(empty.writer), "upsert", lambda *args, **kwargs: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         ingest(empty, exemplar_folder, tiny_base, toy_encoder)
     monkeypatch.undo()
