@@ -24,6 +24,7 @@ from attrdb.store.tables import create_table, table_exists
 from attrdb.store.writer import Writer
 from attrdb.upkeep import health
 
+SIMILARITY = ("encoder_id", "mapper_id")  # they name a method, see `resolve_method`
 DESCRIBED = ["role", "model_id", "source", "category", "creator", "license"]
 
 
@@ -131,7 +132,7 @@ class Database:
     def query(self, name: str, **parameters: Any) -> pa.Table:
         """The result of a named query, such as `db.query("recall_at_k", k=10)`.
 
-        A query's encoder_id is the database's first encoder where none is given.
+        A query's `method` may be given as encoder_id and mapper_id too; without any it is similarity of the first encoder.
         raises: NotFound for an unknown query, encoder or image, InvalidValue for a wrong parameter
         """
         snapshot = self.snapshot
@@ -140,7 +141,7 @@ class Database:
 
     def bound_query(self, name: str, **parameters: Any) -> tuple[str, dict[str, Any]]:
         """The SQL of a named query and all its parameters, for a caller that runs it itself; raises as `query`."""
-        query, given = self._named(self._snapshot, name, parameters)
+        query, given = self._named(self.snapshot, name, parameters)
         return query.sql, given
 
     def stream_query(self, name: str, rows: int = 8192, **parameters: Any) -> Iterator[pa.RecordBatch]:
@@ -157,17 +158,19 @@ class Database:
         query = queries.load(name, self.query_folders)
         parameters = dict(parameters)
         names = {parameter.name for parameter in query.parameters}
+        encoder_id, mapper_id, image_id = (parameters.get(name) for name in ("encoder_id", "mapper_id", "image_id"))
+        by = None
         if "method" in names:
-            # Similarity may be named by encoder and mapper instead.
-            named = [parameters.pop(name, None) for name in ("encoder_id", "mapper_id") if name not in names]
-            parameters["method"] = resolve_method(snapshot, parameters.get("method"), *named)
-            if "other" in names:
-                parameters["other"] = resolve_method(snapshot, parameters.get("other"))
+            # Similarity may be named by encoder and mapper in the place of a method.
+            by = parameters["method"] = resolve_method(snapshot, parameters.get("method"), encoder_id, mapper_id)
+            parameters = {name: value for name, value in parameters.items() if name in names or name not in SIMILARITY}
         elif "encoder_id" in names:
-            by = resolve_method(snapshot, None, parameters.get("encoder_id"), parameters.get("mapper_id"))
+            by = resolve_method(snapshot, None, encoder_id, mapper_id)
             parameters["encoder_id"] = method_rows(snapshot)[by]["encoder_id"]
-        if {"method", "image_id"} <= names and isinstance(parameters.get("image_id"), str):
-            check_attributable(snapshot, parameters["image_id"], parameters["method"])
+        if "other" in names:
+            parameters["other"] = resolve_method(snapshot, parameters.get("other"))
+        if by and "image_id" in names and isinstance(image_id, str):
+            check_attributable(snapshot, image_id, by)
         return query, query.bind(parameters)
 
     # --- attribution --------------------------------------------------------------------------------------------------
