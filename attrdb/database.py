@@ -18,7 +18,7 @@ from attrdb.search.mapper import Mapper, stored_mapper
 from attrdb.store.features import Block
 from attrdb.store.lance_errors import storage
 from attrdb.store.predicates import among
-from attrdb.store.schema import TABLES
+from attrdb.store.schema import TABLES, Row
 from attrdb.store.snapshot import Snapshot
 from attrdb.store.tables import create_table, table_exists
 from attrdb.store.writer import Writer
@@ -97,12 +97,12 @@ class Database:
         return self.snapshot.version
 
     @property
-    def encoders(self) -> dict[str, dict]:
+    def encoders(self) -> dict[str, Row]:
         """The rows of `encoders`, by encoder_id, in the order in which they were added."""
         return self.snapshot.encoders
 
     @property
-    def methods(self) -> dict[str, dict]:
+    def methods(self) -> dict[str, Row]:
         """The rows of `methods`, by method_id: similarity by encoders and mappers first."""
         return method_rows(self.snapshot)
 
@@ -140,7 +140,7 @@ class Database:
 
     def bound_query(self, name: str, **parameters: Any) -> tuple[str, dict[str, Any]]:
         """The SQL of a named query and all its parameters, for a caller that runs it itself; raises as `query`."""
-        query, given = self._named(self._snapshot, name, parameters)
+        query, given = self._named(self.snapshot, name, parameters)
         return query.sql, given
 
     def stream_query(self, name: str, rows: int = 8192, **parameters: Any) -> Iterator[pa.RecordBatch]:

@@ -14,6 +14,7 @@ from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -49,7 +50,7 @@ RECORDED_ONLY = ("computed_in", "regularization")
 # The base model is compared by the hash of its weights, since its folder may move.
 NOT_COMPARED = {"base_model", *RECORDED_ONLY, *(option.name for option in MODEL_OPTIONS if option.of_machine)}
 # Settings that early records lack, with the values that those models were made with.
-DEFAULTS_BEFORE_0_1 = {
+DEFAULTS_BEFORE_0_1: dict[str, Any] = {
     "precision": "auto",
     "customize": {"augment": "none", "prior": "caption", "prior_images": 0, "prior_weight": 1.0, "token_from": ""},
 }
