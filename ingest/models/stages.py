@@ -40,6 +40,7 @@ from attrdb.ingest.encode.stream import ahead
 from attrdb.ingest.options import MODEL_OPTIONS, CustomizeSettings, SynthesizeSettings
 from attrdb.ingest.prompts import TOKEN
 from attrdb.ingest.read.pictures import Picture, read_picture, webp
+from attrdb.store.files import write_whole
 from attrdb.store.ids import JobFolder
 from attrdb.store.leases import LEASE_MINUTES, Lease, leased
 
@@ -111,13 +112,6 @@ def open_job(job: Path, record: dict) -> dict:
 
 def write_settings(job: Path, record: dict) -> None:
     write_whole(job / "settings.json", lambda part: part.write_text(json.dumps(record, indent=2)))
-
-
-def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Write a file that appears whole or not at all."""
-    part = path.with_suffix(".part")
-    write(part)
-    part.replace(path)
 
 
 def customize_stage(
