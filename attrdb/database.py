@@ -18,7 +18,7 @@ from attrdb.search.mapper import Mapper, stored_mapper
 from attrdb.store.features import Block
 from attrdb.store.lance_errors import storage
 from attrdb.store.predicates import among
-from attrdb.store.schema import TABLES
+from attrdb.store.schema import TABLES, Row
 from attrdb.store.snapshot import Snapshot
 from attrdb.store.tables import create_table, table_exists
 from attrdb.store.writer import Writer
@@ -98,12 +98,12 @@ class Database:
         return self.snapshot.version
 
     @property
-    def encoders(self) -> dict[str, dict]:
+    def encoders(self) -> dict[str, Row]:
         """The rows of `encoders`, by encoder_id, in the order in which they were added."""
         return self.snapshot.encoders
 
     @property
-    def methods(self) -> dict[str, dict]:
+    def methods(self) -> dict[str, Row]:
         """The rows of `methods`, by method_id: similarity by encoders and mappers first."""
         return method_rows(self.snapshot)
 
