@@ -20,6 +20,7 @@ docs: $(VENV)/.ready
 	$(BIN)/python docs/cli.py
 	$(BIN)/python docs/dictionary.py
 	$(BIN)/python docs/options.py
+	$(BIN)/python docs/architecture.py
 
 # The experiments on IconAbC, from its frozen files; hours on two cores, and it goes on where it was.
 benchmark: $(VENV)/.ready

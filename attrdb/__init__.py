@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from attrdb.database import Database
 
-__version__ = "0.1.0"
+__version__ = "0.1.0"  # the only place; pyproject.toml reads this line
 __all__ = [
     "AttrdbError",
     "Busy",

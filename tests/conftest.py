@@ -3,19 +3,53 @@
 from __future__ import annotations
 
 import os
+import sys
 from dataclasses import replace
-from importlib.util import find_spec
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pyarrow as pa
 import pytest
 from learnable import build
-from PIL import Image
 
 import attrdb
 from attrdb.search.exact import accelerator
 from attrdb.store.schema import feature_array
+
+ROOT = Path(__file__).parent.parent
+
+# The test modules that need the core alone: no torch, no Pillow. Where torch is not installed, the others are left out.
+LIGHT = (
+    "test_application",
+    "test_architecture",
+    "test_attribution",
+    "test_contributing",
+    "test_database",
+    "test_dictionary",
+    "test_evaluation",
+    "test_export",
+    "test_general_attribution",
+    "test_golden",
+    "test_index",
+    "test_ingest_embeddings",
+    "test_intervals",
+    "test_maintenance",
+    "test_node",
+    "test_shell",
+    "test_site",
+    "test_sql",
+    "test_sql_page",
+    "test_upgrades",
+    "test_user_queries",
+    "test_version",
+)
+collect_ignore = [
+    path.name
+    for path in Path(__file__).parent.glob("test_*.py")
+    if path.stem not in LIGHT and find_spec("torch") is None
+]
 
 # What goes the way of an accelerator is run on one, or else by torch on the CPU with its kernels interpreted.
 OTHER = {"cuda": "cuda", "cpu": "cpu:0"}[accelerator("auto")]
@@ -24,6 +58,14 @@ if OTHER == "cpu:0":
     os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported
 
 TOY = {"spec": "toy:2", "dimension": 2, "preprocessing": {}, "weights_fingerprint": "none"}
+
+
+def docs_script(name: str) -> ModuleType:
+    """The module docs/NAME.py, which is in no package."""
+    spec = spec_from_file_location(f"docs_{name}", ROOT / "docs" / f"{name}.py")
+    module = sys.modules[spec.name] = module_from_spec(spec)  # dataclasses look their module up there
+    spec.loader.exec_module(module)
+    return module
 
 
 def angle(degrees: float) -> list[float]:
@@ -89,6 +131,8 @@ def toy_encoder():
 
 
 def picture(path: Path, colour: tuple[int, int, int], size: int = 32) -> Path:
+    from PIL import Image  # not in the light core
+
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new("RGB", (size, size), colour).save(path)
     return path

@@ -99,8 +99,8 @@ def _regenerated(database: Any, model_id: str, n_samples: int, base_model: str |
 
 
 def _print_model(model: dict[str, Any]) -> None:
-    from attrdb.cli.output import shown
     from attrdb.models import settings_by_group
+    from attrdb.text import shown
 
     def line(name: str, value: Any, indent: str = "  ") -> None:
         click.echo(f"{indent}{name.replace('_', ' ')}: {shown(value)}")

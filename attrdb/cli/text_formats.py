@@ -13,7 +13,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from attrdb.cli.output import plain, shown
+from attrdb.text import plain, shown
 
 BATCH_ROWS = 1024
 PIPE_WIDTH = 10_000  # a pipe or a file gets whole lines, not lines folded at 80 columns

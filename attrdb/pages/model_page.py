@@ -10,10 +10,10 @@ from typing import Any
 import jinja2
 
 import attrdb
-from attrdb.cli.output import shown
 from attrdb.database import Database
 from attrdb.models import describe, settings_by_group
 from attrdb.pages.html import data_uri
+from attrdb.text import shown
 
 SIDE = 256  # pixels; larger pictures are scaled down to it
 WIDTH, HEIGHT = 720, 220  # of the loss curve, in its own units

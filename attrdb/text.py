@@ -1,0 +1,30 @@
+"""Single values as JSON can hold them, and as a person reads them."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+
+def plain(value: Any) -> Any:
+    """A value as JSON can hold it: bytes only by their length, NaN and infinity as null."""
+    if isinstance(value, bytes):
+        return f"<{len(value)} bytes>"
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, list) or type(value) is tuple:  # a tuple: an entry of a map
+        return [plain(item) for item in value]
+    if isinstance(value, dict):
+        return {name: plain(item) for name, item in value.items()}
+    return value if isinstance(value, (str, int, type(None))) else str(value)
+
+
+def shown(value: Any) -> str:
+    """A value as a person reads it in a table."""
+    if value is None:
+        return "-"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, list) and len(value) > 8:
+        return f"[{', '.join(shown(item) for item in value[:3])}, ... {len(value)}]"
+    return str(plain(value))
