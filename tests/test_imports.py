@@ -1,4 +1,4 @@
-"""Which heavy packages an import loads: torch and what builds on it only where a network runs.
+"""Which heavy packages an import loads: torch and what builds on it only where a network runs."""
 
 from __future__ import annotations
 
