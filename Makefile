@@ -8,8 +8,9 @@ BIN := $(VENV)/bin
 demo: $(VENV)/.ready
 	$(BIN)/attrdb demo demo
 
+# A process per core, at most four, each with one thread for torch and BLAS: threads that share a core slow each other down.
 test: $(VENV)/.ready
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 # The tests, and the lines that they do not reach; in htmlcov/ page by page.
 coverage: $(VENV)/.ready
@@ -21,6 +22,7 @@ coverage: $(VENV)/.ready
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 docs: $(VENV)/.ready
 	$(BIN)/python docs/cli.py

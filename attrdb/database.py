@@ -18,12 +18,13 @@ from attrdb.search.mapper import Mapper, stored_mapper
 from attrdb.store.features import Block
 from attrdb.store.lance_errors import storage
 from attrdb.store.predicates import among
-from attrdb.store.schema import TABLES
+from attrdb.store.schema import TABLES, Row
 from attrdb.store.snapshot import Snapshot
 from attrdb.store.tables import create_table, table_exists
 from attrdb.store.writer import Writer
 from attrdb.upkeep import health
 
+SIMILARITY = ("encoder_id", "mapper_id")  # they name a method, see `resolve_method`
 DESCRIBED = ["role", "model_id", "source", "category", "creator", "license"]
 
 
@@ -97,12 +98,12 @@ class Database:
         return self.snapshot.version
 
     @property
-    def encoders(self) -> dict[str, dict]:
+    def encoders(self) -> dict[str, Row]:
         """The rows of `encoders`, by encoder_id, in the order in which they were added."""
         return self.snapshot.encoders
 
     @property
-    def methods(self) -> dict[str, dict]:
+    def methods(self) -> dict[str, Row]:
         """The rows of `methods`, by method_id: similarity by encoders and mappers first."""
         return method_rows(self.snapshot)
 
@@ -131,7 +132,7 @@ class Database:
     def query(self, name: str, **parameters: Any) -> pa.Table:
         """The result of a named query, such as `db.query("recall_at_k", k=10)`.
 
-        A query's encoder_id is the database's first encoder where none is given.
+        A query's `method` may be given as encoder_id and mapper_id too; without any it is similarity of the first encoder.
         raises: NotFound for an unknown query, encoder or image, InvalidValue for a wrong parameter
         """
         snapshot = self.snapshot
@@ -157,17 +158,19 @@ class Database:
         query = queries.load(name, self.query_folders)
         parameters = dict(parameters)
         names = {parameter.name for parameter in query.parameters}
+        encoder_id, mapper_id, image_id = (parameters.get(name) for name in ("encoder_id", "mapper_id", "image_id"))
+        by = None
         if "method" in names:
-            # Similarity may be named by encoder and mapper instead.
-            named = [parameters.pop(name, None) for name in ("encoder_id", "mapper_id") if name not in names]
-            parameters["method"] = resolve_method(snapshot, parameters.get("method"), *named)
-            if "other" in names:
-                parameters["other"] = resolve_method(snapshot, parameters.get("other"))
+            # Similarity may be named by encoder and mapper in the place of a method.
+            by = parameters["method"] = resolve_method(snapshot, parameters.get("method"), encoder_id, mapper_id)
+            parameters = {name: value for name, value in parameters.items() if name in names or name not in SIMILARITY}
         elif "encoder_id" in names:
-            by = resolve_method(snapshot, None, parameters.get("encoder_id"), parameters.get("mapper_id"))
+            by = resolve_method(snapshot, None, encoder_id, mapper_id)
             parameters["encoder_id"] = method_rows(snapshot)[by]["encoder_id"]
-        if {"method", "image_id"} <= names and isinstance(parameters.get("image_id"), str):
-            check_attributable(snapshot, parameters["image_id"], parameters["method"])
+        if "other" in names:
+            parameters["other"] = resolve_method(snapshot, parameters.get("other"))
+        if by and "image_id" in names and isinstance(image_id, str):
+            check_attributable(snapshot, image_id, by)
         return query, query.bind(parameters)
 
     # --- attribution --------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 
@@ -43,7 +44,7 @@ GROUP BY ALL
 ORDER BY ALL
 """
 
-Report = Callable[[str, int, int], None]
+Report = Callable[[str, int, int | None], None]
 
 
 def bundled_icons() -> Path:
@@ -61,6 +62,11 @@ def bundled_exemplars(concept: str) -> tuple[list[Exemplar], str, str]:
     ]
     kind = json.loads(chosen[0]["metadata"])["kind"]
     return exemplars, kind, chosen[0]["category"] if kind == "object" else concept
+
+
+def _within(concept: str, report: Report) -> Report:
+    """Reports the stages of one model."""
+    return lambda stage, done, total: report(f"{concept}: {stage}", done, total)
 
 
 def build(folder: Path, report: Report, corpus: Path | None = None, concepts: tuple[str, ...] = CONCEPTS) -> Path:
@@ -93,10 +99,10 @@ def build(folder: Path, report: Report, corpus: Path | None = None, concepts: tu
             settings,
             encoders,
             model_id=concept,
-            report=lambda stage, done, total, concept=concept: report(f"{concept}: {stage}", done, total),
+            report=_within(concept, report),
         )
     for encoder_id in db.encoders:
-        evaluate(db, encoder_id, "own", lambda done, total, stage=encoder_id: report(f"evaluate {stage}", done, total))
+        evaluate(db, encoder_id, "own", partial(report, f"evaluate {encoder_id}"))
     page = folder / "index.html"
     page.write_text(render(db, report), encoding="utf-8")
     return page

@@ -77,7 +77,7 @@ def training_record(path: Path, weights_path: str | None) -> dict[str, Any]:
     if not file.exists():
         return {}
     try:
-        record = json.loads(file.read_text(encoding="utf-8"))
+        record: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         record["losses"] = [float(loss) for loss in record.get("losses", []) if math.isfinite(loss)]
     except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
         return {"problem": f"{file} is not a training record: {error}"}
@@ -95,7 +95,7 @@ def settings_by_group(model: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return {group: values for group, values in groups.items() if values}
 
 
-def _place(sample: dict[str, Any], prompts: list[str]) -> tuple:
+def _place(sample: dict[str, Any], prompts: list[str]) -> tuple[str, int, str, str]:
     """Samples come by scheme, then in the order in which the model's prompts were drawn, then by id."""
     prompt = sample["prompt"] or ""
     number = prompts.index(prompt) if prompt in prompts else len(prompts)

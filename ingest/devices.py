@@ -49,7 +49,8 @@ def resolved_precision(precision: str, device: str | None = None) -> str:
     if precision != "auto":
         return precision
     if is_cpu(device or default_device()):
-        capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.9 has no such function yet
+        get_capabilities = getattr(torch.cpu, "get_capabilities", dict)  # torch 2.9 has no such function yet
+        capabilities: dict[str, bool] = get_capabilities()
         native = capabilities.get("amx_bf16", False)
     else:
         native = torch.cuda.is_bf16_supported(including_emulation=False)

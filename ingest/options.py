@@ -195,7 +195,7 @@ def options_of(settings: type, nested: bool = True) -> Iterator[Option]:
         type_ = next(iter(get_args(types[member.name])), types[member.name])  # of `int | None` the int
         if "option" in member.metadata:
             yield replace(member.metadata["option"], name=member.name, type=type_)
-        elif nested and is_dataclass(type_):
+        elif nested and isinstance(type_, type) and is_dataclass(type_):
             yield from options_of(type_)
 
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 import difflib
 import operator
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import entry_points
@@ -38,7 +38,13 @@ def _boolean(value: Any) -> bool:
     return value if isinstance(value, bool) else known[str(value).lower()]
 
 
-_CASTS = {"INTEGER": int, "BIGINT": int, "DOUBLE": float, "VARCHAR": str, "BOOLEAN": _boolean}
+_CASTS: dict[str, Callable[[Any], Any]] = {
+    "INTEGER": int,
+    "BIGINT": int,
+    "DOUBLE": float,
+    "VARCHAR": str,
+    "BOOLEAN": _boolean,
+}
 
 
 @dataclass(frozen=True)

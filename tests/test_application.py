@@ -4,6 +4,7 @@ import inspect
 import re
 import threading
 import time
+import tomllib
 from datetime import UTC, datetime, timedelta
 from importlib.resources import files
 from pathlib import Path
@@ -191,6 +192,13 @@ def test_the_package_is_typed():
     assert files("attrdb").joinpath("py.typed").is_file()
     pyproject = (Path(__file__).parent.parent / "pyproject.toml").read_text()
     assert '"py.typed"' in pyproject
+
+
+def test_a_checkout_holds_the_whole_package_where_type_checkers_look():
+    root = Path(__file__).parent.parent
+    packages = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    assert "attrdb.queries" in packages
+    assert [name for name in packages if not root.joinpath(*name.split("."), "__init__.py").is_file()] == []
 
 
 @pytest.mark.parametrize("name", sorted(public_methods() | {"__init__"}))

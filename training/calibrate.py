@@ -21,8 +21,8 @@ import torch
 import torch.nn.functional as F
 
 from attrdb.attribution.methods import load_method, resolve_method
+from attrdb.attribution.protocol import Method
 from attrdb.attribution.similarity import Similarity
-from attrdb.attribution.stored import Stored
 from attrdb.database import Database
 from attrdb.errors import InvalidValue
 from attrdb.search.mapper import Mapper
@@ -169,7 +169,7 @@ def similarities(
     return Similarities(np.concatenate(rows), top, tail), size
 
 
-def stored_scores(db: Database, method: Stored, split: str) -> tuple[Similarities, int]:
+def stored_scores(db: Database, method: Method, split: str) -> tuple[Similarities, int]:
     """Of all scored samples of a split's models, and the mean number of pretraining images that have a score."""
     table = db.query("stored_scores", method=method.method_id, split=split)
     samples, first = np.unique(table["sample_id"].to_numpy(), return_index=True)
@@ -257,10 +257,11 @@ def divergence_of(found: Similarities, tau: float, lam: float) -> float:
         return _divergence(*_tensors(found), *(torch.tensor(value, dtype=torch.float64) for value in (tau, lam))).item()
 
 
-def _tensors(found: Similarities) -> tuple[torch.Tensor, ...]:
+def _tensors(found: Similarities) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     used = np.flatnonzero(found.tail.any(axis=0))
-    arrays = (found.own, found.top, found.tail[:, used].astype(np.float64), found.centres[used])
-    return tuple(map(torch.from_numpy, arrays))
+    own, top = torch.from_numpy(found.own), torch.from_numpy(found.top)
+    tail, centres = found.tail[:, used].astype(np.float64), found.centres[used]
+    return own, top, torch.from_numpy(tail), torch.from_numpy(centres)
 
 
 def _divergence(

@@ -9,8 +9,8 @@ import numpy as np
 import pyarrow as pa
 
 from attrdb.attribution.methods import load_method, resolve_method
+from attrdb.attribution.protocol import Method
 from attrdb.attribution.similarity import Similarity
-from attrdb.attribution.stored import Stored
 from attrdb.database import Database
 from attrdb.errors import InvalidValue, NotFound
 from attrdb.search import exact as exact_search
@@ -50,8 +50,10 @@ def evaluate(
     db.refresh()
     method_id = resolve_method(db.snapshot, method)
     by = load_method(db.snapshot, method_id)
-    rank = _similarity_ranks if isinstance(by, Similarity) else _stored_ranks
-    rows = rank(db, by, gallery, report, device)
+    if isinstance(by, Similarity):
+        rows = _similarity_ranks(db, by, gallery, report, device)
+    else:
+        rows = _stored_ranks(db, by, gallery, report)
     shared = {"method_id": method_id, "gallery": gallery, "images_version": db.version}
     for name, value in shared.items():
         rows = rows.append_column(name, pa.array([value] * len(rows)))
@@ -59,7 +61,7 @@ def evaluate(
     return len(rows)
 
 
-def _stored_ranks(db: Database, method: Stored, gallery: str, report: Report, device: str) -> pa.Table:
+def _stored_ranks(db: Database, method: Method, gallery: str, report: Report) -> pa.Table:
     report(0, 1)
     rows = db.query("stored_ranks", method=method.method_id, gallery=gallery)
     if not len(rows):

@@ -8,6 +8,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -34,10 +35,10 @@ class Choice:
     prompt_scheme: str = "both"
     seed: int = 0
 
-    def of_images(self) -> dict[str, str]:
+    def of_images(self) -> dict[str, Any]:
         return {"kind": self.kind, "split": self.split, "prompt_scheme": self.prompt_scheme}
 
-    def of_pairs(self, epoch: int) -> dict[str, str | int]:
+    def of_pairs(self, epoch: int) -> dict[str, Any]:
         return {**self.of_images(), "seed": self.seed, "epoch": epoch}
 
 
@@ -133,7 +134,8 @@ def _stored(db: Database, encoder_id: str, choice: Choice, file: Path) -> tuple[
     ids = []
     with file.open("wb") as opened:
         for batch in db.stream_query("training_features", encoder_id=encoder_id, **choice.of_images()):
-            opened.write(np.ascontiguousarray(batch["feature"].flatten().to_numpy(zero_copy_only=False), np.float32))
+            values: np.ndarray = batch["feature"].flatten().to_numpy(zero_copy_only=False)
+            opened.write(np.ascontiguousarray(values, np.float32).data)
             ids.append(batch["image_id"])
     found = pa.chunked_array(ids, pa.string()).combine_chunks()
     return found, np.memmap(file, np.float32, "r", shape=(len(found), db.encoders[encoder_id]["dimension"]))

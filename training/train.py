@@ -18,6 +18,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -145,11 +146,11 @@ class _Training:
         if self.checkpoint.exists():
             self._resume()
         else:
-            self.curves = [{"epoch": 0, "loss": None, **self.validation.found(self.mapper())}]
+            self.curves: list[dict[str, Any]] = [{"epoch": 0, "loss": None, **self.validation.found(self.mapper())}]
             self._keep()
 
     @property
-    def best(self) -> dict:
+    def best(self) -> dict[str, Any]:
         """The epoch with the lowest mean log rank, the first of several."""
         return min(self.curves, key=lambda epoch: (epoch["mean_log_rank"], epoch["epoch"]))
 

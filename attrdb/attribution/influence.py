@@ -36,4 +36,5 @@ def influence(scores: np.ndarray, tau: float = DEFAULT_TAU, lam: float = DEFAULT
     scores = np.asarray(scores, dtype=np.float64)
     excess = np.exp((scores - scores.max(axis=-1, keepdims=True)) / tau) - lam
     raw = np.maximum(excess, 0.0)
-    return raw / raw.sum(axis=-1, keepdims=True)
+    shares: np.ndarray = raw / raw.sum(axis=-1, keepdims=True)
+    return shares

@@ -31,8 +31,13 @@ class Queries:
 class Method(Protocol):
     """One way of scoring candidates. A higher score means more influence; equal scores go to the smaller image_id."""
 
-    method_id: str
-    scored: str  # what a scored candidate has, for errors, such as "'pixels_8' feature"
+    @property
+    def method_id(self) -> str: ...
+
+    @property
+    def scored(self) -> str:
+        """What a scored candidate has, for errors, such as "'pixels_8' feature"."""
+        ...
 
     def attributable(self, snapshot: Snapshot, samples: str) -> list[str]:
         """The ids of the samples that a predicate keeps and that the method can attribute."""

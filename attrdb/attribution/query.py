@@ -61,8 +61,8 @@ class Attribution:
         """The first k candidates; for None all that have influence."""
         k = int(np.count_nonzero(self.influence)) if k is None else k
         # Copies, so that the many that were looked at are let go.
-        first = (part[:k].copy() for part in (self.ids, self.score, self.influence))
-        return Attribution(*first, self.complete, self.missing_influence)
+        ids, score, influence = (part[:k].copy() for part in (self.ids, self.score, self.influence))
+        return Attribution(ids, score, influence, self.complete, self.missing_influence)
 
 
 def attribute(snapshot: Snapshot, request: AttributionRequest) -> Attribution:
@@ -73,6 +73,8 @@ def attribute(snapshot: Snapshot, request: AttributionRequest) -> Attribution:
     source: Wang et al. 2023, Eq. 6
     """
     method = load_method(snapshot, resolve_method(snapshot, request.method))
+    if request.query is None:
+        raise InvalidValue("no image to attribute; give an image_id or a feature")
     if isinstance(request.query, str):
         queries = _stored_query(snapshot, method, request.query)
     else:
@@ -103,7 +105,8 @@ def attribute_stored(
     queries = method.stored_queries(snapshot, image_ids)
     if not queries.ids:
         return {}
-    return dict(zip(queries.ids, _attribute(snapshot, method, queries, request), strict=True))
+    answers = _attribute(snapshot, method, queries, request)
+    return {image_id: answer for image_id, answer in zip(queries.ids, answers, strict=True) if image_id is not None}
 
 
 def _attribute(snapshot: Snapshot, method: Method, queries: Queries, request: AttributionRequest) -> list[Attribution]:

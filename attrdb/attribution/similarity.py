@@ -31,7 +31,8 @@ class Similarity:
 
     def attributable(self, snapshot: Snapshot, samples: str) -> list[str]:
         where = f"role = 'sample' AND `{self.encoder_id}` IS NOT NULL AND ({samples})"
-        return snapshot.images(where, ["image_id"])["image_id"].to_pylist()
+        ids: list[str] = snapshot.images(where, ["image_id"])["image_id"].to_pylist()
+        return ids
 
     def stored_queries(self, snapshot: Snapshot, image_ids: Sequence[str]) -> Queries:
         where = f"{among('image_id', image_ids)} AND `{self.encoder_id}` IS NOT NULL"
@@ -51,6 +52,7 @@ class Similarity:
         return Queries([None], (feature / norm)[None])
 
     def nearest(self, snapshot: Snapshot, queries: Queries, k: int, candidates: str | None, exact: bool) -> Hits:
+        assert queries.features is not None  # those of this method have them
         return planner.nearest(
             snapshot, self.encoder_id, queries.features, k, mapper=self.mapper, candidates=candidates, exact=exact
         )

@@ -73,4 +73,5 @@ class Stored:
 
 
 def _distinct(scores: pa.Table) -> list[str]:
-    return pc.unique(scores["candidate_id"]).to_pylist()
+    ids: list[str] = pc.unique(scores["candidate_id"]).to_pylist()
+    return ids

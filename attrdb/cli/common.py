@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -16,7 +17,7 @@ from attrdb.store.ids import check_id
 DB = click.argument("db", type=click.Path(path_type=Path))
 
 
-class Id(click.ParamType):
+class Id(click.ParamType):  # type: ignore[type-arg]  # generic, but not in the oldest click that attrdb takes
     """An id that a command stores or looks up; an empty one would mean none, which is said by leaving the option out.
 
     new: it is to be stored, and must be one that can be part of a path
@@ -100,7 +101,7 @@ def warn_renamed(old: str, new: str) -> None:
     click.echo(f"warning: {old} is now called {new}; the old name goes with the next release", err=True)
 
 
-def renamed(old: str, new: str, parameter: str) -> Any:
+def renamed(old: str, new: str, parameter: str) -> Callable[[Any], Any]:
     """An old name of an option: it works for one release, with a warning, and --help does not show it.
 
     new, parameter: the option's name now, and the name of its parameter
@@ -122,7 +123,7 @@ def renamed(old: str, new: str, parameter: str) -> Any:
     )
 
 
-class RenamedChoice(click.Choice):
+class RenamedChoice(click.Choice):  # type: ignore[type-arg]  # as `Id`
     """A choice of which some values had other names, which work for one release, with a warning."""
 
     def __init__(self, choices: list[str], old: dict[str, str]):
@@ -209,7 +210,7 @@ def encoder_spec(database: Any, encoder: str) -> str:
     return stored["spec"] if stored else encoder
 
 
-def open_with_encoders(path: Path, encoders: tuple[str, ...]) -> tuple[Any, list]:
+def open_with_encoders(path: Path, encoders: tuple[str, ...]) -> tuple[Any, list[Any]]:
     """The database at the path, made if there is none, and the encoders; nothing is made when an encoder is unknown."""
     from attrdb.database import open_or_create
     from attrdb.store.tables import table_exists

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from attrdb.ingest.options import Option
 PLAIN_TYPES = {str: click.STRING, int: click.INT, Path: click.Path(path_type=Path)}
 
 
-def model_options(options: Iterable[Option]) -> Any:
+def model_options(options: Iterable[Option]) -> Callable[[Any], Any]:
     """Options of a model. The value of an option that is left out is None: the base model and the method have defaults."""
 
     def add(command: Any) -> Any:
@@ -32,7 +32,7 @@ def model_options(options: Iterable[Option]) -> Any:
     return add
 
 
-def machine_options(options: Iterable[Option]) -> Any:
+def machine_options(options: Iterable[Option]) -> Callable[[Any], Any]:
     """Options with the defaults of their declarations."""
 
     def add(command: Any) -> Any:
@@ -49,7 +49,7 @@ def _flag(option: Option) -> str:
     return "--" + option.name.replace("_", "-")
 
 
-def _type(option: Option) -> click.ParamType:
+def _type(option: Option) -> click.ParamType[Any]:
     if option.name == "model_id":
         return Id("model", new=True)
     if option.type is bool:
@@ -59,7 +59,7 @@ def _type(option: Option) -> click.ParamType:
     if option.bound is None:
         return PLAIN_TYPES[option.type]
     least = option.above if option.at_least is None else option.at_least
-    range_type = click.IntRange if option.type is int else click.FloatRange
+    range_type: Callable[..., click.ParamType[Any]] = click.IntRange if option.type is int else click.FloatRange
     return range_type(min=least, min_open=option.at_least is None)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import secrets
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -107,7 +107,7 @@ def _write_text(table: pa.Table, form: str, put: Callable[[str], Any], *, termin
     """Hand a table to `put`, part by part, in one of the formats that are text."""
     from attrdb.cli import text_formats
 
-    parts = {
+    parts: dict[str, Callable[[pa.Table], Iterable[str]]] = {
         "csv": text_formats.csv_parts,
         "json": text_formats.json_parts,
         "markdown": text_formats.markdown_parts,

@@ -71,15 +71,15 @@ def attribute(
     `attributions` for every sample that fulfils the predicate. Rerunning an interrupted command resumes it.
     """
     use_the_machine()
-    if (image is None) == (samples is None):
-        raise click.UsageError("give an IMAGE, or --samples with a predicate")
-    if samples is not None:
+    if samples is not None and image is None:
         if output != Output():
             raise click.UsageError("--samples stores its rows and prints none; leave --format and --output out")
         if candidates is not None or at is not None:
             raise click.UsageError("--samples stores attributions to all candidates as they are now")
         _attribute_samples(db, samples, quiet, (method, encoder_id, mapper_id), k=k, tau=tau, lam=lam, exact=exact)
         return
+    if image is None or samples is not None:
+        raise click.UsageError("give an IMAGE, or --samples with a predicate")
     database = attrdb.open(db, read_only=True, at=at)
     encoder_id = stored_encoder_id(database, encoder_id)
     query: Any = image

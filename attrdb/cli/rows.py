@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
@@ -76,7 +75,7 @@ def format_options(command: Any) -> Any:
     )(command)
 
 
-def output_options(command: Callable) -> Callable:
+def output_options(command: Any) -> Any:
     """--format with its shorthands and --output; the command gets them as one `output`."""
 
     @wraps(command)

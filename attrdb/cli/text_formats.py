@@ -46,7 +46,7 @@ def cell(value: Any) -> Any:
 
 
 def is_number(column: pa.DataType) -> bool:
-    return pa.types.is_integer(column) or pa.types.is_floating(column) or pa.types.is_decimal(column)
+    return any(test(column) for test in (pa.types.is_integer, pa.types.is_floating, pa.types.is_decimal))
 
 
 def csv_parts(table: pa.Table) -> Iterator[str]:
@@ -55,7 +55,7 @@ def csv_parts(table: pa.Table) -> Iterator[str]:
     # With this line end the csv module quotes a field that holds a carriage return, too.
     writer = csv.writer(text, lineterminator="\r\n")
 
-    def line(values: list) -> str:
+    def line(values: list[Any]) -> str:
         writer.writerow(values)
         written = text.getvalue().removesuffix("\r\n") + "\n"
         text.seek(0)

@@ -5,11 +5,14 @@ from __future__ import annotations
 import io
 from collections import defaultdict
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from matplotlib.artist import Artist
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+    from attrdb.store.schema import Row
 
 LEGEND_WIDTH = 2.6  # inches a column
 SOFT, LINE = "#667085", "#e4e7ec"
@@ -17,7 +20,7 @@ COLOURS = ("#1f5fa8", "#c2410c", "#15803d", "#7c3aed", "#b45309", "#0e7490", "#b
 DASHES, MARKERS = ("-", "--", "-."), ("o", "s", "^")
 
 
-def recall_curves(rows: Sequence[dict]) -> str:
+def recall_curves(rows: Sequence[Row]) -> str:
     """Recall@K against K, a panel per test case, a line per method; chance is dotted.
 
     rows: case, method, k, recall, chance
@@ -37,7 +40,7 @@ def recall_curves(rows: Sequence[dict]) -> str:
     return _svg(figure)
 
 
-def gains(rows: Sequence[dict]) -> str:
+def gains(rows: Sequence[Row]) -> str:
     """Gains in recall with their intervals, a panel per test case, a line per method.
 
     rows: case, method, value, low, high
@@ -56,7 +59,7 @@ def gains(rows: Sequence[dict]) -> str:
     return _svg(figure)
 
 
-def reliability(rows: Sequence[dict]) -> str:
+def reliability(rows: Sequence[Row]) -> str:
     """The share that candidates had against the influence they were given, a line a calibration.
 
     rows: method, influence, share
@@ -72,7 +75,7 @@ def reliability(rows: Sequence[dict]) -> str:
     return _svg(figure)
 
 
-def general(rows: Sequence[dict]) -> str:
+def general(rows: Sequence[Row]) -> str:
     """General attribution against recall on exemplars, a panel per case, a point per method.
 
     rows: case, method, x, y
@@ -90,8 +93,8 @@ def general(rows: Sequence[dict]) -> str:
     return _svg(figure)
 
 
-def _by(rows: Sequence[dict], what: str) -> dict[str, list[dict]]:
-    groups: dict[str, list[dict]] = defaultdict(list)
+def _by(rows: Sequence[Row], what: str) -> dict[str, list[Row]]:
+    groups: dict[str, list[Row]] = defaultdict(list)
     for row in rows:
         groups[row[what]].append(row)
     return groups
@@ -113,19 +116,19 @@ def _panels(n: int, width: float = 3.6, height: float = 2.9, columns: int = 3) -
     return figure, list(axes[:n])
 
 
-def _line(number: int) -> dict[str, str]:
+def _line(number: int) -> dict[str, Any]:
     """Colour and dashes of the n-th line; both of them repeat after 24."""
     return {"color": COLOURS[number % len(COLOURS)], "linestyle": DASHES[number // len(COLOURS) % len(DASHES)]}
 
 
 def _legend(figure: Figure) -> None:
     """Under the panels, what any of them shows."""
-    once = {}
+    once: dict[str, Artist] = {}
     for axis in figure.axes:
         for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
             once.setdefault(label, handle)
     columns = max(1, min(4, len(once), int(figure.get_figwidth() // LEGEND_WIDTH)))
-    figure.legend(once.values(), once.keys(), loc="outside lower center", ncols=columns, fontsize=8, frameon=False)
+    figure.legend(list(once.values()), list(once), loc="outside lower center", ncols=columns, fontsize=8, frameon=False)
 
 
 def _svg(figure: Figure) -> str:

@@ -15,6 +15,7 @@ from attrdb.errors import NotFound
 from attrdb.pages import plots
 from attrdb.pages.html import data_uri
 from attrdb.store.predicates import among
+from attrdb.store.schema import Row
 
 CUT_OFFS = (5, 10, 100)
 CURVE = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
@@ -39,7 +40,7 @@ def figures(db: Database, gallery: str = "own") -> dict[str, Any]:
     raises: NotFound if nothing was evaluated on that gallery
     """
 
-    def of_gallery(name: str, **parameters: Any) -> list[dict]:
+    def of_gallery(name: str, **parameters: Any) -> list[Row]:
         return [row for row in db.query(name, **parameters).to_pylist() if row["gallery"] == gallery]
 
     recall = {k: of_gallery("recall_at_k", k=k) for k in sorted({*CUT_OFFS, *CURVE})}
@@ -76,17 +77,17 @@ def figures(db: Database, gallery: str = "own") -> dict[str, Any]:
     }
 
 
-def _plain(row: dict, texts: Iterable[str]) -> dict:
+def _plain(row: Row, texts: Iterable[str]) -> Row:
     """A row with its JSON texts read, and its times as text."""
     plain = {name: value.isoformat() if hasattr(value, "isoformat") else value for name, value in row.items()}
     return plain | {name: json.loads(row[name] or "{}") for name in texts}
 
 
-def _cases(intervals: dict[int, list[dict]], beside: dict[int, list[dict]], precision: list[dict]) -> list[dict]:
-    def key(row: dict) -> tuple:
+def _cases(intervals: dict[int, list[Row]], beside: dict[int, list[Row]], precision: list[Row]) -> list[Row]:
+    def key(row: Row) -> tuple[Any, ...]:
         return tuple(row[name] for name in (*CASE, *METHOD))
 
-    found: dict[tuple, dict] = {}
+    found: dict[tuple[Any, ...], Row] = {}
     for k, rows in intervals.items():
         for row in rows:
             case = found.setdefault(key(row), {name: row[name] for name in (*CASE, *METHOD, "n_models")})
@@ -100,9 +101,9 @@ def _cases(intervals: dict[int, list[dict]], beside: dict[int, list[dict]], prec
     return list(found.values())
 
 
-def _averaged(k: int, rows: list[dict]) -> list[dict]:
+def _averaged(k: int, rows: list[Row]) -> list[Row]:
     """Recall of kind, split and method: the mean over prompt schemes."""
-    groups: dict[tuple, list[dict]] = defaultdict(list)
+    groups: dict[tuple[Any, ...], list[Row]] = defaultdict(list)
     for row in rows:
         groups[tuple(row[name] for name in ("kind", "split", *METHOD))].append(row)
     return [
@@ -116,16 +117,17 @@ def _averaged(k: int, rows: list[dict]) -> list[dict]:
     ]
 
 
-def method_name(row: dict) -> str:
+def method_name(row: Row) -> str:
     """A mapper's id where there is one, else the method's."""
-    return row["mapper_id"] or row["method_id"]
+    name: str = row["mapper_id"] or row["method_id"]
+    return name
 
 
-def case_name(row: dict) -> str:
+def case_name(row: Row) -> str:
     return " · ".join(str(row[name]) for name in CASE if row.get(name))
 
 
-def render_plots(found: dict) -> dict[str, str]:
+def render_plots(found: dict[str, Any]) -> dict[str, str]:
     """The plots of `figures`, as SVG, by name; of what there is nothing of there is no plot."""
     curves = [
         {**row, "case": case_name(row), "method": method_name(row)}
@@ -155,9 +157,9 @@ def render_plots(found: dict) -> dict[str, str]:
     return {name: plot(rows) for name, (plot, rows) in ways.items() if rows}
 
 
-def _both(found: dict) -> list[dict]:
+def _both(found: dict[str, Any]) -> list[Row]:
     """What general attribution is compared with: a point for every method that both benchmarks have."""
-    tests: dict[tuple, list[float]] = defaultdict(list)
+    tests: dict[tuple[Any, ...], list[float]] = defaultdict(list)
     for row in found["curves"]:
         if row["k"] == 10 and row["kind"] != "mixed" and (row["split"] or "").startswith("test"):
             tests[row["kind"], method_name(row)].append(row["recall"])
@@ -179,7 +181,7 @@ def _both(found: dict) -> list[dict]:
 
 def render(db: Database, found: dict[str, Any]) -> str:
     """The page of `figures` as one HTML text, with its plots and pictures inside."""
-    by_case: dict[str, list[dict]] = defaultdict(list)
+    by_case: dict[str, list[Row]] = defaultdict(list)
     for row in found["cases"]:
         by_case[case_name(row)].append({**row, "method": method_name(row)})
     evaluated = {row["mapper_id"] for row in found["cases"]}
@@ -202,7 +204,7 @@ def render(db: Database, found: dict[str, Any]) -> str:
     )
 
 
-def _shown_methods(found: dict, tuned: dict | None) -> list[dict]:
+def _shown_methods(found: dict[str, Any], tuned: Row | None) -> list[Row]:
     """The methods whose answers are shown: similarity without and with the best mapper, then stored methods."""
     similarity = [row for row in found["methods"] if row["kind"] == "similarity"]
     encoder_id = tuned["encoder_id"] if tuned else next((row["encoder_id"] for row in similarity), None)
@@ -211,7 +213,7 @@ def _shown_methods(found: dict, tuned: dict | None) -> list[dict]:
     return shown + [row for row in found["methods"] if row["kind"] != "similarity"]
 
 
-def _queries(db: Database, methods: list[dict]) -> list[dict]:
+def _queries(db: Database, methods: list[Row]) -> list[Row]:
     """Some samples of every split that is for tests, with their exemplars and what each method attributes them to.
 
     Which ones follows from their ids alone.
@@ -254,9 +256,9 @@ def _queries(db: Database, methods: list[dict]) -> list[dict]:
     return tests
 
 
-def _hits(db: Database, sample_ids: list[str], method_id: str) -> list[dict]:
+def _hits(db: Database, sample_ids: list[str], method_id: str) -> list[Row]:
     """The first candidates of some samples, best first; they are searched for together."""
-    return db.sql(
+    hits: list[Row] = db.sql(
         """
         SELECT queries.image_id AS sample_id, hits.image_id, hits.influence
         FROM samples AS queries, attribute(queries.image_id, k := $k, method := $method) AS hits
@@ -265,9 +267,10 @@ def _hits(db: Database, sample_ids: list[str], method_id: str) -> list[dict]:
         """,
         {"k": N_CANDIDATES, "method": method_id, "sample_ids": sample_ids},
     ).to_pylist()
+    return hits
 
 
-def _validated(mapper: dict) -> tuple:
+def _validated(mapper: Row) -> tuple[Any, ...]:
     """Orders mappers by how well they ranked validation exemplars; after them, by recall, those that were not measured so."""
     metrics = mapper["metrics"]
     ranked = "mean_log_rank" in metrics

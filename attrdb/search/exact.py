@@ -89,7 +89,7 @@ def merged(found: Sequence[Hits], k: int) -> Hits:
     return best.hits()
 
 
-def recall(found: Hits, exact: Hits, k: int, own_ids: Sequence[str | None]) -> float:
+def recall(found: Hits, exact: Hits, k: int, own_ids: Iterable[str | None]) -> float:
     """Mean share of each query's exact first k candidates that were found; what ties with the last of them counts.
 
     found, exact: k + 1 candidates a query, of which its own image, if it is among them, does not count

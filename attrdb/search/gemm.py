@@ -78,8 +78,8 @@ def _count(scores: np.ndarray, low: np.ndarray, high: np.ndarray) -> tuple[np.nd
     n_reach, n_above = _count_true(scores >= low), np.zeros(len(scores), np.int64)
     # A comparison reads all that the product has written. The second is for the queries that need it, where they are few.
     (some,) = np.nonzero(n_reach)
-    some = some if len(some) < FEW_QUERIES * len(scores) else slice(None)
-    n_above[some] = _count_true(scores[some] > high[some])
+    compared = some if len(some) < FEW_QUERIES * len(scores) else slice(None)
+    n_above[compared] = _count_true(scores[compared] > high[compared])
     (unsure,) = np.nonzero(n_reach > n_above)
     near, candidate = np.nonzero((scores[unsure] >= low[unsure]) & (scores[unsure] <= high[unsure]))
     return n_above, (unsure[near], candidate)
@@ -89,5 +89,7 @@ def _count_true(rows: np.ndarray) -> np.ndarray:
     """(n,) the number of true values in each row; several times as fast as a sum, which widens every value."""
     packed = np.packbits(rows, axis=1)
     whole = packed.shape[1] // 8 * 8
-    words = np.bitwise_count(np.ascontiguousarray(packed[:, :whole]).view(np.uint64)).sum(axis=1, dtype=np.int64)
-    return words + np.bitwise_count(packed[:, whole:]).sum(axis=1, dtype=np.int64)
+    words = np.ascontiguousarray(packed[:, :whole]).view(np.uint64)
+    counts: np.ndarray = np.bitwise_count(words).sum(axis=1, dtype=np.int64)
+    counts += np.bitwise_count(packed[:, whole:]).sum(axis=1, dtype=np.int64)
+    return counts

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -20,7 +21,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from attrdb.search import gemm
 from attrdb.search.mapper import Mapper
 
-Features = np.ndarray | torch.Tensor  # (n, dimension) float32; a tensor is on the device already
+Features: TypeAlias = "np.ndarray | torch.Tensor"  # (n, dimension) float32; a tensor is on the device already
 
 FLOAT64_MARGIN = 1e-11  # as `search.DIGITS` rounds
 ROOM = 1 << 23  # pairs near a threshold that a launch can keep; with more, it is done again in parts
@@ -149,7 +150,7 @@ class Products:
                 )
         return found
 
-    def _current(self) -> AbstractContextManager:
+    def _current(self) -> AbstractContextManager[Any]:
         """Triton launches on the current device."""
         return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
 
@@ -162,7 +163,8 @@ class Scores:
         self.n_queries, self.n_candidates = scores.shape
 
     def kth_best(self, k: int) -> np.ndarray:
-        return self.scores.topk(k, dim=1).values[:, -1].cpu().numpy()
+        kth: np.ndarray = self.scores.topk(k, dim=1).values[:, -1].cpu().numpy()
+        return kth
 
     def at_least(self, needed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         found = (self.scores >= self.scores.new_tensor(needed)[:, None]).nonzero().cpu().numpy()

@@ -12,8 +12,9 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lance
 import numpy as np
@@ -27,10 +28,11 @@ from attrdb.store.features import Block, stream
 from attrdb.store.lance_errors import storage
 from attrdb.store.locks import exclusive_lock
 from attrdb.store.predicates import literal
+from attrdb.store.schema import Row
 from attrdb.store.snapshot import Snapshot
 from attrdb.store.writer import Writer
 
-SCALAR_INDICES = {"role": "BITMAP", "image_id": "BTREE", "model_id": "BTREE"}
+SCALAR_INDICES: dict[str, Literal["BITMAP", "BTREE"]] = {"role": "BITMAP", "image_id": "BTREE", "model_id": "BTREE"}
 ALL_SEGMENTS = 10_000
 MIN_ROWS = planner.EXACT_BELOW_ROWS  # up to there, everything is compared
 BUILDING = ".index-"  # folder, in the database's, of what lies beside an index while it is built
@@ -57,7 +59,7 @@ class Plan:
     disk: int
 
 
-def plan(snapshot: Snapshot, encoder_id: str) -> Plan:
+def plan(snapshot: Snapshot, encoder_id: str | None) -> Plan:
     """The parameters that a build chooses from the number of features.
 
     raises: NotFound for an unknown encoder, InvalidValue if there are fewer than MIN_ROWS features
@@ -82,7 +84,7 @@ def build(
     encoder_id: str | None = None,
     device: str = "cpu",
     report: Report = lambda stage, done, total: None,
-) -> dict:
+) -> Row:
     """Build, or build again, an encoder's index; the row of `indices` that says how well it answers.
 
     The searches of its mappers are measured too, see `attrdb.search.index_tuning`.
@@ -133,14 +135,14 @@ def cover_columns(writer: Writer) -> None:
     present = {one.field_names[0] for one in lance.dataset(str(images)).describe_indices()}
     for column, kind in SCALAR_INDICES.items():
         if column not in present:
-            writer.commit(
-                lambda column=column, kind=kind: lance.dataset(str(images)).create_scalar_index(
-                    column, kind, replace=False
-                )
-            )
+            writer.commit(partial(_index_column, images, column, kind))
     for one in lance.dataset(str(images)).describe_indices():
         if one.field_names[0] in SCALAR_INDICES:
             cover(writer, one)
+
+
+def _index_column(images: Path, column: str, kind: Literal["BITMAP", "BTREE"]) -> None:
+    lance.dataset(str(images)).create_scalar_index(column, kind, replace=False)
 
 
 def cover(writer: Writer, index: Any) -> None:
@@ -199,6 +201,7 @@ def _create(path: Path, version: int, what: Plan, centroids: np.ndarray, divided
     for other in images.describe_indices():
         if other.field_names == [what.encoder_id] and other.name != name:
             lance.dataset(str(path / "images.lance")).drop_index(other.name)
+    one_bit: dict[str, Any] = {"num_bits": 1} if what.kind == "IVF_RQ" else {}
     images.create_index(
         what.encoder_id,
         what.kind,
@@ -208,5 +211,5 @@ def _create(path: Path, version: int, what: Plan, centroids: np.ndarray, divided
         num_partitions=what.n_partitions,
         ivf_centroids=centroids,
         precomputed_partition_dataset=divided,
-        **({"num_bits": 1} if what.kind == "IVF_RQ" else {}),
+        **one_bit,
     )

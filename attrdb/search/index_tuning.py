@@ -18,6 +18,7 @@ from attrdb.search import ivf, planner, sampling
 from attrdb.search.mapper import Mapper, stored_mapper
 from attrdb.store.locks import exclusive_lock
 from attrdb.store.predicates import CANDIDATES, among, literal
+from attrdb.store.schema import Row
 from attrdb.store.snapshot import Snapshot
 from attrdb.store.writer import Writer
 
@@ -32,7 +33,7 @@ RIDGE = 1e-6  # of that fit, so that it does not follow noise
 Report = Callable[[str, int, int], None]
 
 
-def measure(writer: Writer, entry: dict, report: Report = lambda stage, done, total: None) -> dict:
+def measure(writer: Writer, entry: Row, report: Report = lambda stage, done, total: None) -> Row:
     """Choose how many cells a query looks into and how many hits are compared exactly, and store that with its recall.
 
     The least that finds RECALL_WANTED of the exact first K; where nothing does, all that was tried. Then the same for the
@@ -66,7 +67,7 @@ def measure(writer: Writer, entry: dict, report: Report = lambda stage, done, to
     return row
 
 
-def measure_mapper(writer: Writer, mapper_id: str, report: Report = lambda stage, done, total: None) -> dict | None:
+def measure_mapper(writer: Writer, mapper_id: str, report: Report = lambda stage, done, total: None) -> Row | None:
     """See what a mapper, folded into the query, finds through its encoder's index, and store how it is asked for that.
 
     With the norm correction that is fitted, or with none where more is found so; the least that finds RECALL_WANTED of the
@@ -165,7 +166,8 @@ def _norm_correction(snapshot: Snapshot, mapper: Mapper, exact: exact_search.Hit
     square[np.diag_indices_from(square)] += RIDGE * (1 + np.trace(square) / len(square))
     g = np.linalg.solve(square, x.T @ (n - n.mean()))
     t = np.mean([similarity[:K][-1] for similarity in exact.similarity if len(similarity)])
-    return (t * g).astype(np.float32)
+    correction: np.ndarray = (t * g).astype(np.float32)
+    return correction
 
 
 def _recall_of(

@@ -90,7 +90,8 @@ def folded(queries: np.ndarray, mapper: Mapper | None, norm_correction: np.ndarr
         else own * mapper.parameters["exemplar.gain"]
     )
     own = own - (0 if norm_correction is None else norm_correction)
-    return own / np.linalg.norm(own, axis=1, keepdims=True)
+    asked: np.ndarray = own / np.linalg.norm(own, axis=1, keepdims=True)
+    return asked
 
 
 def top_k(

@@ -50,7 +50,8 @@ def _sums_by_torch(features: np.ndarray, device: str) -> Callable[[np.ndarray, n
 
     def sums(cell: np.ndarray, n: np.ndarray) -> np.ndarray:
         found = there.new_zeros((len(n), there.shape[1]))
-        return found.index_add_(0, torch.tensor(cell, device=device), there).float().cpu().numpy()
+        summed: np.ndarray = found.index_add_(0, torch.tensor(cell, device=device), there).float().cpu().numpy()
+        return summed
 
     return sums
 
@@ -71,7 +72,8 @@ def _by_numpy(centroids: np.ndarray, half: np.ndarray) -> Callable[[np.ndarray],
     def product(features: np.ndarray) -> np.ndarray:
         scores = features @ centroids.T
         scores -= half
-        return scores.argmax(axis=1)
+        nearest: np.ndarray = scores.argmax(axis=1)
+        return nearest
 
     return product
 
@@ -84,6 +86,8 @@ def _by_torch(centroids: np.ndarray, half: np.ndarray, device: str) -> Callable[
     columns, half_there = to_device(centroids, device).T, torch.from_numpy(half).to(device)
 
     def product(features: np.ndarray) -> np.ndarray:
-        return torch.addmm(-half_there, to_device(features, device), columns).argmax(dim=1).cpu().numpy()
+        scores = torch.addmm(-half_there, to_device(features, device), columns)
+        nearest: np.ndarray = scores.argmax(dim=1).cpu().numpy()
+        return nearest
 
     return product

@@ -75,7 +75,8 @@ class Mapper:
 
     def norms(self, features: np.ndarray) -> np.ndarray:
         """(n,): n(x) = |F(x)| of training images, computed in the dtype of the features."""
-        return np.linalg.norm(self._unscaled("exemplar", features, features.dtype.type), axis=1)
+        norms: np.ndarray = np.linalg.norm(self._unscaled("exemplar", features, features.dtype.type), axis=1)
+        return norms
 
     def candidates(self, gallery: Iterable[tuple[np.ndarray, np.ndarray]]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """The blocks of a gallery, ids and features, with their features mapped as those of training images."""
@@ -103,11 +104,15 @@ class Mapper:
         mapped = self._unscaled(side, features, dtype)
         norms = np.linalg.norm(mapped, axis=1, keepdims=True)
         self.check_norms(norms)
-        return mapped / norms
+        scaled: np.ndarray = mapped / norms
+        return scaled
 
     def _unscaled(self, side: str, features: np.ndarray, dtype: type) -> np.ndarray:
-        arrays = {name: array.astype(dtype, copy=False) for name, array in self.arrays(side).items()}
-        return self.applied(arrays, features.astype(dtype, copy=False))
+        arrays: dict[str, np.ndarray] = {
+            name: array.astype(dtype, copy=False) for name, array in self.arrays(side).items()
+        }
+        mapped: np.ndarray = self.applied(arrays, features.astype(dtype, copy=False))
+        return mapped
 
 
 def stored_mapper(snapshot: Snapshot, mapper_id: str) -> Mapper:

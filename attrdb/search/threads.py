@@ -26,7 +26,7 @@ def map_blocks(work: Callable[[Any], Any], blocks: Iterable[Any], device: str = 
     if device != "cpu":
         yield from map(work, blocks)
         return
-    waiting: deque[Future] = deque()
+    waiting: deque[Future[Any]] = deque()
     workers = min(_n_threads(), WORKERS)
     with one_thread_a_product(), ThreadPoolExecutor(workers) as pool:
         for block in blocks:
@@ -56,7 +56,8 @@ def one_thread_a_product() -> Iterator[None]:
 class _Asked:
     """By how many a limit is asked for now, and what undoes it."""
 
-    lock, n, limited = Lock(), 0, None
+    lock, n = Lock(), 0
+    limited: Any = None
 
     @classmethod
     def in_child(cls) -> None:

@@ -92,13 +92,13 @@ class ShellCompleter(Completer):
 
     def __init__(self, shell: Shell):
         self.shell = shell
-        found = duckdb.sql("SELECT keyword_name FROM duckdb_keywords() ORDER BY keyword_name").fetchall()
+        found = duckdb.execute("SELECT keyword_name FROM duckdb_keywords() ORDER BY keyword_name").fetchall()
         self.keywords = [name for (name,) in found]
 
     def get_completions(self, document: Document, complete_event: CompleteEvent) -> Iterator[Completion]:
         before = document.text_before_cursor
         command = re.fullmatch(r"\s*(\.\w+\s+)*(\.?\w*)", before) if before.lstrip().startswith(".") else None
-        typed = command[2] if command else re.search(r"\w*$", before)[0]
+        typed = command[2] if command else re.findall(r"\w*$", before)[0]
         names = self._words_of(before.split()[:1], command[1]) if command else self._sql_words(before, typed)
         for name in names:
             if name.lower().startswith(typed.lower()):

@@ -12,13 +12,14 @@ from typing import Any
 import duckdb
 import numpy as np
 import pyarrow as pa
+from duckdb.func import FunctionNullHandling, PythonUDFType
 
 from attrdb.attribution.methods import method_rows, resolve_method
 from attrdb.attribution.query import Attribution, AttributionRequest, attribute_stored, check_enough
 from attrdb.errors import QueryRefused
 from attrdb.search import planner
 from attrdb.sql.relations import STORED, Relation, features_view, older_view, relations
-from attrdb.store.schema import TABLES
+from attrdb.store.schema import TABLES, Row
 from attrdb.store.snapshot import Snapshot
 
 _HIT = pa.struct([("rank", pa.int64()), ("image_id", pa.string()), ("similarity", pa.float64())])
@@ -77,14 +78,18 @@ def method_table(snapshot: Snapshot) -> pa.Table:
 
 def _catalog(snapshot: Snapshot) -> duckdb.DuckDBPyConnection:
     # Without the last, DuckDB lets SQL read and write in its temporary folder, and a CTE may hold a COPY.
-    closed = {"enable_external_access": "false", "autoload_known_extensions": "false", "temp_directory": ""}
+    closed: dict[str, str | bool | int | float | list[str]] = {
+        "enable_external_access": "false",
+        "autoload_known_extensions": "false",
+        "temp_directory": "",
+    }
     connection = duckdb.connect(config=closed)
     _register(connection, snapshot)
     if snapshot.hidden_models:
         connection.execute(f"CREATE VIEW images AS FROM _images WHERE {snapshot.visible('true')}")
     connection.execute(features_view(snapshot.tables["images"].schema))
     # The snapshot keeps the catalog; were its functions to keep the snapshot, neither would ever be let go.
-    owner = weakref.ref(snapshot)
+    owner: Callable[[], Any] = weakref.ref(snapshot)
     # DuckDB counts the parameters of a function, so that they have to be spelled out here.
     connection.create_function(
         "_nearest",
@@ -93,8 +98,8 @@ def _catalog(snapshot: Snapshot) -> duckdb.DuckDBPyConnection:
         ),
         ["FLOAT[]", "BIGINT", "VARCHAR", "VARCHAR", "BOOLEAN"],
         _sql_type(_HIT),
-        type="arrow",
-        null_handling="special",
+        type=PythonUDFType.ARROW,
+        null_handling=FunctionNullHandling.SPECIAL,
     )
     connection.create_function(
         "_attribute",
@@ -103,8 +108,8 @@ def _catalog(snapshot: Snapshot) -> duckdb.DuckDBPyConnection:
         ),
         ["VARCHAR", "BIGINT", "VARCHAR", "VARCHAR", "VARCHAR", "DOUBLE", "DOUBLE", "VARCHAR", "BOOLEAN"],
         _sql_type(_SHARE),
-        type="arrow",
-        null_handling="special",
+        type=PythonUDFType.ARROW,
+        null_handling=FunctionNullHandling.SPECIAL,
     )
     for relation in (*older_views(snapshot), *relations()):
         connection.execute(relation.create)
@@ -120,16 +125,16 @@ def _sql_type(item: pa.StructType) -> str:
     return f"STRUCT({', '.join(f'{field.name} {_SQL_TYPES[field.type]}' for field in item)})[]"
 
 
-def _batched(answer: Callable[..., list], item: pa.StructType, *columns: pa.Array) -> pa.Array:
+def _batched(answer: Callable[..., list[list[Row] | None]], item: pa.StructType, *columns: pa.Array) -> pa.Array:
     """What DuckDB calls with a block of rows: those that ask with the same settings are answered together."""
     rows = list(zip(*(column.to_pylist() for column in columns), strict=True))
-    answers: list[list[dict] | None] = [None] * len(rows)
-    alike: dict[tuple, list[int]] = {}
+    answers: list[list[Row] | None] = [None] * len(rows)
+    alike: dict[tuple[Any, ...], list[int]] = {}
     for number, (query, *settings) in enumerate(rows):
         if query is not None:
             alike.setdefault(tuple(settings), []).append(number)
-    for settings, numbers in alike.items():
-        answered = answer([rows[number][0] for number in numbers], *settings)
+    for shared, numbers in alike.items():
+        answered = answer([rows[number][0] for number in numbers], *shared)
         for number, items in zip(numbers, answered, strict=True):
             answers[number] = items
     return pa.array(answers, pa.list_(item))
@@ -142,7 +147,7 @@ def _nearest(
     encoder_id: str | None,
     candidates: str | None,
     exact: bool | None,
-) -> list[list[dict]]:
+) -> list[list[Row] | None]:
     encoder_id = snapshot.encoder_id(encoder_id)
     dimension = snapshot.encoders[encoder_id]["dimension"]
     for feature in features:
@@ -177,7 +182,7 @@ def _attribute(
     lam: float | None,
     candidates: str | None,
     exact: bool | None,
-) -> list[list[dict] | None]:
+) -> list[list[Row] | None]:
     by = resolve_method(snapshot, method, encoder_id, mapper_id)
     request = AttributionRequest(None, k, by, tau, lam, candidates, bool(exact))
     answers = attribute_stored(snapshot, list(dict.fromkeys(samples)), request)
@@ -186,7 +191,7 @@ def _attribute(
     return [rows.get(sample) for sample in samples]
 
 
-def _share_rows(answer: Attribution, is_similarity: bool) -> list[dict]:
+def _share_rows(answer: Attribution, is_similarity: bool) -> list[Row]:
     return [
         {
             "rank": rank,

@@ -74,6 +74,8 @@ def _read(name: str, file: str) -> Relation:
             grain = rest.strip()
         elif word == "argument":
             argument = re.fullmatch(r"(\w+)(?: = (\S+))?\s+(.+)", rest.strip())
+            if argument is None:
+                raise ValueError(f"{file} has an argument line that is not understood: {line}")
             arguments.append((argument[1], argument[2] or "", argument[3]))
         else:
             summary.append(line[2:].strip())

@@ -15,7 +15,8 @@ Block = tuple[pa.Array, Any]
 
 BLOCK_ROWS = 4096  # rows that Lance reads at a time; reading 8,192 takes 1.4 times as long
 BLOCK_BYTES = 16 << 20  # of features
-READ_AHEAD = {"batch_readahead": 4, "fragment_readahead": 1, "io_buffer_size": 128 << 20}  # bounds what Lance holds
+# Bounds what Lance holds.
+READ_AHEAD: dict[str, Any] = {"batch_readahead": 4, "fragment_readahead": 1, "io_buffer_size": 128 << 20}
 FEW_ROWS = 0.1  # share of all rows below which a scalar index is asked which to read
 
 
@@ -38,7 +39,7 @@ def stream(
         with_row_id=key == "_rowid",
         filter=where,
         use_scalar_index=few,
-        fragments=None if fragments is None else [dataset.get_fragment(one) for one in fragments],
+        fragments=None if fragments is None else [found for one in fragments if (found := dataset.get_fragment(one))],
         batch_size=max(1, min(BLOCK_ROWS, BLOCK_BYTES // (4 * dimension))),
         **READ_AHEAD,
     ).to_batches()

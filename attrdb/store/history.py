@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import cast
 
 import lance
 
@@ -23,13 +24,15 @@ def tables_at(
     raises: NotFound if that moment is not kept, InvalidValue for a time that is not understood
     """
     history = {
-        name: [(version["version"], _utc(version["timestamp"])) for version in table.versions()]
+        name: [(version["version"], _utc(cast(datetime, version["timestamp"]))) for version in table.versions()]
         for name, table in tables.items()
     }
     if isinstance(at, str) and at.isdecimal():
         at = int(at)
-    is_version = isinstance(at, int) and not isinstance(at, bool)
-    versions = _at_version(path, history, at) if is_version else _at_time(path, history, _moment(at))
+    if isinstance(at, int) and not isinstance(at, bool):
+        versions = _at_version(path, history, at)
+    else:
+        versions = _at_time(path, history, _moment(at))
     return {name: open_table(path, name, version=version) for name, version in versions.items()}
 
 

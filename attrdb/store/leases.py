@@ -120,7 +120,8 @@ def _taken_over(file: Path) -> TextIO:
 def _said(file: Path) -> dict[str, Any]:
     """What a holder has written; nothing where there is none, or while it writes."""
     try:
-        return json.loads(file.read_text())
+        said: dict[str, Any] = json.loads(file.read_text())
+        return said
     except (OSError, ValueError):
         return {}
 

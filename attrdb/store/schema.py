@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -18,6 +19,8 @@ SCHEMA_VERSION = 6  # every change has a step in upgrades.py
 ROLES = ("exemplar", "sample", "pretraining")
 TEXT, INT32, INT64, FLOAT64 = pa.string(), pa.int32(), pa.int64(), pa.float64()
 TIMESTAMP = pa.timestamp("us", tz="UTC")
+
+Row = dict[str, Any]  # of a table, by column
 
 
 @dataclass(frozen=True)
@@ -362,4 +365,5 @@ def feature_matrix(column: pa.Array | pa.ChunkedArray) -> np.ndarray:
     """A vector column without nulls as (n, dimension) float32; no copy where Arrow holds it in one piece."""
     if isinstance(column, pa.ChunkedArray):
         column = column.combine_chunks() if column.num_chunks != 1 else column.chunk(0)
-    return column.flatten().to_numpy(zero_copy_only=False).reshape(len(column), column.type.list_size)
+    values: np.ndarray = column.flatten().to_numpy(zero_copy_only=False)
+    return values.reshape(len(column), column.type.list_size)

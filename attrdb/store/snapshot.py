@@ -18,7 +18,7 @@ from attrdb.store import features
 from attrdb.store.history import tables_at
 from attrdb.store.lance_errors import storage, words_of
 from attrdb.store.predicates import among, is_closed, literal
-from attrdb.store.schema import TABLES, feature_columns, feature_matrix
+from attrdb.store.schema import TABLES, Row, feature_columns, feature_matrix
 from attrdb.store.tables import check_schema_version, open_table, schema_version
 
 COUNTS = 100  # predicates whose counts are remembered
@@ -38,7 +38,7 @@ class Snapshot:
         self.path = path
         self.tables = tables
         self._counts: dict[str, int] = {}
-        self._derived: dict[Callable, Any] = {}
+        self._derived: dict[Callable[[Snapshot], Any], Any] = {}
         self._lock = RLock()
 
     @property
@@ -51,10 +51,11 @@ class Snapshot:
         with self._lock:
             if derive not in self._derived:
                 self._derived[derive] = derive(self)
-            return self._derived[derive]
+            derived: Derived = self._derived[derive]
+        return derived
 
     @cached_property
-    def encoders(self) -> dict[str, dict]:
+    def encoders(self) -> dict[str, Row]:
         """The rows of `encoders`, by encoder_id, in the order in which they were added."""
         rows = {row["encoder_id"]: row for row in self.rows("encoders")}
         # The columns of images keep that order; rows of a table may move when one is updated.
@@ -93,10 +94,11 @@ class Snapshot:
                 f"{name} is {predicate!r}; it must be an SQL predicate on the columns of images: {words_of(error)}"
             ) from error
 
-    def rows(self, table: str, where: str | None = None, columns: list[str] | None = None) -> list[dict]:
+    def rows(self, table: str, where: str | None = None, columns: list[str] | None = None) -> list[Row]:
         """The rows of one of the small tables that a predicate keeps; all for None."""
         with storage(self.path):
-            return self.tables[table].to_table(columns=columns, filter=where).to_pylist()
+            rows: list[Row] = self.tables[table].to_table(columns=columns, filter=where).to_pylist()
+        return rows
 
     def images(self, where: str, columns: list[str]) -> pa.Table:
         """Columns of the images that a predicate keeps."""
@@ -114,7 +116,7 @@ class Snapshot:
             self._counts[where] = n
         return n
 
-    def stored(self, ids: Iterable[str]) -> dict[str, dict]:
+    def stored(self, ids: Iterable[str]) -> dict[str, Row]:
         """Those of the ids that images has, with their uri and sha256."""
         ids = list(ids)
         rows = [
@@ -153,7 +155,8 @@ class Snapshot:
             raise NotFound(f"no image {image_id!r} in {self.path}")
         if stored.null_count:
             raise NotFound(f"image {image_id!r} has no {encoder_id!r} feature yet")
-        return feature_matrix(stored)[0]
+        feature: np.ndarray = feature_matrix(stored)[0]
+        return feature
 
 
 def open_snapshot(path: Path, at: int | str | datetime | None = None) -> Snapshot:

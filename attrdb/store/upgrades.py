@@ -8,13 +8,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import lance
 import pyarrow as pa
 
 from attrdb.errors import NotFound
 from attrdb.store.lance_errors import storage
-from attrdb.store.schema import SCHEMA_VERSION, TABLES
+from attrdb.store.schema import SCHEMA_VERSION, TABLES, Row
 from attrdb.store.tables import STAMP, check_schema_version, open_table, schema_version, table_exists
 
 _TYPES = {
@@ -143,10 +144,11 @@ def _to_6(path: Path) -> None:
     )
     searches = open_table(path, "mapper_searches")
     if "tilt" in searches.schema.names:
-        searches.alter_columns({"path": "tilt", "name": "norm_correction"})
+        rename: Any = {"path": "tilt", "name": "norm_correction"}  # Lance declares more keys than it needs
+        searches.alter_columns(rename)
 
 
-def _similarity_6(encoder_id: str, mapper_id: str) -> dict:
+def _similarity_6(encoder_id: str, mapper_id: str) -> Row:
     return {
         "method_id": f"{encoder_id}/{mapper_id}" if mapper_id else encoder_id,
         "kind": "similarity",

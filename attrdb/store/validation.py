@@ -91,4 +91,5 @@ def _check_features(ids: pa.ChunkedArray, column: pa.ChunkedArray, encoder_id: s
 def _squared_norms(chunk: pa.FixedSizeListArray) -> np.ndarray:
     features = feature_matrix(chunk)
     with np.errstate(over="ignore", invalid="ignore"):
-        return np.einsum("nd,nd->n", features, features)
+        norms: np.ndarray = np.einsum("nd,nd->n", features, features)
+    return norms

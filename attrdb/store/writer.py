@@ -21,7 +21,7 @@ from attrdb.errors import InvalidValue, StorageError
 from attrdb.store.lance_errors import storage
 from attrdb.store.methods import similarity_row
 from attrdb.store.predicates import literal
-from attrdb.store.schema import DICTIONARY, TABLES, encoder_id_of, encoder_name, feature_columns, feature_type
+from attrdb.store.schema import DICTIONARY, TABLES, Row, encoder_id_of, encoder_name, feature_columns, feature_type
 from attrdb.store.snapshot import open_snapshot
 from attrdb.store.validation import conform_images
 
@@ -60,7 +60,7 @@ class Writer:
         if self._at is None:
             self.snapshot = open_snapshot(self.path)
 
-    def check_encoder(self, spec: str, dimension: int, preprocessing: dict, weights_fingerprint: str) -> bool:
+    def check_encoder(self, spec: str, dimension: int, preprocessing: dict[str, Any], weights_fingerprint: str) -> bool:
         """Whether the encoder is registered; where its checkpoint lies does not matter.
 
         Of features that were imported only name and dimension are known, so only those are compared.
@@ -82,7 +82,7 @@ class Writer:
                 )
         return True
 
-    def add_encoder(self, spec: str, dimension: int, preprocessing: dict, weights_fingerprint: str) -> str:
+    def add_encoder(self, spec: str, dimension: int, preprocessing: dict[str, Any], weights_fingerprint: str) -> str:
         """Register an encoder and add its column to images, null so far; the id of the encoder.
 
         One that is registered already is checked instead, and what is new about it is noted: where its checkpoint lies
@@ -90,7 +90,7 @@ class Writer:
         raises: as `check_encoder`; InvalidValue for a new one with a long name
         """
         row = _encoder_row(spec, dimension, preprocessing, weights_fingerprint)
-        encoder_id = row["encoder_id"]
+        encoder_id: str = row["encoder_id"]
 
         def add() -> None:
             self.refresh()
@@ -161,7 +161,7 @@ class Writer:
         self.commit(lambda: lance.write_dataset(table, str(self.path / "images.lance"), mode="append"))
         return Appended(len(table), 0, self.snapshot.version)
 
-    def append_model(self, rows: pa.Table, model: dict) -> Appended:
+    def append_model(self, rows: pa.Table, model: Row) -> Appended:
         """Append a customized model: its exemplars and samples in one commit, then its row in `models`.
 
         Both steps skip what is stored, so a call that was interrupted between them is completed by the next; until then
@@ -191,11 +191,11 @@ class Writer:
         if {tuple(row.values()) for row in stored.to_pylist()} != {tuple(row.values()) for row in given.to_pylist()}:
             self.delete("images", where)
 
-    def add_method(self, method: dict) -> None:
+    def add_method(self, method: Row) -> None:
         """Register an attribution method, or replace its row."""
         self.upsert("methods", [method | {"created_at": datetime.now(UTC)}])
 
-    def add_mapper(self, mapper: dict) -> None:
+    def add_mapper(self, mapper: Row) -> None:
         """Store a mapper and its method; one that is stored already stays as it is."""
         self.upsert("methods", [similarity_row(mapper["encoder_id"], mapper["mapper_id"])], update=False)
         self.upsert("mappers", [mapper], update=False)
@@ -224,7 +224,7 @@ class Writer:
         conformed = _conformed(table, rows)
         self.commit(lambda: lance.write_dataset(conformed, self._path(table), mode="append"))
 
-    def upsert(self, table: str, rows: list[dict], *, update: bool = True) -> None:
+    def upsert(self, table: str, rows: list[Row], *, update: bool = True) -> None:
         """Store rows of one of the small tables by their key; with update=False what is stored stays as it is.
 
         raises: InvalidValue for a table without a key, for images, an unknown column or a required one without a value
@@ -279,7 +279,7 @@ class Writer:
             raise InvalidValue(f"{self.path} was opened read-only; open it without read_only and at to change it")
 
 
-def _conformed(table: str, rows: pa.Table | list[dict]) -> pa.Table:
+def _conformed(table: str, rows: pa.Table | list[Row]) -> pa.Table:
     """The rows in the columns of a table's schema, absent columns null.
 
     raises: InvalidValue for a column that the table does not have, or a required one that is absent or null
@@ -302,7 +302,7 @@ def _conformed(table: str, rows: pa.Table | list[dict]) -> pa.Table:
     return conformed
 
 
-def _encoder_row(spec: str, dimension: int, preprocessing: dict, weights_fingerprint: str) -> dict:
+def _encoder_row(spec: str, dimension: int, preprocessing: dict[str, Any], weights_fingerprint: str) -> Row:
     return {
         "encoder_id": encoder_id_of(spec),
         "spec": spec,

@@ -24,7 +24,7 @@ from attrdb.store.lance_errors import storage, words_of
 from attrdb.store.leases import holder
 from attrdb.store.locks import alive
 from attrdb.store.predicates import CANDIDATES, literal
-from attrdb.store.schema import SCHEMA_VERSION, feature_columns, feature_matrix
+from attrdb.store.schema import SCHEMA_VERSION, Row, feature_columns, feature_matrix
 from attrdb.store.snapshot import Snapshot
 
 PROBES = 20  # ids and features that the index self-test asks for
@@ -117,7 +117,7 @@ def _encoder(snapshot: Snapshot, encoder_id: str, n_images: int) -> dict[str, An
     }
 
 
-def _indices(snapshot: Snapshot) -> list:
+def _indices(snapshot: Snapshot) -> list[Any]:
     return sorted(snapshot.tables["images"].describe_indices(), key=lambda one: one.name)
 
 
@@ -215,9 +215,10 @@ def check(snapshot: Snapshot, report: Report = lambda stage, done, total: None) 
     return found
 
 
-def _read_everything(snapshot: Snapshot, report: Report) -> tuple[list[dict], list[dict]]:
+def _read_everything(snapshot: Snapshot, report: Report) -> tuple[list[Row], list[Row]]:
     """The files that cannot be read, and the images and weights whose bytes do not have their sha256."""
-    damaged, changed = [], []
+    damaged: list[Row] = []
+    changed: list[Row] = []
     for name, table in snapshot.tables.items():
         try:
             table.versions()
@@ -239,13 +240,13 @@ def _read_everything(snapshot: Snapshot, report: Report) -> tuple[list[dict], li
     return damaged, changed
 
 
-def _changed_images(batch: pa.RecordBatch) -> Iterator[dict]:
+def _changed_images(batch: pa.RecordBatch) -> Iterator[Row]:
     for image_id, wanted, image in zip(batch["image_id"], batch["sha256"], batch["image"], strict=True):
         if wanted.is_valid and image.is_valid and hashlib.sha256(image.as_buffer()).hexdigest() != wanted.as_py():
             yield {"table": "images", "id": image_id.as_py(), "needed": wanted.as_py()}
 
 
-def _changed_weights(snapshot: Snapshot, batch: pa.RecordBatch) -> Iterator[dict]:
+def _changed_weights(snapshot: Snapshot, batch: pa.RecordBatch) -> Iterator[Row]:
     for row in batch.select(["model_id", "weights_path", "weights_hash"]).to_pylist():
         if row["weights_path"] is None or row["weights_hash"] is None:
             continue
@@ -257,7 +258,7 @@ def _changed_weights(snapshot: Snapshot, batch: pa.RecordBatch) -> Iterator[dict
             yield {"table": "models", "id": row["model_id"], "needed": row["weights_hash"]}
 
 
-def index_self_test(snapshot: Snapshot) -> Iterator[dict]:
+def index_self_test(snapshot: Snapshot) -> Iterator[Row]:
     """One row for every index that does not answer as an exact scan does: of a few ids, roles and features."""
     images = snapshot.tables["images"]
     n = images.count_rows()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import lance
@@ -52,7 +53,7 @@ def optimize(
         if writer.snapshot.tables["images"].count_rows():
             steps.append(("index", lambda: _index(writer)))
         # Segments before fragments: appending and optimizing in turns otherwise leaves one segment a round.
-        steps += [(f"compact {name}", lambda name=name: _compact(writer, name)) for name in writer.snapshot.tables]
+        steps += [(f"compact {name}", partial(_compact, writer, name)) for name in writer.snapshot.tables]
         if drop_older_than is not None:
             steps.append(("drop old versions", lambda: _drop(writer, drop_older_than)))
         for number, (stage, step) in enumerate(steps):

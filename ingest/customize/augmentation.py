@@ -61,11 +61,16 @@ def _zoomed(whole: Image.Image, draw: random.Random) -> tuple[Image.Image, tuple
         side = draw.randint(-(-size // 3), size)
         left, top = draw.randint(0, size - side), draw.randint(0, size - side)
         canvas = Image.new("RGB", (size, size), (128, 128, 128))
-        canvas.paste(whole.resize((side, side), Image.BICUBIC), (left, top))
+        canvas.paste(whole.resize((side, side), Image.Resampling.BICUBIC), (left, top))
         return canvas, (left, top, left + side, top + side)
     side = round(size * draw.uniform(1.2, 1.4))
     left, top = draw.randint(0, side - size), draw.randint(0, side - size)
-    return whole.resize((side, side), Image.BICUBIC).crop((left, top, left + size, top + size)), (0, 0, size, size)
+    return whole.resize((side, side), Image.Resampling.BICUBIC).crop((left, top, left + size, top + size)), (
+        0,
+        0,
+        size,
+        size,
+    )
 
 
 @torch.no_grad()

@@ -246,7 +246,7 @@ def _trained_parameters(
             raise InvalidValue(
                 f"method {customizer.name!r} trains a token alone, and there is none; choose another method"
             )
-        if not trains_token:
+        if token_id is None or not trains_token:
             yield parameters
             return
         with _trained_embedding(base, token_id) as embedding:

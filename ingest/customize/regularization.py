@@ -14,9 +14,10 @@ import hashlib
 import random
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from PIL import Image
 
 from attrdb.database import Database
 from attrdb.errors import InvalidValue
@@ -111,7 +112,8 @@ def generate(
     draw = random.Random(f"{settings.seed}/prior")
     asked = [Prompt(n, "prior", prompts[n % len(prompts)]) for n in range(settings.prior_images)]
     once = SynthesizeSettings(1, sampling.solver_steps, sampling.guidance, sampling.sample_batch, draw.randrange(2**31))
-    images, encoded = [], {}
+    images: list[Image.Image] = []
+    encoded: dict[str, Any] = {}
     use_fast_solver(base)
     try:
         for batch in plan_samples("prior", asked, once):

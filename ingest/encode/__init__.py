@@ -100,6 +100,7 @@ def encode(encoder: Encoder, images: Sequence[Image.Image]) -> np.ndarray:
     """
     if not images:
         return np.empty((0, encoder.dimension), np.float32)
+    features: np.ndarray | list[tuple[np.ndarray, ...]]
     if len(images) <= SMALL_BATCH:
         features, errors = unit_features(encoder, np.stack([encoder.prepare(image) for image in images]))
     else:

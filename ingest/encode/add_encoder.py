@@ -26,9 +26,9 @@ from PIL import Image
 from attrdb.database import Database
 from attrdb.ingest.encode import Encoder
 from attrdb.ingest.encode.stream import Encoded, encode_stream
-from attrdb.ingest.models.stages import write_whole
 from attrdb.ingest.read.pictures import read_picture
 from attrdb.store import jobs
+from attrdb.store.files import write_whole
 from attrdb.store.ids import encode_job
 from attrdb.store.lance_errors import storage
 from attrdb.store.locks import exclusive_lock

@@ -28,7 +28,7 @@ class Pixels:
 
     def prepare(self, image: Image.Image) -> np.ndarray:
         """(side, side, 3) uint8"""
-        return np.asarray(square(image, 64).resize((self.side, self.side), Image.BOX))
+        return np.asarray(square(image, 64).resize((self.side, self.side), Image.Resampling.BOX))
 
     def features(self, batch: np.ndarray) -> np.ndarray:
         # The small shift keeps a picture that is mid-grey all over off the zero vector.

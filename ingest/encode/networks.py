@@ -17,7 +17,7 @@ from PIL import Image
 
 from attrdb.errors import InvalidValue, MissingExtra
 from attrdb.ingest.devices import default_device, is_cpu
-from attrdb.ingest.encode.preprocessing import STATISTICS, Preprocessing
+from attrdb.ingest.encode.preprocessing import Preprocessing
 from attrdb.ingest.encode.spec import file_spec, nearest, split_settings
 from attrdb.ingest.encode.weights import file_fingerprint, fill, fingerprint, read_weights
 
@@ -196,7 +196,7 @@ def torchscript_encoder(argument: str) -> NetworkEncoder:
         raise InvalidValue(
             f"{path} is no TorchScript archive ({type(error).__name__}); save one with torch.jit.trace(...).save(...)"
         ) from error
-    preprocessing = Preprocessing(size=224, resized=224, **STATISTICS["imagenet"]).changed(settings)
+    preprocessing = Preprocessing(size=224, resized=224).changed(settings)
     return NetworkEncoder(file_spec("torchscript:", path, settings), network, preprocessing, file_fingerprint(path))
 
 

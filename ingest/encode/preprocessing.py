@@ -12,8 +12,8 @@ from PIL import Image
 from attrdb.errors import InvalidValue
 
 RESIZES = ("shortest", "longest", "squash")
-FILTERS = {"bicubic": Image.BICUBIC, "bilinear": Image.BILINEAR, "lanczos": Image.LANCZOS, "nearest": Image.NEAREST}
-STATISTICS = {
+FILTERS = {name: Image.Resampling[name.upper()] for name in ("bicubic", "bilinear", "lanczos", "nearest")}
+STATISTICS: dict[str, dict[str, tuple[float, ...]]] = {
     "imagenet": {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)},
     "clip": {"mean": (0.48145466, 0.4578275, 0.40821073), "std": (0.26862954, 0.26130258, 0.27577711)},
     "half": {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)},
@@ -81,9 +81,10 @@ class Preprocessing:
         filters = "/".join(FILTERS)
         interpolation = _value(settings, "interpolation", str, self.interpolation, lambda one: one in FILTERS, filters)
         changed = replace(self, size=size, resized=resized, resize=resize, interpolation=interpolation)
-        for name in ("mean", "std"):
-            if name in settings:
-                changed = replace(changed, **{name: _three(name, settings[name])})
+        if "mean" in settings:
+            changed = replace(changed, mean=_three("mean", settings["mean"]))
+        if "std" in settings:
+            changed = replace(changed, std=_three("std", settings["std"]))
         return changed
 
 

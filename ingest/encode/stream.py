@@ -42,8 +42,9 @@ def ahead(
     At most `depth` items are taken and not yet given back; the items themselves are drawn in the caller's thread. What
     `work` or the items raise comes up in its place, after the results before it. Closing it waits for what has begun.
     """
-    pending: deque[Future] = deque()
-    source, failure = iter(items), None
+    pending: deque[Future[Result]] = deque()
+    source = iter(items)
+    failure: Exception | None = None
     pool = ThreadPoolExecutor(workers, thread_name_prefix="attrdb-ahead", initializer=initializer)
     try:
         while True:
@@ -57,7 +58,7 @@ def ahead(
             yield pending.popleft().result()
     finally:
         pool.shutdown(cancel_futures=True)
-    if not isinstance(failure, StopIteration):
+    if failure is not None and not isinstance(failure, StopIteration):
         raise failure
 
 

@@ -16,7 +16,7 @@ from multiprocessing.connection import Connection
 from multiprocessing.connection import wait as wait_for_messages
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 
@@ -206,7 +206,7 @@ class ProcessExecutor:
 
     def wait(self) -> Iterator[tuple[ModelSpec, Outcome]]:
         self._kill_silent()
-        workers = {worker.connection: worker for worker in self._busy()}
+        workers: dict[Any, Worker] = {worker.connection: worker for worker in self._busy()}
         for connection in wait_for_messages(list(workers), CHECK_SECONDS):
             yield from self._receive(workers[connection])
 
@@ -276,7 +276,7 @@ def lost_outcome(exit_code: int | None, silent_minutes: float | None = None) -> 
             f"its worker process was silent for {silent_minutes:g} minutes and was ended; if the work is that slow, raise "
             "--lease-minutes",
         )
-    end = f"signal {-exit_code}" if (exit_code or 0) < 0 else f"exit code {exit_code}"
+    end = f"signal {-exit_code}" if exit_code is not None and exit_code < 0 else f"exit code {exit_code}"
     return Outcome("failed", f"its worker process ended with {end}")
 
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -199,7 +200,8 @@ def regenerate(
     wanted = known if image_ids is None else set(image_ids)
     if strange := wanted - known:
         raise NotFound(f"model {model_id!r} has no sample {min(strange)!r}")
-    base, encoded = load(name), {}
+    base = load(name)
+    encoded: dict[str, Any] = {}
     base.precision = record.get("computed_in", "float32")
     try:
         like = record["customize"].get("token_from") or row["category"]

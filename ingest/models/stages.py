@@ -14,6 +14,7 @@ from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -39,6 +40,7 @@ from attrdb.ingest.encode.stream import ahead
 from attrdb.ingest.options import MODEL_OPTIONS, CustomizeSettings, SynthesizeSettings
 from attrdb.ingest.prompts import TOKEN
 from attrdb.ingest.read.pictures import Picture, read_picture, webp
+from attrdb.store.files import write_whole
 from attrdb.store.ids import JobFolder
 from attrdb.store.leases import LEASE_MINUTES, Lease, leased
 
@@ -49,7 +51,7 @@ RECORDED_ONLY = ("computed_in", "regularization")
 # The base model is compared by the hash of its weights, since its folder may move.
 NOT_COMPARED = {"base_model", *RECORDED_ONLY, *(option.name for option in MODEL_OPTIONS if option.of_machine)}
 # Settings that early records lack, with the values that those models were made with.
-DEFAULTS_BEFORE_0_1 = {
+DEFAULTS_BEFORE_0_1: dict[str, Any] = {
     "precision": "auto",
     "customize": {"augment": "none", "prior": "caption", "prior_images": 0, "prior_weight": 1.0, "token_from": ""},
 }
@@ -110,13 +112,6 @@ def open_job(job: Path, record: dict) -> dict:
 
 def write_settings(job: Path, record: dict) -> None:
     write_whole(job / "settings.json", lambda part: part.write_text(json.dumps(record, indent=2)))
-
-
-def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Write a file that appears whole or not at all."""
-    part = path.with_suffix(".part")
-    write(part)
-    part.replace(path)
 
 
 def customize_stage(

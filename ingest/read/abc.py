@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from attrdb.database import Database
 from attrdb.errors import InvalidValue, NotFound
@@ -23,7 +24,7 @@ from attrdb.ingest.customize.customizers import DEFAULT_METHOD
 from attrdb.ingest.encode import Encoder
 from attrdb.ingest.prompts import TOKEN, train_prompt
 from attrdb.ingest.read.corpus import image_rows, register
-from attrdb.ingest.read.pictures import read_picture_file
+from attrdb.ingest.read.pictures import Picture, read_picture_file
 from attrdb.store import jobs
 
 BASE_MODEL = "CompVis/stable-diffusion-v1-4"
@@ -247,7 +248,8 @@ def _take(
 
 def _append(db: Database, release: Release, model: ReleasedModel, encoders: Sequence[Encoder]) -> None:
     shared = {"model_id": model.model_id, "split": model.split, "category": model.category}
-    rows, pictures = {}, []
+    rows: dict[str, dict[str, Any]] = {}
+    pictures: list[Picture] = []
 
     def add(path: str, row: dict) -> None:
         picture = read_picture_file(release.root / path)

@@ -53,7 +53,9 @@ def open_corpus(path: Path, source: str | None = None) -> Corpus:
     tables = [path] if path.suffix == ".parquet" else sorted(path.glob("*.parquet")) if path.is_dir() else []
     if tables:
         n_items = sum(count_rows(table) for table in tables)
-        items = partial(chain.from_iterable, [parquet_items(table, source) for table in tables])
+        items: Callable[[], Iterator[Item]] = partial(
+            chain.from_iterable, [parquet_items(table, source) for table in tables]
+        )
     elif path.is_dir():
         n_items = sum(1 for _ in image_files(path))
         items = partial(folder_items, path, name)

@@ -92,7 +92,9 @@ def on_white(image: Image.Image) -> Image.Image:
 def square(image: Image.Image, size: int) -> Image.Image:
     """The whole picture, centred on a white square of `size` pixels."""
     scale = size / max(image.size)
-    small = image.resize((max(1, round(image.width * scale)), max(1, round(image.height * scale))), Image.BICUBIC)
+    small = image.resize(
+        (max(1, round(image.width * scale)), max(1, round(image.height * scale))), Image.Resampling.BICUBIC
+    )
     if small.size == (size, size):
         return small
     canvas = Image.new("RGB", (size, size), "white")

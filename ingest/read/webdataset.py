@@ -80,7 +80,8 @@ def count_webdataset(path: Path) -> int | None:
     else:
         raise InvalidValue(f"{tars[0]} has no image in it; {', '.join(IMAGES)} members are read")
     counts = [_successes(tar) for tar in tars]
-    return None if None in counts else sum(counts)
+    known = [count for count in counts if count is not None]
+    return sum(known) if len(known) == len(counts) else None
 
 
 def _successes(tar: Path) -> int | None:
@@ -212,7 +213,8 @@ def _samples(path: Path) -> Iterator[Sample | Trouble]:
                 key = (inside.parent / stem).as_posix()
                 if sample and sample.key != key:
                     yield sample
-                    sample, last = None, f"sample {sample.key!r}"
+                    last = f"sample {sample.key!r}"
+                    sample = None
                 sample = sample or Sample(key)
                 _take(sample, extension.lower(), info, tar, path)
     except DAMAGE as error:
@@ -229,7 +231,7 @@ def _headers(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
     raises: those of DAMAGE, also where tarfile takes a shard that is cut off for a whole one
     """
     while (info := tar.next()) is not None:
-        tar.members.clear()  # tarfile keeps every header otherwise
+        tar.members.clear()  # type: ignore[attr-defined]  # typeshed lacks it; tarfile keeps every header otherwise
         if info.size < 0:  # would lead back to a header before it, for ever
             raise tarfile.ReadError(f"member {info.name!r} claims {info.size} bytes")
         yield info
@@ -262,6 +264,8 @@ def _take(sample: Sample, extension: str, info: tarfile.TarInfo, tar: tarfile.Ta
     elif extension in sample.texts or (extension in IMAGES and sample.images):
         sample.problem = f"member {info.name!r} is a second one of its kind under this key; which is meant?"
     elif extension in TEXTS:
-        sample.texts[extension] = tar.extractfile(info).read()
+        opened = tar.extractfile(info)
+        assert opened is not None  # a plain file
+        sample.texts[extension] = opened.read()
     else:
         sample.images.append(Member(path, info.name, info.offset_data, info.size))

@@ -21,6 +21,7 @@ import random
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import click
 import torch
@@ -95,7 +96,7 @@ def build(
     sprites = replace(sprites, pixels=sprites.pixels.to(device))
     stage = Stage(run_folder, "vae", (end - time.monotonic()) / 60)
     vae = train_autoencoder(sprites, settings, stage, device, workers, compiled, vae_minutes)
-    vae_state = stage.load()
+    vae_state = stage.load() or {}
     vae_images = vae_state["step"] * settings.vae_batch
     figures = {"vae_images": vae_images, "vae_seconds": round(vae_state["seconds"])}
     if not vae_state["finished"]:
@@ -151,7 +152,7 @@ def main(
     workers: int,
     tiny: bool,
     device: str,
-    **given: float,
+    **given: Any,
 ) -> None:
     """Train icon-sd for some minutes, or go on training it, and export it."""
     settings = TINY if tiny else replace(IconSdSettings(), **given)

@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import click
 import open_clip
@@ -260,7 +261,7 @@ def train_encoder(
     return figures
 
 
-def _write(model: torch.nn.Module, tokenizer: object | None, figures: dict, name: str, out: Path) -> None:
+def _write(model: torch.nn.Module, tokenizer: Any, figures: dict, name: str, out: Path) -> None:
     """The encoder in fp16, its configuration, and its card with the hash of the weights."""
     out.mkdir(parents=True, exist_ok=True)
     weights = {

@@ -130,7 +130,7 @@ def run(tasks: tuple[Task, ...], minutes: float, runs: Path, out: Path, sprites:
     out.mkdir(parents=True, exist_ok=True)
     variables, empty = environment(runs), runs / "empty"
     empty.mkdir(exist_ok=True)
-    states = []
+    states: list[dict[str, str | float]] = []
     for number, task in enumerate(tasks):
         done, results = runs / f"{task.name}.done", runs / "results" / task.name
         left = (end - time.monotonic()) / 60

@@ -17,7 +17,8 @@ import click
 from PIL import Image, ImageDraw
 
 from attrdb.ingest.customize.base_model import load_base_model
-from attrdb.ingest.customize.synthesize import SynthesizeSettings, plan_samples, synthesize, use_fast_solver
+from attrdb.ingest.customize.synthesize import plan_samples, synthesize, use_fast_solver
+from attrdb.ingest.options import SynthesizeSettings
 from attrdb.ingest.prompts import Prompt
 from attrdb.training.icon_sd import media
 from attrdb.training.icon_sd.build import SPRITES
@@ -90,7 +91,7 @@ def grid(base_model: str, sprites: Sprites, seed: int = 0, guidance: float = 4.0
     draw = ImageDraw.Draw(canvas)
 
     def paste(cell: Cell, left: int, top: int) -> None:
-        canvas.paste(next(images).resize((CELL - 4, CELL - 4), Image.BICUBIC), (left + 2, top + 2))
+        canvas.paste(next(images).resize((CELL - 4, CELL - 4), Image.Resampling.BICUBIC), (left + 2, top + 2))
         if cell.unseen:
             draw.rectangle((left, top, left + CELL - 1, top + CELL - 1), outline="red", width=2)
 

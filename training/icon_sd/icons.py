@@ -22,6 +22,7 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 import click
@@ -161,7 +162,7 @@ def _rdf_text(root: ElementTree.Element, path: str) -> str:
     }
     for prefix in ("cc", "cc2"):
         found = root.find(path.replace("cc:", f"{prefix}:"), namespaces)
-        if found is not None and (found.text or "").strip():
+        if found is not None and found.text and found.text.strip():
             return html.unescape(found.text).strip()
     return ""
 
@@ -215,10 +216,11 @@ def render(drawing: Drawing) -> dict | None:
         return None
     square = Image.new("RGB", (side, side), "white")
     square.paste(picture, ((side - picture.width) // 2, (side - picture.height) // 2))
-    small = square.resize((SIZE, SIZE), Image.LANCZOS)
-    if all(high - low < 32 for low, high in small.getextrema()):
+    small = square.resize((SIZE, SIZE), Image.Resampling.LANCZOS)
+    bands: Any = small.getextrema()  # the least and the greatest value of each
+    if all(high - low < 32 for low, high in bands):
         return None
-    thumbnail = small.resize((16, 16), Image.BOX).quantize(32).convert("RGB").point(lambda v: v >> 4)
+    thumbnail = small.resize((16, 16), Image.Resampling.BOX).quantize(32).convert("RGB").point(lambda v: v >> 4)
     encoded = io.BytesIO()
     small.save(encoded, "WEBP", lossless=True, quality=80, method=4)
     return {
@@ -313,9 +315,9 @@ def curate(rows: list[dict], seed: int = 0) -> list[dict]:
         return {**row, "role": "exemplar", "prompt": caption, "metadata": json.dumps(metadata)}
 
     drawable = {"Animals & Nature", "Food & Drink", "Objects", "Travel & Places"}
-    objects = []
+    objects: list[dict[str, Any]] = []
     for source in OBJECT_SETS:
-        named = {}
+        named: dict[str, dict[str, Any]] = {}
         for row in by_source[source]:
             category = re.sub(r" \d+$", "", row["category"])
             if category in known and groups_of[category] in drawable and inked(row):

@@ -216,7 +216,8 @@ class Composer:
                 depth = ""
             mixed = {"pale ": 255, "dark ": 0}.get(depth)
             if mixed is not None:
-                one = tuple(round(0.5 * value + 0.5 * mixed) for value in one)
+                red, green, blue = (round(0.5 * value + 0.5 * mixed) for value in one)
+                one = red, green, blue
             return "plain", one, one, f"on {with_article(depth + a)} ground"
         if draw < 0.75:
             pattern = rng.choice(("fade down", "fade across"))
@@ -327,7 +328,7 @@ class Composer:
         styled = style is not None and rng.random() < 0.55
         if medium >= 0:
             words = f"{with_article(media.MEDIA[media.NAMES[medium]][0])} of {words}"
-        elif styled and rng.random() < 0.2:
+        elif style and styled and rng.random() < 0.2:
             return f"{'an' if style[0] in 'aeiou' else 'a'} {style} icon of {words}"
         elif rng.random() < 0.4:
             words = f"a picture of {words}"
@@ -335,7 +336,8 @@ class Composer:
 
 
 def _shaken(rgb: tuple[int, int, int], rng: random.Random) -> tuple[int, int, int]:
-    return tuple(max(0, min(255, value + rng.randint(-10, 10))) for value in rgb)
+    red, green, blue = (max(0, min(255, value + rng.randint(-10, 10))) for value in rgb)
+    return red, green, blue
 
 
 def pack(scenes: Sequence[Scene]) -> dict[str, torch.Tensor]:

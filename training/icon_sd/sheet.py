@@ -24,7 +24,7 @@ def sheet(sprites: Sprites, columns: int, rows: int, seed: int) -> Image.Image:
     for number, (scene, picture) in enumerate(zip(scenes, compose(pack(scenes), sprites.pixels), strict=True)):
         left, top = number % columns * (SIDE + 8) + 4, number // columns * height
         pixels = (picture.permute(1, 2, 0) * 255).round().byte().numpy()
-        canvas.paste(Image.fromarray(pixels).resize((SIDE, SIDE), Image.BICUBIC), (left, top))
+        canvas.paste(Image.fromarray(pixels).resize((SIDE, SIDE), Image.Resampling.BICUBIC), (left, top))
         lines = textwrap.wrap(scene.caption or "(no caption)", LETTERS)[:LINES]
         for line, text in enumerate(lines):
             draw.text((left, top + SIDE + 1 + line * LINE), text, fill="black")

@@ -21,6 +21,7 @@ from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import click
 import numpy as np
@@ -148,8 +149,15 @@ MARKS = (
     "fa6-brands",
     "bxl",
     "selfhst",
+    "streamline-logos",
+    "token",
+    "cryptocurrency",
+    "flagpack",
+    "flag",
+    "file-icons",
+    "vscode-icons",
+    "catppuccin",
 )
-MARKS += ("streamline-logos", "token", "cryptocurrency", "flagpack", "flag", "file-icons", "vscode-icons", "catppuccin")
 NOT_THINGS = re.compile(
     r"\b(o'?clock|thirty|skin|tone|button|arrows?|chevrons?|carets?|align|italic|underline|strikethrough|zoom|sort|filter|menu"
     r"|layout|columns?|rows?|border|checkbox|toggle|circle|square|triangle|plus|minus|add|remove|delete|close|cancel|edit|off"
@@ -187,7 +195,7 @@ def vocabulary(icons_of: dict[str, set[str]], emoji_groups: dict[str, str | None
     """
     emoji = {name for name, group in emoji_groups.items() if group in DRAWABLE}
     marks = set().union(*(icons_of.get(source, set()) for source in MARKS))
-    n_sets = Counter(name for names in icons_of.values() for name in {thing_of(icon) for icon in names} - {None})
+    n_sets = Counter(name for names in icons_of.values() for name in {thing_of(icon) for icon in names} if name)
     shared = {name for name, count in n_sets.items() if count >= least and len(name.split()) <= 2}
     return {name for name in emoji if thing_of(name)} | (shared - marks)
 
@@ -210,7 +218,7 @@ def render(drawing: Drawing, mono: bool) -> tuple[bytes, str] | None:
     side = max(cut.size)
     square = Image.new("RGBA", (side, side), (0, 0, 0, 0))
     square.paste(cut, ((side - cut.width) // 2, (side - cut.height) // 2))
-    small = square.resize((SIZE, SIZE), Image.BOX if side >= 2 * SIZE else Image.LANCZOS)
+    small = square.resize((SIZE, SIZE), Image.Resampling.BOX if side >= 2 * SIZE else Image.Resampling.LANCZOS)
     coverage = np.asarray(small.getchannel("A"), dtype=np.float32) / 255
     if not 0.05 < coverage.mean() < 0.97:
         return None
@@ -218,12 +226,12 @@ def render(drawing: Drawing, mono: bool) -> tuple[bytes, str] | None:
     if mono:
         grey = small.getchannel("A").quantize(16).convert("L")
         grey.save(encoded, "WEBP", lossless=True, quality=80, method=4)
-        pixels = grey.resize((16, 16), Image.BOX).point(lambda value: value >> 4)
+        pixels = grey.resize((16, 16), Image.Resampling.BOX).point(lambda value: value >> 4)
     else:
         small.save(encoded, "WEBP", quality=70, alpha_quality=80, method=5)
         white = Image.new("RGB", small.size, "white")
         white.paste(small, mask=small.getchannel("A"))
-        pixels = white.resize((16, 16), Image.BOX).point(lambda value: value >> 4)
+        pixels = white.resize((16, 16), Image.Resampling.BOX).point(lambda value: value >> 4)
     return encoded.getvalue(), hashlib.sha256(pixels.tobytes()).hexdigest()
 
 
@@ -298,7 +306,8 @@ def build(iconify: Path, openclipart: Path, seed: int, workers: int) -> list[dic
     clipart = list(openclipart_drawings(openclipart))
     held = prolific(clipart)
     drawings = [*iconify_drawings(iconify, sources), *(one for one in clipart if artist_of(one.creator) not in held)]
-    rows, seen = [], set()
+    rows: list[dict[str, Any]] = []
+    seen: set[str] = set()
     with ProcessPoolExecutor(workers) as pool:
         for style, found in chosen(drawings, things, marks, seed).items():
             mono = style in MONO_STYLES
@@ -308,7 +317,8 @@ def build(iconify: Path, openclipart: Path, seed: int, workers: int) -> list[dic
                 if sprite is None or sprite[1] in seen or len(rows) - n_rows >= style.most:
                     continue
                 seen.add(sprite[1])
-                row = {"name": drawing.name, "thing": drawing.category, "style": style.name, "source": style.source}
+                row: dict[str, Any] = {"name": drawing.name, "thing": drawing.category}
+                row |= {"style": style.name, "source": style.source}
                 row |= {"mono": mono, "creator": drawing.creator, "license": drawing.license, "image": sprite[0]}
                 rows.append(row)
             size = sum(len(row["image"]) for row in rows[n_rows:])

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import time
-from contextlib import nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -46,7 +48,8 @@ class Latents:
         self.vae, self.sprites, self.settings, self.pool = vae, sprites, settings, pool
         self.new = settings.unet_batch // RENEWED if pool else settings.unet_batch
         self.batches = SceneBatches(sprites, self.new, settings.seed + 1, first, tokenizer).loaded(workers)
-        self.latents = self.tokens = None
+        self.latents: Any = None  # tensors, once the first are added
+        self.tokens: Any = None
         self.n_added = 0
         self.generator = torch.Generator().manual_seed(settings.seed + first)
         if pool:
@@ -96,7 +99,7 @@ def train_unet(
     torch.manual_seed(settings.seed)
     unet = new_unet(settings).to(device)
     text_encoder = new_text_encoder(tokenizer, settings).to(device)
-    attention = nullcontext
+    attention: Callable[[], AbstractContextManager] = nullcontext
     if is_cpu(device):
         # Over 64 positions the fused attention's backward pass takes a third of a step: 67 images/s with it, 118 without.
         unet.set_attn_processor(AttnProcessor())
