@@ -14,7 +14,7 @@ test: $(VENV)/.ready
 
 # The tests, and the lines that they do not reach; in htmlcov/ page by page.
 coverage: $(VENV)/.ready
-	$(BIN)/python -m coverage run -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m coverage run -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 	$(BIN)/python -m coverage combine --quiet
 	$(BIN)/python -m coverage html --quiet
 	$(BIN)/python -m coverage report

@@ -38,6 +38,7 @@ LIGHT = (
     "test_intervals",
     "test_maintenance",
     "test_node",
+    "test_pylance_quirks",
     "test_shell",
     "test_site",
     "test_sql",
