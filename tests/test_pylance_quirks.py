@@ -26,6 +26,7 @@ import lance
 import numpy as np
 import pyarrow as pa
 import pytest
+from conftest import of_duckdb_2
 from lance.commit import CommitConflictError
 
 from attrdb.search import ivf
@@ -84,6 +85,7 @@ def test_a_merge_that_gives_up_raises_no_conflict_error(write):
     assert not isinstance(caught.value, CommitConflictError)
 
 
+@of_duckdb_2
 def test_a_null_test_on_a_vector_column_cannot_be_pushed_down(write):
     """sql/relations.py, `features_view`, need not cast the column; sql/connection.py, `_refused`, need not explain it."""
     table = pa.table({"feature": pa.array([[1.0, 2.0], None], pa.list_(pa.float32(), 2))})

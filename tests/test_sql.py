@@ -6,7 +6,7 @@ import duckdb
 import numpy as np
 import pyarrow as pa
 import pytest
-from conftest import TOY
+from conftest import TOY, of_duckdb_2
 
 import attrdb
 from attrdb import queries, sql
@@ -166,6 +166,7 @@ def test_columns_of_the_same_name_are_numbered(toy):
     assert toy.sql("SELECT 1 AS a, 2 AS a, 3 AS b, 4 AS a").to_pylist() == [{"a": 1, "a_1": 2, "b": 3, "a_2": 4}]
 
 
+@of_duckdb_2
 def test_a_filter_on_a_vector_column_names_the_cure(toy):
     with pytest.raises(QueryRefused, match=r'write "column"::FLOAT\[\] IS NOT NULL'):
         toy.sql("SELECT image_id FROM images WHERE toy_2 IS NOT NULL")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
-from conftest import rows
+from conftest import of_duckdb_2, rows
 
 import attrdb
 from attrdb import queries, sql
@@ -88,6 +88,7 @@ def scan(snapshot, statement):
     return re.sub(r"[\s│╭╮╰╯─┬┴┤├]+", " ", plan)
 
 
+@of_duckdb_2
 @pytest.mark.parametrize(
     ("statement", "pushed"),
     [
@@ -108,6 +109,7 @@ def test_filters_that_reach_lance(toy, statement, pushed):
     assert "Projections: image_id ~" in found
 
 
+@of_duckdb_2
 @pytest.mark.parametrize("test", ["lower(source) = 'x'", "image_id LIKE '%p'", "starts_with(image_id, 'm/')"])
 def test_filters_that_stay_in_duckdb(toy, test):
     found = scan(toy.snapshot, f"SELECT image_id FROM images WHERE {test}")
@@ -115,6 +117,7 @@ def test_filters_that_stay_in_duckdb(toy, test):
     assert "Filters:" not in found
 
 
+@of_duckdb_2
 def test_hidden_models_are_left_out_by_lance(toy):
     toy.writer.append_images(rows([("half/0/1", "sample", "half", 5)]))
     found = scan(toy.snapshot, "SELECT image_id FROM samples")
