@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint docs node benchmark icon-sd gpu gpu-wheels clean
+.PHONY: demo test coverage lint hooks docs docs-site node benchmark icon-sd gpu gpu-wheels clean
 
 demo: $(VENV)/.ready
 	$(BIN)/attrdb demo demo
@@ -11,6 +11,13 @@ demo: $(VENV)/.ready
 # A process per core, at most four, each with one thread for torch and BLAS: threads that share a core slow each other down.
 test: $(VENV)/.ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
+
+# The tests, and the lines that they do not reach; in htmlcov/ page by page.
+coverage: $(VENV)/.ready
+	OMP_NUM_THREADS=1 $(BIN)/python -m coverage run -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
+	$(BIN)/python -m coverage combine --quiet
+	$(BIN)/python -m coverage html --quiet
+	$(BIN)/python -m coverage report
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .
@@ -22,6 +29,15 @@ docs: $(VENV)/.ready
 	$(BIN)/python docs/dictionary.py
 	$(BIN)/python docs/options.py
 	$(BIN)/python docs/architecture.py
+
+# The documentation as a site, in site/. Fails on a broken link.
+docs-site: $(VENV)/.ready
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+
+# Lint before every commit.
+hooks: $(VENV)/.ready
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt '.[hooks]'
+	$(BIN)/pre-commit install
 
 # The experiments on IconAbC, from its frozen files; hours on two cores, and it goes on where it was.
 benchmark: $(VENV)/.ready
@@ -57,4 +73,4 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) demo
+	rm -rf $(VENV) demo site htmlcov

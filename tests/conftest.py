@@ -20,7 +20,8 @@ from attrdb.store.schema import feature_array
 
 ROOT = Path(__file__).parent.parent
 
-# The test modules that need the core alone: no torch, no Pillow. Where torch is not installed, the others are left out.
+# The test modules that need the core alone: no torch, no Pillow. Where torch is
+# not installed, the others are left out; without prompt_toolkit, the shell's too.
 LIGHT = (
     "test_application",
     "test_architecture",
@@ -37,6 +38,7 @@ LIGHT = (
     "test_intervals",
     "test_maintenance",
     "test_node",
+    "test_pylance_quirks",
     "test_shell",
     "test_site",
     "test_sql",
@@ -45,10 +47,9 @@ LIGHT = (
     "test_user_queries",
     "test_version",
 )
+NEEDS = dict.fromkeys(LIGHT, "lance") | {"test_shell": "prompt_toolkit"}
 collect_ignore = [
-    path.name
-    for path in Path(__file__).parent.glob("test_*.py")
-    if path.stem not in LIGHT and find_spec("torch") is None
+    path.name for path in Path(__file__).parent.glob("test_*.py") if find_spec(NEEDS.get(path.stem, "torch")) is None
 ]
 
 # What goes the way of an accelerator is run on one, or else by torch on the CPU with its kernels interpreted.
