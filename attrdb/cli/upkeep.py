@@ -146,9 +146,7 @@ def index(db: Path, encoder_id: str | None, device: str, quiet: bool) -> None:
     )
     with progress(quiet) as advance:
         row = index_build.build(database.writer, what.encoder_id, device, advance)
-    asked = (
-        f"probing {row['n_probes']:,} of {row['n_partitions']:,} partitions, {row['oversampling']} hits per answer"
-    )
+    asked = f"probing {row['n_probes']:,} of {row['n_partitions']:,} partitions, {row['oversampling']} hits per answer"
     measured = f"recall@10 {row['recall']:.3f} on {row['n_queries']} {row['queries']}"
     click.echo(f"built in {row['seconds']:.1f} s; {measured}, {asked}", err=True)
     database.refresh()
