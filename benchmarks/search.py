@@ -308,7 +308,7 @@ def faiss_ivf(data: Data, truth: np.ndarray) -> dict:
     import faiss
 
     faiss.omp_set_num_threads(N_CORES)
-    n_cells = round(index_build.CELLS * np.sqrt(len(data.x)))
+    n_cells = round(index_build.PARTITIONS_PER_ROOT * np.sqrt(len(data.x)))
     index = faiss.index_factory(
         data.x.shape[1], f"IVF{n_cells},PQ{data.x.shape[1] // 8},RFlat", faiss.METRIC_INNER_PRODUCT
     )
@@ -568,7 +568,7 @@ def real(path: Path) -> list[dict]:
         for one in sorted(measured, key=lambda one: one["mapper_id"]):
             mapper = stored_mapper(snapshot, one["mapper_id"])
             exact = exact_search.top_k(snapshot.features(encoder_id, EVERYONE), queries, 11, mapper=mapper)
-            cells, hits = measuring.MORE_FOR_A_MAPPER[2]
+            cells, hits = measuring.MAPPER_TRIES[2]
             recalls = {}
             for name, norm_correction in (("plain", None), ("tilted", np.asarray(one["norm_correction"], np.float32))):
                 index = dataclasses.replace(
@@ -769,7 +769,7 @@ def main(
                 "exact": lambda: exact(data),
                 "ann": lambda: approximate(data, peers),
                 "growth": lambda: growth(work, tuple(map(int, sizes.split(","))), dimension),
-                "later": lambda: later(work, rows, dimension),
+                "uncovered_fragments": lambda: later(work, rows, dimension),
                 "predicates": lambda: predicates(work, rows, dimension),
                 "real": lambda: real(database),
                 "folding": lambda: folding(data),

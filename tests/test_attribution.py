@@ -89,7 +89,7 @@ def test_count_above_equals_the_place_in_a_full_sort(size, device):
 @pytest.mark.parametrize("device", DEVICES)
 def test_more_queries_than_a_product_takes_and_rows_that_differ_in_their_last_digits(monkeypatch, device):
     """Against float64, with a mapper, where float32 alone would put near equal candidates in another order."""
-    monkeypatch.setattr(gemm, "QUERIES_A_PRODUCT", 7)
+    monkeypatch.setattr(gemm, "QUERIES_PER_PRODUCT", 7)
     rng = np.random.default_rng(0)
     centre = rng.standard_normal((1, 24))
     features = centre + 1e-3 * rng.standard_normal((300, 24))
@@ -199,7 +199,7 @@ def test_a_search_gives_the_threads_of_products_back():
         return {one["num_threads"] for one in threads._blas().info()}
 
     before = n_threads()
-    first, second = (threads.one_thread_a_product() for _ in range(2))
+    first, second = (threads.one_thread_per_product() for _ in range(2))
     first.__enter__()
     second.__enter__()
     assert n_threads() == {1}

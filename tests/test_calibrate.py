@@ -70,7 +70,7 @@ def of(db):
 def test_the_divergence_is_that_over_the_whole_gallery(db, monkeypatch, tau, lam):
     assert divergence_of(of(db), tau, lam) == pytest.approx(slow_divergence(db, tau, lam), rel=1e-5)
     monkeypatch.setattr(module, "KEPT", 40)
-    monkeypatch.setattr(module, "SAMPLES_A_PASS", 7)
+    monkeypatch.setattr(module, "SAMPLES_PER_PASS", 7)
     found = of(db)
     assert found.tail.sum() == 60 * (400 - 40)
     assert divergence_of(found, tau, lam) == pytest.approx(slow_divergence(db, tau, lam), rel=1e-4)

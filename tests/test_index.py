@@ -314,7 +314,7 @@ def test_a_mapper_is_searched_by_index_once_that_is_measured(indexed, monkeypatc
 
 
 def test_a_mapper_that_the_index_does_not_serve_is_searched_exactly(indexed, monkeypatch):
-    monkeypatch.setattr(index_tuning, "MORE_FOR_A_MAPPER", ((1, 1),))
+    monkeypatch.setattr(index_tuning, "MAPPER_TRIES", ((1, 1),))
     rng = np.random.default_rng(1)
     wild = {
         name: value + 3 * rng.standard_normal(value.shape).astype(np.float32)
@@ -360,7 +360,7 @@ def test_rows_after_the_index_are_compared_for_all_queries_together(indexed):
     index_tuning.measure_missing(indexed.writer)
     indexed.writer.append_images(images("later", clustered(500, 31)))
     snapshot = indexed.snapshot
-    assert len(planner.indices(snapshot)["points_16"].later) == 1
+    assert len(planner.indices(snapshot)["points_16"].uncovered_fragments) == 1
     queries = clustered(50, 5)
     for one in (None, mapper):
         found, exact = (
@@ -371,7 +371,7 @@ def test_rows_after_the_index_are_compared_for_all_queries_together(indexed):
         for ids, best in zip(found.ids, exact.ids, strict=True):
             assert {name for name in best if name.startswith("later")} <= {*ids}
     optimize.optimize(indexed.writer)
-    assert planner.indices(indexed.snapshot)["points_16"].later == ()
+    assert planner.indices(indexed.snapshot)["points_16"].uncovered_fragments == ()
 
 
 def test_all_are_compared_where_that_takes_less(indexed, monkeypatch):
@@ -409,7 +409,7 @@ def test_other_indices_may_cover_less_or_more(indexed):
         indexed.writer.append_images(images(prefix, clustered(n, seed), role, **columns))
 
     one = planner.indices(indexed.snapshot)["points_16"]
-    assert (one.later, one.filtered) == ((), True)
+    assert (one.uncovered_fragments, one.filter_indexed) == ((), True)
     more("late", "pretraining", 41)
     indexed.writer.append_images(images("hidden", clustered(300, 42), "sample", model_id=["hidden"] * 300))
     right()  # neither covers them
@@ -420,7 +420,7 @@ def test_other_indices_may_cover_less_or_more(indexed):
     indexed.writer.append_images(images("n/s", clustered(300, 44), "sample", model_id=["n"] * 300))
     indexed.refresh()
     one = planner.indices(indexed.snapshot)["points_16"]
-    assert (len(one.later), one.filtered) == (2, False)
+    assert (len(one.uncovered_fragments), one.filter_indexed) == (2, False)
     right()  # and some come after both
     optimize.optimize(indexed.writer)
     right()
@@ -515,7 +515,7 @@ def test_building_again_and_an_encoder_of_odd_length(tmp_path, monkeypatch):
     )
     done = CliRunner().invoke(main, ["index", str(db.path), "--quiet", "--device", "cpu"])
     assert done.exit_code == 0, done.output
-    assert "IVF_SQ of some 1,200 features of points_15, 15-d: 43 cells, on cpu" in done.stderr
+    assert "IVF_SQ of some 1,200 features of points_15, 15-d: 43 partitions, on cpu" in done.stderr
     assert "recall@10" in done.stderr
     again = index_build.build(attrdb.open(db.path).writer)
     assert (again["queries"], again["n_queries"]) == ("candidates", 200)

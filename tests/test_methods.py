@@ -289,6 +289,10 @@ def test_an_installed_package_adds_a_method(toy, tmp_path):
         assert done.returncode == 0, done.stderr
     page = (tmp_path / "report.html").read_text()
     assert {"toy_2", "shared"} <= set(re.findall(r'<td class="name">(\w+)</td>', page))
+    alone = attrdb_says("report", "--method", "shared", "--out", str(tmp_path / "alone.html"))
+    assert alone.returncode == 0, alone.stderr
+    shown = set(re.findall(r'<td class="name">(\w+)</td>', (tmp_path / "alone.html").read_text()))
+    assert shown & {"shared", "toy_2"} == {"shared"}
     rows = json.loads(attrdb_says("methods", "--json").stdout)
     assert [(row["method_id"], row["kind"], row["calibrated"]) for row in rows] == [
         ("toy_2", "similarity", False),

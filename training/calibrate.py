@@ -35,7 +35,7 @@ from attrdb.training.train import EVALUATED_ONLY
 SHARPNESS = 100.0  # of the softplus, as in the released code
 KEPT = 1000  # best candidates of a sample whose similarities are kept one by one
 BINS = 4096  # of similarity, from -1 to 1, in which all others are counted
-SAMPLES_A_PASS = 512
+SAMPLES_PER_PASS = 512
 # Where the fit may start: temperatures and cut-offs.
 STARTS = tuple((tau, lam) for tau in (0.01, 0.02, DEFAULT_TAU, 0.1, 0.3, 1.0) for lam in (0.001, DEFAULT_LAM, 0.3))
 EDGES = (0.0, 0.001, 0.01, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 1.0)  # of the reliability table
@@ -139,7 +139,7 @@ def calibrate(
 def similarities(
     db: Database, encoder_id: str, mapper: Mapper | None, split: str, report: Report
 ) -> tuple[Similarities, int]:
-    """Of all samples of a split's models, from a pass over the corpus for every SAMPLES_A_PASS of them."""
+    """Of all samples of a split's models, from a pass over the corpus for every SAMPLES_PER_PASS of them."""
     names = db.sql("SELECT model_id FROM models WHERE split = $split ORDER BY model_id", {"split": split})
     own = among("model_id", names["model_id"].to_pylist())
     of = {role: features_by_model(db, encoder_id, f"role = '{role}' AND {own}") for role in ("sample", "exemplar")}
@@ -156,10 +156,10 @@ def similarities(
         for s, e in zip(samples, exemplars, strict=True)
     ]
     queries, parts, size = np.concatenate(samples), [], 0
-    for start in range(0, len(queries), SAMPLES_A_PASS):
+    for start in range(0, len(queries), SAMPLES_PER_PASS):
         report(start, len(queries))
         gallery = db.features(encoder_id, "role = 'pretraining'")
-        part = queries[start : start + SAMPLES_A_PASS]
+        part = queries[start : start + SAMPLES_PER_PASS]
         *found, size = counted(part, mapper.candidates(gallery) if mapper else gallery)
         parts.append(found)
     report(len(queries), len(queries))

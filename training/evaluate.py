@@ -20,7 +20,7 @@ from attrdb.store.predicates import CANDIDATES
 from attrdb.store.schema import TABLES, feature_matrix
 
 GALLERIES = ("own", "all")
-SAMPLES_A_PASS = 8192
+SAMPLES_PER_PASS = 8192
 _RANKS = pa.schema(
     [TABLES["exemplar_ranks"].field(name) for name in ("sample_id", "exemplar_id", "score", "rank", "gallery_size")]
 )
@@ -92,10 +92,10 @@ def _similarity_ranks(db: Database, method: Similarity, gallery: str, report: Re
 
 
 def _passes(models: list[str], n_samples: dict[str, int]) -> Iterator[list[str]]:
-    """The models in parts, of SAMPLES_A_PASS samples at most where a model has no more by itself."""
+    """The models in parts, of SAMPLES_PER_PASS samples at most where a model has no more by itself."""
     part: list[str] = []
     for model_id in models:
-        if part and sum(n_samples[one] for one in part) + n_samples[model_id] > SAMPLES_A_PASS:
+        if part and sum(n_samples[one] for one in part) + n_samples[model_id] > SAMPLES_PER_PASS:
             yield part
             part = []
         part.append(model_id)

@@ -252,13 +252,23 @@ def evaluate(
     show_default=True,
     help="File of the page.",
 )
+@click.option(
+    "--method",
+    "methods",
+    type=Id("method"),
+    multiple=True,
+    help="A method_id, encoder_id or mapper_id, repeatable. Default: all that were evaluated.",
+)
 @gallery_option
 @at_option
-def report(db: Path, out: Path, gallery: str, at: str | None) -> None:
+def report(db: Path, out: Path, methods: tuple[str, ...], gallery: str, at: str | None) -> None:
     """Write a page with all metrics, plots, and queries with their attributed images, in one file.
 
-    It shows what was evaluated: attrdb evaluate DB, with --mapper for mappers.
+    It shows what was evaluated: attrdb evaluate DB, with --method for mappers.
     """
+    from attrdb.attribution.methods import resolve_method
+
     module, database = ml("pages.report"), attrdb.open(db, read_only=True, at=at)
-    out.write_text(module.render(database, module.figures(database, gallery)), encoding="utf-8")
+    method_ids = [resolve_method(database.snapshot, method) for method in methods]
+    out.write_text(module.render(database, module.figures(database, gallery, method_ids)), encoding="utf-8")
     click.echo(f"wrote {out}", err=True)

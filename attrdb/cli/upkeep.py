@@ -73,8 +73,8 @@ def _searched(index: dict[str, Any]) -> str:
     if state in EXACT:
         return EXACT[state]
     said = f"recall@10 {index['recall']:.3f} on {index['n_queries']} {index['queries']}"
-    cells = f"{index['n_probes']:,} of {index['n_partitions']:,} cells"
-    return f"searched by index, {said}, {cells}{BEHIND.get(state, '')}"
+    partitions = f"{index['n_probes']:,} of {index['n_partitions']:,} partitions"
+    return f"searched by index, {said}, {partitions}{BEHIND.get(state, '')}"
 
 
 def _searched_with(mapper: dict[str, Any]) -> str:
@@ -141,12 +141,12 @@ def index(db: Path, encoder_id: str | None, device: str, quiet: bool) -> None:
     what = index_build.plan(database.snapshot, stored_encoder_id(database, encoder_id))
     click.echo(
         f"{what.kind} of some {what.n_rows:,} features of {what.encoder_id}, {what.dimension}-d: {what.n_partitions:,} "
-        f"cells, on {device}; at most {what.memory / 2**30:.1f} GiB of memory and {what.disk / 2**30:.2f} GiB of disk",
+        f"partitions, on {device}; at most {what.memory / 2**30:.1f} GiB of memory and {what.disk / 2**30:.2f} GiB of disk",
         err=True,
     )
     with progress(quiet) as advance:
         row = index_build.build(database.writer, what.encoder_id, device, advance)
-    asked = f"looking into {row['n_probes']:,} of {row['n_partitions']:,} cells, {row['oversampling']} hits an answer"
+    asked = f"probing {row['n_probes']:,} of {row['n_partitions']:,} partitions, {row['oversampling']} hits per answer"
     measured = f"recall@10 {row['recall']:.3f} on {row['n_queries']} {row['queries']}"
     click.echo(f"built in {row['seconds']:.1f} s; {measured}, {asked}", err=True)
     database.refresh()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import jinja2
@@ -14,6 +14,7 @@ from attrdb.database import Database
 from attrdb.errors import NotFound
 from attrdb.pages import plots
 from attrdb.pages.html import data_uri
+from attrdb.store.methods import similarity_id
 from attrdb.store.predicates import among
 from attrdb.store.schema import Row
 
@@ -26,9 +27,10 @@ QUERIES_PER_CASE = 2
 SIDE = 128  # pixels; larger pictures are scaled down to it
 
 
-def figures(db: Database, gallery: str = "own") -> dict[str, Any]:
+def figures(db: Database, gallery: str = "own", method_ids: Collection[str] = ()) -> dict[str, Any]:
     """Everything that the tables and plots show, as JSON types.
 
+    method_ids:  show these only; empty: all that were evaluated
     methods:     the rows of the methods that were evaluated
     cases:       recall at CUT_OFFS and mean average precision with intervals, chance and ceilings, of every test case and
                  method; n_unranked: pairs that were never ranked and count as misses
@@ -40,8 +42,12 @@ def figures(db: Database, gallery: str = "own") -> dict[str, Any]:
     raises: NotFound if nothing was evaluated on that gallery
     """
 
+    def is_shown(row: Row) -> bool:
+        return not method_ids or "method_id" not in row or row["method_id"] in method_ids
+
     def of_gallery(name: str, **parameters: Any) -> list[Row]:
-        return [row for row in db.query(name, **parameters).to_pylist() if row["gallery"] == gallery]
+        rows = db.query(name, **parameters).to_pylist()
+        return [row for row in rows if row["gallery"] == gallery and is_shown(row)]
 
     recall = {k: of_gallery("recall_at_k", k=k) for k in sorted({*CUT_OFFS, *CURVE})}
     mappers = db.sql("SELECT * EXCLUDE (parameters) FROM mappers ORDER BY mapper_id").to_pylist()
@@ -51,7 +57,8 @@ def figures(db: Database, gallery: str = "own") -> dict[str, Any]:
         of_gallery("mean_average_precision"),
     )
     if not cases:
-        raise NotFound(f"{db.path} has no ranks on gallery {gallery!r}; fill them with: attrdb evaluate {db.path}")
+        by = f" by {', '.join(method_ids)}" if method_ids else ""
+        raise NotFound(f"{db.path} has no ranks{by} on gallery {gallery!r}; fill them with: attrdb evaluate {db.path}")
     evaluated = {row["method_id"] for row in cases}
     methods = [row for name, row in db.methods.items() if name in evaluated]
     gains = [
@@ -72,8 +79,12 @@ def figures(db: Database, gallery: str = "own") -> dict[str, Any]:
         "gains": gains,
         "general": of_gallery("general_attribution"),
         "correlations": of_gallery("benchmark_correlation"),
-        "mappers": [_plain(row, ("settings", "metrics", "curves")) for row in mappers],
-        "calibrations": [_plain(row, ("reliability",)) for row in calibrations],
+        "mappers": [
+            _plain(row, ("settings", "metrics", "curves"))
+            for row in mappers
+            if is_shown({"method_id": similarity_id(row["encoder_id"], row["mapper_id"])})
+        ],
+        "calibrations": [_plain(row, ("reliability",)) for row in calibrations if is_shown(row)],
     }
 
 

@@ -22,13 +22,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from attrdb.errors import InvalidValue
-from attrdb.search.gemm import MARGIN, QUERIES_A_PRODUCT, SCORES, Products
+from attrdb.search.gemm import MARGIN, QUERIES_PER_PRODUCT, SCORES, ScoreKernel
 from attrdb.search.mapper import Mapper
 from attrdb.search.threads import map_blocks
 from attrdb.store.features import Block
 
-ROWS_A_PRODUCT = 8192  # of blocks that are larger, with few queries
-ROWS_A_KERNEL = 1 << 17  # on an accelerator; half a GiB of scores
+ROWS_PER_PRODUCT = 8192  # of blocks that are larger, with few queries
+ROWS_PER_KERNEL = 1 << 17  # on an accelerator; half a GiB of scores
 ROWS_COUNTED = 1 << 20  # there, without a mapper: no scores are kept
 DIGITS = 12
 PAIRS = 4096  # pairs of vectors that are held in float64 at a time
@@ -111,19 +111,19 @@ def top_k(
     queries: (n_queries, dimension) float32, unit length, before they are mapped
     device:  of the matrix products: `cpu` (NumPy), or `cuda` (torch and Triton; see `accelerator`)
     """
-    products, exact = _products(queries, mapper, device), _Exact(queries, mapper)
+    kernel, exact = _score_kernel(queries, mapper, device), _Exact(queries, mapper)
     best = Best(len(queries), k)
 
     def of_block(block: Block) -> list[tuple[np.ndarray, np.ndarray, pa.Array]]:
         block_ids, features = block
         found = []
-        for first, scores in products.scores(features):
+        for first, scores in kernel.scores(features):
             query, candidate = scores.at_least(best.needed(scores, slice(first, first + scores.n_queries)))
             query += first
             found.append((query, exact(features, candidate, query), block_ids.take(pa.array(candidate))))
         return found
 
-    for found in map_blocks(of_block, _cut(gallery, len(queries), device, ROWS_A_KERNEL), device):
+    for found in map_blocks(of_block, _cut(gallery, len(queries), device, ROWS_PER_KERNEL), device):
         for one in found:
             best.add(*one)
     return best.hits()
@@ -196,12 +196,12 @@ def count_above(
     ids:        (n_queries, m): their image ids, which break ties
     returns:    (n_queries, m) int64, and the size of the gallery
     """
-    products, exact = _products(queries, mapper, device), _Exact(queries, mapper)
+    kernel, exact = _score_kernel(queries, mapper, device), _Exact(queries, mapper)
 
     def of_block(block: Block) -> tuple[np.ndarray, int]:
         block_ids, features = block
         counts = np.zeros(similarity.shape, dtype=np.int64)
-        for query, column, candidate in products.count(features, similarity, counts):
+        for query, column, candidate in kernel.count(features, similarity, counts):
             names, given = block_ids.take(pa.array(candidate)).to_numpy(False), ids[query, column]
             # Most are the given candidates themselves; mapped by another product, these may differ in the last digit.
             others = np.flatnonzero(names != given)
@@ -213,30 +213,30 @@ def count_above(
         return counts, len(block_ids)
 
     counts, size = np.zeros(similarity.shape, dtype=np.int64), 0
-    rows_a_kernel = ROWS_A_KERNEL if mapper else ROWS_COUNTED
-    for of_one, n in map_blocks(of_block, _cut(gallery, len(queries), device, rows_a_kernel), device):
+    rows_per_kernel = ROWS_PER_KERNEL if mapper else ROWS_COUNTED
+    for of_one, n in map_blocks(of_block, _cut(gallery, len(queries), device, rows_per_kernel), device):
         counts += of_one
         size += n
     return counts, size
 
 
-def _cut(gallery: Iterable[Block], n_queries: int, device: str, rows_a_kernel: int) -> Iterator[Block]:
+def _cut(gallery: Iterable[Block], n_queries: int, device: str, rows_per_kernel: int) -> Iterator[Block]:
     """The gallery in blocks of no more rows than are multiplied at a time."""
-    most = rows_a_kernel
+    most = rows_per_kernel
     if device == "cpu":
-        most = min(ROWS_A_PRODUCT, SCORES // max(1, min(n_queries, QUERIES_A_PRODUCT)))
+        most = min(ROWS_PER_PRODUCT, SCORES // max(1, min(n_queries, QUERIES_PER_PRODUCT)))
     for ids, features in gallery:
         for at in range(0, len(ids), most):
             yield ids[at : at + most], features[at : at + most]
 
 
-def _products(queries: np.ndarray, mapper: Mapper | None, device: str) -> Any:
+def _score_kernel(queries: np.ndarray, mapper: Mapper | None, device: str) -> Any:
     """What multiplies blocks of features with some queries there."""
     if device == "cpu":
-        return Products(queries, mapper)
+        return ScoreKernel(queries, mapper)
     from attrdb.search import gemm_cuda
 
-    return gemm_cuda.Products(queries, mapper, device)
+    return gemm_cuda.ScoreKernel(queries, mapper, device)
 
 
 def accelerator(device: str) -> str:

@@ -1,4 +1,4 @@
-"""Products of queries with blocks of features, by NumPy at the rate of its BLAS: what exact searches spend their time on.
+"""ScoreKernel of queries with blocks of features, by NumPy at the rate of its BLAS: what exact searches spend their time on.
 
 A float32 product decides what lies further than MARGIN from a decision; the rest is left to who asked.
 """
@@ -11,15 +11,15 @@ import numpy as np
 
 from attrdb.search.mapper import Mapper
 
-QUERIES_A_PRODUCT = 1024
-SCORES = QUERIES_A_PRODUCT * 4096  # of a product: 16 MiB a worker, whatever the number of queries
+QUERIES_PER_PRODUCT = 1024
+SCORES = QUERIES_PER_PRODUCT * 4096  # of a product: 16 MiB a worker, whatever the number of queries
 MARGIN = 1e-5  # far above the error of a float32 product of unit vectors of a few thousand elements
 FEW_QUERIES = 0.25  # share whose scores are copied rather than compared with all others'
 
 Undecided = tuple[np.ndarray, np.ndarray, np.ndarray]  # (n,) each: query, column of the thresholds, candidate
 
 
-class Products:
+class ScoreKernel:
     """queries: (n_queries, dimension) float32, unit length, before they are mapped."""
 
     def __init__(self, queries: np.ndarray, mapper: Mapper | None):
@@ -51,8 +51,8 @@ class Products:
     def _factors(self, features: np.ndarray) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
         if self.mapper:
             features = self.mapper.exemplars(features)
-        for first in range(0, len(self.queries), QUERIES_A_PRODUCT):
-            yield first, self.queries[first : first + QUERIES_A_PRODUCT], features
+        for first in range(0, len(self.queries), QUERIES_PER_PRODUCT):
+            yield first, self.queries[first : first + QUERIES_PER_PRODUCT], features
 
 
 class Scores:

@@ -1,4 +1,4 @@
-"""Products of queries with blocks of features on an accelerator, as `attrdb.search.gemm` has them for a CPU.
+"""ScoreKernel of queries with blocks of features on an accelerator, as `attrdb.search.gemm` has them for a CPU.
 
 Counting is one kernel, so that scores never leave the processor: a product in TF32, of which it keeps how many scores lie
 surely above a threshold, and the pairs that may or may not. These are multiplied again in float64 there and then; only what
@@ -40,7 +40,7 @@ def tf32_margin(dimension: int) -> float:
     return 1.01 * (2**-9 + 2**-20 * math.ceil(dimension / 8))
 
 
-class Products:
+class ScoreKernel:
     """queries: (n_queries, dimension) float32, unit length, before they are mapped; device: one of CUDA's."""
 
     def __init__(self, queries: np.ndarray, mapper: Mapper | None, device: str):
@@ -52,9 +52,9 @@ class Products:
     def scores(self, features: Features) -> Iterator[tuple[int, Scores]]:
         """The first query and the scores, in float32, of some queries and all features, until all had their turn."""
         candidates = self._candidates(features)
-        for first in range(0, len(self.queries), gemm.QUERIES_A_PRODUCT):
+        for first in range(0, len(self.queries), gemm.QUERIES_PER_PRODUCT):
             with _whole_float32():
-                scores = self.queries[first : first + gemm.QUERIES_A_PRODUCT] @ candidates.T
+                scores = self.queries[first : first + gemm.QUERIES_PER_PRODUCT] @ candidates.T
             yield first, Scores(scores)
 
     def count(self, features: Features, thresholds: np.ndarray, counts: np.ndarray) -> Iterator[gemm.Undecided]:
@@ -191,7 +191,7 @@ def _aligned(features: torch.Tensor) -> torch.Tensor:
 
 @contextmanager
 def _whole_float32() -> Iterator[None]:
-    """Products in float32, whatever the application has set for its own."""
+    """ScoreKernel in float32, whatever the application has set for its own."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:

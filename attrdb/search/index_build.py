@@ -1,4 +1,4 @@
-"""Build an encoder's index: choose its cells, divide all features among them, hand both to Lance, measure how it answers.
+"""Build an encoder's index: choose its partitions, assign all features to them, hand both to Lance, measure how it answers.
 
 Lance (pylance 14.0) spends nearly all of a build on dividing the features, at a small part of what the machine's matrix
 products could do (docs/DECISIONS.md); here that is a matrix product, and Lance takes its result over.
@@ -36,8 +36,10 @@ SCALAR_INDICES: dict[str, Literal["BITMAP", "BTREE"]] = {"role": "BITMAP", "imag
 ALL_SEGMENTS = 10_000
 MIN_ROWS = planner.EXACT_BELOW_ROWS  # up to there, everything is compared
 BUILDING = ".index-"  # folder, in the database's, of what lies beside an index while it is built
-CELLS = 1.25  # times the square root of the number of features: more cells are quicker to ask and slower to build
-SAMPLES_A_CELL = 20  # features that a centroid is trained on
+PARTITIONS_PER_ROOT = (
+    1.25  # times the square root of the number of features; with more, queries are faster, builds slower
+)
+TRAINING_ROWS_PER_PARTITION = 20  # features that a centroid is trained on
 ROUNDS = 6
 
 Report = Callable[[str, int, int], None]
@@ -71,10 +73,12 @@ def plan(snapshot: Snapshot, encoder_id: str | None) -> Plan:
             f"{snapshot.path} has {n_rows:,} features of {encoder_id!r}; an index is of use from {MIN_ROWS:,} on, and until "
             "then every search is exact"
         )
-    n_partitions = round(CELLS * np.sqrt(n_rows))
+    n_partitions = round(PARTITIONS_PER_ROOT * np.sqrt(n_rows))
     # One bit a dimension, which Lance makes of whole bytes only; a byte a dimension otherwise.
     kind, width = ("IVF_RQ", dimension // 8) if dimension % 8 == 0 else ("IVF_SQ", dimension)
-    sample = 2 * 4 * dimension * SAMPLES_A_CELL * n_partitions  # in the order of rows, and in that of cells
+    sample = (
+        2 * 4 * dimension * TRAINING_ROWS_PER_PARTITION * n_partitions
+    )  # in the order of rows, and in that of partitions
     index = n_rows * (width + 24)
     return Plan(encoder_id, kind, n_rows, dimension, n_partitions, sample + 2 * index + (512 << 20), 2 * index)
 
@@ -100,23 +104,27 @@ def build(
         writer.refresh()
         started = time.perf_counter()
         images = writer.snapshot.tables["images"]
-        report("cells", 0, 1)
-        features = sampling.features(writer.snapshot, what.encoder_id, SAMPLES_A_CELL * what.n_partitions, what.n_rows)
+        report("partitions", 0, 1)
+        n_training = TRAINING_ROWS_PER_PARTITION * what.n_partitions
+        features = sampling.features(writer.snapshot, what.encoder_id, n_training, what.n_rows)
         centroids = train_centroids(features, what.n_partitions, ROUNDS, 0, device)
         del features
         for left in writer.path.glob(f"{BUILDING}*"):  # of a build that was killed
             shutil.rmtree(left)
         with tempfile.TemporaryDirectory(prefix=BUILDING, dir=writer.path) as folder:
-            divided = str(Path(folder) / "cells.lance")
+            assigned = str(Path(folder) / "partitions.lance")
             # Lance wants it in one file.
             lance.write_dataset(
-                _divided(images, what, centroids, device, report), divided, schema=_CELLS, max_rows_per_file=2**30
+                _assigned(images, what, centroids, device, report),
+                assigned,
+                schema=_ASSIGNMENTS,
+                max_rows_per_file=2**30,
             )
-            n_rows = lance.dataset(divided).count_rows()
+            n_rows = lance.dataset(assigned).count_rows()
             report("index", 0, 1)
-            # Measured with other cells; until they are measured again, mappers are searched exactly.
+            # Measured with other partitions; until they are measured again, mappers are searched exactly.
             writer.delete("mapper_searches", f"encoder_id = {literal(what.encoder_id)}")
-            writer.commit(lambda: _create(writer.path, images.version, what, centroids, divided))
+            writer.commit(lambda: _create(writer.path, images.version, what, centroids, assigned))
         seconds = time.perf_counter() - started
         entry = {
             "encoder_id": what.encoder_id,
@@ -156,7 +164,7 @@ def cover(writer: Writer, index: Any) -> None:
         )
 
 
-_CELLS = pa.schema([("row_id", pa.uint64()), ("partition", pa.uint32())])
+_ASSIGNMENTS = pa.schema([("row_id", pa.uint64()), ("partition", pa.uint32())])
 
 
 def _check_room(path: Path, what: Plan) -> None:
@@ -178,24 +186,24 @@ def _free_memory() -> int:
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def _divided(
+def _assigned(
     images: lance.LanceDataset, what: Plan, centroids: np.ndarray, device: str, report: Report
 ) -> Iterator[pa.RecordBatch]:
-    """Every row that has a feature, and its cell."""
+    """Every row that has a feature, and its partition."""
 
-    def cells_of(block: Block) -> tuple[pa.Array, np.ndarray]:
+    def partitions_of(block: Block) -> tuple[pa.Array, np.ndarray]:
         rows, features = block
         return rows, nearest_centroids(features, centroids, device).astype(np.uint32)
 
     done = 0
-    for rows, cells in map_blocks(cells_of, stream(images, what.encoder_id, "true", "_rowid"), device):
-        yield pa.record_batch([rows, pa.array(cells)], _CELLS)
-        done += len(cells)
+    for rows, partitions in map_blocks(partitions_of, stream(images, what.encoder_id, "true", "_rowid"), device):
+        yield pa.record_batch([rows, pa.array(partitions)], _ASSIGNMENTS)
+        done += len(partitions)
         report("divide", done, what.n_rows)
 
 
-def _create(path: Path, version: int, what: Plan, centroids: np.ndarray, divided: str) -> None:
-    # Of the version that was divided: a row that came later would count as indexed, and be in no cell.
+def _create(path: Path, version: int, what: Plan, centroids: np.ndarray, assigned: str) -> None:
+    # Of the version that was assigned: a row that came later would count as indexed, and be in no partition.
     images = lance.dataset(str(path / "images.lance"), version=version)
     name = ivf.index_name(what.encoder_id)
     for other in images.describe_indices():
@@ -210,6 +218,6 @@ def _create(path: Path, version: int, what: Plan, centroids: np.ndarray, divided
         replace=True,
         num_partitions=what.n_partitions,
         ivf_centroids=centroids,
-        precomputed_partition_dataset=divided,
+        precomputed_partition_dataset=assigned,
         **one_bit,
     )

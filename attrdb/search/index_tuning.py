@@ -25,16 +25,16 @@ from attrdb.store.writer import Writer
 K = 10
 RECALL_WANTED = 0.99
 OVERSAMPLING = (4, 16, 64)  # one bit a dimension says little of short features
-MORE_FOR_A_MAPPER = ((1, 1), (1, 2), (2, 4), (4, 8), (8, 16))  # times as many cells and hits as without it
-BETWEEN = MORE_FOR_A_MAPPER[2]  # with which it is seen whether a mapper's norm correction helps
-N_FITTED = 20_000  # features that a mapper's n(x) is fitted on
+MAPPER_TRIES = ((1, 1), (1, 2), (2, 4), (4, 8), (8, 16))  # times as many partitions and hits as without it
+MIDDLE_TRY = MAPPER_TRIES[2]  # with which it is seen whether a mapper's norm correction helps
+ROWS_FITTED = 20_000  # features that a mapper's n(x) is fitted on
 RIDGE = 1e-6  # of that fit, so that it does not follow noise
 
 Report = Callable[[str, int, int], None]
 
 
 def measure(writer: Writer, entry: Row, report: Report = lambda stage, done, total: None) -> Row:
-    """Choose how many cells a query looks into and how many hits are compared exactly, and store that with its recall.
+    """Choose how many partitions a query looks into and how many hits are compared exactly, and store that with its recall.
 
     The least that finds RECALL_WANTED of the exact first K; where nothing does, all that was tried. Then the same for the
     encoder's mappers, see `measure_mapper`.
@@ -79,7 +79,7 @@ def measure_mapper(writer: Writer, mapper_id: str, report: Report = lambda stage
     snapshot = writer.snapshot
     mapper = stored_mapper(snapshot, mapper_id)
     own = planner.indices(snapshot).get(mapper.encoder_id)
-    if own is None or own.later or mapper.form not in ivf.FOLDABLE:
+    if own is None or own.uncovered_fragments or mapper.form not in ivf.FOLDABLE:
         return None
     stage = f"recall of {mapper_id}"
     report(stage, 0, 1)
@@ -99,8 +99,8 @@ def measure_mapper(writer: Writer, mapper_id: str, report: Report = lambda stage
         return _recall_of(snapshot, index, ids, queries, exact, mapper)
 
     fitted = _norm_correction(snapshot, mapper, exact)
-    correction = max((fitted, np.zeros_like(fitted)), key=lambda correction: recall_of(asked(*BETWEEN, correction)))
-    tries = [asked(more, hits, correction) for more, hits in MORE_FOR_A_MAPPER]
+    correction = max((fitted, np.zeros_like(fitted)), key=lambda correction: recall_of(asked(*MIDDLE_TRY, correction)))
+    tries = [asked(more, hits, correction) for more, hits in MAPPER_TRIES]
     # The most is tried first: it says whether anything else need be.
     index, recall = tries[-1], recall_of(tries[-1])
     if used := recall >= RECALL_WANTED:
@@ -158,7 +158,7 @@ def _mapper_ids(snapshot: Snapshot, encoder_id: str) -> list[str]:
 def _norm_correction(snapshot: Snapshot, mapper: Mapper, exact: exact_search.Hits) -> np.ndarray:
     """(dimension,) float32: t g, where n(x) is nearly a + g . x, and t is the mean similarity of the K-th candidates."""
     n_rows = sampling.n_features(snapshot, mapper.encoder_id)
-    x = sampling.features(snapshot, mapper.encoder_id, N_FITTED, n_rows).astype(np.float64)
+    x = sampling.features(snapshot, mapper.encoder_id, ROWS_FITTED, n_rows).astype(np.float64)
     n = mapper.norms(x)
     centre = x.mean(axis=0)
     x -= centre

@@ -1,4 +1,4 @@
-"""Approximate search over an encoder's index: a query looks into a few of its cells, and what it hits is compared exactly.
+"""Approximate search over an encoder's index: a query probes a few of its partitions, and its hits are compared exactly.
 
 One index serves every mapper whose maps are linear but for a bias: similarity(x, x~) = (x . q + c) / n(x) with q = W^T s,
 c = b . s, n(x) = |W x + b| and s = F~(x~) / |F~(x~)|. Candidates of similarity t and more are those with
@@ -25,9 +25,9 @@ from attrdb.store.features import stream
 from attrdb.store.schema import feature_columns, feature_matrix
 
 FETCHED = 65_536  # hits that Lance is asked for at a time, so that their features fit into memory
-ROWS_A_READ = 8_192
-FEW = 10  # hits: oversampling is chosen for as many
-ROOM = 4
+ROWS_PER_READ = 8_192
+MIN_REFINE_HITS = 10  # hits: oversampling is chosen for as many
+PROBE_SAFETY = 4
 FOLDABLE = ("affine", "gain")  # forms of mappers
 
 
@@ -45,8 +45,8 @@ class Index:
     n_partitions: int
     n_probes: int
     oversampling: int
-    later: tuple[int, ...] = ()
-    filtered: bool = False
+    uncovered_fragments: tuple[int, ...] = ()
+    filter_indexed: bool = False
     norm_correction: np.ndarray | None = field(default=None, compare=False)
 
     @property
@@ -61,7 +61,7 @@ def index_name(encoder_id: str) -> str:
 
 def n_hits(index: Index, k: int) -> int:
     """How many hits are compared exactly for an answer of k candidates."""
-    return max(k, FEW) * index.oversampling
+    return max(k, MIN_REFINE_HITS) * index.oversampling
 
 
 def coverage(images: lance.LanceDataset, encoder_id: str) -> dict[str, Any]:
@@ -76,7 +76,7 @@ def coverage(images: lance.LanceDataset, encoder_id: str) -> dict[str, Any]:
             others.append(covered)
     there = {one.fragment_id for one in images.get_fragments()}
     own &= there
-    return {"later": tuple(sorted(there - own)), "filtered": all(own <= one for one in others)}
+    return {"uncovered_fragments": tuple(sorted(there - own)), "filter_indexed": all(own <= one for one in others)}
 
 
 def folded(queries: np.ndarray, mapper: Mapper | None, norm_correction: np.ndarray | None = None) -> np.ndarray:
@@ -105,14 +105,14 @@ def top_k(
 ) -> exact_search.Hits:
     """Nearly the k most similar candidates of each query, with their exact similarity, as `exact.top_k` gives them all.
 
-    Where the cells that are looked into hold fewer than k candidates, fewer come back.
+    Where the partitions that are looked into hold fewer than k candidates, fewer come back.
     queries:      (n_queries, dimension) float32, unit length, before they are mapped
     where:        a predicate that candidates fulfil; it is applied before the search, not to what the search has found
     n_candidates: about how many do
     """
     wanted = n_hits(index, k)
-    # As many cells as hold, on average, several times what is wanted; more than usual only where very much is.
-    holding = math.ceil(ROOM * wanted * index.n_partitions / max(1, n_candidates))
+    # As many partitions as hold, on average, several times what is wanted; more than usual only where very much is.
+    holding = math.ceil(PROBE_SAFETY * wanted * index.n_partitions / max(1, n_candidates))
     n_probes = min(index.n_partitions, max(index.n_probes, holding))
     asked = folded(queries, mapper, index.norm_correction)
 
@@ -140,10 +140,10 @@ def top_k(
             [ids for one in of_parts for ids in one.ids],
             [similarity for one in of_parts for similarity in one.similarity],
         )
-    if not index.later:
+    if not index.uncovered_fragments:
         return found
     # Lance would compare what the index does not cover for one query after the other.
-    blocks = stream(images, index.encoder_id, where, fragments=index.later)
+    blocks = stream(images, index.encoder_id, where, fragments=index.uncovered_fragments)
     return exact_search.merged([found, exact_search.top_k(blocks, queries, k, mapper=mapper)], k)
 
 
@@ -159,8 +159,8 @@ def _hits(
         filter=where,
         prefilter=True,
         # Leaves out what the index does not cover, and what another index that Lance filters by does not.
-        fast_search=bool(index.later),
-        use_scalar_index=index.filtered or not index.later,
+        fast_search=bool(index.uncovered_fragments),
+        use_scalar_index=index.filter_indexed or not index.uncovered_fragments,
         with_row_id=True,
         nearest={
             "column": index.encoder_id,
@@ -182,10 +182,10 @@ def _hits(
     parts = [
         images.to_table(
             columns=described,
-            filter=f"_rowid IN ({', '.join(map(str, rows[at : at + ROWS_A_READ].tolist()))})",
+            filter=f"_rowid IN ({', '.join(map(str, rows[at : at + ROWS_PER_READ].tolist()))})",
             with_row_id=True,
         )
-        for at in range(0, len(rows), ROWS_A_READ)
+        for at in range(0, len(rows), ROWS_PER_READ)
     ]
     read = pa.concat_tables(parts).sort_by("_rowid")
     query = found["query_index"].to_numpy().astype(np.int64)

@@ -1,4 +1,4 @@
-"""Cells: dividing features among the nearest of some centroids, by matrix products on a CPU or an accelerator."""
+"""Partitions: dividing features among the nearest of some centroids, by matrix products on a CPU or an accelerator."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from attrdb.search.gemm import SCORES
 def train_centroids(features: np.ndarray, n_centroids: int, n_rounds: int, seed: int, device: str) -> np.ndarray:
     """(n_centroids, dimension) float32: means of the features nearest to them, by Lloyd's rounds from a random start.
 
-    features: (n, dimension) float32, with n >= n_centroids; a cell that loses all its features takes half of the largest
+    features: (n, dimension) float32, with n >= n_centroids; a partition that loses all its features takes half of the largest
     """
     rng = np.random.default_rng(seed)
     centroids = features[rng.choice(len(features), n_centroids, replace=False)].copy()
     sums = _sums_by_numpy(features) if device == "cpu" else _sums_by_torch(features, device)
     for _ in range(n_rounds):
-        cell = nearest_centroids(features, centroids, device)
-        n = np.bincount(cell, minlength=n_centroids)
+        partition = nearest_centroids(features, centroids, device)
+        n = np.bincount(partition, minlength=n_centroids)
         used = np.flatnonzero(n)
-        centroids[used] = sums(cell, n)[used] / n[used][:, None]
+        centroids[used] = sums(partition, n)[used] / n[used][:, None]
         empty = np.flatnonzero(n == 0)
         largest = np.argsort(-n, kind="stable")[: len(empty)]
         nudge = 1e-3 * rng.standard_normal((len(empty), features.shape[1]), np.float32)
@@ -30,9 +30,9 @@ def train_centroids(features: np.ndarray, n_centroids: int, n_rounds: int, seed:
 
 
 def _sums_by_numpy(features: np.ndarray) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
-    def sums(cell: np.ndarray, n: np.ndarray) -> np.ndarray:
-        """(n_cells, dimension): of the features in each cell, n of them; any number where there are none."""
-        order = np.argsort(cell, kind="stable")
+    def sums(partition: np.ndarray, n: np.ndarray) -> np.ndarray:
+        """(n_partitions, dimension): of the features in each partition, n of them; any number where there are none."""
+        order = np.argsort(partition, kind="stable")
         found = np.empty((len(n), features.shape[1]), np.float32)
         used = np.flatnonzero(n)
         found[used] = np.add.reduceat(features[order], np.cumsum(n)[used] - n[used], axis=0)
@@ -48,9 +48,9 @@ def _sums_by_torch(features: np.ndarray, device: str) -> Callable[[np.ndarray, n
 
     there = to_device(features, device).double()  # so that the order in which a GPU adds them does not show
 
-    def sums(cell: np.ndarray, n: np.ndarray) -> np.ndarray:
+    def sums(partition: np.ndarray, n: np.ndarray) -> np.ndarray:
         found = there.new_zeros((len(n), there.shape[1]))
-        summed: np.ndarray = found.index_add_(0, torch.tensor(cell, device=device), there).float().cpu().numpy()
+        summed: np.ndarray = found.index_add_(0, torch.tensor(partition, device=device), there).float().cpu().numpy()
         return summed
 
     return sums

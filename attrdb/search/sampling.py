@@ -13,8 +13,8 @@ from attrdb.store.snapshot import Snapshot
 N_QUERIES = 200
 COUNTED, ESTIMATED_FROM = 50_000, 4_096  # images
 SPARSE = 0.25  # share of images that have a feature below which they are looked for, and not met by chance
-DRAWN = 20_000  # rows among which queries are looked for
-FEW_SAMPLES = 50  # fewer say little about recall
+ROWS_LOOKED_AT = 20_000  # rows among which queries are looked for
+MIN_SAMPLES = 50  # fewer say little about recall
 
 
 def n_features(snapshot: Snapshot, encoder_id: str) -> int:
@@ -43,15 +43,15 @@ def queries(snapshot: Snapshot, encoder_id: str) -> tuple[str, np.ndarray, np.nd
     """What recall is measured with, its ids, and its features: samples, or candidates where there are hardly any samples."""
     images, encoded = snapshot.tables["images"], f"`{encoder_id}` IS NOT NULL"
     rng = np.random.default_rng(1)
-    chosen = rng.choice(images.count_rows(), min(images.count_rows(), DRAWN), replace=False)
+    chosen = rng.choice(images.count_rows(), min(images.count_rows(), ROWS_LOOKED_AT), replace=False)
     drawn = images.take(np.sort(chosen), columns=["image_id", "role"])
     said, role = "samples", pc.equal(drawn["role"], "sample")
-    if snapshot.count("role = 'sample'") < FEW_SAMPLES:
+    if snapshot.count("role = 'sample'") < MIN_SAMPLES:
         said, role = "candidates", pc.invert(role)
     ids = drawn.filter(role)["image_id"].to_numpy()
     where = among("image_id", rng.permutation(ids)[: 4 * N_QUERIES])
     found = snapshot.images(f"{where} AND {encoded}", ["image_id", encoder_id])[:N_QUERIES]
-    if len(found) < min(N_QUERIES, FEW_SAMPLES):  # too rare to be met by chance
+    if len(found) < min(N_QUERIES, MIN_SAMPLES):  # too rare to be met by chance
         where = f"role = 'sample' AND {encoded}" if said == "samples" else f"{CANDIDATES} AND {encoded}"
         found = snapshot.images(where, ["image_id", encoder_id])
         found = found.take(np.sort(rng.choice(len(found), min(len(found), N_QUERIES), replace=False)))

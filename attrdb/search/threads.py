@@ -28,7 +28,7 @@ def map_blocks(work: Callable[[Any], Any], blocks: Iterable[Any], device: str = 
         return
     waiting: deque[Future[Any]] = deque()
     workers = min(_n_threads(), WORKERS)
-    with one_thread_a_product(), ThreadPoolExecutor(workers) as pool:
+    with one_thread_per_product(), ThreadPoolExecutor(workers) as pool:
         for block in blocks:
             waiting.append(pool.submit(work, block))
             if len(waiting) > workers:
@@ -38,7 +38,7 @@ def map_blocks(work: Callable[[Any], Any], blocks: Iterable[Any], device: str = 
 
 
 @contextmanager
-def one_thread_a_product() -> Iterator[None]:
+def one_thread_per_product() -> Iterator[None]:
     """One thread a matrix product of NumPy's, in this whole process; the last that asked for it lifts it."""
     with _Asked.lock:
         if not _Asked.n:

@@ -132,7 +132,8 @@ def main(work: Path, specs: tuple[str, ...], out: Path | None) -> None:
     found = {"machine": describe("torch", "lancedb", "duckdb"), "counts": counts, "tried": tried, **told}
     found["seconds"] = time.monotonic() - started
     if out:
-        out.write_text(json.dumps(found, indent=1) + "\n")
+        lines = (f"{json.dumps(name)}: {json.dumps(value)}" for name, value in found.items())
+        out.write_text("{\n" + ",\n".join(lines) + "\n}\n")
     (work / "report.html").write_text(render(db, told), encoding="utf-8")
     console.log(f"wrote {work / 'report.html'}")
 

@@ -4,7 +4,7 @@
     python -m attrdb.training.icon_sd.build --run runs/icon-sd --out runs/icon-sd-out --minutes 120
     python -m attrdb.training.icon_sd.checkpoint save runs/icon-sd
 
-A finished autoencoder, and the EMA weights of U-Net and text encoder, are kept in fp16; an unfinished autoencoder in float32.
+The weights of the autoencoder, and the EMA weights of U-Net and text encoder, are kept in fp16.
 An optimizer's moments build up again within some hundred steps.
 """
 
@@ -33,10 +33,8 @@ def save(run: Path, folder: Path = FOLDER) -> list[str]:
         if state is None:
             continue
         whole = state["vae"] if name == "vae" else state["ema"]
-        half = name == "unet" or state["finished"]
         weights = {
-            key: (value.half() if half and value.is_floating_point() else value).contiguous()
-            for key, value in whole.items()
+            key: (value.half() if value.is_floating_point() else value).contiguous() for key, value in whole.items()
         }
         save_file(weights, folder / f"{name}.safetensors")
         (folder / f"{name}.json").write_text(json.dumps({count: state[count] for count in counts}, indent=2) + "\n")
