@@ -35,8 +35,9 @@ class Similarity:
         return ids
 
     def stored_queries(self, snapshot: Snapshot, image_ids: Sequence[str]) -> Queries:
-        where = f"{among('image_id', image_ids)} AND `{self.encoder_id}` IS NOT NULL"
-        rows = snapshot.images(where, ["image_id", self.encoder_id])
+        # Not null is tested afterwards: a test in the predicate would make Lance read the features of all images.
+        rows = snapshot.images(among("image_id", image_ids), ["image_id", self.encoder_id])
+        rows = rows.filter(rows[self.encoder_id].is_valid())
         return Queries(rows["image_id"].to_pylist(), feature_matrix(rows[self.encoder_id]) if len(rows) else None)
 
     def feature_query(self, snapshot: Snapshot, feature: np.ndarray) -> Queries:
