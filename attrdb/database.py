@@ -11,8 +11,8 @@ import numpy as np
 import pyarrow as pa
 
 from attrdb import queries, sql
-from attrdb.attribution.methods import method_rows, resolve_method
-from attrdb.attribution.query import DEFAULT_K, AttributionRequest, attribute, check_attributable
+from attrdb.attribution.methods import load_method, method_rows, resolve_method
+from attrdb.attribution.query import DEFAULT_K, AttributionRequest, attribute, check_attributable, stored_query
 from attrdb.errors import InvalidValue
 from attrdb.search.mapper import Mapper, stored_mapper
 from attrdb.store.features import Block
@@ -187,7 +187,11 @@ class Database:
 
         raises: NotFound if there is no such image, or it has not been encoded
         """
-        return self.snapshot.feature(image_id, self.encoder_id(encoder_id))
+        snapshot = self.snapshot
+        queries = stored_query(snapshot, load_method(snapshot, snapshot.encoder_id(encoder_id)), image_id)
+        assert queries.features is not None  # similarity has them
+        feature: np.ndarray = queries.features[0]
+        return feature
 
     def attribute(
         self,

@@ -42,6 +42,13 @@ def make(point: EntryPoint, call: Callable[[Any], Made], check: Callable[[Made],
     return made
 
 
+def load(group: str, name: str, call: Callable[[Any], Made], check: Callable[[Made], None], what: str) -> Made | None:
+    """What the installed package makes that adds a name to a group, as `make`; None if none adds it."""
+    for point in entry_points(group=group, name=name):
+        return make(point, call, check, what)
+    return None
+
+
 def check_members(
     made: object, attributes: Mapping[str, tuple[type, ...]], methods: Iterable[str], protocol: str
 ) -> None:

@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 from attrdb import plugins
 from attrdb.attribution.methods import method_rows
 from attrdb.database import Database
-from attrdb.errors import InvalidValue, NotFound
+from attrdb.errors import AttrdbError, InvalidValue, NotFound
 from attrdb.store import jobs
 from attrdb.store.ids import check_id, lock_file
 from attrdb.store.locks import exclusive_lock
@@ -79,8 +79,9 @@ def load_scorer(spec: str) -> Scorer:
     """
     name, _, argument = spec.partition(":")
     plugins.check_clash(GROUP, name, (), "a method")
-    for point in entry_points(group=GROUP, name=name):
-        return plugins.make(point, lambda loaded: loaded(argument), _check_scorer, f"method {spec!r}")
+    added = plugins.load(GROUP, name, lambda loaded: loaded(argument), _check_scorer, f"method {spec!r}")
+    if added is not None:
+        return added
     known = ", ".join(sorted(entry_points(group=GROUP).names)) or "no installed package adds one"
     raise NotFound(f"no method {name!r} to score with; known: {known}")
 
@@ -123,9 +124,8 @@ def score(
         for start in range(0, len(left), SAMPLES_PER_COMMIT):
             report(len(known) - len(left) + start, len(known))
             part = left[start : start + SAMPLES_PER_COMMIT]
-            rows = pa.concat_tables(
-                [_conformed(table, part, candidates) for table in scorer.scores(db, part)] or [_NONE]
-            )
+            tables = _asked(spec, scorer, db, part)
+            rows = pa.concat_tables([_conformed(table, part, candidates) for table in tables] or [_NONE])
             _check_repeats(rows, spec)
             method = pa.array([method_id] * len(rows), pa.string())
             db.writer.append_rows("scores", rows.append_column("method_id", method))
@@ -135,6 +135,16 @@ def score(
             job.n_done += len(done)
         report(len(known), len(known))
     return Scored(method_id, job.n_done, len(known) - len(left), len(left) - job.n_done)
+
+
+def _asked(spec: str, scorer: Scorer, db: Database, sample_ids: Sequence[str]) -> list[pa.Table]:
+    """raises: InvalidValue for whatever the package's code raises; an AttrdbError is passed on"""
+    try:
+        return list(scorer.scores(db, sample_ids))
+    except AttrdbError:
+        raise
+    except Exception as error:  # code of others raises anything
+        raise InvalidValue(f"method {spec!r} fails with {type(error).__name__}: {error}") from error
 
 
 def _register(db: Database, method_id: str, spec: str, scorer: Scorer) -> None:

@@ -227,6 +227,21 @@ def test_scores_that_cannot_be_stored(toy, table, message):
     assert len(toy.sql("FROM scores")) == 0
 
 
+def test_a_package_whose_code_fails_is_named(toy):
+    broken = Shared()
+    broken.scores = lambda db, ids: iter([1 / 0])
+    with pytest.raises(InvalidValue, match="method 'broken' fails with ZeroDivisionError: division by zero"):
+        score(toy, "broken", broken)
+
+
+def test_attributions_are_stored_to_all_candidates(toy):
+    attribute_samples(toy.writer, "true", AttributionRequest(k=1, candidates="image_id = 'p90'"))
+    assert toy.sql("SELECT candidate_id FROM attributions ORDER BY sample_id")["candidate_id"].to_pylist() == [
+        "m/e0",
+        "m/e40",
+    ]
+
+
 def test_other_settings_are_another_method(scored):
     other = Shared()
     other.settings = {"version": 2}

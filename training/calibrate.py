@@ -45,7 +45,7 @@ Report = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Calibration:
-    """tau and lam, and how well they do: kl in nats, before at tau = 1 and lam = 0.
+    """tau and lam, and how well they do: kl in nats, before at tau_before (1 for cosines) and lam = 0.
 
     reliability, reliability_before: a row a bin of influence, see `reliability`; on the samples that it was fitted on
     """
@@ -53,6 +53,7 @@ class Calibration:
     tau: float
     lam: float
     kl: float
+    tau_before: float
     kl_before: float
     n_samples: int
     gallery_size: int
@@ -113,6 +114,7 @@ def calibrate(
         tau,
         lam,
         kl,
+        found.scale,
         divergence_of(found, found.scale, 0.0),
         len(found.own),
         gallery_size,

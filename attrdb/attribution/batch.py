@@ -45,7 +45,7 @@ def attribute_samples(
     A rerun resumes: samples that are stored with these settings, and for the images as they are now, are skipped; what was
     stored otherwise is replaced.
     samples: an SQL predicate on the columns of images
-    request: its query and candidates are not used
+    request: its query is not used, and all candidates are attributed to: `attributions` does not say which were left out
     raises:  InvalidValue for a predicate that Lance does not take, and as `query.attribute`; NotFound if no sample that
              fulfils it can be attributed; Busy if another process attributes by the same method
     """
@@ -53,7 +53,7 @@ def attribute_samples(
     snapshot = writer.snapshot
     by = resolve_method(snapshot, request.method)
     tau, lam = calibration(snapshot, by, request.tau, request.lam)
-    request = replace(request, method=by, tau=tau, lam=lam)
+    request = replace(request, method=by, tau=tau, lam=lam, candidates=None)
     wanted = _wanted(snapshot, samples, by)
     shared = {"method_id": by, "images_version": snapshot.version}
     shared |= {name: value for name, value in asdict(request).items() if name in ("k", "exact", "tau", "lam")}

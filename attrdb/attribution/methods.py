@@ -1,7 +1,7 @@
 """The attribution methods of a database, and how they are found by name.
 
 Two kinds are built in: *similarity* compares an encoder's features, *stored* reads the table `scores`. A package adds a
-method by filling that table, under the entry point group `attrdb.methods` (see `attrdb.attribution.scoring`).
+method by filling that table, under the entry point group `attrdb.methods` (see `attrdb.ingest.score`).
 """
 
 from __future__ import annotations

@@ -76,7 +76,7 @@ def attribute(snapshot: Snapshot, request: AttributionRequest) -> Attribution:
     if request.query is None:
         raise InvalidValue("no image to attribute; give an image_id or a feature")
     if isinstance(request.query, str):
-        queries = _stored_query(snapshot, method, request.query)
+        queries = stored_query(snapshot, method, request.query)
     else:
         queries = method.feature_query(snapshot, request.query)
     [answer] = _attribute(snapshot, method, queries, request)
@@ -85,10 +85,14 @@ def attribute(snapshot: Snapshot, request: AttributionRequest) -> Attribution:
 
 def check_attributable(snapshot: Snapshot, image_id: str, by: str) -> None:
     """raises: NotFound unless an image is stored and the method of that id can attribute it"""
-    _stored_query(snapshot, load_method(snapshot, by), image_id)
+    stored_query(snapshot, load_method(snapshot, by), image_id)
 
 
-def _stored_query(snapshot: Snapshot, method: Method, image_id: str) -> Queries:
+def stored_query(snapshot: Snapshot, method: Method, image_id: str) -> Queries:
+    """A stored image, as a method is asked about it.
+
+    raises: NotFound if there is no such image, or the method cannot attribute it
+    """
     queries = method.stored_queries(snapshot, [image_id])
     if not queries.ids:
         if not snapshot.count(f"image_id = {literal(image_id)}"):

@@ -177,6 +177,17 @@ def method_option(command: Any) -> Any:
     )(command)
 
 
+def methods_option(default: str) -> Callable[[Any], Any]:
+    """--method of a command that takes several; default: what it takes without one."""
+    return click.option(
+        "--method",
+        "methods",
+        type=Id("method"),
+        multiple=True,
+        help=f"A method_id, encoder_id or mapper_id, repeatable. Default: {default}.",
+    )
+
+
 def encoder_option(command: Any) -> Any:
     return click.option(
         "--encoder",

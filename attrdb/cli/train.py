@@ -18,6 +18,7 @@ from attrdb.cli.common import (
     at_option,
     device_option,
     method_option,
+    methods_option,
     ml,
     quiet_option,
     renamed,
@@ -147,8 +148,9 @@ def calibrate(
         found = calibration.calibrate(database, method_id, split, lambda done, total: advance("calibrate", done, total))
     output.write(pa.Table.from_pylist(found.reliability))
     click.echo(
-        f"tau {found.tau:.4g}, lambda {found.lam:.4g}: divergence {found.kl:.3f} nats, {found.kl_before:.3f} at tau 1 "
-        f"without a cut-off; {found.n_samples:,} samples among {found.gallery_size:,} pretraining images",
+        f"tau {found.tau:.4g}, lambda {found.lam:.4g}: divergence {found.kl:.3f} nats, {found.kl_before:.3f} at tau "
+        f"{found.tau_before:.4g} without a cut-off; {found.n_samples:,} samples among {found.gallery_size:,} pretraining "
+        "images",
         err=True,
     )
 
@@ -189,13 +191,7 @@ def score(db: Path, scorer: str, samples: str, method_id: str | None, quiet: boo
 
 @click.command(short_help="Rank the exemplars of every sample; metrics are queries on it.")
 @DB
-@click.option(
-    "--method",
-    "methods",
-    type=Id("method"),
-    multiple=True,
-    help="A method_id, encoder_id or mapper_id, repeatable. Default: every encoder and every stored method.",
-)
+@methods_option("every encoder and every stored method")
 @click.option(
     "--encoder",
     "encoder_ids",
@@ -252,13 +248,7 @@ def evaluate(
     show_default=True,
     help="File of the page.",
 )
-@click.option(
-    "--method",
-    "methods",
-    type=Id("method"),
-    multiple=True,
-    help="A method_id, encoder_id or mapper_id, repeatable. Default: all that were evaluated.",
-)
+@methods_option("all that were evaluated")
 @gallery_option
 @at_option
 def report(db: Path, out: Path, methods: tuple[str, ...], gallery: str, at: str | None) -> None:

@@ -51,7 +51,7 @@ def _register(connection: duckdb.DuckDBPyConnection, snapshot: Snapshot) -> None
     for name, dataset in snapshot.tables.items():
         hidden = name == "images" and snapshot.hidden_models
         connection.register("_images" if hidden else table_name(name, snapshot), dataset)
-    connection.register("methods", method_table(snapshot))
+    connection.register("methods", snapshot.once(method_table))
     connection.register("unfinished_models", pa.table({"model_id": pa.array(snapshot.hidden_models, pa.string())}))
 
 

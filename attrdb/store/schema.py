@@ -192,7 +192,11 @@ DICTIONARY = {
                 FLOAT64,
                 "mean divergence of the exemplars' shares from influence, in nats, with softplus in the place of ReLU",
             ),
-            Column("kl_before", FLOAT64, "the same at temperature 1 without a cut-off"),
+            Column(
+                "kl_before",
+                FLOAT64,
+                "the same without a cut-off at temperature 1; for scores that are no cosines, at their spread",
+            ),
             Column("n_samples", INT64, "number of samples used for the fit"),
             Column("gallery_size", INT64, "number of pretraining images that the samples were compared with"),
             Column("split", TEXT, "split of the models whose samples were used"),

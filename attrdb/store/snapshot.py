@@ -10,7 +10,6 @@ from threading import RLock
 from typing import Any, TypeVar
 
 import lance
-import numpy as np
 import pyarrow as pa
 
 from attrdb.errors import InvalidValue, NotFound
@@ -18,7 +17,7 @@ from attrdb.store import features
 from attrdb.store.history import tables_at
 from attrdb.store.lance_errors import storage, words_of
 from attrdb.store.predicates import among, is_closed, literal
-from attrdb.store.schema import TABLES, Row, feature_columns, feature_matrix
+from attrdb.store.schema import TABLES, Row, feature_columns
 from attrdb.store.tables import check_schema_version, open_table, schema_version
 
 COUNTS = 100  # predicates whose counts are remembered
@@ -144,19 +143,6 @@ class Snapshot:
         if encoder_id is not None and encoder_id not in known:
             raise NotFound(f"no encoder {encoder_id!r} in {self.path}; it has: {', '.join(known)}")
         return encoder_id or known[0]
-
-    def feature(self, image_id: str, encoder_id: str) -> np.ndarray:
-        """The stored feature of an image, (dimension,) float32.
-
-        raises: NotFound if there is no such image, or it has not been encoded
-        """
-        stored = self.images(f"image_id = {literal(image_id)}", [encoder_id])[encoder_id]
-        if not len(stored):
-            raise NotFound(f"no image {image_id!r} in {self.path}")
-        if stored.null_count:
-            raise NotFound(f"image {image_id!r} has no {encoder_id!r} feature yet")
-        feature: np.ndarray = feature_matrix(stored)[0]
-        return feature
 
 
 def open_snapshot(path: Path, at: int | str | datetime | None = None) -> Snapshot:

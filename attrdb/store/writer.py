@@ -158,7 +158,7 @@ class Writer:
         """
         self._check_writable()
         table = conform_images(rows, self.snapshot.tables["images"].schema)
-        self.commit(lambda: lance.write_dataset(table, str(self.path / "images.lance"), mode="append"))
+        self.commit(lambda: lance.write_dataset(table, self._path("images"), mode="append"))
         return Appended(len(table), 0, self.snapshot.version)
 
     def append_model(self, rows: pa.Table, model: Row) -> Appended:

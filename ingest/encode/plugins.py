@@ -37,11 +37,9 @@ def load(spec: str, prefix: str, argument: str) -> Encoder | None:
     raises: InvalidValue, with the package named, if it fails or is not what `Encoder` says; what it raises as an
             AttrdbError is passed on
     """
-    for point in entry_points(group=GROUP, name=prefix):
-        return plugins.make(
-            point, lambda loaded: loaded(argument), lambda made: _check(made, spec), f"encoder {spec!r}"
-        )
-    return None
+    return plugins.load(
+        GROUP, prefix, lambda loaded: loaded(argument), lambda made: _check(made, spec), f"encoder {spec!r}"
+    )
 
 
 def _check(encoder: Encoder, spec: str) -> None:

@@ -68,8 +68,9 @@ def load_customizer(name: str) -> Customizer:
     plugins.check_clash(GROUP, name, BUILT_IN, "a method")
     if name in BUILT_IN:
         return BUILT_IN[name]()
-    for point in entry_points(group=GROUP, name=name):
-        return plugins.make(point, lambda loaded: loaded(), lambda made: _check(made, name), f"method {name!r}")
+    added = plugins.load(GROUP, name, lambda loaded: loaded(), lambda made: _check(made, name), f"method {name!r}")
+    if added is not None:
+        return added
     raise InvalidValue(f"no method {name!r}; there are: {', '.join(names())}")
 
 
