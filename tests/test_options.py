@@ -124,7 +124,7 @@ def test_the_command_and_the_file_have_the_same_options():
 def test_an_option_of_a_model_that_is_left_out_is_no_value():
     """A default here would win over the base model's profile."""
     words = ["x.attrdb", "--exemplars", "x", "--category", "vase", "--kind", "object", "--base-model", "icon-sd"]
-    context = command("model").make_context("model", words)
+    context = command("model").make_context("model", words, parent=click.Context(main, **main.context_settings))
     optional = [option.name for option in MODEL_OPTIONS if not option.required]
     assert {name: context.params[name] for name in optional} == dict.fromkeys(optional)
 
