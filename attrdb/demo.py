@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from functools import partial
 from importlib.resources import files
 from pathlib import Path
 
@@ -22,6 +20,7 @@ from attrdb.ingest.models.settings import Exemplar, settings_for
 from attrdb.ingest.read.corpus import ingest_corpus, open_corpus
 from attrdb.ingest.read.pictures import read_picture
 from attrdb.pages.html import data_uri
+from attrdb.progress import Progress
 from attrdb.store.methods import DEFAULT_LAM, DEFAULT_TAU
 from attrdb.training.evaluate import evaluate
 
@@ -44,8 +43,6 @@ GROUP BY ALL
 ORDER BY ALL
 """
 
-Report = Callable[[str, int, int | None], None]
-
 
 def bundled_icons() -> Path:
     """The Parquet file of the corpus and the held-out exemplars."""
@@ -64,12 +61,12 @@ def bundled_exemplars(concept: str) -> tuple[list[Exemplar], str, str]:
     return exemplars, kind, chosen[0]["category"] if kind == "object" else concept
 
 
-def _within(concept: str, report: Report) -> Report:
+def _within(concept: str, report: Progress) -> Progress:
     """Reports the stages of one model."""
-    return lambda stage, done, total: report(f"{concept}: {stage}", done, total)
+    return lambda stage, *units: report(f"{concept}: {stage}", *units)
 
 
-def build(folder: Path, report: Report, corpus: Path | None = None, concepts: tuple[str, ...] = CONCEPTS) -> Path:
+def build(folder: Path, report: Progress, corpus: Path | None = None, concepts: tuple[str, ...] = CONCEPTS) -> Path:
     """Build `<folder>/icons.attrdb` and `<folder>/index.html`; images and models that are stored are not made again.
 
     corpus: a Parquet file for `ingest_corpus`, the bundled icons when left out
@@ -82,14 +79,7 @@ def build(folder: Path, report: Report, corpus: Path | None = None, concepts: tu
     if made_with - {weights_hash(base_model_folder(BUNDLED))}:
         raise InvalidValue(f"{folder} holds a demo of another icon-sd; remove it, or name another folder")
     encoders = [load_encoder(spec) for spec in DEFAULT_ENCODERS]
-    icons, done = open_corpus(corpus), 0
-
-    def advance(n_items: int) -> None:
-        nonlocal done
-        done += n_items
-        report("encode the corpus", done, icons.n_items)
-
-    ingest_corpus(db, icons, encoders, report=advance)
+    ingest_corpus(db, open_corpus(corpus), encoders, report=report)
     for concept in concepts:
         exemplars, kind, category = bundled_exemplars(concept)
         settings = settings_for(BUNDLED, kind, category)
@@ -102,13 +92,13 @@ def build(folder: Path, report: Report, corpus: Path | None = None, concepts: tu
             report=_within(concept, report),
         )
     for encoder_id in db.encoders:
-        evaluate(db, encoder_id, "own", partial(report, f"evaluate {encoder_id}"))
+        evaluate(db, encoder_id, "own", report)
     page = folder / "index.html"
     page.write_text(render(db, report), encoding="utf-8")
     return page
 
 
-def render(db: Database, report: Report) -> str:
+def render(db: Database, report: Progress) -> str:
     """The page, as one HTML text with its pictures inside."""
     images = db.sql("SELECT image_id, image, prompt, prompt_scheme, seed, source, category FROM images").to_pylist()
     by_id = {row["image_id"]: row for row in images}

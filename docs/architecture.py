@@ -52,6 +52,7 @@ ROOM_OF = {
     "attrdb": "database",  # attrdb.open and attrdb.create
     "attrdb.errors": "base",
     "attrdb.plugins": "base",
+    "attrdb.progress": "base",
     "attrdb.text": "base",
     "attrdb.demo": "cli",
 }

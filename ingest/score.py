@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from typing import Any, Protocol
@@ -20,6 +20,7 @@ from attrdb import plugins
 from attrdb.attribution.methods import method_rows
 from attrdb.database import Database
 from attrdb.errors import AttrdbError, InvalidValue, NotFound
+from attrdb.progress import Progress, no_progress
 from attrdb.store import jobs
 from attrdb.store.ids import check_id, lock_file
 from attrdb.store.locks import exclusive_lock
@@ -36,8 +37,6 @@ ATTRIBUTES = {
     "settings": (dict,),
 }
 SAMPLES_PER_COMMIT = 256
-
-Report = Callable[[int, int], None]
 
 
 class Scorer(Protocol):
@@ -99,7 +98,7 @@ def score(
     scorer: Scorer,
     samples: str = "true",
     method_id: str | None = None,
-    report: Report = lambda done, total: None,
+    report: Progress = no_progress,
 ) -> Scored:
     """Score the samples that a predicate keeps, in commits of SAMPLES_PER_COMMIT; a rerun skips those that have scores.
 
@@ -122,7 +121,7 @@ def score(
         scored = db.snapshot.rows("scores", f"method_id = {literal(method_id)}", ["sample_id"])
         left = sorted(set(known) - {row["sample_id"] for row in scored})
         for start in range(0, len(left), SAMPLES_PER_COMMIT):
-            report(len(known) - len(left) + start, len(known))
+            report("score", len(known) - len(left) + start, len(known))
             part = left[start : start + SAMPLES_PER_COMMIT]
             tables = _asked(spec, scorer, db, part)
             rows = pa.concat_tables([_conformed(table, part, candidates) for table in tables] or [_NONE])
@@ -133,7 +132,7 @@ def score(
             job.mended(done)
             job.failed(dict.fromkeys(set(part) - set(done), f"{spec} gives it no score"))
             job.n_done += len(done)
-        report(len(known), len(known))
+        report("score", len(known), len(known))
     return Scored(method_id, job.n_done, len(known) - len(left), len(left) - job.n_done)
 
 

@@ -13,9 +13,10 @@ import pytest
 import attrdb
 from attrdb.ingest.models import executors
 from attrdb.ingest.models.executors import LocalExecutor, Outcome, ProcessExecutor, Worker, lost_outcome
-from attrdb.ingest.models.queue import Queue, ingest_models, no_progress, run
+from attrdb.ingest.models.queue import Queue, ingest_models, run
 from attrdb.ingest.models.specs import ModelSpec
 from attrdb.ingest.options import QueueSettings
+from attrdb.progress import no_progress
 from attrdb.store import jobs
 
 DONE = Outcome("done")

@@ -22,10 +22,11 @@ from attrdb.ingest.devices import gpu_of_worker, share_cores
 from attrdb.ingest.encode import load_encoder
 from attrdb.ingest.models import executors
 from attrdb.ingest.models.executors import ModelMaker, ProcessExecutor
-from attrdb.ingest.models.queue import ingest_models, no_progress
+from attrdb.ingest.models.queue import ingest_models
 from attrdb.ingest.models.specs import read_specs
 from attrdb.ingest.models.stages import leased_job
 from attrdb.ingest.options import QueueSettings
+from attrdb.progress import no_progress
 from attrdb.store.ids import model_job
 from attrdb.store.leases import holder
 

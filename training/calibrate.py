@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
@@ -25,6 +25,7 @@ from attrdb.attribution.protocol import Method
 from attrdb.attribution.similarity import Similarity
 from attrdb.database import Database
 from attrdb.errors import InvalidValue
+from attrdb.progress import Progress, no_progress
 from attrdb.search.mapper import Mapper
 from attrdb.store.features import Block
 from attrdb.store.methods import DEFAULT_LAM, DEFAULT_TAU
@@ -39,8 +40,6 @@ SAMPLES_PER_PASS = 512
 # Where the fit may start: temperatures and cut-offs.
 STARTS = tuple((tau, lam) for tau in (0.01, 0.02, DEFAULT_TAU, 0.1, 0.3, 1.0) for lam in (0.001, DEFAULT_LAM, 0.3))
 EDGES = (0.0, 0.001, 0.01, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 1.0)  # of the reliability table
-
-Report = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -87,7 +86,7 @@ def calibrate(
     db: Database,
     method: str | None = None,
     split: str = "val",
-    report: Report = lambda done, total: None,
+    report: Progress = no_progress,
 ) -> Calibration:
     """Fit tau and lambda on the samples of a split, and store them in `calibrations` in place of what is there.
 
@@ -139,7 +138,7 @@ def calibrate(
 
 
 def similarities(
-    db: Database, encoder_id: str, mapper: Mapper | None, split: str, report: Report
+    db: Database, encoder_id: str, mapper: Mapper | None, split: str, report: Progress
 ) -> tuple[Similarities, int]:
     """Of all samples of a split's models, from a pass over the corpus for every SAMPLES_PER_PASS of them."""
     names = db.sql("SELECT model_id FROM models WHERE split = $split ORDER BY model_id", {"split": split})
@@ -159,12 +158,12 @@ def similarities(
     ]
     queries, parts, size = np.concatenate(samples), [], 0
     for start in range(0, len(queries), SAMPLES_PER_PASS):
-        report(start, len(queries))
+        report("calibrate", start, len(queries))
         gallery = db.features(encoder_id, "role = 'pretraining'")
         part = queries[start : start + SAMPLES_PER_PASS]
         *found, size = counted(part, mapper.candidates(gallery) if mapper else gallery)
         parts.append(found)
-    report(len(queries), len(queries))
+    report("calibrate", len(queries), len(queries))
     if not size:
         raise InvalidValue(f"{db.path} has no pretraining image with a {encoder_id!r} feature; ingest a corpus first")
     top, tail = (np.concatenate(part) for part in zip(*parts, strict=True))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import pyarrow as pa
@@ -13,6 +13,7 @@ from attrdb.attribution.protocol import Method
 from attrdb.attribution.similarity import Similarity
 from attrdb.database import Database
 from attrdb.errors import InvalidValue, NotFound
+from attrdb.progress import Progress, no_progress
 from attrdb.search import exact as exact_search
 from attrdb.search.mapper import Mapper
 from attrdb.store.features import Block
@@ -25,14 +26,12 @@ _RANKS = pa.schema(
     [TABLES["exemplar_ranks"].field(name) for name in ("sample_id", "exemplar_id", "score", "rank", "gallery_size")]
 )
 
-Report = Callable[[int, int], None]
-
 
 def evaluate(
     db: Database,
     method: str | None = None,
     gallery: str = "own",
-    report: Report = lambda done, total: None,
+    report: Progress = no_progress,
     device: str = "cpu",
 ) -> int:
     """Fill `exemplar_ranks` for all samples by a method; the number of ranks.
@@ -61,16 +60,16 @@ def evaluate(
     return len(rows)
 
 
-def _stored_ranks(db: Database, method: Method, gallery: str, report: Report) -> pa.Table:
-    report(0, 1)
+def _stored_ranks(db: Database, method: Method, gallery: str, report: Progress) -> pa.Table:
+    report(f"evaluate {method.method_id}", 0, 1)
     rows = db.query("stored_ranks", method=method.method_id, gallery=gallery)
     if not len(rows):
         raise NotFound(f"{db.path} has no sample with a {method.scored} for an exemplar of its model")
-    report(1, 1)
+    report(f"evaluate {method.method_id}", 1, 1)
     return rows.replace_schema_metadata(None)
 
 
-def _similarity_ranks(db: Database, method: Similarity, gallery: str, report: Report, device: str) -> pa.Table:
+def _similarity_ranks(db: Database, method: Similarity, gallery: str, report: Progress, device: str) -> pa.Table:
     encoder_id = method.encoder_id
     by_model = {role: features_by_model(db, encoder_id, f"role = '{role}'") for role in ("sample", "exemplar")}
     models = sorted(by_model["sample"].keys() & by_model["exemplar"].keys())
@@ -82,12 +81,12 @@ def _similarity_ranks(db: Database, method: Similarity, gallery: str, report: Re
     rows: list[dict] = []
     done = 0
     for names in _passes(models, {name: len(ids) for name, (ids, _) in by_model["sample"].items()}):
-        report(done, len(models))
+        report(f"evaluate {method.method_id}", done, len(models))
         part = [(by_model["sample"][name], by_model["exemplar"][name]) for name in names]
         candidates = db.features(encoder_id, where)
         rows += ranks(part, candidates, own=gallery == "own", mapper=method.mapper, device=device)
         done += len(names)
-    report(len(models), len(models))
+    report(f"evaluate {method.method_id}", len(models), len(models))
     return pa.Table.from_pylist(rows, _RANKS)
 
 

@@ -14,7 +14,6 @@ import hashlib
 import json
 import math
 from collections import defaultdict
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -26,6 +25,7 @@ import torch
 from attrdb.database import Database
 from attrdb.errors import InvalidValue
 from attrdb.ingest.customize.augmentation import VIEWS
+from attrdb.progress import Progress, no_progress
 from attrdb.search import index_tuning
 from attrdb.search.mapper import Mapper
 from attrdb.store import jobs
@@ -41,8 +41,6 @@ STOPPED_BY = "mean_log_rank"  # part of a mapper's settings: those of an earlier
 KINDS = ("object", "style", "both")
 PROMPT_SCHEMES = ("gpt", "procedural", "both")
 EVALUATED_ONLY = "test"  # how splits begin that nothing is learned from
-
-Report = Callable[[int, int, str], None]  # epochs done, epochs at most, what was found
 
 
 @dataclass(frozen=True)
@@ -98,7 +96,7 @@ def train(
     encoder_id: str | None = None,
     settings: TrainSettings | None = None,
     mapper_id: str | None = None,
-    report: Report = lambda done, total, note: None,
+    report: Progress = no_progress,
 ) -> TrainResult:
     """Train a mapper and store it in `mappers`.
 
@@ -162,7 +160,7 @@ class _Training:
     def mapper(self) -> Mapper:
         return Mapper(self.mapper_id, self.encoder_id, self.settings.form, self.maps.arrays())
 
-    def run(self, report: Report) -> None:
+    def run(self, report: Progress) -> None:
         """Train until it is over; the maps are then those of the best epoch."""
         self._report(report)
         while not self.is_over:
@@ -187,9 +185,9 @@ class _Training:
             "n_validation_samples": self.validation.n_samples,
         }
 
-    def _report(self, report: Report) -> None:
+    def _report(self, report: Progress) -> None:
         note = _note(self.curves[0], self.best, self.curves[-1])
-        report(self.curves[-1]["epoch"], self.settings.epochs, note)
+        report("train", self.curves[-1]["epoch"], self.settings.epochs, note)
 
     def _keep(self) -> None:
         self.best_maps = {name: value.clone() for name, value in self.maps.state_dict().items()}

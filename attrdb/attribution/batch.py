@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import reduce
 from typing import Any
@@ -14,6 +13,7 @@ import pyarrow.compute as pc
 from attrdb.attribution.methods import calibration, load_method, resolve_method
 from attrdb.attribution.query import Attribution, AttributionRequest, attribute_stored
 from attrdb.errors import NotFound
+from attrdb.progress import Progress, no_progress
 from attrdb.store import jobs
 from attrdb.store.ids import lock_file
 from attrdb.store.locks import exclusive_lock
@@ -22,8 +22,6 @@ from attrdb.store.snapshot import Snapshot
 from attrdb.store.writer import Writer
 
 SAMPLES_PER_COMMIT = 1024
-
-Report = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -38,7 +36,7 @@ def attribute_samples(
     writer: Writer,
     samples: str,
     request: AttributionRequest,
-    report: Report = lambda done, total: None,
+    report: Progress = no_progress,
 ) -> Attributed:
     """Attribute the samples that a predicate keeps, in commits of SAMPLES_PER_COMMIT.
 
@@ -67,7 +65,7 @@ def attribute_samples(
         same, others = _stored(writer.snapshot, shared)
         left = [sample_id for sample_id in wanted if sample_id not in same]
         for start in range(0, len(left), SAMPLES_PER_COMMIT):
-            report(len(wanted) - len(left) + start, len(wanted))
+            report("attribute", len(wanted) - len(left) + start, len(wanted))
             part = left[start : start + SAMPLES_PER_COMMIT]
             answers = attribute_stored(snapshot, part, request)
             replaced = (
@@ -75,7 +73,7 @@ def attribute_samples(
             )
             writer.append_rows("attributions", _rows(answers, shared), replaced)
             job.n_done += len(part)
-        report(len(wanted), len(wanted))
+        report("attribute", len(wanted), len(wanted))
     return Attributed(len(left), len(wanted) - len(left))
 
 

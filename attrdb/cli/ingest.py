@@ -64,16 +64,10 @@ def ingest_corpus(
     corpus = ml("ingest.read.corpus")
     from attrdb.cli.output import progress
 
-    opened, done = corpus.open_corpus(Path(path), source), 0
+    opened = corpus.open_corpus(Path(path), source)
     database, loaded = open_with_encoders(db, encoders)
     with progress(quiet) as advance:
-
-        def report(n_items: int) -> None:
-            nonlocal done
-            done += n_items
-            advance("ingest corpus", done, opened.n_items)
-
-        result = corpus.ingest_corpus(database, opened, loaded, retry_failed=retry_failed, report=report)
+        result = corpus.ingest_corpus(database, opened, loaded, retry_failed=retry_failed, report=advance)
     click.echo(f"{result.n_appended:,} images appended, {result.n_stored:,} were stored already", err=True)
     _tell_failures(result.failures, "images")
 
@@ -207,9 +201,7 @@ def ingest_abc(db: Path, release: Path, root: Path, encoders: tuple[str, ...], q
     read = abc_release.read_release(release, root)
     database, loaded = open_with_encoders(db, encoders)
     with progress(quiet) as advance:
-        result = abc_release.ingest_abc(
-            database, read, loaded, lambda done, total: advance(f"ingest {read.name}", done, total)
-        )
+        result = abc_release.ingest_abc(database, read, loaded, advance)
     click.echo(f"{result.n_appended} models appended, {result.n_stored} were stored already", err=True)
     missing = [path for _, paths in result.incomplete for path in paths]
     for path in missing[:LISTED]:

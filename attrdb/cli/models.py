@@ -93,9 +93,7 @@ def _regenerated(database: Any, model_id: str, n_samples: int, base_model: str |
 
     compare = ml("ingest.customize.verify_samples").compare
     with progress(quiet) as advance:
-        return compare(
-            database, model_id, n_samples, base_model, lambda done, total: advance("regenerate", done, total)
-        )
+        return compare(database, model_id, n_samples, base_model, advance)
 
 
 def _print_model(model: dict[str, Any]) -> None:

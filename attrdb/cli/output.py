@@ -5,22 +5,17 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any
 
 import pyarrow as pa
 
 from attrdb.cli.formats import write_stdout
+from attrdb.progress import Progress
 
 
 def print_table(table: pa.Table, form: str = "table") -> None:
     """Write a result to stdout in one of `formats.FORMATS`."""
     write_stdout(table, form)
-
-
-class Advance(Protocol):
-    """Takes a stage, units done, units in all where that is known, and what else there is to say of them."""
-
-    def __call__(self, stage: str, done: int, total: int | None, note: str = "") -> None: ...
 
 
 SPEED_SECONDS = 3600  # that rate and ETA look back: a unit may be a model, which takes minutes
@@ -33,27 +28,21 @@ def per_time(speed: float) -> str:
 
 
 @contextmanager
-def progress(quiet: bool) -> Iterator[Advance]:
+def progress(quiet: bool) -> Iterator[Progress]:
     """A bar with rate and ETA for each stage that is reported; silent when quiet or when stderr is no terminal."""
+    from rich import progress as rich_progress
     from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
 
-    bars = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[rate]}"),
-        TextColumn("{task.fields[note]}"),
-        TimeElapsedColumn(),
-        TextColumn("ETA"),
-        TimeRemainingColumn(),
+    text = rich_progress.TextColumn
+    bars = rich_progress.Progress(
+        text("{task.description}"),
+        rich_progress.BarColumn(),
+        rich_progress.MofNCompleteColumn(),
+        text("{task.fields[rate]}"),
+        text("{task.fields[note]}"),
+        rich_progress.TimeElapsedColumn(),
+        text("ETA"),
+        rich_progress.TimeRemainingColumn(),
         console=Console(stderr=True),
         speed_estimate_period=SPEED_SECONDS,
         disable=quiet or not sys.stderr.isatty(),
@@ -63,7 +52,7 @@ def progress(quiet: bool) -> Iterator[Advance]:
     def advance(stage: str, done: int, total: int | None, note: str = "") -> None:
         if stage not in tasks:
             tasks[stage] = bars.add_task(stage, total=total, rate="", note=note)
-        task = bars.tasks[[one.id for one in bars.tasks].index(tasks[stage])]
+        task = bars.tasks[[bar.id for bar in bars.tasks].index(tasks[stage])]
         rate = per_time(task.speed) if task.speed else ""
         bars.update(tasks[stage], completed=done, total=total, rate=rate, note=note)
 

@@ -125,9 +125,7 @@ def _attribute_samples(
     by = resolve_method(database.snapshot, method, stored_encoder_id(database, encoder), mapper)
     request = AttributionRequest(method=by, **settings)
     with progress(quiet) as advance:
-        found = attribute_samples(
-            database.writer, samples, request, lambda done, total: advance("attribute", done, total)
-        )
+        found = attribute_samples(database.writer, samples, request, advance)
     click.echo(f"{found.n_attributed:,} samples attributed, {found.n_stored:,} were already", err=True)
 
 

@@ -100,7 +100,7 @@ def train(db: Path, encoder_id: str | None, mapper_id: str | None, quiet: bool, 
             stored_encoder_id(database, encoder_id),
             settings,
             mapper_id,
-            lambda done, total, note: advance("train", done, total, note),
+            advance,
         )
     if not result.trained:
         click.echo(f"mapper {result.mapper_id} was trained already, nothing to do", err=True)
@@ -145,7 +145,7 @@ def calibrate(
     database = attrdb.open(db)
     method_id = resolve_method(database.snapshot, method, stored_encoder_id(database, encoder_id), mapper_id)
     with progress(quiet) as advance:
-        found = calibration.calibrate(database, method_id, split, lambda done, total: advance("calibrate", done, total))
+        found = calibration.calibrate(database, method_id, split, advance)
     output.write(pa.Table.from_pylist(found.reliability))
     click.echo(
         f"tau {found.tau:.4g}, lambda {found.lam:.4g}: divergence {found.kl:.3f} nats, {found.kl_before:.3f} at tau "
@@ -179,7 +179,7 @@ def score(db: Path, scorer: str, samples: str, method_id: str | None, quiet: boo
             scoring.load_scorer(scorer),
             samples,
             method_id,
-            lambda done, total: advance("score", done, total),
+            advance,
         )
     failed = f", {result.n_failed:,} got no score (see failures)" if result.n_failed else ""
     click.echo(
@@ -232,10 +232,7 @@ def evaluate(
         wanted = [name for name, row in database.methods.items() if row["mapper_id"] is None]
     with progress(quiet) as advance:
         for method_id in dict.fromkeys(wanted):
-            stage = f"evaluate {method_id}"
-            n_ranks = evaluation.evaluate(
-                database, method_id, gallery, lambda done, total, stage=stage: advance(stage, done, total), device
-            )
+            n_ranks = evaluation.evaluate(database, method_id, gallery, advance, device)
             click.echo(f"{n_ranks} ranks by {method_id}, gallery {gallery}", err=True)
 
 

@@ -10,7 +10,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,6 +21,7 @@ import numpy as np
 import pyarrow as pa
 
 from attrdb.errors import InvalidValue, StorageError
+from attrdb.progress import Progress, no_progress
 from attrdb.search import index_tuning, ivf, planner, sampling
 from attrdb.search.kmeans import nearest_centroids, train_centroids
 from attrdb.search.threads import map_blocks
@@ -41,8 +42,6 @@ PARTITIONS_PER_ROOT = (
 )
 TRAINING_ROWS_PER_PARTITION = 20  # features that a centroid is trained on
 ROUNDS = 6
-
-Report = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -87,7 +86,7 @@ def build(
     writer: Writer,
     encoder_id: str | None = None,
     device: str = "cpu",
-    report: Report = lambda stage, done, total: None,
+    report: Progress = no_progress,
 ) -> Row:
     """Build, or build again, an encoder's index; the row of `indices` that says how well it answers.
 
@@ -187,7 +186,7 @@ def _free_memory() -> int:
 
 
 def _assigned(
-    images: lance.LanceDataset, what: Plan, centroids: np.ndarray, device: str, report: Report
+    images: lance.LanceDataset, what: Plan, centroids: np.ndarray, device: str, report: Progress
 ) -> Iterator[pa.RecordBatch]:
     """Every row that has a feature, and its partition."""
 

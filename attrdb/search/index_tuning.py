@@ -13,6 +13,7 @@ from datetime import UTC, datetime
 import numpy as np
 
 from attrdb.errors import Busy, InvalidValue
+from attrdb.progress import Progress, no_progress
 from attrdb.search import exact as exact_search
 from attrdb.search import ivf, planner, sampling
 from attrdb.search.mapper import Mapper, stored_mapper
@@ -30,10 +31,8 @@ MIDDLE_TRY = MAPPER_TRIES[2]  # with which it is seen whether a mapper's norm co
 ROWS_FITTED = 20_000  # features that a mapper's n(x) is fitted on
 RIDGE = 1e-6  # of that fit, so that it does not follow noise
 
-Report = Callable[[str, int, int], None]
 
-
-def measure(writer: Writer, entry: Row, report: Report = lambda stage, done, total: None) -> Row:
+def measure(writer: Writer, entry: Row, report: Progress = no_progress) -> Row:
     """Choose how many partitions a query looks into and how many hits are compared exactly, and store that with its recall.
 
     The least that finds RECALL_WANTED of the exact first K; where nothing does, all that was tried. Then the same for the
@@ -67,7 +66,7 @@ def measure(writer: Writer, entry: Row, report: Report = lambda stage, done, tot
     return row
 
 
-def measure_mapper(writer: Writer, mapper_id: str, report: Report = lambda stage, done, total: None) -> Row | None:
+def measure_mapper(writer: Writer, mapper_id: str, report: Progress = no_progress) -> Row | None:
     """See what a mapper, folded into the query, finds through its encoder's index, and store how it is asked for that.
 
     With the norm correction that is fitted, or with none where more is found so; the least that finds RECALL_WANTED of the
@@ -127,7 +126,7 @@ def measure_trained(writer: Writer, mapper_id: str) -> None:
         measure_mapper(writer, mapper_id)
 
 
-def measure_missing(writer: Writer, report: Report = lambda stage, done, total: None) -> None:
+def measure_missing(writer: Writer, report: Progress = no_progress) -> None:
     """Measure the mappers of indexed encoders that are not measured: the job that should have was killed."""
     done = set(writer.snapshot.tables["mapper_searches"].to_table(columns=["mapper_id"])["mapper_id"].to_pylist())
     for encoder_id in planner.indices(writer.snapshot):
@@ -137,7 +136,7 @@ def measure_missing(writer: Writer, report: Report = lambda stage, done, total: 
 
 
 def _least(
-    tries: list[ivf.Index], recall_of: Callable[[ivf.Index], float], stage: str, report: Report
+    tries: list[ivf.Index], recall_of: Callable[[ivf.Index], float], stage: str, report: Progress
 ) -> tuple[ivf.Index, float]:
     """The first of the tries, or else the last, with which RECALL_WANTED is found, and what is found with it."""
     for number, index in enumerate(tries):

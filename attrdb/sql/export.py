@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from attrdb.errors import AttrdbError, InvalidValue, StorageError
+from attrdb.progress import Progress, no_progress
 from attrdb.sql.connection import method_table, older_views, table_name
 from attrdb.sql.relations import relations
 from attrdb.store.lance_errors import storage
@@ -26,8 +27,6 @@ BATCHES_AHEAD = 2  # that Lance reads before they are asked for; its own choice 
 GROUP_ROWS, GROUP_BYTES = 65_536, 64 * 2**20
 DUCKDB_MEMORY = "512MB"  # its own choice is most of the machine's
 
-Report = Callable[[str, int, int], None]
-
 
 def export(
     snapshot: Snapshot,
@@ -36,7 +35,7 @@ def export(
     form: str = "parquet",
     vectors: bool = True,
     images: bool = True,
-    report: Report = lambda stage, done, total: None,
+    report: Progress = no_progress,
 ) -> dict[str, int]:
     """Write every table to a new place; the rows of each.
 
@@ -78,7 +77,7 @@ def _part_of(target: Path) -> Iterator[Path]:
 
 
 def _stream(
-    snapshot: Snapshot, name: str, left_out: set[str], report: Report
+    snapshot: Snapshot, name: str, left_out: set[str], report: Progress
 ) -> tuple[pa.Schema, Iterator[pa.RecordBatch]]:
     """The schema of a table without what is left out, and its rows in batches."""
     if name == "methods":  # those without a row, too
@@ -104,7 +103,7 @@ def _stream(
     return scanner.projected_schema, batches()
 
 
-def _write_parquet(snapshot: Snapshot, folder: Path, left_out: set[str], report: Report) -> dict[str, int]:
+def _write_parquet(snapshot: Snapshot, folder: Path, left_out: set[str], report: Progress) -> dict[str, int]:
     folder.mkdir()
     counts = {}
     for name in snapshot.tables:
@@ -127,7 +126,7 @@ def _groups(batches: Iterator[pa.RecordBatch]) -> Iterator[list[pa.RecordBatch]]
         yield group
 
 
-def _write_duckdb(snapshot: Snapshot, file: Path, left_out: set[str], report: Report) -> dict[str, int]:
+def _write_duckdb(snapshot: Snapshot, file: Path, left_out: set[str], report: Progress) -> dict[str, int]:
     counts = {}
     with duckdb.connect(str(file), config={"memory_limit": DUCKDB_MEMORY}) as connection:
         for name in snapshot.tables:

@@ -35,7 +35,7 @@ class Lease:
     doing: str
     beaten: float = 0.0
 
-    def beat(self, stage: str, done: int, total: int) -> None:
+    def beat(self, stage: str, done: int, total: int | None) -> None:
         """Say how far the work is.
 
         raises: Busy if another process has taken the lease over: what is being made is no longer this one's to make

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ import pyarrow as pa
 
 from attrdb import queries, sql
 from attrdb.errors import InvalidValue
+from attrdb.progress import Progress, no_progress
 from attrdb.search import exact as exact_search
 from attrdb.search import ivf, planner
 from attrdb.store.features import stream
@@ -31,8 +32,6 @@ PROBES = 20  # ids and features that the index self-test asks for
 GROWN = 2.0
 BEHIND = 0.2  # share of the rows that come after an index
 RECALL_NEEDED = 0.9  # recall@10 of a vector index against an exact scan below which it is reported
-
-Report = Callable[[str, int, int], None]
 
 
 # --- status ----------------------------------------------------------------------------------------------------------
@@ -184,7 +183,7 @@ class Finding:
     rows: pa.Table
 
 
-def check(snapshot: Snapshot, report: Report = lambda stage, done, total: None) -> list[Finding]:
+def check(snapshot: Snapshot, report: Progress = no_progress) -> list[Finding]:
     """What does not hold together: damaged files, rows that contradict each other, indices that answer wrongly.
 
     Every stored byte is read, and images and weights are compared with their sha256; then every query of the group
@@ -215,7 +214,7 @@ def check(snapshot: Snapshot, report: Report = lambda stage, done, total: None) 
     return found
 
 
-def _read_everything(snapshot: Snapshot, report: Report) -> tuple[list[Row], list[Row]]:
+def _read_everything(snapshot: Snapshot, report: Progress) -> tuple[list[Row], list[Row]]:
     """The files that cannot be read, and the images and weights whose bytes do not have their sha256."""
     damaged: list[Row] = []
     changed: list[Row] = []

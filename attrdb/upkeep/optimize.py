@@ -11,6 +11,7 @@ from typing import Any
 import lance
 
 from attrdb.errors import AttrdbError
+from attrdb.progress import Progress, no_progress
 from attrdb.search import index_build, index_tuning, planner
 from attrdb.store.lance_errors import storage
 from attrdb.store.locks import exclusive_lock
@@ -22,8 +23,6 @@ from attrdb.upkeep import health
 # fragment by fragment, so this also bounds how much of them is in memory.
 FRAGMENT_ROWS = 131_072
 SMALL_ROWS = 4_096  # of a fragment that is always merged
-
-Report = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -37,7 +36,7 @@ class Optimized:
 def optimize(
     writer: Writer,
     drop_older_than: timedelta | None = None,
-    report: Report = lambda stage, done, total: None,
+    report: Progress = no_progress,
 ) -> Optimized:
     """Index what is not indexed, merge index segments, merge small fragments, then check the indices.
 
@@ -74,7 +73,7 @@ def optimize(
         return Optimized(before, health.status(writer.snapshot))
 
 
-def _measure(writer: Writer, before: dict[str, Any], report: Report) -> None:
+def _measure(writer: Writer, before: dict[str, Any], report: Progress) -> None:
     """Measure the indices again that have taken in many rows, and mappers that are not measured yet."""
     behind = {one["column"] for one in before["indices"] if one["n_unindexed"] > health.BEHIND * before["n_images"]}
     for encoder_id in planner.indices(writer.snapshot):

@@ -77,7 +77,7 @@ def chosen_settings(db: Database, encoder_id: str) -> tuple[dict, list[dict]]:
 def trained(db: Database, mapper_id: str, encoder_id: str, **settings):
     with console.status(f"train {mapper_id}") as status:
 
-        def report(done: int, total: int, note: str) -> None:
+        def report(stage: str, done: int, total: int | None, note: str = "") -> None:
             status.update(f"train {mapper_id}: epoch {done} of {total} at most, {note}")
 
         found = train(db, encoder_id, TrainSettings(**settings), mapper_id, report)

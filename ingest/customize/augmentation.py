@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -13,6 +13,7 @@ from PIL import Image, ImageOps
 
 from attrdb.errors import InvalidValue
 from attrdb.ingest.read.pictures import square
+from attrdb.progress import Progress, no_progress
 
 if TYPE_CHECKING:
     from attrdb.ingest.customize.base_model import BaseModel
@@ -79,7 +80,7 @@ def encode_views(
     images: Sequence[Image.Image],
     augment: str,
     seed: int,
-    report: Callable[[int, int], None] = lambda done, total: None,
+    report: Progress = no_progress,
 ) -> Latents:
     """The latents of every picture's views, drawn by seed; raises as `views`. Reports views done, and views in all."""
     draw = random.Random(f"{seed}/views")
@@ -90,7 +91,7 @@ def encode_views(
     posteriors = []
     for view in x.split(1):
         posteriors.append(base.pipeline.vae.encode(view.to(base.device).float() / 127.5 - 1).latent_dist)
-        report(len(posteriors), len(x))
+        report("augment", len(posteriors), len(x))
     scale = base.pipeline.vae.config.scaling_factor
     mean = torch.cat([posterior.mean for posterior in posteriors]) * scale
     deviation = torch.cat([posterior.std for posterior in posteriors]) * scale

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +37,7 @@ from attrdb.ingest.customize.steps import (
 )
 from attrdb.ingest.devices import enough_memory, is_cpu
 from attrdb.ingest.options import CustomizeSettings
+from attrdb.progress import Progress, no_progress
 
 __all__ = [
     "TOKEN_KEY",
@@ -56,7 +57,6 @@ __all__ = [
 TOKEN_KEY = "text_encoder.token_embedding"
 
 Delta = dict[str, torch.Tensor]
-Report = Callable[[int, int], None]  # steps done, steps in all
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ def customize(
     token: str | None,
     category: str,
     settings: CustomizeSettings,
-    report: Report = lambda done, total: None,
+    report: Progress = no_progress,
     *,
     method: str = DEFAULT_METHOD,
     regularization: Regularization | None = None,
@@ -171,12 +171,12 @@ def _encode(
     settings: CustomizeSettings,
     regularization: Regularization | None,
     trains_token: bool,
-    report: Report,
+    report: Progress,
 ) -> tuple[ImageSet, ImageSet | None]:
     """The exemplars and the regularization images with their prompts, encoded; 0 steps are reported after each image."""
 
     def report_start(_done: int, _total: int) -> None:
-        report(0, settings.steps)
+        report("customize", 0, settings.steps)
 
     exemplar_set = ImageSet(
         encode_views(base, exemplars, settings.augment, settings.seed, report_start),

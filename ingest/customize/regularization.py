@@ -28,12 +28,13 @@ from attrdb.ingest.encode import Encoder, encode, load_encoder
 from attrdb.ingest.options import PRIORS, CustomizeSettings, SynthesizeSettings
 from attrdb.ingest.prompts import Prompt
 from attrdb.ingest.read.pictures import Picture, read_picture
+from attrdb.progress import Progress
 from attrdb.search.exact import top_k
 from attrdb.store.predicates import among, literal
 from attrdb.store.schema import encoder_id_of
 
 if TYPE_CHECKING:
-    from attrdb.ingest.models.stages import Report
+    pass
 
 CANDIDATES = "role = 'pretraining' AND image IS NOT NULL"
 
@@ -106,7 +107,7 @@ def generate(
     prompts: Sequence[str],
     settings: CustomizeSettings,
     sampling: SynthesizeSettings,
-    report: Report,
+    report: Progress,
 ) -> Regularization:
     """Images that the base model, a fresh one, draws of the prompts in turn, from seeds drawn by seed; it is left fresh."""
     draw = random.Random(f"{settings.seed}/prior")

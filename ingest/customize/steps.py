@@ -6,7 +6,7 @@ All of it works on latents and prompts that `customize` has encoded before the f
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NoReturn, Protocol
 
@@ -18,6 +18,7 @@ from attrdb.errors import InvalidValue
 from attrdb.ingest.customize.augmentation import Latents
 from attrdb.ingest.customize.base_model import BaseModel
 from attrdb.ingest.customize.observer import Observer, Step
+from attrdb.progress import Progress
 
 if TYPE_CHECKING:
     from attrdb.ingest.options import CustomizeSettings
@@ -200,7 +201,7 @@ def take_steps(
     batches: Batches,
     parameters: Mapping[str, torch.Tensor],
     optimizer: torch.optim.AdamW,
-    report: Callable[[int, int], None],
+    report: Progress,
     observer: Observer | None,
 ) -> list[float]:
     """Train `parameters` for all steps of the settings; returns the loss of each step.
@@ -225,7 +226,7 @@ def take_steps(
             with torch.no_grad():
                 observer.after_update(step)
         optimizer.zero_grad()
-        report(number + 1, settings.steps)
+        report("customize", number + 1, settings.steps)
     return check.finish()
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +15,7 @@ from attrdb.ingest.customize.customize import encode_prompts
 from attrdb.ingest.devices import enough_memory
 from attrdb.ingest.options import SynthesizeSettings
 from attrdb.ingest.prompts import Prompt
+from attrdb.progress import Progress, no_progress
 
 DECODED = 4  # pictures that the autoencoder decodes at a time: its activations are what fills a card
 
@@ -52,7 +52,7 @@ def synthesize(
     base: BaseModel,
     batch: list[SamplePlan],
     settings: SynthesizeSettings,
-    report: Callable[[int, int], None] = lambda done, total: None,
+    report: Progress = no_progress,
     encoded: dict[str, torch.Tensor] | None = None,
 ) -> list[Image.Image]:
     """The pictures of one batch, in its order, each from a generator of its own.
@@ -82,10 +82,10 @@ def synthesize(
                     plain, asked = predicted.chunk(2)
                     predicted = plain + settings.guidance * (asked - plain)
                 latents = solver.step(predicted, time, latents, return_dict=False)[0]
-                report(step, settings.solver_steps)
+                report("sample", step, settings.solver_steps)
         pictures = []
         for part in (latents / pipeline.vae.config.scaling_factor).split(DECODED):
             pixels = pipeline.vae.decode(part, return_dict=False)[0]
             pictures += pipeline.image_processor.postprocess(pixels, output_type="pil")
-            report(settings.solver_steps, settings.solver_steps)
+            report("sample", settings.solver_steps, settings.solver_steps)
     return pictures

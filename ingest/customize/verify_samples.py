@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
 
 import numpy as np
 import pyarrow as pa
@@ -13,6 +12,7 @@ from attrdb.database import Database
 from attrdb.errors import InvalidValue, NotFound
 from attrdb.ingest.models.ingest_one import regenerate
 from attrdb.models import describe
+from attrdb.progress import Progress, no_progress
 from attrdb.store.predicates import among
 
 SCHEMA = pa.schema(
@@ -30,7 +30,7 @@ def compare(
     model_id: str,
     n_samples: int,
     base_model: str | None = None,
-    report: Callable[[int, int], None] = lambda done, total: None,
+    report: Progress = no_progress,
 ) -> pa.Table:
     """Some samples of a model, spread over its schemes and prompts, made again: a row of SCHEMA each.
 
@@ -52,10 +52,10 @@ def compare(
         raise NotFound(f"model {model_id!r} has no sample whose picture is stored, so there is nothing to compare with")
     wanted = [image_id for image_id in ids if image_id in stored]
     compared = []
-    report(0, len(wanted))
+    report("regenerate", 0, len(wanted))
     for image_id, image in regenerate(db, model_id, wanted, base_model=base_model):
         compared.append({"image_id": image_id, **difference(stored[image_id], image)})
-        report(len(compared), len(wanted))
+        report("regenerate", len(compared), len(wanted))
     return pa.Table.from_pylist(compared, SCHEMA)
 
 

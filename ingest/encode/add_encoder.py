@@ -27,6 +27,7 @@ from attrdb.database import Database
 from attrdb.ingest.encode import Encoder
 from attrdb.ingest.encode.stream import Encoded, encode_stream
 from attrdb.ingest.read.pictures import read_picture
+from attrdb.progress import Progress, counted, no_progress
 from attrdb.store import jobs
 from attrdb.store.files import write_whole
 from attrdb.store.ids import encode_job
@@ -36,8 +37,6 @@ from attrdb.store.schema import feature_array, feature_type
 
 CHECKPOINT = 1024  # images; what a kill costs at most
 READ_ROWS = 64  # encoded images that are read at once
-
-Report = Callable[[str, int, int], None]
 
 
 @dataclass
@@ -54,7 +53,7 @@ def backfill(
     encoder: Encoder,
     *,
     retry_failed: bool = False,
-    report: Report = lambda stage, done, total: None,
+    report: Progress = no_progress,
 ) -> BackfillResult:
     """Encode every image that has no feature of the encoder yet, from its stored bytes.
 
@@ -73,15 +72,10 @@ def backfill(
         folder.make()
         result = BackfillResult(n_without_image=db.snapshot.count(f"`{encoder_id}` IS NULL AND image IS NULL"))
         passed_over = set() if retry_failed else set(job.failures)
-        total, done = db.snapshot.count(f"`{encoder_id}` IS NULL AND image IS NOT NULL"), 0
-
-        def advance(n: int) -> None:
-            nonlocal done
-            done += n
-            report(f"encode {encoder_id}", done, total)
-
-        advance(0)
-        work = _Work(db, encoder, encoder_id, folder.path, job, passed_over, advance)
+        n_missing = db.snapshot.count(f"`{encoder_id}` IS NULL AND image IS NOT NULL")
+        add_done = counted(report, f"encode {encoder_id}", n_missing)
+        add_done(0)
+        work = _Work(db, encoder, encoder_id, folder.path, job, passed_over, add_done)
         finished: set[int] = set()
         while left := [one for one in work.fragments() if one.fragment_id not in finished]:
             n_encoded = work.fill(left[0])
@@ -102,7 +96,7 @@ class _Work:
     folder: Path
     job: jobs.Job
     passed_over: set[str]
-    advance: Callable[[int], None]
+    add_done: Callable[[int], None]
 
     @property
     def missing(self) -> str:
@@ -123,7 +117,7 @@ class _Work:
         known = self._checkpointed(wanted)
         parts = list(known.values())
         have = {image_id for part in parts for image_id in part["image_id"].to_pylist()}
-        self.advance(len(have))
+        self.add_done(len(have))
         files = list(known)
         with closing(encode_stream([self.encoder], self._items(fragment, have), _read)) as encoded:
             while chunk := list(islice(encoded, CHECKPOINT)):
@@ -131,7 +125,7 @@ class _Work:
                 if good := [one for one in chunk if not one.error]:
                     parts.append(self._table(good))
                     files.append(self._checkpoint(parts[-1]))
-                self.advance(len(chunk))
+                self.add_done(len(chunk))
         if parts and not self._commit(fragment, parts):
             return None
         for file in files:

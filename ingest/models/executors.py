@@ -27,7 +27,7 @@ from attrdb.ingest.devices import gpu_of_worker, share_cores
 from attrdb.ingest.encode import Encoder, load_encoder
 from attrdb.ingest.models.ingest_one import ingest_model
 from attrdb.ingest.models.specs import ModelSpec
-from attrdb.ingest.models.stages import Report
+from attrdb.progress import Progress
 from attrdb.store.ids import model_job
 from attrdb.store.leases import LEASE_MINUTES, holder
 
@@ -79,7 +79,7 @@ class ModelMaker:
     """Attempts at models in this process, which keep encoders and the last base model loaded."""
 
     def __init__(
-        self, db_path: Path, encoders: Sequence[Encoder], report: Report, lease_minutes: float = LEASE_MINUTES
+        self, db_path: Path, encoders: Sequence[Encoder], report: Progress, lease_minutes: float = LEASE_MINUTES
     ):
         self.db_path = db_path
         self.encoders = encoders
@@ -176,7 +176,7 @@ class ProcessExecutor:
     """
 
     def __init__(
-        self, db_path: Path, encoder_specs: Sequence[str], n_workers: int, report: Report, lease_minutes: float
+        self, db_path: Path, encoder_specs: Sequence[str], n_workers: int, report: Progress, lease_minutes: float
     ):
         self.db_path = db_path
         self.encoder_specs = tuple(encoder_specs)
@@ -231,8 +231,8 @@ class ProcessExecutor:
             yield spec, lost
             return
         if not isinstance(message, Outcome):
-            stage, done, total = message
-            self.report(f"worker {worker.number}: {stage}", done, total)
+            stage, *units = message
+            self.report(f"worker {worker.number}: {stage}", *units)
             return
         worker.spec = None
         yield spec, message
@@ -304,8 +304,8 @@ def _work(
     if (gpu := gpu_of_worker(number)) is not None:
         torch.cuda.set_device(gpu)
 
-    def report(stage: str, done: int, total: int) -> None:
-        connection.send((stage, done, total))
+    def report(stage: str, done: int, total: int | None, note: str = "") -> None:
+        connection.send((stage, done, total, note))
 
     maker = ModelMaker(db_path, [load_encoder(spec) for spec in encoder_specs], report, lease_minutes)
     try:

@@ -28,7 +28,6 @@ from attrdb.ingest.devices import resolved_precision
 from attrdb.ingest.encode import Encoder
 from attrdb.ingest.models.settings import Exemplar, captions, check_model, prompts_of
 from attrdb.ingest.models.stages import (
-    Report,
     SampleBatch,
     check_same,
     customize_stage,
@@ -42,6 +41,7 @@ from attrdb.ingest.models.stages import (
 from attrdb.ingest.options import ModelSettings, SynthesizeSettings
 from attrdb.ingest.prompts import TOKEN, Prompt, train_prompt
 from attrdb.ingest.read.corpus import image_rows, register
+from attrdb.progress import Progress, no_progress
 from attrdb.store.ids import JobFolder, model_job, stored_file, weights_file
 from attrdb.store.leases import LEASE_MINUTES
 
@@ -61,7 +61,7 @@ def ingest_model(
     settings: ModelSettings,
     encoders: Sequence[Encoder],
     model_id: str | None = None,
-    report: Report = lambda stage, done, total: None,
+    report: Progress = no_progress,
     load: Callable[[str], BaseModel] = load_base_model,
     lease_minutes: float = LEASE_MINUTES,
 ) -> ModelResult:
@@ -88,9 +88,9 @@ def ingest_model(
             return result
         record = open_job(folder.path, record)
 
-        def beat_and_report(stage: str, done: int, total: int) -> None:
+        def beat_and_report(stage: str, done: int, total: int | None, note: str = "") -> None:
             lease.beat(stage, done, total)
-            report(stage, done, total)
+            report(stage, done, total, note)
 
         try:
             return _run_stages(db, base, model_id, exemplars, settings, encoders, prompts, record, beat_and_report)
@@ -107,7 +107,7 @@ def _run_stages(
     encoders: Sequence[Encoder],
     prompts: list[Prompt],
     record: dict,
-    report: Report,
+    report: Progress,
 ) -> ModelResult:
     """Make and append the model, beginning after the last stage that is in its job's folder."""
     folder, weights = model_job(db.path, model_id), weights_file(db.path, model_id)
@@ -149,7 +149,7 @@ def _regularization(
     settings: ModelSettings,
     encoders: Sequence[Encoder],
     record: dict,
-    report: Report,
+    report: Progress,
 ) -> Regularization:
     """The regularization images; those of an interrupted run if it has recorded any."""
     plain = [" ".join(text.replace(TOKEN, "").split()) for text in record.get("captions") or [record["train_prompt"]]]

@@ -12,7 +12,6 @@ from collections.abc import Container, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
 
 from attrdb.database import Database
 from attrdb.ingest.encode import load_encoder
@@ -20,6 +19,7 @@ from attrdb.ingest.models.executors import Executor, LocalExecutor, ModelMaker, 
 from attrdb.ingest.models.specs import ModelSpec
 from attrdb.ingest.options import QueueSettings, check_options
 from attrdb.ingest.read.corpus import register
+from attrdb.progress import Progress, no_progress
 from attrdb.store import jobs
 
 DEFAULTS = QueueSettings()
@@ -32,24 +32,14 @@ class QueueResult:
     failed: list[tuple[str, str]] = field(default_factory=list)  # model_id and the reason
 
 
-class Progress(Protocol):
-    """Progress of a queue: stage, units done, total units, and a note about them."""
-
-    def __call__(self, stage: str, done: int, total: int, note: str = "") -> None: ...
-
-
-def no_progress(stage: str, done: int, total: int, note: str = "") -> None:
-    pass
-
-
 class Queue:
     """Models that wait, and the results of the others."""
 
-    def __init__(self, specs: Sequence[ModelSpec], job: jobs.Job, progress: Progress, retries: int):
+    def __init__(self, specs: Sequence[ModelSpec], job: jobs.Job, report: Progress, retries: int):
         self.waiting = deque(specs)
         self.result = QueueResult()
         self._job = job
-        self._progress = progress
+        self._report = report
         self._total = len(specs)
         self._retries = retries
         self._attempts: Counter[str] = Counter()
@@ -80,7 +70,7 @@ class Queue:
     def report_progress(self) -> None:
         n_failed = len(self.result.failed)
         settled = self.result.done + self.result.stored_already + n_failed
-        self._progress("models", settled, self._total, f"{n_failed} failed" if n_failed else "")
+        self._report("models", settled, self._total, f"{n_failed} failed" if n_failed else "")
 
     def _record_failure(self, spec: ModelSpec, outcome: Outcome) -> None:
         n_attempts = self._attempts[spec.model_id]
@@ -112,7 +102,7 @@ def ingest_models(
     specs: Sequence[ModelSpec],
     encoder_specs: Sequence[str],
     settings: QueueSettings = DEFAULTS,
-    progress: Progress = no_progress,
+    report: Progress = no_progress,
     name: str = "models",
     executor: Executor | None = None,
 ) -> QueueResult:
@@ -130,8 +120,8 @@ def ingest_models(
     register(db, encoders)
     job_settings = {"n_models": len(specs), "workers": settings.workers}
     with jobs.running(db.writer, "ingest models", name, job_settings) as job:
-        queue = Queue(specs, job, progress, settings.retries)
-        maker = ModelMaker(db_path, encoders, progress, settings.lease_minutes)
+        queue = Queue(specs, job, report, settings.retries)
+        maker = ModelMaker(db_path, encoders, report, settings.lease_minutes)
         stored = set(db.sql("SELECT model_id FROM models")["model_id"].to_pylist())
         for spec in queue.take_all(stored):  # only their settings are compared: no worker is needed
             queue.settle(spec, maker.attempt(spec))

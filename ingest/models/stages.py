@@ -40,11 +40,10 @@ from attrdb.ingest.encode.stream import ahead
 from attrdb.ingest.options import MODEL_OPTIONS, CustomizeSettings, SynthesizeSettings
 from attrdb.ingest.prompts import TOKEN
 from attrdb.ingest.read.pictures import Picture, read_picture, webp
+from attrdb.progress import Progress
 from attrdb.store.files import write_whole
 from attrdb.store.ids import JobFolder
 from attrdb.store.leases import LEASE_MINUTES, Lease, leased
-
-Report = Callable[[str, int, int], None]  # stage, units done, units in all
 
 # Follow from the settings, the machine and the corpus at the time, and stay as the first run recorded them.
 RECORDED_ONLY = ("computed_in", "regularization")
@@ -123,7 +122,7 @@ def customize_stage(
     settings: CustomizeSettings,
     record: dict,
     regularization: Callable[[], Regularization | None],
-    report: Report,
+    report: Progress,
 ) -> dict:
     """Turn the base model into the customized one, by training or from stored weights. Returns the training's figures.
 
@@ -145,7 +144,7 @@ def customize_stage(
             token,
             category,
             settings,
-            lambda done, total: report("customize", done, total),
+            report,
             method=method,
             regularization=regularization(),
             gradient_checkpointing=record["gradient_checkpointing"],
@@ -182,7 +181,7 @@ def sample_stage(
     batches: list[list[SamplePlan]],
     settings: SynthesizeSettings,
     encoders: Sequence[Encoder],
-    report: Report,
+    report: Progress,
 ) -> list[SampleBatch]:
     """The batches of samples. Batches whose pictures are in the job's folder are not generated again.
 
@@ -208,7 +207,7 @@ class Generated:
 
 
 def _generate(
-    base: BaseModel, job: Path, batches: list[list[SamplePlan]], settings: SynthesizeSettings, report: Report
+    base: BaseModel, job: Path, batches: list[list[SamplePlan]], settings: SynthesizeSettings, report: Progress
 ) -> Iterator[Generated]:
     total = len(batches) * settings.solver_steps
     encoded: dict[str, torch.Tensor] = {}
@@ -245,5 +244,5 @@ def _batch_file(job: Path, number: int) -> Path:
     return job / f"batch-{number:04d}.parquet"
 
 
-def _report_step(report: Report, before: int, total: int, step: int, _steps: int) -> None:
-    report("sample", before + step, total)
+def _report_step(report: Progress, before: int, total: int, stage: str, step: int, _n_steps: int | None) -> None:
+    report(stage, before + step, total)

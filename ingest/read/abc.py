@@ -25,6 +25,7 @@ from attrdb.ingest.encode import Encoder
 from attrdb.ingest.prompts import TOKEN, train_prompt
 from attrdb.ingest.read.corpus import image_rows, register
 from attrdb.ingest.read.pictures import Picture, read_picture_file
+from attrdb.progress import Progress, no_progress
 from attrdb.store import jobs
 
 BASE_MODEL = "CompVis/stable-diffusion-v1-4"
@@ -190,7 +191,7 @@ def ingest_abc(
     db: Database,
     release: Release,
     encoders: Sequence[Encoder],
-    report: Callable[[int, int], None] = lambda done, total: None,
+    report: Progress = no_progress,
 ) -> AbcResult:
     """Append the models of a release that are not stored yet, each in one commit.
 
@@ -207,13 +208,13 @@ def ingest_abc(
     result = AbcResult()
     with jobs.running(db.writer, "ingest abc", f"{release.name} in {release.root.resolve()}", {}) as job:
         for done, model in enumerate(release.models):
-            report(done, len(release.models))
+            report(f"ingest {release.name}", done, len(release.models))
             if reason := _take(db, release, model, encoders, stored, result):
                 job.failed({model.model_id: reason})
             else:
                 job.mended([model.model_id])
             job.n_done = result.n_appended
-    report(len(release.models), len(release.models))
+    report(f"ingest {release.name}", len(release.models), len(release.models))
     return result
 
 

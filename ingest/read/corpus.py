@@ -21,6 +21,7 @@ from attrdb.ingest.encode.stream import Encoded, encode_stream
 from attrdb.ingest.read.pictures import Picture, image_files
 from attrdb.ingest.read.sources import Item, count_rows, folder_items, parquet_items
 from attrdb.ingest.read.webdataset import count_webdataset, shards, webdataset_items
+from attrdb.progress import Progress, counted, no_progress
 from attrdb.store import jobs
 from attrdb.store.schema import IMAGES, encoder_id_of, feature_array
 
@@ -126,7 +127,7 @@ def ingest_corpus(
     encoders: Sequence[Encoder],
     *,
     retry_failed: bool = False,
-    report: Callable[[int], None] = lambda n_items: None,
+    report: Progress = no_progress,
 ) -> CorpusResult:
     """Append the images of a corpus that are not stored yet, a commit for every CHUNK of them.
 
@@ -141,14 +142,15 @@ def ingest_corpus(
         "path": str(corpus.path.resolve()),
         "encoders": [encoder.spec for encoder in encoders],
     }
+    add_done = counted(report, f"ingest {corpus.source}", corpus.n_items)
     with jobs.running(db.writer, "ingest corpus", f"{corpus.source} from {corpus.path.resolve()}", settings) as job:
-        fresh = _Fresh(db, corpus, set() if retry_failed else set(job.failures), report)
+        fresh = _Fresh(db, corpus, set() if retry_failed else set(job.failures), add_done)
         with closing(encode_stream(encoders, fresh.items(), _read)) as encoded:
             while chunk := _chunk(encoded):
                 appended = _append(db, chunk, encoders, fresh, job)
                 result.n_appended += appended
                 job.n_done += appended
-                report(len(chunk))
+                add_done(len(chunk))
         job.failed(fresh.failures)
         # What has failed before and did not come up again: a shard that is whole now, a file that was taken away.
         job.mended(set(job.failures) - fresh.seen_failing)
@@ -170,11 +172,11 @@ def _chunk(encoded: Iterator[Encoded]) -> list[Encoded]:
 class _Fresh:
     """The items of a corpus that are neither stored nor passed over; counts and checks the others on the way."""
 
-    def __init__(self, db: Database, corpus: Corpus, passed_over: set[str], report: Callable[[int], None]):
+    def __init__(self, db: Database, corpus: Corpus, passed_over: set[str], add_done: Callable[[int], None]):
         self.db = db
         self.corpus = corpus
         self.passed_over = passed_over
-        self.report = report
+        self.add_done = add_done
         self.n_stored = 0
         self.failures: dict[str, str] = {}
         self.underway: dict[str, Item] = {}  # given out and not committed yet
@@ -187,10 +189,10 @@ class _Fresh:
             for item in chunk:
                 if item.image_id in self.passed_over:
                     self.seen_failing.add(item.image_id)
-                    self.report(1)
+                    self.add_done(1)
                 elif known := stored.get(item.image_id) or self.underway.get(item.image_id):
                     self._compare(item, known)
-                    self.report(1)
+                    self.add_done(1)
                 else:
                     self.underway[item.image_id] = item
                     yield item

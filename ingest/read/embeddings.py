@@ -9,7 +9,7 @@ Only what fits into memory at once is read: a part of a shard, which is also wha
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import BinaryIO
@@ -24,6 +24,7 @@ from fsspec.core import url_to_fs
 
 from attrdb.database import Database
 from attrdb.errors import InvalidValue, NotFound
+from attrdb.progress import Progress, no_progress
 from attrdb.store import jobs
 from attrdb.store.ids import lock_file
 from attrdb.store.locks import exclusive_lock
@@ -45,8 +46,6 @@ COLUMNS = {
 }
 ID_COLUMNS = ("key", "image_path")
 VECTORS = r"img_emb_(\d+)\.npy"
-
-Report = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -198,7 +197,7 @@ def ingest_embeddings(
     source: str,
     *,
     retry_failed: bool = False,
-    report: Report = lambda stage, done, total: None,
+    report: Progress = no_progress,
 ) -> EmbeddingsResult:
     """Append the vectors that are not stored yet as pretraining images with a feature, a commit for every part.
 
