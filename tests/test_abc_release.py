@@ -160,7 +160,7 @@ def test_interrupted_and_rerun_is_run_once(tmp_path, styles, toy_encoder):
     release = read_release(*styles)
     ingest_abc(whole, release, [toy_encoder])
 
-    def interrupt(done, _total):
+    def interrupt(_stage, done, _total):
         if done == 1:
             raise KeyboardInterrupt
 

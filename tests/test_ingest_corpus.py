@@ -69,7 +69,7 @@ def test_given_again_it_takes_only_what_is_new(empty, folder, toy_encoder):
 def test_interrupted_it_goes_on_where_it_was(empty, folder, toy_encoder, monkeypatch):
     monkeypatch.setattr(corpus, "CHUNK", 1)
 
-    def kill(_n_items):
+    def kill(*_):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
