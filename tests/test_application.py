@@ -84,11 +84,16 @@ WRITES = {
     "replace_exemplar_ranks": lambda db: db.writer.replace_exemplar_ranks(
         ranks([("m/0/1", "m/e0", 1)]), "toy_2", "own"
     ),
-    "append_rows": lambda db: db.writer.append_rows("attributions", TABLES["attributions"].empty_table(), "true"),
+    "append_rows": lambda db: db.writer.append_rows(
+        "attributions", TABLES["attributions"].empty_table(), db.snapshot, "true"
+    ),
     "add_method": lambda db: db.writer.add_method(similarity_row("toy_2")),
     "add_mapper": lambda db: db.writer.add_mapper({"mapper_id": "n", "encoder_id": "toy_2", "form": "gain"}),
     "upsert": lambda db: db.writer.upsert("models", [{"model_id": "n"}]),
     "delete": lambda db: db.writer.delete("models", "true"),
+    "delete_matching": lambda db: db.writer.delete_matching("models", pa.table({"model_id": ["m"]})),
+    "alone": lambda db: db.writer.alone().__enter__(),
+    "writing": lambda db: db.writer.writing().__enter__(),
     "commit": lambda db: db.writer.commit(lambda: None),
 }
 READS = {
@@ -201,7 +206,9 @@ def test_a_checkout_holds_the_whole_package_where_type_checkers_look():
     trees = [root / "attrdb", *(root / tree for tree in ("ingest", "queries", "training"))]
     rooms = {folder.parent for tree in trees for folder in tree.rglob("__init__.py")}
     names = {".".join(("attrdb", *room.parts[len(root.parts) :])).replace("attrdb.attrdb", "attrdb") for room in rooms}
-    assert names - set(packages) == {"attrdb.training.icon_sd"}  # which makes the base model, and stays out of the wheel
+    assert names - set(packages) == {
+        "attrdb.training.icon_sd"
+    }  # which makes the base model, and stays out of the wheel
 
 
 @pytest.mark.parametrize("name", sorted(public_methods() | {"__init__"}))

@@ -23,6 +23,7 @@ from attrdb.ingest.read.sources import Item, count_rows, folder_items, parquet_i
 from attrdb.ingest.read.webdataset import count_webdataset, shards, webdataset_items
 from attrdb.progress import Progress, counted, no_progress
 from attrdb.store import jobs
+from attrdb.store.blocklist import Blocklist, blocklist
 from attrdb.store.schema import IMAGES, encoder_id_of, feature_array
 
 CHUNK = 1024  # images a commit
@@ -145,7 +146,7 @@ def ingest_corpus(
     add_done = counted(report, f"ingest {corpus.source}", corpus.n_items)
     with jobs.running(db.writer, "ingest corpus", f"{corpus.source} from {corpus.path.resolve()}", settings) as job:
         fresh = _Fresh(db, corpus, set() if retry_failed else set(job.failures), add_done)
-        with closing(encode_stream(encoders, fresh.items(), _read)) as encoded:
+        with closing(encode_stream(encoders, fresh.items(), partial(_read, blocklist(db.snapshot)))) as encoded:
             while chunk := _chunk(encoded):
                 appended = _append(db, chunk, encoders, fresh, job)
                 result.n_appended += appended
@@ -207,8 +208,9 @@ class _Fresh:
             self.seen_failing.add(item.image_id)
 
 
-def _read(item: Item) -> tuple[dict[str, Any], Image.Image]:
+def _read(blocked: Blocklist, item: Item) -> tuple[dict[str, Any], Image.Image]:
     picture = item.read()
+    blocked.check(item.image_id, picture.sha256, item.uri)
     row = {"image_id": item.image_id, "role": "pretraining", **item.fields(), **picture_fields(picture)}
     return row, picture.image
 

@@ -26,6 +26,7 @@ from attrdb.database import Database
 from attrdb.errors import InvalidValue, NotFound
 from attrdb.progress import Progress, no_progress
 from attrdb.store import jobs
+from attrdb.store.blocklist import blocklist
 from attrdb.store.ids import lock_file
 from attrdb.store.locks import exclusive_lock
 from attrdb.store.schema import IMAGES, encoder_id_of
@@ -345,6 +346,10 @@ def _import_part(
         table, sound = part.images(encoder_id)
         for row in np.flatnonzero(~sound & wanted):
             reasons[part.ids[row].as_py()] = f"{part.shard.vectors} row {part.first + row} is zero or not finite"
+        for number, refusal in blocklist(db.snapshot).refusals(table).items():
+            if wanted[number]:
+                reasons[part.ids[number].as_py()] = refusal
+                sound[number] = False
         wanted &= sound
         if not wanted.all():
             table = table.filter(pa.array(wanted))

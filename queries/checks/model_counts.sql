@@ -1,8 +1,8 @@
--- Models that have more or fewer exemplars or samples than their row says, or none.
+-- Models that have more or fewer exemplars or samples than their row says, or none. Not told while a removal is unfinished.
 -- Without such rows, which is as it should be, there is none.
 -- source attrdb
 -- grain  one row per model
--- reads  exemplars, models, samples
+-- reads  exemplars, models, removals, samples
 -- column model_id         VARCHAR
 -- column n_exemplars      INTEGER  as the model's row says
 -- column found_exemplars  BIGINT
@@ -23,5 +23,6 @@ SELECT
 FROM models
 LEFT JOIN exemplified ON exemplified.model_id = models.model_id
 LEFT JOIN sampled ON sampled.model_id = models.model_id
-WHERE models.n_exemplars IS DISTINCT FROM found_exemplars OR models.n_samples IS DISTINCT FROM found_samples
+WHERE (models.n_exemplars IS DISTINCT FROM found_exemplars OR models.n_samples IS DISTINCT FROM found_samples)
+  AND NOT EXISTS (SELECT removal_id FROM removals WHERE state IN ('begun', 'deleting'))
 ORDER BY models.model_id
