@@ -68,7 +68,7 @@ def test_an_entry_is_a_model(empty, styles, toy_encoder):
     reports = []
     result = ingest_abc(empty, release, [toy_encoder], lambda *units: reports.append(units))
     assert summary(result) == (2, 0, [], [])
-    assert reports == [(0, 2), (1, 2), (2, 2)]
+    assert reports == [(f"ingest {release.name}", done, 2) for done in (0, 1, 2)]
     images, models = rows(empty)
     ardon = release.models[0].model_id
     assert ardon.startswith("artchive-ardon-")

@@ -1,5 +1,5 @@
--- Removals that run, or were interrupted. Finish one by giving its command again, or any other attrdb remove.
--- Without such rows, which is as it should be, there is none.
+-- Removals that are running or were interrupted. Rerun the command, or run any other attrdb remove, to finish one.
+-- No row means no problem.
 -- source attrdb
 -- grain  one row per removal
 -- reads  removals

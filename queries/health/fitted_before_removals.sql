@@ -1,5 +1,5 @@
--- Mappers and calibrations that were fitted while images were stored that have been taken out since. Fit them again where that matters.
--- Without a removal, or with all fitted after the last, there is none.
+-- Mappers and calibrations that were fitted before images were taken out. Fit them again where that matters.
+-- No row if nothing was taken out, or if all were fitted afterwards.
 -- source attrdb
 -- grain  one row per mapper or calibration
 -- reads  calibrations, mappers, removals
