@@ -75,9 +75,13 @@ def test_without_a_purge_older_versions_keep_the_image(full):
     full.remove(ids=["p90"])
     assert set(places(full.path, "p90", 90)) == EVERYTHING
     assert attrdb.open(full.path, at=then).sql("FROM images WHERE image_id = 'p90'").num_rows == 1
+    assert not full.remove(ids=["nobody"], purge=True).purged
+    assert set(places(full.path, "p90", 90)) == EVERYTHING
     purged = full.remove(ids=["p90"], purge=True)  # rerun with it: no image is named any more
     assert (purged.n_images, purged.purged) == (0, True)
     assert places(full.path, "p90", 90) == {}
+    assert full.sql("SELECT n_images, purged FROM removals").to_pylist() == [{"n_images": 1, "purged": True}]
+    assert not full.remove(ids=["p90"], purge=True).purged  # nothing is left to do
 
 
 @pytest.mark.parametrize(("image_id", "degrees"), [("p90", 90), ("m/e40", 40), ("o/1/3", 61)])
@@ -298,7 +302,7 @@ def test_another_removal_finishes_one_that_was_interrupted(full, monkeypatch):
             full.remove(ids=["p90"])
     [row] = full.status()["unfinished_removals"]
     assert row["state"] == "begun"
-    assert "unfinished (begun); give its command again" in CliRunner().invoke(main, ["status", str(full.path)]).output
+    assert "unfinished (begun); rerun its command" in CliRunner().invoke(main, ["status", str(full.path)]).output
     removal = full.remove(ids=["p20"])
     assert (removal.n_images, removal.resumed) == (1, False)
     assert full.sql("SELECT n_images, state FROM removals").to_pylist() == [{"n_images": 1, "state": "done"}] * 2

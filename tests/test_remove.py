@@ -278,3 +278,83 @@ def test_a_mixed_model_that_stays_would_keep_captions_as_prompts(full):
     [row] = full.snapshot.rows("models", "model_id = 'm'")
     assert json.loads(row["settings"])["captions"] == [None, "caption of m/e40"]
     assert full.remove(ids=["m/e40"], models="remove", purge=True).purged
+
+
+# --- the command -----------------------------------------------------------------------------------------------------
+
+
+def test_the_command_says_what_went_and_what_is_to_be_done(full):
+    done = run("remove", full.path, "--ids", listed(full, "m/e40", "p20", "nobody"), "--models", "mark", "--block")
+    assert done.exit_code == 0, done.output
+    assert done.stdout.splitlines() == [
+        "took out 2 images (1 exemplar, 1 pretraining), 2 features",
+        "  1 line names no image: nobody",
+        "  model m was customized on 1 exemplar and 1 regularization image of these: it stays and is marked",
+        "  9 rows of attributions",
+        "  10 rows of exemplar_ranks",
+        "  4 digests of pictures and addresses blocked",
+        "  to compute results again: attrdb evaluate, attrdb attribute --samples",
+        "  older versions still hold them; rerun the command with --purge to delete those",
+    ]
+    assert run("remove", full.path, "--creator", "Ada", "--dry-run").stdout.splitlines() == [
+        "would take out 1 image (1 pretraining), 1 feature",
+    ]
+    assert run("remove", full.path, "--creator", "Ada", "--purge").stdout.splitlines() == [
+        "took out 1 image (1 pretraining), 1 feature",
+        "  older versions and their files deleted",
+    ]
+    assert run("remove", full.path, "--creator", "Ada", "--purge").stdout == "nothing to take out: no image is named\n"
+
+
+def listed(db, *lines):
+    file = db.path.with_name("list.txt")
+    file.write_text("\n".join(lines))
+    return file
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ([], "give one of --where, --creator and --ids, which say what is taken out; found none"),
+        (["--where", "true", "--creator", "Ada"], "found --where and --creator"),
+        (["--where", "true", "--drop-tags"], "--drop-tags goes with --purge"),
+        (["--where", "nothing = 1"], "where is 'nothing = 1'; it must be an SQL predicate on the columns of images"),
+        (["--ids", "nowhere.txt"], "no file nowhere.txt; write one image id, address or sha256 per line"),
+    ],
+)
+def test_a_wrong_command_takes_nothing_out(full, words, said):
+    before = files(full.path)
+    done = run("remove", full.path, *words)
+    assert done.exit_code == 1
+    assert said in done.stderr
+    assert files(full.path) == before
+
+
+def test_a_list_that_is_no_text_or_empty_is_refused(full, tmp_path):
+    file = tmp_path / "list.txt"
+    for content, said in ((b"\xff\xfe\x00", "is not UTF-8 text"), (b" \n\n", "has no line")):
+        file.write_bytes(content)
+        done = run("remove", full.path, "--ids", file)
+        assert (done.exit_code, said in done.stderr) == (1, True)
+
+
+def test_what_was_fitted_with_the_image_stays_and_is_told(full):
+    fitted = {"method_id": "toy_2", "tau": 0.1, "lam": 0.1, "gallery_size": 3}
+    full.writer.upsert("calibrations", [fitted | {"images_version": full.version}])
+    before = full.attribute("m/0/1", k=2)
+    assert full.remove(ids=["p90"]).fitted == {"mappers": [], "calibrations": ["toy_2"]}
+    assert full.attribute("m/0/1", k=2).to_pylist() == before.to_pylist()  # the same temperature
+    [row] = full.query("fitted_before_removals").to_pylist()
+    assert (row["kind"], row["id"], row["n_removals"], row["n_images"]) == ("calibration", "toy_2", 1, 1)
+    assert "calibration toy_2 was fitted on images that were taken out since (1)" in run("status", full.path).stdout
+    full.writer.upsert("calibrations", [fitted | {"images_version": full.version}])
+    assert full.query("fitted_before_removals").num_rows == 0
+
+
+def test_progress_is_reported_before_anything_is_read(full):
+    stages = []
+    full.remove(
+        where="role = 'pretraining'", purge=True, report=lambda stage, done, total, note="": stages.append(stage)
+    )
+    assert stages[0] == "find images"
+    assert list(dict.fromkeys(stages)) == ["find images", "find features", "take out", "purge"]

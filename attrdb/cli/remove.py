@@ -97,55 +97,59 @@ def remove(
 
 
 def _print(db: Path, removal: Removal, purge: bool) -> None:
-    """The lines of a removal: what went, what it leaves, what is to be computed again."""
+    """The lines of a removal: what went, what stays, what is to be computed again."""
     if removal.resumed:
-        click.echo("finished a removal that was interrupted")
-    roles = ", ".join(f"{n:,} {role}" for role, n in removal.images.items())
-    verb = "would take out" if removal.dry_run else "took out"
-    n_images = f"{removal.n_images:,} images ({roles})" if removal.n_images else "no image: none is named"
-    click.echo(f"{verb} {n_images}, {removal.n_features:,} features")
+        click.echo("finished this removal, which had been interrupted")
+    if removal.n_images:
+        roles = ", ".join(f"{n:,} {role}" for role, n in removal.images.items())
+        verb = "would take out" if removal.dry_run else "took out"
+        click.echo(f"{verb} {_n(removal.n_images, 'image')} ({roles}), {_n(removal.n_features, 'feature')}")
+    else:
+        click.echo("nothing to take out: no image is named")
     if removal.n_not_found:
-        shown = ", ".join(removal.not_found) + (", ..." if removal.n_not_found > len(removal.not_found) else "")
-        click.echo(f"  {removal.n_not_found:,} lines name no image: {shown}")
-    if removal.n_copies:
-        shown = ", ".join(removal.copies) + (", ..." if removal.n_copies > len(removal.copies) else "")
+        verb = "names" if removal.n_not_found == 1 else "name"
         click.echo(
-            f"  {removal.n_copies:,} other images have the same bytes and stay: {shown} (--ids takes their sha256)"
+            f"  {_n(removal.n_not_found, 'line')} {verb} no image: {_some(removal.not_found, removal.n_not_found)}"
         )
+    if removal.n_copies:
+        shown = _some(removal.copies, removal.n_copies)
+        click.echo(f"  {_n(removal.n_copies, 'other image')} with the same bytes not taken out: {shown}")
     _print_models(removal)
     for table, n_rows in removal.results.items():
         if n_rows:
-            click.echo(f"  {n_rows:,} rows of {table}")
+            click.echo(f"  {_n(n_rows, 'row')} of {table}")
     for encoder_id in removal.dropped_indices:
-        click.echo(
-            f"  the index of {encoder_id} held one of the images; build it again: attrdb index {db} --encoder {encoder_id}"
-        )
+        click.echo(f"  the index of {encoder_id}; build it again: attrdb index {db} --encoder {encoder_id}")
     for kind, names in removal.fitted.items():
         if names:
-            click.echo(f"  {kind} that were fitted with them stay: {', '.join(names)}")
+            click.echo(f"  {kind} stay, which were fitted with them: {', '.join(names)}")
     if removal.n_blocked:
-        click.echo(f"  {removal.n_blocked:,} digests of pictures and addresses are blocked")
-    again = {
-        "exemplar_ranks": "attrdb evaluate",
-        "attributions": "attrdb attribute --samples",
-        "scores": "attrdb score",
-    }
-    if commands := [command for table, command in again.items() if removal.results[table] and table != "scores"]:
-        click.echo(f"  to be computed again: {', '.join(commands)}")
+        click.echo(f"  {_n(removal.n_blocked, 'digest')} of pictures and addresses blocked")
+    again = {"exemplar_ranks": "attrdb evaluate", "attributions": "attrdb attribute --samples"}
+    if commands := [command for table, command in again.items() if removal.results[table]]:
+        click.echo(f"  to compute results again: {', '.join(commands)}")
     if removal.purged:
-        click.echo("  older versions and their files are deleted")
-    elif removal.n_images and not purge:
-        click.echo("  older versions still hold them, until the command is rerun with --purge")
+        click.echo("  older versions and their files deleted")
+    elif removal.n_images and not purge and not removal.dry_run:
+        click.echo("  older versions still hold them; rerun the command with --purge to delete those")
 
 
 def _print_models(removal: Removal) -> None:
-    done = {"list": "stays", "mark": "stays and is marked", "remove": "goes, with its samples and weights"}
+    action = {"list": "it stays", "mark": "it stays and is marked", "remove": "it goes, with its samples and weights"}
     for model in removal.models:
         if model.action is None:
-            click.echo(f"  model {model.model_id} loses {model.n_samples:,} samples")
+            click.echo(f"  {_n(model.n_samples, 'sample')} of model {model.model_id}")
             continue
-        uses = [f"{model.n_exemplars:,} of them"] if model.n_exemplars else []
-        uses += [f"{model.n_regularization:,} as regularization images"] if model.n_regularization else []
-        click.echo(f"  model {model.model_id} was customized on {' and '.join(uses)}: it {done[model.action]}")
+        counts = ((model.n_exemplars, "exemplar"), (model.n_regularization, "regularization image"))
+        uses = " and ".join(_n(n, noun) for n, noun in counts if n)
+        click.echo(f"  model {model.model_id} was customized on {uses} of these: {action[model.action]}")
     for model_id in removal.unfinished_models:
-        click.echo(f"  unfinished model {model_id} uses one of them: its job is given up")
+        click.echo(f"  the half-done job of model {model_id}, which uses them")
+
+
+def _n(n: int, noun: str) -> str:
+    return f"{n:,} {noun}{'' if n == 1 else 's'}"
+
+
+def _some(names: list[str], n: int) -> str:
+    return ", ".join(names) + (", ..." if n > len(names) else "")

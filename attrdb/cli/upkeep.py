@@ -56,12 +56,10 @@ def status(db: Path, at: str | None, as_json: bool) -> None:
         )
         click.echo(f"  influence by {of}: {fitted}")
     for one in found["fitted_before_removals"]:
-        click.echo(
-            f"  {one['kind']} {one['id']} was fitted with some of {one['n_images']:,} images that were taken out since"
-        )
+        click.echo(f"  {one['kind']} {one['id']} was fitted on images that were taken out since ({one['n_images']:,})")
     _print_upkeep(found, "  ")
     for one in found["unfinished_removals"]:
-        click.echo(f"  removal {one['removal_id']} is unfinished ({one['state']}); give its command again")
+        click.echo(f"  removal {one['removal_id']} is unfinished ({one['state']}); rerun its command")
     for model_id in found["unfinished_models"]:
         click.echo(f"  model {model_id} is unfinished and not shown; give its ingest command again")
     for one in found["in_progress"]:

@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 from attrdb.attribution.methods import method_rows
 from attrdb.errors import InvalidValue
 from attrdb.progress import Progress
+from attrdb.store.blocklist import blocklist
 from attrdb.store.files import write_whole
 from attrdb.store.predicates import among
 from attrdb.store.schema import Row
@@ -71,8 +72,8 @@ class Plan:
     results:    rows of `attributions`, `exemplar_ranks` and `scores` that are taken out, by table
     fitted:     mappers, and methods whose calibration is kept: they were fitted with images that are taken out
     drop_index: encoders whose index is dropped, since a feature that is taken out is one of its centroids
-    copies:     other images with the same encoded bytes, which stay: how many, and some ids
-    blocked:    digest -> kind
+    copies:     other images with the same encoded bytes as those that were named, which stay: how many, and some ids
+    blocked:    digest -> kind, of those that were named
     """
 
     removal_id: str
@@ -88,6 +89,10 @@ class Plan:
     n_copies: int
     copies: tuple[str, ...]
     blocked: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def is_empty(self) -> bool:
+        return not len(self.choice.images) and not self.blocked
 
     @property
     def removed_models(self) -> list[AffectedModel]:
@@ -118,7 +123,7 @@ def make_plan(snapshot: Snapshot, request: RemovalRequest, report: Progress) -> 
     raises: InvalidValue as `RemovalRequest.check`, or if models that stay have captions of the images in their prompts
     """
     request.check(snapshot)
-    choice = choose(snapshot, request, report)
+    named = choice = choose(snapshot, request, report)
     rows = snapshot.rows("models")
     models = _affected(choice, rows, request.models)
     whole = [model.model_id for model in models if model.action == "remove"]
@@ -133,7 +138,7 @@ def make_plan(snapshot: Snapshot, request: RemovalRequest, report: Progress) -> 
     unfinished = sorted((set(half) - set(whole)) | set(_half_done(snapshot.path, choice)))
     features = encoded(snapshot, choice, report)
     reach = _reach(snapshot, choice, features, models)
-    n_copies, copies = _copies(snapshot, choice)
+    n_copies, copies = _copies(snapshot, named, choice)
     return Plan(
         f"{datetime.now(UTC):%Y%m%dT%H%M%S%f}-{request.digest[:8]}",
         request,
@@ -147,7 +152,7 @@ def make_plan(snapshot: Snapshot, request: RemovalRequest, report: Progress) -> 
         tuple(encoder_id for encoder_id, one in features.items() if one.in_index),
         n_copies,
         copies,
-        digests(choice) if request.block else {},
+        _new_digests(snapshot, named) if request.block else {},
     )
 
 
@@ -269,9 +274,14 @@ def _fitted(snapshot: Snapshot, features: dict[str, Encoded]) -> dict[str, list[
     }
 
 
-def _copies(snapshot: Snapshot, choice: Choice) -> tuple[int, tuple[str, ...]]:
-    """Other images with the same encoded bytes: how many, and some ids."""
-    hashes = pc.unique(choice.images["sha256"].drop_null().combine_chunks())
+def _new_digests(snapshot: Snapshot, choice: Choice) -> dict[str, str]:
+    blocked = blocklist(snapshot).removals
+    return {digest: kind for digest, kind in digests(choice).items() if digest not in blocked}
+
+
+def _copies(snapshot: Snapshot, named: Choice, choice: Choice) -> tuple[int, tuple[str, ...]]:
+    """Images with the same encoded bytes as those that were named, which stay: how many, and some ids."""
+    hashes = pc.unique(named.images["sha256"].drop_null().combine_chunks())
     if not len(hashes):
         return 0, ()
     mine, n = choice.ids.combine_chunks(), 0

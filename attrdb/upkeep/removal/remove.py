@@ -18,7 +18,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
 from importlib.metadata import version
@@ -105,21 +105,22 @@ def remove(
     with writer.writing():  # refuses a database that is read-only
         pass
     with exclusive_lock(writer.path / LOCK, f"{writer.path} is being maintained"):
-        interrupted = plans.stored(writer.path)
-        settled = [] if interrupted else _settle(writer)
-        if interrupted is not None:
+        if interrupted := plans.stored(writer.path):
             _finish(writer, interrupted, report)
             if interrupted.request == request:
                 return _told(interrupted, resumed=True)
+        writer.refresh()
+        _settle(writer)
         with writer.alone(), ExitStack() as held:
             writer.refresh()
             plan = plans.make_plan(writer.snapshot, request, report)
-            if not (len(plan.choice.images) or plan.blocked or (request.purge and request.digest not in settled)):
-                return _told(plan, nothing=True)
-            for lock in _locks(writer.path, plan):
-                held.enter_context(lock)
-            plans.store(plan, writer.path)
-            _delete(writer, plan, report)
+            if not plan.is_empty:
+                for lock in _locks(writer.path, plan):
+                    held.enter_context(lock)
+                plans.store(plan, writer.path)
+                _delete(writer, plan, report)
+        if plan.is_empty:
+            return _purge_only(writer, plan, report)
         _complete(writer, plan, report)
         return _told(plan)
 
@@ -135,13 +136,21 @@ def _finish(writer: Writer, plan: Plan, report: Progress) -> None:
     _complete(writer, plan, report)
 
 
-def _settle(writer: Writer) -> list[str]:
-    """Removals without a plan have done everything, but were killed before their rows said so; their digests."""
+def _settle(writer: Writer) -> None:
+    """Removals without a plan have done everything, but were killed before their rows said so."""
     plans.forget(writer.path)
-    rows = writer.snapshot.rows("removals", "state <> 'done'")
-    for row in rows:
+    for row in writer.snapshot.rows("removals", "state <> 'done'"):
         _record(writer, row | {"state": "done", "ended_at": datetime.now(UTC)})
-    return [row["digest"] for row in rows]
+
+
+def _purge_only(writer: Writer, plan: Plan, report: Progress) -> Removal:
+    """Nothing is to be taken out. If the same choice took images out before, without a purge, they are purged now."""
+    same = f"digest = {literal(plan.request.digest)} AND NOT purged"
+    rows = writer.snapshot.rows("removals", same) if plan.request.purge else []
+    if rows:
+        purge.purge(writer, report)
+        writer.upsert("removals", [row | {"purged": True} for row in rows])
+    return replace(_told(plan), removal_id=rows[-1]["removal_id"] if rows else None, purged=bool(rows))
 
 
 # --- locks -----------------------------------------------------------------------------------------------------------
@@ -343,10 +352,10 @@ def _delete_weights(path: Path, relative: str) -> None:
 # --- telling ---------------------------------------------------------------------------------------------------------
 
 
-def _told(plan: Plan, *, dry_run: bool = False, resumed: bool = False, nothing: bool = False) -> Removal:
+def _told(plan: Plan, *, dry_run: bool = False, resumed: bool = False) -> Removal:
     roles = plan.choice.images["role"].to_pylist()
     return Removal(
-        None if dry_run or nothing else plan.removal_id,
+        None if dry_run else plan.removal_id,
         dry_run,
         resumed,
         {role: roles.count(role) for role in sorted(set(roles))},
@@ -361,5 +370,5 @@ def _told(plan: Plan, *, dry_run: bool = False, resumed: bool = False, nothing: 
         len(plan.choice.not_found),
         list(plan.choice.not_found[:SHOWN]),
         len(plan.blocked),
-        plan.request.purge and not dry_run and not nothing,
+        plan.request.purge and not dry_run,
     )
