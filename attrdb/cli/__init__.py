@@ -47,4 +47,14 @@ main.add_section(
     "Ask", query.attribute, query.run_sql, shell.shell, query.run_query, query.queries, query.methods, models.models
 )
 main.add_section("Learn", train.train, train.score, train.calibrate, train.evaluate, train.report)
-main.add_section("Keep", upkeep.status, upkeep.index, upkeep.optimize, upkeep.check, upkeep.export, upkeep.upgrade)
+main.add_section(
+    "Keep",
+    upkeep.status,
+    upkeep.index,
+    upkeep.optimize,
+    upkeep.check,
+    upkeep.backup,
+    upkeep.restore,
+    upkeep.export,
+    upkeep.upgrade,
+)

@@ -162,13 +162,18 @@ def open_snapshot(path: Path, at: int | str | datetime | None = None) -> Snapsho
         what = "is not an attrdb database (no images.lance in it)" if path.exists() else "does not exist"
         raise NotFound(f"{path} {what}; make one with: attrdb init {path}")
     check_schema_version(path, schema_version(open_table(path, "images")))
+    tables = pinned_tables(path, TABLES)
+    return Snapshot(path, tables if at is None else tables_at(path, tables, at))
+
+
+def pinned_tables(path: Path, names: Iterable[str]) -> dict[str, lance.LanceDataset]:
+    """The newest versions of some tables that belong together."""
     # models before images: a model that is seen has its images, as they are committed first. Where images are taken out it
     # is the other way round, and `removals` is written to in between.
-    names = sorted(TABLES, key=lambda name: name == "images")
+    ordered = sorted(names, key=lambda name: name == "images")
     for _ in range(ATTEMPTS):
-        removals = open_table(path, "removals")
-        tables = {name: removals if name == "removals" else open_table(path, name) for name in names}
-        snapshot = Snapshot(path, tables)
-        if not snapshot.is_before_removal():
+        first = {name: open_table(path, name) for name in ordered if name == "removals"}
+        tables = {name: first[name] if name in first else open_table(path, name) for name in ordered}
+        if all(removals.latest_version == removals.version for removals in first.values()):
             break
-    return snapshot if at is None else Snapshot(path, tables_at(path, snapshot.tables, at))
+    return tables
