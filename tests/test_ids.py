@@ -121,7 +121,7 @@ def test_training_deletes_its_own_folder_and_no_other(db, tmp_path):
     settings = TrainSettings(lr=0.01, batch=8, epochs=1)
     with pytest.raises(InvalidValue, match="cannot be used"):
         train(db, settings=settings, mapper_id="/../../../precious")
-    model_job = ids.model_job(db.path, "train-mine").make()
+    model_job = ids.ids.model_job(db.path, "train-mine").make()
     (model_job / "half.safetensors").write_text("made")
     train(db, settings=settings, mapper_id="mine")
     assert (model_job / "half.safetensors").exists()
@@ -130,7 +130,7 @@ def test_training_deletes_its_own_folder_and_no_other(db, tmp_path):
 
 
 def test_a_link_in_the_place_of_a_job_is_not_followed(db, tmp_path):
-    job = ids.model_job(db.path, "vase")
+    job = ids.ids.model_job(db.path, "vase")
     job.path.parent.mkdir(exist_ok=True)
     job.path.symlink_to(tmp_path / "precious")
     job.remove()
@@ -168,3 +168,30 @@ def test_an_old_database_with_an_encoder_of_a_long_name_is_used_on(empty, monkey
     assert empty.writer.check_encoder(spec, 2, {}, "")
     assert empty.writer.add_encoder(spec, 2, {}, "") == encoder_id
     assert ids.encode_job(empty.path, encoder_id).path.parent == empty.path / "jobs"
+
+
+# --- the settings of a half-done job ----------------------------------------------------------------------------------
+
+
+def test_a_job_keeps_its_settings(tmp_path):
+    job = ids.model_job(tmp_path, "vase")
+    assert job.read_settings() is None
+    job.make()
+    job.write_settings({"steps": 3, "name": "väse"})
+    assert job.read_settings() == {"steps": 3, "name": "väse"}
+    assert [file.name for file in job.path.iterdir()] == ["settings.json"]
+
+
+@pytest.mark.parametrize("content", [b"", b'{"steps": ', b"[1, 2]", b"\xff\xfe", b"null"])
+def test_damaged_settings_are_named(tmp_path, content):
+    job = ids.model_job(tmp_path, "vase")
+    job.make()
+    job.settings_file.write_bytes(content)
+    with pytest.raises(InvalidValue, match=f"settings.json is damaged; delete {job.path} to begin anew"):
+        job.read_settings()
+
+
+def test_settings_that_differ_are_named_with_both_values():
+    ids.check_same_settings("mapper", "a", {"lr": 1}, {"lr": 1}, "in my.attrdb")
+    with pytest.raises(InvalidValue, match="mapper 'a' is in my.attrdb with lr = 1, now it is None; .*--mapper-id"):
+        ids.check_same_settings("mapper", "a", {"lr": 1}, {}, "in my.attrdb")
