@@ -236,11 +236,11 @@ def test_a_lease_that_another_command_has_let_run_out_is_taken_over(tmp_path, wa
     spec = read_specs(wanted)[0]
     lock, told = model_job(path, "red").lock, []
 
-    def sleep(stage, done, _total):
+    def sleep(stage, done, _total, _note=""):
         if (stage, done) == ("customize", 1):
             long_ago = time.time() - 3600
             os.utime(lock, (long_ago, long_ago))
-            told.append(ingest(path, [spec]).done)
+            told.append(ingest(path, [spec]).n_done)
 
     outcome = ModelMaker(path, [load_encoder(name) for name in ENCODERS], sleep).attempt(spec)
     assert (outcome.status, told) == ("busy", [1])
