@@ -121,7 +121,7 @@ def test_training_deletes_its_own_folder_and_no_other(db, tmp_path):
     settings = TrainSettings(lr=0.01, batch=8, epochs=1)
     with pytest.raises(InvalidValue, match="cannot be used"):
         train(db, settings=settings, mapper_id="/../../../precious")
-    model_job = ids.ids.model_job(db.path, "train-mine").make()
+    model_job = ids.model_job(db.path, "train-mine").make()
     (model_job / "half.safetensors").write_text("made")
     train(db, settings=settings, mapper_id="mine")
     assert (model_job / "half.safetensors").exists()
@@ -130,7 +130,7 @@ def test_training_deletes_its_own_folder_and_no_other(db, tmp_path):
 
 
 def test_a_link_in_the_place_of_a_job_is_not_followed(db, tmp_path):
-    job = ids.ids.model_job(db.path, "vase")
+    job = ids.model_job(db.path, "vase")
     job.path.parent.mkdir(exist_ok=True)
     job.path.symlink_to(tmp_path / "precious")
     job.remove()
