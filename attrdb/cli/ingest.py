@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,7 @@ def ingest_corpus(
     database, loaded = open_with_encoders(db, encoders)
     with progress(quiet) as advance:
         result = corpus.ingest_corpus(database, opened, loaded, retry_failed=retry_failed, report=advance)
-    click.echo(f"{result.n_appended:,} images appended, {result.n_stored:,} were stored already", err=True)
+    click.echo(f"{result.n_done:,} images appended, {result.n_stored:,} were stored already", err=True)
     _tell_failures(result.failures, "images")
 
 
@@ -100,7 +101,7 @@ def _ingest_embeddings(
         result = ingest_embeddings(
             database, opened, encoder_spec(database, encoders[0]), name, retry_failed=retry_failed, report=advance
         )
-    click.echo(f"{result.n_appended:,} embeddings appended, {result.n_stored:,} were stored already", err=True)
+    click.echo(f"{result.n_done:,} embeddings appended, {result.n_stored:,} were stored already", err=True)
     _tell_failures(result.failures, "embeddings")
 
 
@@ -178,12 +179,12 @@ def ingest_models(
     encoder_specs = [encoder.spec for encoder in loaded]
     with progress(quiet) as advance:
         result = queue.ingest_models(db, models, encoder_specs, QueueSettings(**options), advance, str(specs.resolve()))
-    click.echo(f"{result.done} models appended, {result.stored_already} were stored already", err=True)
-    if result.failed:
-        for model_id, reason in result.failed[:LISTED]:
+    click.echo(f"{result.n_done} models appended, {result.n_stored} were stored already", err=True)
+    if result.failures:
+        for model_id, reason in islice(result.failures.items(), LISTED):
             click.echo(f"failed: {model_id}: {reason}", err=True)
         raise InvalidValue(
-            f"{len(result.failed)} of {len(models)} models failed, all others are stored; fix them and rerun the command"
+            f"{len(result.failures)} of {len(models)} models failed, all others are stored; fix them and rerun the command"
         )
 
 
@@ -202,16 +203,18 @@ def ingest_abc(db: Path, release: Path, root: Path, encoders: tuple[str, ...], q
     database, loaded = open_with_encoders(db, encoders)
     with progress(quiet) as advance:
         result = abc_release.ingest_abc(database, read, loaded, advance)
-    click.echo(f"{result.n_appended} models appended, {result.n_stored} were stored already", err=True)
-    missing = [path for _, paths in result.incomplete for path in paths]
+    click.echo(f"{result.n_done} models appended, {result.n_stored} were stored already", err=True)
+    incomplete = {model.model_id: model.missing for model in read.models if model.missing}
+    missing = [path for model_id in result.failures for path in incomplete.get(model_id, ())]
     for path in missing[:LISTED]:
         click.echo(f"missing: {path}", err=True)
-    for model_id, reason in result.failed[:LISTED]:
+    unusable = {model_id: reason for model_id, reason in result.failures.items() if model_id not in incomplete}
+    for model_id, reason in islice(unusable.items(), LISTED):
         click.echo(f"left out: {model_id}: {reason}", err=True)
-    if result.incomplete or result.failed:
+    if result.failures:
         raise InvalidValue(
-            f"{len(result.incomplete)} models lack {len(missing)} files and {len(result.failed)} could not be used, all "
-            "others are stored; put the files there and give the command again"
+            f"{len(result.failures) - len(unusable)} models lack {len(missing)} files and {len(unusable)} could not be used, "
+            "all others are stored; put the files there and rerun the command"
         )
 
 
@@ -237,6 +240,6 @@ def encode(db: Path, spec: str, retry_failed: bool, quiet: bool) -> None:
     encoder = encoders.load_encoder(encoder_spec(database, spec))
     with progress(quiet) as advance:
         result = job.backfill(database, encoder, retry_failed=retry_failed, report=advance)
-    left = f", {result.n_without_image:,} have no image bytes stored" if result.n_without_image else ""
-    click.echo(f"{result.n_encoded:,} images encoded{left}", err=True)
+    left = f", {result.n_skipped:,} have no image bytes stored" if result.n_skipped else ""
+    click.echo(f"{result.n_done:,} images encoded{left}", err=True)
     _tell_failures(result.failures, "images")

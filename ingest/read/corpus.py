@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
@@ -24,6 +24,7 @@ from attrdb.ingest.read.webdataset import count_webdataset, shards, webdataset_i
 from attrdb.progress import Progress, counted, no_progress
 from attrdb.store import jobs
 from attrdb.store.blocklist import Blocklist, blocklist
+from attrdb.store.jobs import JobResult
 from attrdb.store.schema import IMAGES, encoder_id_of, feature_array
 
 CHUNK = 1024  # images a commit
@@ -66,15 +67,6 @@ def open_corpus(path: Path, source: str | None = None) -> Corpus:
     if not n_items:
         raise InvalidValue(f"{path} has no image in it; PNG, JPEG, WebP, BMP and GIF files are read")
     return Corpus(path, name, n_items, items)
-
-
-@dataclass
-class CorpusResult:
-    """What an import did. failures: image_id -> reason, also those of earlier runs that still stand."""
-
-    n_appended: int = 0
-    n_stored: int = 0  # that were there already
-    failures: dict[str, str] = field(default_factory=dict)
 
 
 def register(db: Database, encoders: Sequence[Encoder]) -> None:
@@ -129,7 +121,7 @@ def ingest_corpus(
     *,
     retry_failed: bool = False,
     report: Progress = no_progress,
-) -> CorpusResult:
+) -> JobResult:
     """Append the images of a corpus that are not stored yet, a commit for every CHUNK of them.
 
     An image that cannot be used is left out and recorded with its reason; given again, the job goes on where it was and
@@ -137,7 +129,6 @@ def ingest_corpus(
     raises: InvalidValue for an encoder as `register`
     """
     register(db, encoders)
-    result = CorpusResult()
     settings = {
         "source": corpus.source,
         "path": str(corpus.path.resolve()),
@@ -148,16 +139,13 @@ def ingest_corpus(
         fresh = _Fresh(db, corpus, set() if retry_failed else set(job.failures), add_done)
         with closing(encode_stream(encoders, fresh.items(), partial(_read, blocklist(db.snapshot)))) as encoded:
             while chunk := _chunk(encoded):
-                appended = _append(db, chunk, encoders, fresh, job)
-                result.n_appended += appended
-                job.n_done += appended
+                _append(db, chunk, encoders, fresh, job)
                 add_done(len(chunk))
         job.failed(fresh.failures)
         # What has failed before and did not come up again: a shard that is whole now, a file that was taken away.
         job.mended(set(job.failures) - fresh.seen_failing)
-        result.n_stored = fresh.n_stored
-        result.failures = dict(job.failures)
-    return result
+        job.n_stored += fresh.n_stored
+    return job.result()
 
 
 def _chunk(encoded: Iterator[Encoded]) -> list[Encoded]:
@@ -215,17 +203,16 @@ def _read(blocked: Blocklist, item: Item) -> tuple[dict[str, Any], Image.Image]:
     return row, picture.image
 
 
-def _append(db: Database, chunk: list[Encoded], encoders: Sequence[Encoder], fresh: _Fresh, job: jobs.Job) -> int:
-    """Commit a chunk and record its failures; the number of images that are new."""
+def _append(db: Database, chunk: list[Encoded], encoders: Sequence[Encoder], fresh: _Fresh, job: jobs.Job) -> None:
+    """Commit a chunk and record its failures."""
     good = [one for one in chunk if one.error is None]
-    n_appended = 0
     if good:
         table = pa.Table.from_pylist([one.kept for one in good], IMAGES)
         for encoder, features in zip(encoders, zip(*(one.features for one in good), strict=True), strict=True):
             table = table.append_column(encoder_id_of(encoder.spec), feature_array(np.stack(features)))
         appended = db.writer.append_images(table)
-        n_appended = appended.n_appended
-        fresh.n_stored += appended.n_skipped
+        job.n_done += appended.n_appended
+        job.n_stored += appended.n_skipped
         job.mended(one.item.image_id for one in good)
     for one in chunk:
         del fresh.underway[one.item.image_id]
@@ -233,7 +220,6 @@ def _append(db: Database, chunk: list[Encoded], encoders: Sequence[Encoder], fre
     fresh.seen_failing |= failures.keys()
     job.failed(fresh.failures | failures)
     fresh.failures.clear()
-    return n_appended
 
 
 def _check_same(item: Item, stored: dict) -> None:

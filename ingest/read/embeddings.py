@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import BinaryIO
 
@@ -28,6 +28,7 @@ from attrdb.progress import Progress, no_progress
 from attrdb.store import jobs
 from attrdb.store.blocklist import blocklist
 from attrdb.store.ids import lock_file
+from attrdb.store.jobs import JobResult
 from attrdb.store.locks import exclusive_lock
 from attrdb.store.schema import IMAGES, encoder_id_of
 
@@ -80,13 +81,6 @@ class Embeddings:
     @property
     def dimension(self) -> int:
         return self.shards[0].dimension
-
-
-@dataclass
-class EmbeddingsResult:
-    n_appended: int = 0
-    n_stored: int = 0  # that were there already
-    failures: dict[str, str] = field(default_factory=dict)  # image_id -> why it was left out, of all runs so far
 
 
 def is_embeddings(path: str) -> bool:
@@ -199,7 +193,7 @@ def ingest_embeddings(
     *,
     retry_failed: bool = False,
     report: Progress = no_progress,
-) -> EmbeddingsResult:
+) -> JobResult:
     """Append the vectors that are not stored yet as pretraining images with a feature, a commit for every part.
 
     encoder: the spec of the encoder that made them, in the caller's word: vectors do not say it. Its dimension is checked
@@ -212,7 +206,6 @@ def ingest_embeddings(
     recorded with its reason. Vectors are brought to unit length. Given again, the import goes on where it was.
     """
     encoder_id = _register(db, encoder, embeddings.dimension)
-    result = EmbeddingsResult()
     settings = {"encoder": encoder, "source": source, "path": embeddings.root, "id_column": embeddings.id_column}
     with (
         exclusive_lock(lock_file(db.path, "corpus", source), f"source {source!r} is being imported"),
@@ -226,11 +219,9 @@ def ingest_embeddings(
         for part in parts(embeddings, source):
             report(f"import {source}", n_seen, embeddings.n_rows)
             n_seen += len(part.metadata)
-            _import_part(db, before, part, encoder_id, job, result)
-            job.n_done = result.n_appended
+            _import_part(db, before, part, encoder_id, job)
         report(f"import {source}", n_seen, embeddings.n_rows)
-        result.failures = dict(job.failures)
-    return result
+    return job.result()
 
 
 def _twice(embeddings: Embeddings) -> str:
@@ -322,9 +313,7 @@ def _batches(file: BinaryIO, size: int, where: str) -> Iterator[pa.RecordBatch]:
         raise InvalidValue(f"{where} cannot be read: {str(error).splitlines()[0]}; fetch it again") from error
 
 
-def _import_part(
-    db: Database, before: Database, part: Part, encoder_id: str, job: jobs.Job, result: EmbeddingsResult
-) -> None:
+def _import_part(db: Database, before: Database, part: Part, encoder_id: str, job: jobs.Job) -> None:
     """Append what is not stored of a part. before: the database as it was when the import began."""
     has_id, first = pc.is_valid(part.ids).to_numpy(zero_copy_only=False), _first_of_each(part.ids)
     absent = pc.fill_null(db.writer.absent(part.ids), False).to_numpy(zero_copy_only=False)
@@ -341,7 +330,7 @@ def _import_part(
         part.positions[row].as_py(): f"{part.shard.metadata} row {part.first + row} {why}"
         for row, why in failures.items()
     }
-    result.n_stored += int((known & ~twice).sum())
+    job.n_stored += int((known & ~twice).sum())
     if wanted.any():
         table, sound = part.images(encoder_id)
         for row in np.flatnonzero(~sound & wanted):
@@ -354,7 +343,7 @@ def _import_part(
         if not wanted.all():
             table = table.filter(pa.array(wanted))
         if len(table):
-            result.n_appended += db.writer.append_bulk(table).n_appended
+            job.n_done += db.writer.append_bulk(table).n_appended
     if len(reasons) > LISTED_FAILURES:
         raise InvalidValue(
             f"{len(reasons):,} of {len(part.metadata):,} rows of shard {part.shard.number} cannot be used, the first: "
