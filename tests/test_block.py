@@ -49,7 +49,7 @@ def test_a_blocked_picture_is_left_out_whatever_it_is_called(empty, photos, toy_
     ]
     result = ingest(empty, photos, toy_encoder)
     said = f"its picture was taken out of this database for good by removal {removal.removal_id}; leave it out"
-    assert (result.n_appended, result.n_stored) == (0, 1)
+    assert (result.n_done, result.n_stored) == (0, 1)
     assert result.failures == {"photos/a.png": f"image photos/a.png: {said}"}
     other = tmp_path / "other" / "renamed.png"
     other.parent.mkdir()
@@ -69,14 +69,14 @@ def test_without_block_nothing_is_kept_of_it_and_it_may_come_back(empty, photos,
     empty.remove(ids=["photos/a.png"], purge=True)
     digest = hashlib.sha256((photos / "a.png").read_bytes()).hexdigest()
     assert not [file for file, data in files(empty.path).items() if digest.encode() in data]
-    assert ingest(empty, photos, toy_encoder).n_appended == 1
+    assert ingest(empty, photos, toy_encoder).n_done == 1
 
 
 def test_a_list_also_blocks_what_is_not_stored_yet(empty, photos, toy_encoder):
     digest = hashlib.sha256((photos / "b.png").read_bytes()).hexdigest()
     removal = empty.remove(ids=[digest.upper(), "nobody"], block=True)
     assert (removal.n_images, removal.n_not_found, removal.n_blocked) == (0, 2, 1)
-    assert ingest(empty, photos, toy_encoder).n_appended == 1
+    assert ingest(empty, photos, toy_encoder).n_done == 1
     assert ids(empty) == ["photos/a.png"]
     assert empty.remove(ids=[digest.upper(), "nobody"], block=True).removal_id is None  # nothing is left to do
     assert empty.sql("SELECT n_images, n_blocked FROM removals").to_pylist() == [{"n_images": 0, "n_blocked": 1}]
@@ -95,7 +95,7 @@ def test_an_address_is_blocked_where_pictures_are_not_stored(empty, tmp_path):
     assert list(result.failures) == ["web/k1"]
     assert "image web/k1: its address was taken out of this database for good" in result.failures["web/k1"]
     again = ingest_embeddings(empty, open_embeddings(str(folder)), TOY["spec"], "web", retry_failed=True)
-    assert (again.n_appended, list(again.failures)) == (0, ["web/k1"])
+    assert (again.n_done, list(again.failures)) == (0, ["web/k1"])
 
 
 def test_a_writer_refuses_it_as_a_pretraining_image_and_as_an_exemplar(toy):

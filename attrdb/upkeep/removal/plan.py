@@ -21,6 +21,7 @@ from attrdb.errors import InvalidValue
 from attrdb.progress import Progress
 from attrdb.store.blocklist import blocklist
 from attrdb.store.files import write_whole
+from attrdb.store.ids import JobFolder
 from attrdb.store.predicates import among
 from attrdb.store.schema import Row
 from attrdb.store.snapshot import Snapshot
@@ -233,10 +234,10 @@ def _half_done(path: Path, choice: Choice) -> list[str]:
     found = []
     for file in sorted((path / "jobs").glob("[!.]*/settings.json")):
         try:
-            record = json.loads(file.read_text())
-            used = {*record.get("exemplars", ()), *(record.get("regularization") or ())}
-        except (OSError, ValueError, AttributeError, TypeError):
-            continue  # of no job of ours
+            record = JobFolder(file.parent).read_settings() or {}
+        except InvalidValue:
+            continue  # nothing can be made of a job whose settings are damaged
+        used = {name for key in ("exemplars", "regularization") for name in record.get(key) or ()}
         if used & hashes or used & ids:
             found.append(file.parent.name)
     return found

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -324,7 +323,7 @@ def _delete_files(writer: Writer, plan: Plan) -> None:
     path = writer.path
     stored = {row["model_id"] for row in writer.snapshot.rows("models", columns=["model_id"])}
     for model_id in plan.unfinished:
-        shutil.rmtree(path / "jobs" / model_id, ignore_errors=True)
+        JobFolder(path / "jobs" / model_id).remove()
         if model_id not in stored:  # else the job was killed when all but its folder was done
             _delete_weights(path, f"weights/{model_id}.safetensors")
     for model in plan.removed_models:
