@@ -259,7 +259,7 @@ class Database:
         drop_tags: bool = False,
         block: bool = False,
         dry_run: bool = False,
-        report: Progress = no_progress,
+        report: Progress | None = None,
     ) -> Removal:
         """Take images out, with their features and all results that they were part of; what was, or would be, taken out.
 
@@ -269,7 +269,7 @@ class Database:
         """
         named = None if ids is None else tuple(dict.fromkeys(ids))
         request = RemovalRequest(where, creator, named, reason, models, purge, drop_tags, block)
-        return remove(self.writer, request, dry_run=dry_run, report=report)
+        return remove(self.writer, request, dry_run=dry_run, report=report or no_progress)
 
     def status(self) -> dict[str, Any]:
         """What the database holds and how well it is kept, see `health.status`."""

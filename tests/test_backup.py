@@ -84,6 +84,7 @@ def test_a_restored_database_gives_the_same_answers_and_passes_a_check(full, tmp
     assert sorted(path.name for path in (db.path / "weights").iterdir()) == ["m.json", "m.safetensors"]
     assert {name: table["versions_kept"] for name, table in db.status()["tables"].items()} == dict.fromkeys(TABLES, 1)
     assert not (db.path / "jobs").exists()
+    assert answers(attrdb.open(tmp_path / "copy" / "database", read_only=True)) == answers(full)  # also where it lies
     # It is a database like any other.
     assert db.writer.append_images(rows([("new", "pretraining", None, 1)])).version == full.version + 1
     assert db.attribute("m/0/1", k=1)["image_id"].to_pylist() == ["new"]

@@ -2,12 +2,15 @@
 
 import hashlib
 import json
+import re
+import shlex
 import shutil
 
+import click
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from conftest import TOY, rows
+from conftest import ROOT, TOY, rows
 from removable import build, files, settings, sha
 
 import attrdb
@@ -358,3 +361,15 @@ def test_progress_is_reported_before_anything_is_read(full):
     )
     assert stages[0] == "find images"
     assert list(dict.fromkeys(stages)) == ["find images", "find features", "take out", "purge"]
+
+
+def test_the_commands_of_the_pages_parse_and_their_sql_runs(full):
+    for page in ("removing.md", "backup.md"):
+        text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+        commands = re.findall(r"^    attrdb (.+)", text, re.MULTILINE)
+        assert commands
+        for command in commands:
+            name, *words = shlex.split(command, comments=True)
+            main.commands[name].make_context(name, words, parent=click.Context(main, **main.context_settings))
+        for statement in re.findall(r"```sql\n(.*?)```", text, re.DOTALL):
+            assert full.sql(statement).num_rows == 0
