@@ -112,7 +112,7 @@ def closely(
         """Seconds of n steps, of the whole customization, and the delta."""
         marks: list[float] = []
 
-        def mark(_done: int, _total: int) -> None:
+        def mark(*_: object) -> None:
             if not is_cpu(base.device):
                 torch.cuda.synchronize(base.device)
             marks.append(time.perf_counter())
