@@ -267,6 +267,8 @@ class Database:
         dry_run: take nothing out
         raises:  as `upkeep.removal.remove.remove`
         """
+        if isinstance(ids, str):
+            raise InvalidValue(f"ids is the text {ids!r}; give a list of image ids, addresses or sha256")
         named = None if ids is None else tuple(dict.fromkeys(ids))
         request = RemovalRequest(where, creator, named, reason, models, purge, drop_tags, block)
         return remove(self.writer, request, dry_run=dry_run, report=report or no_progress)

@@ -43,6 +43,7 @@ LIGHT = (
     "test_purge",
     "test_pylance_quirks",
     "test_remove",
+    "test_remove_beside",
     "test_shell",
     "test_site",
     "test_sql",

@@ -6,13 +6,16 @@ import hashlib
 import json
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
-from conftest import TOY, rows
+from conftest import TOY, angle, rows
 
 import attrdb
 from attrdb.attribution.batch import attribute_samples
 from attrdb.attribution.query import AttributionRequest
+from attrdb.database import Database
 from attrdb.training.evaluate import evaluate
+from attrdb.upkeep import health
 
 
 def content(name: str) -> bytes:
@@ -77,3 +80,46 @@ def build(path: Path) -> Path:
 def files(path: Path) -> dict[str, bytes]:
     """The content of every file, by path."""
     return {str(file.relative_to(path)): file.read_bytes() for file in sorted(path.rglob("*")) if file.is_file()}
+
+
+def needles(image_id: str, degrees: float) -> dict[str, bytes]:
+    """What tells of an image, and could stand in a file."""
+    name = image_id.rpartition("/")[2]
+    return {
+        "id": image_id.encode(),
+        "bytes": content(name),
+        "caption": f"caption of {image_id}".encode(),
+        "address": f"https://pictures.example/{image_id}.png".encode(),
+        "hash": sha(name).encode(),
+        "feature": np.array(angle(degrees), np.float32).tobytes(),
+    }
+
+
+def places(path: Path, image_id: str, degrees: float) -> dict[str, list[str]]:
+    """Where each of the needles stands."""
+    found: dict[str, list[str]] = {}
+    for file, data in files(path).items():
+        for what, needle in needles(image_id, degrees).items():
+            if needle in data:
+                found.setdefault(what, []).append(file)
+    return found
+
+
+EVERYTHING = {"id", "bytes", "caption", "address", "hash", "feature"}
+
+
+def consistent(reader: Database) -> None:
+    """A reader sees no result that is about an image it does not see, and only the removal is unfinished."""
+    found = {finding.check for finding in health.check(reader.snapshot)}
+    assert found <= {"unfinished_removals", "unfinished_models"}
+    for table, column in (
+        ("exemplar_ranks", "sample_id"),
+        ("exemplar_ranks", "exemplar_id"),
+        ("attributions", "candidate_id"),
+        ("scores", "candidate_id"),
+    ):
+        assert reader.sql(f"SELECT {column} FROM {table} ANTI JOIN images ON image_id = {column}").num_rows == 0
+    for model_id in reader.sql("SELECT model_id FROM models")["model_id"].to_pylist():
+        statement = "SELECT n_samples = (SELECT count(*) FROM samples WHERE model_id = $id) AS is_right FROM models "
+        [row] = reader.sql(statement + "WHERE model_id = $id", {"id": model_id}).to_pylist()
+        assert row["is_right"]

@@ -1,7 +1,6 @@
-"""Purging removed images from the disk; removals that are killed, and others that work meanwhile."""
+"""Purging removed images from the disk, and removals that are killed."""
 
 import json
-import multiprocessing
 import shutil
 
 import lance
@@ -10,24 +9,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner
-from conftest import angle, rows
-from removable import build, content, described, files, sha
+from conftest import angle
+from removable import EVERYTHING, build, consistent, content, described, files, needles, places, sha
 
 import attrdb
-from attrdb.attribution import batch
-from attrdb.attribution.batch import attribute_samples
-from attrdb.attribution.query import AttributionRequest
 from attrdb.cli import main
-from attrdb.errors import Busy, InvalidValue, NotFound
+from attrdb.errors import InvalidValue
 from attrdb.search import index_build, planner
-from attrdb.store import snapshot as snapshots
 from attrdb.store.ids import encode_job, model_job, train_job
-from attrdb.store.leases import leased
-from attrdb.store.locks import exclusive_lock
 from attrdb.store.schema import TABLES, feature_array
 from attrdb.store.writer import Writer
-from attrdb.training import evaluate as evaluation
-from attrdb.training.evaluate import evaluate
 from attrdb.upkeep import health
 
 
@@ -39,32 +30,6 @@ def built(tmp_path_factory):
 @pytest.fixture
 def full(built, tmp_path):
     return attrdb.open(shutil.copytree(built, tmp_path / "full.attrdb"))
-
-
-def needles(image_id, degrees):
-    """What tells of an image, and could stand in a file."""
-    name = image_id.rpartition("/")[2]
-    return {
-        "id": image_id.encode(),
-        "bytes": content(name),
-        "caption": f"caption of {image_id}".encode(),
-        "address": f"https://pictures.example/{image_id}.png".encode(),
-        "hash": sha(name).encode(),
-        "feature": np.array(angle(degrees), np.float32).tobytes(),
-    }
-
-
-def places(path, image_id, degrees):
-    """Where each of the needles stands."""
-    found = {}
-    for file, data in files(path).items():
-        for what, needle in needles(image_id, degrees).items():
-            if needle in data:
-                found.setdefault(what, []).append(file)
-    return found
-
-
-EVERYTHING = {"id", "bytes", "caption", "address", "hash", "feature"}
 
 
 # --- nothing on the disk ---------------------------------------------------------------------------------------------
@@ -278,23 +243,6 @@ def test_interrupted_before_any_commit_it_is_finished_by_a_rerun(built, tmp_path
         assert health.check(db.snapshot) == []
 
 
-def consistent(reader):
-    """A reader sees no result that is about an image it does not see, and only the removal is unfinished."""
-    found = {finding.check for finding in health.check(reader.snapshot)}
-    assert found <= {"unfinished_removals", "unfinished_models"}
-    for table, column in (
-        ("exemplar_ranks", "sample_id"),
-        ("exemplar_ranks", "exemplar_id"),
-        ("attributions", "candidate_id"),
-        ("scores", "candidate_id"),
-    ):
-        assert reader.sql(f"SELECT {column} FROM {table} ANTI JOIN images ON image_id = {column}").num_rows == 0
-    for model_id in reader.sql("SELECT model_id FROM models")["model_id"].to_pylist():
-        statement = "SELECT n_samples = (SELECT count(*) FROM samples WHERE model_id = $id) AS is_right FROM models "
-        [row] = reader.sql(statement + "WHERE model_id = $id", {"id": model_id}).to_pylist()
-        assert row["is_right"]
-
-
 def test_another_removal_finishes_one_that_was_interrupted(full, monkeypatch):
     with monkeypatch.context() as patched:
         patched.setattr(Writer, "delete_matching", lambda *_: (_ for _ in ()).throw(Killed))
@@ -307,110 +255,3 @@ def test_another_removal_finishes_one_that_was_interrupted(full, monkeypatch):
     assert (removal.n_images, removal.resumed) == (1, False)
     assert full.sql("SELECT n_images, state FROM removals").to_pylist() == [{"n_images": 1, "state": "done"}] * 2
     assert full.sql("SELECT image_id FROM pretraining_images")["image_id"].to_pylist() == ["p10"]
-
-
-# --- others meanwhile ------------------------------------------------------------------------------------------------
-
-
-def test_attributions_that_were_computed_with_the_image_are_refused(full, monkeypatch):
-    attribute_stored = batch.attribute_stored
-
-    def slow(*arguments):
-        answers = attribute_stored(*arguments)
-        attrdb.open(full.path).remove(ids=["p10"])
-        return answers
-
-    with monkeypatch.context() as patched:
-        patched.setattr(batch, "attribute_stored", slow)
-        with pytest.raises(Busy, match=r"images were taken out of .* while this was computed; rerun the command"):
-            attribute_samples(full.writer, "true", AttributionRequest(k=4))
-    attribute_samples(full.writer, "true", AttributionRequest(k=4))
-    consistent(full)
-
-
-def test_ranks_that_were_computed_with_the_image_are_refused(full, monkeypatch):
-    ranks = evaluation.ranks
-
-    def slow(*arguments, **options):
-        attrdb.open(full.path).remove(ids=["m/e0"])
-        return ranks(*arguments, **options)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(evaluation, "ranks", slow)
-        with pytest.raises(Busy, match="while this was computed"):
-            evaluate(full)
-    assert evaluate(full) == 3
-    consistent(full)
-
-
-def test_a_reader_never_has_models_of_before_and_images_of_after(full, monkeypatch):
-    """Tables are opened one after the other, and images are taken out in between."""
-    open_table = snapshots.open_table
-    done = []
-
-    def opening(path, name, **options):
-        if name == "images" and "models" in done and len(done) == 1:
-            done.append("removed")
-            attrdb.open(path).remove(ids=["m/e0"])
-        if name == "models" and not done:
-            table = open_table(path, name, **options)
-            done.append("models")
-            return table
-        return open_table(path, name, **options)
-
-    monkeypatch.setattr(snapshots, "open_table", opening)
-    full.refresh()
-    assert done == ["models", "removed"]
-    assert full.sql("SELECT n_exemplars FROM models WHERE model_id = 'm'")["n_exemplars"].to_pylist() == [1]
-    assert health.check(full.snapshot) == []
-
-
-def test_a_removal_waits_for_those_who_write_and_they_wait_for_it(full):
-    context = multiprocessing.get_context("forkserver")
-    go = context.Event()
-    process = context.Process(target=append_until, args=(full.path, go))
-    process.start()
-    assert go.wait(60)
-    for name in ("p10", "p20", "p90"):
-        full.remove(ids=[name], purge=True)
-    (full.path / "stop").touch()
-    process.join(60)
-    assert process.exitcode == 0
-    (full.path / "stop").unlink()
-    full.refresh()
-    assert health.check(full.snapshot) == []
-    names = full.sql("SELECT image_id FROM images WHERE image_id LIKE 'new%' ORDER BY 1")["image_id"].to_pylist()
-    assert names == [f"new{n:04d}" for n in range(len(names))]
-    assert len(names) > 3
-    assert places(full.path, "p90", 90) == {}
-
-
-def append_until(path, go):
-    db, n = attrdb.open(path), 0
-    while not (path / "stop").exists():
-        db.writer.append_images(rows([(f"new{n:04d}", "pretraining", None, 200 + n / 7)]))
-        n += 1
-        if n == 2:
-            go.set()
-
-
-def test_it_does_not_run_beside_maintenance_or_jobs_on_the_images(full):
-    with (
-        exclusive_lock(full.path / ".maintenance.lock", "x"),
-        pytest.raises(Busy, match="is being maintained by another"),
-    ):
-        full.remove(ids=["p90"])
-    half = model_job(full.path, "half")
-    (half.make() / "settings.json").write_text(json.dumps({"exemplars": [sha("e0")]}))
-    with leased(half.lock, "x"), pytest.raises(Busy, match="model 'half', which uses one of the images, is being made"):
-        full.remove(ids=["m/e0"])
-    encoding, training = encode_job(full.path, "other"), train_job(full.path, "half")
-    for folder, said in ((encoding, "images are encoded"), (training, "mapper 'half'")):
-        folder.make()
-        with exclusive_lock(folder.lock, "x"), pytest.raises(Busy, match=said):
-            full.remove(ids=["m/e0"])
-    assert full.sql("FROM removals").num_rows == 0
-    with pytest.raises(InvalidValue, match="was opened read-only"):
-        attrdb.open(full.path, read_only=True).remove(ids=["p90"])
-    with pytest.raises(NotFound, match="does not exist"):
-        attrdb.open(full.path / "nowhere")

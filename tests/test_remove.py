@@ -197,6 +197,8 @@ def test_copies_of_a_picture_are_told_and_stay_unless_their_hash_is_given(full):
         ({}, "0 of where, creator and ids are given"),
         ({"where": "true", "creator": "Ada"}, "2 of where, creator and ids are given"),
         ({"where": "nothing = 1"}, "where is 'nothing = 1'; it must be an SQL predicate on the columns of images"),
+        ({"ids": "p10"}, "ids is the text 'p10'; give a list"),
+        ({"ids": []}, "ids is empty"),
         ({"where": "true", "models": "keep"}, "models is 'keep'; it must be one of list, mark, remove"),
         ({"where": "true", "drop_tags": True}, "drop_tags goes with purge"),
     ],
@@ -224,6 +226,14 @@ def test_a_model_that_stays_no_longer_names_the_image(full):
     [row] = full.sql("SELECT settings FROM models WHERE model_id = 'm'").to_pylist()
     assert json.loads(row["settings"]) == {"exemplars": [sha("e0"), None], "regularization": [None, "p20"]}
     assert count(full, "marked_models") == 0
+
+
+def test_a_model_of_a_release_names_its_exemplars_by_path(full):
+    [row] = full.snapshot.rows("models", "model_id = 'm'")
+    full.writer.upsert("models", [row | {"settings": json.dumps({"exemplars": ["m/e0.png", "m/e40.png"]})}])
+    full.remove(ids=["m/e40"])
+    [row] = full.snapshot.rows("models", "model_id = 'm'")
+    assert json.loads(row["settings"]) == {"exemplars": ["m/e0.png", None]}
 
 
 def test_models_are_marked(full):

@@ -125,19 +125,19 @@ class Writer:
 
         raises: InvalidValue, with the row named, for what `validation.conform_images` refuses, or `attrdb remove` has blocked
         """
-        self._check_writable()
-        self.refresh()
-        images = self.snapshot.tables["images"]
-        table = self._conformed_images(rows)
-        stored = self.snapshot.stored(table["image_id"].to_pylist())
-        n_appended = 0
-        if len(stored) < len(table):
-            # merge_insert and not append: what another process stored since the look-up is skipped too.
-            # Without the index on image_id: with it Lance (pylance 14.0) commits no keys, and two writers that have not seen
-            # each other's rows both insert an id (tests/test_concurrency.py).
-            insert = images.merge_insert("image_id").when_not_matched_insert_all().use_index(False)
-            insert = insert.conflict_retries(CONFLICT_RETRIES)
-            n_appended = self.commit(lambda: insert.execute(table))["num_inserted_rows"]
+        with self.writing():  # nothing is taken out, blocked or purged meanwhile
+            self.refresh()
+            images = self.snapshot.tables["images"]
+            table = self._conformed_images(rows)
+            stored = self.snapshot.stored(table["image_id"].to_pylist())
+            n_appended = 0
+            if len(stored) < len(table):
+                # merge_insert and not append: what another process stored since the look-up is skipped too.
+                # Without the index on image_id: with it Lance (pylance 14.0) commits no keys, and two writers that have not
+                # seen each other's rows both insert an id (tests/test_concurrency.py).
+                insert = images.merge_insert("image_id").when_not_matched_insert_all().use_index(False)
+                insert = insert.conflict_retries(CONFLICT_RETRIES)
+                n_appended = self.commit(lambda: insert.execute(table))["num_inserted_rows"]
         return Appended(n_appended, len(table) - n_appended, self.snapshot.version)
 
     def _conformed_images(self, rows: pa.Table) -> pa.Table:
@@ -167,9 +167,10 @@ class Writer:
         The caller has found them `absent`, and sees to it that no other process makes the same ids meanwhile.
         raises: as `append_images`
         """
-        self._check_writable()
-        table = self._conformed_images(rows)
-        self.commit(lambda: lance.write_dataset(table, self._path("images"), mode="append"))
+        with self.writing():
+            self.refresh()
+            table = self._conformed_images(rows)
+            self.commit(lambda: lance.write_dataset(table, self._path("images"), mode="append"))
         return Appended(len(table), 0, self.snapshot.version)
 
     def append_model(self, rows: pa.Table, model: Row) -> Appended:
@@ -183,10 +184,11 @@ class Writer:
         if strangers:
             raise InvalidValue(f"images of model {strangers.pop()!r} among those of model {model['model_id']!r}")
         roles = rows["role"].to_pylist()
-        self._drop_abandoned(rows, model["model_id"])
-        appended = self.append_images(rows)
         counted = {"n_exemplars": roles.count("exemplar"), "n_samples": roles.count("sample")}
-        self.upsert("models", [{**model, **counted}], update=False)
+        with self.writing():  # a removal in between would take the images for those of an abandoned model
+            self._drop_abandoned(rows, model["model_id"])
+            appended = self.append_images(rows)
+            self.upsert("models", [{**model, **counted}], update=False)
         return appended
 
     def _drop_abandoned(self, rows: pa.Table, model_id: str) -> None:
@@ -216,20 +218,17 @@ class Writer:
 
         raises: Busy if images were taken out since
         """
-        computed_on = self.snapshot
         scope = f"method_id = {literal(method_id)} AND gallery = {literal(gallery)}"
         table = _conformed("exemplar_ranks", rows)
-        self.commit(
-            lambda: (
-                self._dataset("exemplar_ranks")
-                .merge_insert(["method_id", "gallery", "sample_id", "exemplar_id"])
-                .when_matched_update_all()
-                .when_not_matched_insert_all()
-                .when_not_matched_by_source_delete(scope)
-                .execute(table)
-            ),
-            computed_on,
-        )
+
+        def replace() -> Any:
+            merge = self._dataset("exemplar_ranks").merge_insert(["method_id", "gallery", "sample_id", "exemplar_id"])
+            merge = merge.when_matched_update_all().when_not_matched_insert_all()
+            return merge.when_not_matched_by_source_delete(scope).execute(table)
+
+        with self.writing():
+            self._check_no_removal_since(self.snapshot)
+            self.commit(replace)
 
     def append_rows(self, table: str, rows: pa.Table, computed_on: Snapshot, stale: str | None = None) -> None:
         """Append to one of the tables whose rows have no id; rows that the predicate `stale` keeps are deleted first.
@@ -239,10 +238,12 @@ class Writer:
         """
         if TABLE_KEYS[table] is not None:
             raise InvalidValue(f"the rows of {table} have an id; they are stored with upsert")
-        if stale is not None:
-            self.delete(table, stale)
         conformed = _conformed(table, rows)
-        self.commit(lambda: lance.write_dataset(conformed, self._path(table), mode="append"), computed_on)
+        with self.writing():
+            self._check_no_removal_since(computed_on)
+            if stale is not None:
+                self.delete(table, stale)
+            self.commit(lambda: lance.write_dataset(conformed, self._path(table), mode="append"))
 
     def upsert(self, table: str, rows: list[Row], *, update: bool = True) -> None:
         """Store rows of one of the small tables by their key; with update=False what is stored stays as it is.
@@ -312,16 +313,12 @@ class Writer:
             finally:
                 self._is_alone = False
 
-    def commit(self, write: Callable[[], Any], computed_on: Snapshot | None = None) -> Any:
+    def commit(self, write: Callable[[], Any]) -> Any:
         """Run a write and move on to what it made; once more where another writer came first.
 
-        computed_on: the snapshot that what is written was computed on, if it must not hold images that were taken out since
-        raises: InvalidValue if the database was opened read-only, StorageError for a full or read-only disk, Busy if images
-                were taken out
+        raises: InvalidValue if the database was opened read-only, StorageError for a full or read-only disk
         """
         with storage(self.path), self.writing():
-            if computed_on is not None and computed_on.is_before_removal():
-                raise Busy(f"images were taken out of {self.path} while this was computed; rerun the command")
             for attempt in range(CONFLICT_RETRIES):
                 try:
                     result = write()
@@ -335,6 +332,10 @@ class Writer:
                     time.sleep(random.uniform(0, 0.05 * (attempt + 1)))
         self.refresh()
         return result
+
+    def _check_no_removal_since(self, computed_on: Snapshot) -> None:
+        if computed_on.is_before_removal():
+            raise Busy(f"images were taken out of {self.path} while this was computed; rerun the command")
 
     def _check_writable(self) -> None:
         if self.read_only:

@@ -5,8 +5,7 @@
 -- reads  removals
 -- column removal_id  VARCHAR
 -- column state       VARCHAR
--- column started_at  TIMESTAMP WITH TIME ZONE
-SELECT removal_id, state, started_at
+SELECT removal_id, state
 FROM removals
 WHERE state <> 'done'
 ORDER BY removal_id

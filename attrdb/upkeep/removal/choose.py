@@ -59,6 +59,8 @@ class RemovalRequest:
         n_given = sum(choice is not None for choice in (self.where, self.creator, self.ids))
         if n_given != 1:
             raise InvalidValue(f"{n_given} of where, creator and ids are given; exactly one says what is taken out")
+        if self.ids == ():
+            raise InvalidValue("ids is empty; give image ids, addresses or sha256")
         if self.models not in MODELS:
             raise InvalidValue(f"models is {self.models!r}; it must be one of {', '.join(MODELS)}")
         if self.drop_tags and not self.purge:
