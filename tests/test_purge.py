@@ -72,6 +72,14 @@ def test_purged_nothing_of_an_image_is_in_any_file(full, image_id, degrees):
     assert kept == dict.fromkeys(TABLES, 1) | {"removals": 3}
 
 
+def test_the_log_of_a_table_does_not_name_the_image(full):
+    """A table's newest version says what made it: here a predicate, as when a failure was mended."""
+    full.writer.delete("failures", "failure_id = 'encode p90'")
+    assert any(file.startswith("failures.lance/") for file in places(full.path, "p90", 90)["id"])
+    full.remove(ids=["p90"], purge=True)
+    assert places(full.path, "p90", 90) == {}
+
+
 def test_a_removed_model_is_in_no_file(full):
     full.remove(ids=["m/e0"], models="remove", purge=True)
     for image_id, degrees in (("m/e0", 0), ("m/e40", 40), ("m/0/1", 2), ("m/0/2", 35)):
