@@ -3,7 +3,17 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import Any
+
+# What a terminal would obey instead of showing it: control characters but tab and newline, and those that turn the
+# direction of writing round.
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+
+
+def visible(text: str) -> str:
+    """Text for a terminal: control characters are shown, such as \\x1b, and not sent."""
+    return _CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
 def plain(value: Any) -> Any:

@@ -11,7 +11,8 @@ from conftest import TOY, angle
 
 from attrdb.errors import Busy, InvalidValue, NotFound
 from attrdb.ingest.read import embeddings
-from attrdb.ingest.read.embeddings import ingest_embeddings, is_embeddings, open_embeddings
+from attrdb.ingest.read.embedding_shards import is_embeddings, open_embeddings
+from attrdb.ingest.read.embeddings import ingest_embeddings
 from attrdb.store.ids import lock_file
 from attrdb.store.locks import exclusive_lock
 
@@ -66,8 +67,8 @@ def test_the_encoder_is_named_and_its_dimension_checked(toy, laion):
     toy.writer.add_encoder("other", 3, {}, "none")
     with pytest.raises(InvalidValue, match=r"have dimension 2, encoder 'other' of .* makes 3; name the encoder that"):
         ingest_embeddings(toy, open_embeddings(str(laion)), "other", "laion")
-    ingest_embeddings(toy, open_embeddings(str(laion)), "open_clip:ViT-B-32/openai", "laion")
-    row = toy.encoders["open_clip_vit_b_32_openai"]
+    ingest_embeddings(toy, open_embeddings(str(laion)), "open_clip:Mine/own", "laion")
+    row = toy.encoders["open_clip_mine_own"]
     assert (row["dimension"], row["weights_fingerprint"]) == (2, "")
 
 

@@ -8,11 +8,11 @@ import pytest
 from PIL import Image
 
 import attrdb
-from attrdb.errors import InvalidValue, NotFound
+from attrdb.errors import InvalidValue
 from attrdb.ingest.read import webdataset
-from attrdb.ingest.read.corpus import ingest_corpus, open_corpus
+from attrdb.ingest.read.corpus import ingest_corpus
+from attrdb.ingest.read.discover import open_corpus
 from attrdb.ingest.read.pictures import webp
-from attrdb.ingest.read.webdataset import count_webdataset, webdataset_items
 
 FIELDS = {"url": "http://a.example/1.jpg", "status": "success", "LICENSE": "CC0", "width": 32, "NSFW": "UNLIKELY"}
 
@@ -43,10 +43,10 @@ def sample(key, shade=9, **fields):
     return (f"{key}.jpg", encoded(shade)), (f"{key}.txt", f"picture {key}"), (f"{key}.json", FIELDS | fields)
 
 
-def told(path, source="laion"):
+def told(path, source="laion", **columns):
     """What every item of the shards says: its row, or why it cannot be used."""
     said = {}
-    for item in webdataset_items(path, source):
+    for item in open_corpus(path, source, columns).items():
         try:
             picture = item.read()
         except InvalidValue as error:
@@ -96,29 +96,29 @@ def test_a_folder_of_shards_in_order_and_what_else_is_in_them(tmp_path):
 def test_the_total_is_known_where_the_counts_are(tmp_path):
     for number in range(2):
         shard(tmp_path / "b" / f"0000{number}.tar", *sample(str(number)))
-        assert count_webdataset(tmp_path / "b") is None
+        assert open_corpus(tmp_path / "b").n_items is None
         stats = tmp_path / "b" / f"0000{number}_stats.json"
         stats.write_text(json.dumps({"count": 9, "successes": 5 + number}))
-    assert count_webdataset(tmp_path / "b") == 11
-    assert count_webdataset(tmp_path / "b" / "00001.tar") == 6
+    assert open_corpus(tmp_path / "b").n_items == 11
+    assert open_corpus(tmp_path / "b" / "00001.tar").n_items == 6
     stats.write_text("{}")
-    assert count_webdataset(tmp_path / "b") is None
+    assert open_corpus(tmp_path / "b").n_items is None
 
 
 def test_paths_that_hold_no_image(tmp_path):
-    with pytest.raises(NotFound, match=r"no webdataset at .*; a \.tar file, or a folder with \.tar files"):
-        count_webdataset(tmp_path)
+    with pytest.raises(InvalidValue, match="has no image in it"):
+        open_corpus(tmp_path)
     with pytest.raises(InvalidValue, match=r"00000\.tar has no image in it"):
-        count_webdataset(shard(tmp_path / "00000.tar", ("1.txt", "words")))
+        open_corpus(shard(tmp_path / "00000.tar", ("1.txt", "words")))
     (tmp_path / "00000.tar").write_bytes(b"no tar at all" * 100)
     with pytest.raises(InvalidValue, match=r"00000\.tar is damaged or cut off after the beginning"):
-        count_webdataset(tmp_path / "00000.tar")
+        open_corpus(tmp_path / "00000.tar")
 
 
 def test_items_are_read_only_when_asked_for(tmp_path, monkeypatch):
     path = shard(tmp_path / "00000.tar", *sample("1"), *sample("2"))
     monkeypatch.setattr(webdataset, "read_picture", lambda *_: 1 / 0)
-    assert [item.uri for item in webdataset_items(path, "laion")] == ["http://a.example/1.jpg"] * 2
+    assert [item.uri for item in open_corpus(path, "laion").items()] == ["http://a.example/1.jpg"] * 2
 
 
 # --- what is refused --------------------------------------------------------------------------------------------------
@@ -177,7 +177,7 @@ def test_a_shard_that_is_cut_off_keeps_what_stands_before(tmp_path, kept):
     said = told(tmp_path / "b")
     assert set(said) == {"laion/1", "laion/00000.tar", "laion/3"}
     assert "00000.tar is damaged or cut off after sample '1'" in said["laion/00000.tar"][0]
-    assert "fetch it again, uncompressed" in said["laion/00000.tar"][0]
+    assert "fetch it again and rerun" in said["laion/00000.tar"][0]
     assert isinstance(said["laion/3"][0], dict)
     path.write_bytes(whole)
     assert set(told(tmp_path / "b")) == {"laion/1", "laion/2", "laion/3"}
@@ -211,7 +211,7 @@ def test_samples_that_cannot_be_used_say_why(tmp_path):
         ("4.jpg", encoded()),
         ("4.txt", b"\xff"),
         ("5.jpg", encoded()),
-        ("5.json", {"url": 7}),
+        ("5.jpg", encoded()),
         ("6.jpg", encoded()),
         ("6.png", encoded()),
         ("7.jpg", b"no image"),
@@ -220,10 +220,10 @@ def test_samples_that_cannot_be_used_say_why(tmp_path):
     said = {key.removeprefix("laion/"): reasons[0] for key, reasons in told(path).items()}
     assert "sample '1' was not fetched: failed_to_download, HTTP Error 404" in said["1"]
     assert "sample '2': its .json is not JSON" in said["2"]
-    assert "sample '3': its .json must be an object, found list" in said["3"]
+    assert "sample '3': its .json must be a JSON object, found list" in said["3"]
     assert "sample '4': its .txt is not UTF-8 text" in said["4"]
-    assert "sample '5' field 'url' must be text, found 7" in said["5"]
-    assert "sample '6': member '6.png' is a second one of its kind under this key" in said["6"]
+    assert "sample '5': member '5.jpg' is a second one of its kind under this key" in said["5"]
+    assert "sample '6' has several images: jpg, png; which is meant? Choose one with --column image=jpg" in said["6"]
     assert "00000.tar member '7.jpg' cannot be decoded" in said["7"]
     assert isinstance(said["8"], dict)
 
@@ -251,7 +251,7 @@ def test_text_that_is_half_a_character_becomes_a_whole_one(tmp_path):
 
 def test_a_shard_that_goes_away_between_walk_and_read(tmp_path):
     path = shard(tmp_path / "00000.tar", *sample("1"))
-    (item,) = webdataset_items(path, "laion")
+    (item,) = open_corpus(path, "laion").items()
     path.unlink()
     with pytest.raises(InvalidValue, match=r"00000\.tar member '1\.jpg' cannot be read: No such file"):
         item.read()

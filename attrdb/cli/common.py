@@ -13,6 +13,7 @@ import click
 import attrdb
 from attrdb.errors import AttrdbError, InvalidValue, MissingExtra
 from attrdb.store.ids import check_id
+from attrdb.text import visible
 
 DB = click.argument("db", type=click.Path(path_type=Path))
 
@@ -63,7 +64,7 @@ class Commands(click.Group):
         except BrokenPipeError:
             raise  # the reader of a pipe has gone: click ends quietly
         except (AttrdbError, OSError) as error:  # OSError: a full disk, a file that went away
-            raise click.ClickException(str(error)) from error
+            raise click.ClickException(visible(str(error))) from error
         except KeyboardInterrupt:
             click.echo("\ninterrupted; what was finished is kept, and the same command goes on from there", err=True)
             context.exit(130)
@@ -219,6 +220,13 @@ def encoder_spec(database: Any, encoder: str) -> str:
     """The spec of an encoder that --encoder names by its spec, or by its id if the database has it."""
     stored = database.encoders.get(encoder)
     return stored["spec"] if stored else encoder
+
+
+def stored_spec(path: Path, encoder: str) -> str:
+    """`encoder_spec` of a database that there may not be yet."""
+    from attrdb.store.tables import table_exists
+
+    return encoder_spec(attrdb.open(path), encoder) if table_exists(path / "images.lance") else encoder
 
 
 def open_with_encoders(path: Path, encoders: tuple[str, ...]) -> tuple[Any, list[Any]]:
