@@ -25,7 +25,7 @@ TREES = {"attrdb": "attrdb", "ingest": "attrdb.ingest", "training": "attrdb.trai
 ORDER = (
     ("base",),
     ("queries",),
-    ("store",),
+    ("store", "formats"),
     ("search",),
     ("attribution",),
     ("sql",),
@@ -262,6 +262,7 @@ PURPOSE = {  # what a package's docstring says too long, or nowhere
     "base": "errors, plug-ins, values as text",
     "queries": "named queries and views, as SQL files",
     "store": "tables on disk, snapshots, checked writes, upgrades",
+    "formats": "rows as text, CSV, JSON, Parquet, xlsx",
     "search": "the most similar candidates, exactly or by an index",
     "attribution": "from scores to influence; methods",
     "sql": "DuckDB over one snapshot; export",

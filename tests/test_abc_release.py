@@ -68,7 +68,7 @@ def test_an_entry_is_a_model(empty, styles, toy_encoder):
     reports = []
     result = ingest_abc(empty, release, [toy_encoder], lambda *units: reports.append(units))
     assert summary(result) == (2, 0, [], [])
-    assert reports == [(0, 2), (1, 2), (2, 2)]
+    assert reports == [(f"ingest {release.name}", done, 2) for done in (0, 1, 2)]
     images, models = rows(empty)
     ardon = release.models[0].model_id
     assert ardon.startswith("artchive-ardon-")
@@ -160,7 +160,7 @@ def test_interrupted_and_rerun_is_run_once(tmp_path, styles, toy_encoder):
     release = read_release(*styles)
     ingest_abc(whole, release, [toy_encoder])
 
-    def interrupt(done, _total):
+    def interrupt(_stage, done, _total):
         if done == 1:
             raise KeyboardInterrupt
 

@@ -453,7 +453,7 @@ def test_too_few_regularization_images(stocked, exemplar_folder, tiny_base):
 
 
 def test_regularization_images_stay_the_same_for_a_rerun(stocked, exemplar_folder, tiny_base, tmp_path):
-    def kill(stage, done, _total):
+    def kill(stage, done, _total, note=""):
         if (stage, done) == ("customize", 1):
             raise KeyboardInterrupt
 

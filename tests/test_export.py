@@ -134,7 +134,7 @@ def test_wrong_targets_and_forms(toy, tmp_path):
 
 @pytest.mark.parametrize("form", exporting.FORMATS)
 def test_an_interrupted_export_leaves_nothing_at_the_target(toy, tmp_path, form):
-    def interrupt(stage, done, total):
+    def interrupt(stage, done, total, note=""):
         if stage == "export images":
             raise KeyboardInterrupt
 

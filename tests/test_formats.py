@@ -16,9 +16,9 @@ import pyarrow.parquet as pq
 import pytest
 from test_cli import run
 
-from attrdb.cli import formats
-from attrdb.cli.xlsx import MAX_CHARACTERS
+from attrdb import formats
 from attrdb.errors import InvalidValue, StorageError
+from attrdb.formats.xlsx import MAX_CHARACTERS
 
 ODD = """
     SELECT 1 AS n, 0.1234567 AS x, 'a|b' AS text, [1, 2] AS list, {'k': 'é'} AS struct, 'ab'::BLOB AS bytes

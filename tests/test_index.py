@@ -470,7 +470,7 @@ def test_status_says_how_features_are_searched(indexed):
 def test_rows_that_come_while_it_is_built_are_found(indexed):
     [new] = clustered(1, 21)
 
-    def report(stage, done, total):
+    def report(stage, done, total, note=""):
         if (stage, done) == ("index", 0):
             attrdb.open(indexed.path).writer.append_images(images("meanwhile", new[None]))
 

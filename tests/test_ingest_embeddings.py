@@ -84,7 +84,7 @@ def test_given_again_nothing_is_stored_twice(empty, laion):
 def test_interrupted_it_goes_on_where_it_was(empty, laion, monkeypatch):
     monkeypatch.setattr(embeddings, "PART_ROWS", 2)
 
-    def kill(_stage, done, _total):
+    def kill(_stage, done, _total, note=""):
         if done >= 3:
             raise KeyboardInterrupt
 

@@ -67,7 +67,7 @@ def test_killed_and_rerun_is_run_once(tmp_path, exemplar_folder, tiny_base, toy_
     whole, killed = attrdb.create(tmp_path / "whole.attrdb"), attrdb.create(tmp_path / "killed.attrdb")
     ingest(whole, exemplar_folder, tiny_base, toy_encoder)
 
-    def kill(at, units, _total):
+    def kill(at, units, _total, note=""):
         if (at, units) == (stage, done):
             raise KeyboardInterrupt
 
@@ -99,7 +99,7 @@ def test_other_settings_are_refused_by_name(empty, exemplar_folder, tiny_base, t
 
 
 def test_other_settings_are_refused_for_a_job_half_done(empty, exemplar_folder, tiny_base, toy_encoder):
-    def kill(stage, _done, _total):
+    def kill(stage, _done, _total, note=""):
         if stage == "sample":
             raise KeyboardInterrupt
 
@@ -331,7 +331,7 @@ def test_weights_that_the_last_step_has_spoiled_are_not_stored(empty, exemplar_f
 def test_gradient_checkpointing_makes_the_same_model(empty, exemplar_folder, tiny_base, toy_encoder):
     """And is no other setting: a model that was half done without it goes on with it."""
 
-    def kill(stage, _done, _total):
+    def kill(stage, _done, _total, note=""):
         if stage == "sample":
             raise KeyboardInterrupt
 

@@ -142,7 +142,7 @@ def test_run_twice_is_run_once(db):
 
 
 def test_killed_and_resumed_is_the_same_mapper(learnable, db):
-    def stop(done, _total, _note):
+    def stop(_stage, done, _total, _note=""):
         if done == 3:
             raise KeyboardInterrupt
 
@@ -151,7 +151,7 @@ def test_killed_and_resumed_is_the_same_mapper(learnable, db):
     with pytest.raises(InvalidValue, match=r"'a' is half trained in .* with lr = 0.01, now it is 0.02"):
         train(db, settings=TrainSettings(lr=0.02, batch=8, epochs=6, patience=6), mapper_id="a")
     seen = []
-    train(db, settings=QUICK, mapper_id="a", report=lambda done, *_: seen.append(done))
+    train(db, settings=QUICK, mapper_id="a", report=lambda _, done, *rest: seen.append(done))
     assert seen == [3, 4, 5, 6]
     train(db, settings=QUICK, mapper_id="b")
     one, other = db.sql("SELECT parameters, curves, metrics FROM mappers ORDER BY mapper_id").to_pylist()
@@ -159,7 +159,7 @@ def test_killed_and_resumed_is_the_same_mapper(learnable, db):
 
 
 def test_images_that_changed_under_a_half_trained_mapper(db):
-    def stop(done, _total, _note):
+    def stop(_stage, done, _total, _note=""):
         if done == 2:
             raise KeyboardInterrupt
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from attrdb.cli.formats import write_stdout
+from attrdb.formats import write_stdout
 from attrdb.progress import Progress
 
 

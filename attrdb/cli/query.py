@@ -220,7 +220,7 @@ def list_queries(query_folders: tuple[Path, ...], output: Output) -> None:
     """
     import pyarrow as pa
 
-    from attrdb.cli.listing import query_listing
+    from attrdb.formats.listing import query_listing
     from attrdb.queries import all_queries
 
     found = list(all_queries(query_folders).values())

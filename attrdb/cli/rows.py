@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from attrdb.cli import formats
+from attrdb import formats
 
 SHORTHANDS = {
     "json": "a JSON list of objects",

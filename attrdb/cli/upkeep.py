@@ -184,7 +184,7 @@ def check(db: Path, output: Output, quiet: bool) -> None:
 def _wrong_rows(findings: list[Any]) -> Any:
     import pyarrow as pa
 
-    from attrdb.cli.text_formats import rows
+    from attrdb.formats.text import rows
 
     found = [
         {"check": finding.check, "meaning": finding.meaning, "row": json.dumps(row)}

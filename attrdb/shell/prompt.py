@@ -19,7 +19,7 @@ from prompt_toolkit.output import create_output
 from pygments.lexers.sql import SqlLexer
 
 import attrdb
-from attrdb.cli import formats
+from attrdb import formats
 from attrdb.errors import AttrdbError
 from attrdb.shell.session import NAMES, Quit, Shell, note, one_line
 from attrdb.shell.statements import is_blank, split

@@ -15,10 +15,9 @@ import duckdb
 import pyarrow as pa
 
 import attrdb
-from attrdb import sql
-from attrdb.cli import formats
-from attrdb.cli.listing import first_sentence, listing, page_width, query_listing
+from attrdb import formats, sql
 from attrdb.errors import AttrdbError, InvalidValue, NotFound
+from attrdb.formats.listing import first_sentence, listing, page_width, query_listing
 from attrdb.queries import all_queries, parameters_of
 from attrdb.shell.catalog import Described, meanings, relations
 from attrdb.shell.statements import is_blank, split

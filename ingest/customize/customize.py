@@ -175,7 +175,7 @@ def _encode(
 ) -> tuple[ImageSet, ImageSet | None]:
     """The exemplars and the regularization images with their prompts, encoded; 0 steps are reported after each image."""
 
-    def report_start(_done: int, _total: int) -> None:
+    def report_start(*_: object) -> None:
         report("customize", 0, settings.steps)
 
     exemplar_set = ImageSet(

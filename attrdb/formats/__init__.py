@@ -105,7 +105,7 @@ def write_stdout(table: pa.Table, form: str) -> None:
 
 def _write_text(table: pa.Table, form: str, put: Callable[[str], Any], *, terminal: bool = False) -> None:
     """Hand a table to `put`, part by part, in one of the formats that are text."""
-    from attrdb.cli import text_formats
+    from attrdb.formats import text as text_formats
 
     parts: dict[str, Callable[[pa.Table], Iterable[str]]] = {
         "csv": text_formats.csv_parts,
@@ -154,7 +154,7 @@ def _write_parquet(table: pa.Table, stream: IO[bytes]) -> None:
 
 def _write_xlsx(table: pa.Table, stream: IO[bytes]) -> None:
     _xlsxwriter()
-    from attrdb.cli.xlsx import write_xlsx
+    from attrdb.formats.xlsx import write_xlsx
 
     write_xlsx(table, stream)
 

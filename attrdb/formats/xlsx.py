@@ -12,8 +12,8 @@ import xlsxwriter
 from xlsxwriter.exceptions import FileCreateError
 from xlsxwriter.worksheet import Worksheet
 
-from attrdb.cli.text_formats import cell, is_number, rows
 from attrdb.errors import InvalidValue
+from attrdb.formats.text import cell, is_number, rows
 
 # What Excel can hold.
 MAX_ROWS, MAX_COLUMNS, MAX_CHARACTERS, MAX_DIGITS = 1_048_576, 16_384, 32_767, 15
