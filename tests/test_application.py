@@ -201,7 +201,9 @@ def test_a_checkout_holds_the_whole_package_where_type_checkers_look():
     trees = [root / "attrdb", *(root / tree for tree in ("ingest", "queries", "training"))]
     rooms = {folder.parent for tree in trees for folder in tree.rglob("__init__.py")}
     names = {".".join(("attrdb", *room.parts[len(root.parts) :])).replace("attrdb.attrdb", "attrdb") for room in rooms}
-    assert names - set(packages) == {"attrdb.training.icon_sd"}  # which makes the base model, and stays out of the wheel
+    assert names - set(packages) == {
+        "attrdb.training.icon_sd"
+    }  # which makes the base model, and stays out of the wheel
 
 
 @pytest.mark.parametrize("name", sorted(public_methods() | {"__init__"}))

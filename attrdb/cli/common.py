@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -59,6 +60,8 @@ class Commands(click.Group):
             self.add_command(command)
 
     def invoke(self, context: click.Context) -> Any:
+        # Of metadata that Pillow cannot read: the picture is read, or left out with a reason.
+        warnings.filterwarnings("ignore", module=r"PIL\.")
         try:
             return super().invoke(context)
         except BrokenPipeError:

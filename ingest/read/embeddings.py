@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 
 from attrdb.database import Database
 from attrdb.errors import InvalidValue
-from attrdb.ingest.encode.dimensions import known_dimension
+from attrdb.ingest.dimensions import known_dimension
 from attrdb.ingest.read.embedding_shards import Embeddings, Shard
 from attrdb.ingest.read.text_columns import clean_column, json_column, valid_text
 from attrdb.progress import Progress, no_progress

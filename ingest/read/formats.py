@@ -71,6 +71,8 @@ OTHER_SUFFIXES = frozenset(
         ".xpm",
     )
 )
+# How most pictures begin that are read; with a broken header, Pillow knows them no more.
+PICTURE_STARTS = (b"\x89PNG", b"\xff\xd8", b"RIFF", b"BM", b"GIF8", b"II*\0", b"MM\0*")
 # How files begin that are often found where a picture should be, and what to do about them.
 STARTS = (
     (b"version https://git-lfs", "is a Git LFS pointer, not the picture itself; fetch it with: git lfs pull"),
@@ -120,5 +122,7 @@ def nature(encoded: bytes) -> str | None:
             return advice
     if head.startswith(b"<?xml") and b"<svg" in encoded[:4000]:
         head = b"<svg"
+    if encoded.startswith(PICTURE_STARTS):
+        return None
     lowered = head.lower()
     return next((advice for start, advice in MARKUP_STARTS if lowered.startswith(start)), None)

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from attrdb.errors import InvalidValue
-from attrdb.ingest.read.formats import FORMATS, READ, heic_formats, nature
+from attrdb.ingest.read.formats import FORMATS, PICTURE_STARTS, READ, heic_formats, nature
 
 MIN_SIDE = 16  # pixels; a feature of anything smaller says nothing
 MAX_PIXELS = 64_000_000
@@ -107,6 +107,8 @@ def _undecodable(name: str, encoded: bytes, error: Exception) -> InvalidValue:
         return InvalidValue(f"image {name} claims more than {MAX_PIXELS:,} pixels; scale it down first")
     if advice := nature(encoded):
         return InvalidValue(f"image {name} {advice}")
+    if isinstance(error, Image.UnidentifiedImageError) and encoded.startswith(PICTURE_STARTS):
+        return InvalidValue(f"image {name} cannot be decoded: its header is broken; fetch it again, or save it anew")
     if isinstance(error, Image.UnidentifiedImageError):
         return InvalidValue(
             f"image {name} cannot be decoded: it begins like no picture of a known format; {READ} are read"

@@ -7,8 +7,6 @@ import json
 import re
 from pathlib import Path
 
-from attrdb.ingest.encode.spec import split_settings
-
 BUNDLED = {"efficientnet-lite0": 1280, "vgg-gram": 900}
 # Of the architectures that published embeddings are made with, for where open_clip is not installed.
 OPEN_CLIP = {
@@ -54,7 +52,7 @@ def _timm(argument: str) -> int | None:
     import timm
     import torch
 
-    name = split_settings(argument)[0].partition("/")[0]
+    name = argument.partition("?")[0].partition("/")[0]
     if not timm.is_model(name):
         return None
     with torch.device("meta"):
