@@ -129,7 +129,7 @@ def test_heic_without_its_extra_says_what_to_install(monkeypatch):
         (b'{"error": "404"}', "is JSON text, perhaps the answer of a server"),
         (b"%PDF-1.7", "is a PDF document"),
         (b"\x1f\x8b\x08", "is compressed with gzip"),
-        (b"\x89PNG\r\n\x1a\nno chunk", "cannot be decoded: its header is broken; fetch it again"),
+        (b"\xff\xd8no marker", "cannot be decoded: its header is broken; fetch it again"),
         (b"hello", "begins like no picture of a known format; PNG, JPEG, .* are read"),
     ],
 )

@@ -25,7 +25,7 @@ SHARD_SUFFIXES = (
     ".tar",
     *(".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tbz", ".tar.xz", ".txz", ".tar.zst", ".tzst", ".tar.lz4"),
 )
-BLOCK = 2**20
+BLOCK = 2**17  # bytes
 # Pictures hardly shrink, so a shard that grows by more than this is made to fill the disk.
 MAX_GROWTH, MIN_LIMIT = 200, 64 * 2**20
 # What decompressors raise for a file that is damaged or cut off.
@@ -104,9 +104,11 @@ def _unpack(path: Path, opener: Opener) -> tuple[IO[bytes], Exception | None]:
     target = tempfile.TemporaryFile(prefix="attrdb-")  # noqa: SIM115 (its readers close it)
     damage: Exception | None = None
     with opener(str(path)) as stream:
+        # read1 gives what there is before a file is cut off, where read gives nothing.
+        read = getattr(stream, "read1", stream.read)
         while True:
             try:
-                block = stream.read(BLOCK)
+                block = read(BLOCK)
             except DAMAGE as error:
                 damage = error
                 break

@@ -20,7 +20,7 @@ MARKS = (
     (codecs.BOM_UTF16_LE, "utf-16-le"),
     (codecs.BOM_UTF16_BE, "utf-16-be"),
 )
-MAX_FOREIGN = 0.3  # share of letters beyond ASCII above which text is not Western European
+MAX_FOREIGN = 0.4  # share of letters beyond ASCII above which text is not Western European
 # Sequences that a terminal obeys, control characters but tab and newline, byte-order marks within the text.
 CONTROL = re.compile(
     r"\x1b\[[0-?]*[ -/]*[@-~]|\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)|[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ufeff]"
