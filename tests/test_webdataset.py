@@ -257,6 +257,82 @@ def test_a_shard_that_goes_away_between_walk_and_read(tmp_path):
         item.read()
 
 
+# --- names of fields, and side fields that are odd -------------------------------------------------------------------
+
+
+def test_a_key_ends_at_the_first_point_and_a_field_may_have_more(tmp_path):
+    path = shard(
+        tmp_path / "00000.tar",
+        ("22.05.png", encoded(1)),
+        ("2.image.jpg", encoded(2)),
+        ("2.text.txt", "a cat"),
+        ("2.meta.json", {"url": "u"}),
+        ("deep.er/3.JPG", encoded(3)),
+        ("3.cls", "7"),
+        ("3.jpg", encoded(4)),
+    )
+    said = {key.removeprefix("laion/"): rows[0] for key, rows in told(path).items()}
+    assert set(said) == {"22", "2", "deep.er/3", "3"}
+    assert (said["2"]["prompt"], said["2"]["uri"]) == ("a cat", "u")
+    assert said["22"]["uri"].endswith("00000.tar#22.05.png")
+    assert json.loads(said["3"]["metadata"]) == {"cls": "7"}
+
+
+def test_of_several_pictures_one_is_chosen(tmp_path):
+    path = shard(tmp_path / "00000.tar", ("0.left.png", encoded(1)), ("0.right.png", encoded(2)), ("1.png", encoded(3)))
+    said = told(path)
+    assert "sample '0' has several images: left.png, right.png; which is meant?" in said["laion/0"][0]
+    assert isinstance(said["laion/1"][0], dict)
+    said = told(path, image="right.png")
+    assert said["laion/0"][0]["uri"].endswith("#0.right.png")
+    assert isinstance(said["laion/1"][0], dict)
+    # One that is called plainly goes before masks and views.
+    path = shard(tmp_path / "00001.tar", ("0.mask.png", encoded(1)), ("0.jpg", encoded(2)))
+    assert told(path)["laion/0"][0]["uri"].endswith("#0.jpg")
+
+
+def test_a_sample_without_a_picture_says_what_it_has(tmp_path):
+    path = shard(tmp_path / "00000.tar", ("0.npy", b"x"), ("0.txt", "words"), ("1.jpg", encoded()))
+    assert "sample '0' has no image; it has: npy" in told(path)["laion/0"][0]
+
+
+@pytest.mark.parametrize(
+    ("fields", "columns", "metadata"),
+    [
+        ({"license": 4}, {"license": "4"}, None),
+        ({"caption": ["a cat", "a dog"]}, {"prompt": "a cat"}, {"caption": ["a cat", "a dog"]}),
+        ({"caption": [], "url": None}, {}, {"caption": [], "url": None}),
+        ({"creator": {"name": "Ann"}}, {}, {"creator": {"name": "Ann"}}),
+        ({"status": 200}, {}, {"status": 200}),
+        ({"status": "ok", "license": True}, {"license": "true"}, {"status": "ok"}),
+        ({"url": float("inf"), "author": "Ann\0\x1b[1m"}, {"creator": "Ann"}, {"url": None}),
+        ({"CAPTION": "big", "caption": "small"}, {"prompt": "big"}, {"caption": "small"}),
+    ],
+)
+def test_side_fields_of_any_type_lose_no_picture(tmp_path, fields, columns, metadata):
+    path = shard(tmp_path / "00000.tar", ("0.jpg", encoded()), ("0.json", fields))
+    ((row,),) = told(path).values()
+    assert {name: row.get(name) for name in ("prompt", "license", "creator")} == {
+        "prompt": None,
+        "license": None,
+        "creator": None,
+        **columns,
+    }
+    assert (row["metadata"] and json.loads(row["metadata"])) == metadata
+
+
+def test_a_picture_whose_fetch_has_failed_stays_out(tmp_path):
+    path = shard(tmp_path / "00000.tar", ("0.jpg", encoded()), ("0.json", {"status": "failed_to_resize"}))
+    assert "was not fetched: failed_to_resize" in told(path)["laion/0"][0]
+
+
+def test_text_beside_a_picture_is_made_clean(tmp_path):
+    path = shard(
+        tmp_path / "00000.tar", ("0.jpg", encoded()), ("0.txt", b"\xef\xbb\xbfa\0 cat\r\n"), ("1.jpg", encoded(2))
+    )
+    assert told(path)["laion/0"][0]["prompt"] == "a cat"
+
+
 # --- as a corpus ------------------------------------------------------------------------------------------------------
 
 
