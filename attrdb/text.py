@@ -30,11 +30,11 @@ def plain(value: Any) -> Any:
 
 
 def shown(value: Any) -> str:
-    """A value as a person reads it in a table."""
+    """A value as a person reads it in a table, without what a terminal would obey."""
     if value is None:
         return "-"
     if isinstance(value, float):
         return f"{value:.4g}"
     if isinstance(value, list) and len(value) > 8:
         return f"[{', '.join(shown(item) for item in value[:3])}, ... {len(value)}]"
-    return str(plain(value))
+    return visible(str(plain(value)))

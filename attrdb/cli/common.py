@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import io
+import os
+import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -46,6 +49,16 @@ ML_PACKAGES = {
 }  # fmt: skip
 
 
+def settle_streams() -> None:
+    """Give a closed stdout or stderr a place to write to, and let neither fail at a character that it cannot hold."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 (it is closed with the process)
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
 class Commands(click.Group):
     """Turns every AttrdbError into a click error, and shows commands in sections, in the order in which they are used."""
 
@@ -60,6 +73,7 @@ class Commands(click.Group):
             self.add_command(command)
 
     def invoke(self, context: click.Context) -> Any:
+        settle_streams()
         # Of metadata that Pillow cannot read: the picture is read, or left out with a reason.
         warnings.filterwarnings("ignore", module=r"PIL\.")
         try:

@@ -105,9 +105,9 @@ def grid_parts(table: pa.Table, *, terminal: bool = False) -> Iterator[str]:
 
     grid = Table(box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     for field in table.schema:
-        grid.add_column(field.name, justify="right" if is_number(field.type) else "left", overflow="fold")
+        grid.add_column(visible(field.name), justify="right" if is_number(field.type) else "left", overflow="fold")
     for row in rows(table):
-        grid.add_row(*(visible(shown(value)) for value in row.values()))
+        grid.add_row(*(shown(value) for value in row.values()))
     console = Console(
         width=None if terminal else PIPE_WIDTH,
         file=sys.stdout if terminal else io.StringIO(),
