@@ -1,7 +1,7 @@
-"""Draws docs/architecture-*.svg from the code: rooms and data. Run by `make docs`; a test finds stale pictures.
+"""Draws docs/architecture-*.svg from the code: rooms and data. Run by `make docs`; a test fails if a picture is stale.
 
-Imports are read with `ast`: those inside functions count, those for type checkers do not. What a job writes follows from the
-methods of `Writer` that it calls; what a named query reads stands in its header.
+Imports are read with `ast`. Those inside functions count, those for type checkers do not. A job writes the tables of the
+`Writer` methods that it calls. A named query reads the tables in its header.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ ROOM_OF = {
 
 @dataclass(frozen=True)
 class Import:
-    """module imports target, both by their full names."""
+    """`module` imports `target`; both are full names."""
 
     module: str
     target: str
@@ -76,7 +76,7 @@ class Import:
 
 @cache
 def modules() -> dict[str, Path]:
-    """Every module of the package by its import name."""
+    """Import name of each module of the package -> its file."""
     found = {}
     for tree, package in TREES.items():
         for path in sorted((ROOT / tree).rglob("*.py")):
@@ -86,7 +86,7 @@ def modules() -> dict[str, Path]:
 
 
 def room_of(module: str) -> str:
-    """raises: KeyError for a module that stands in no room of ORDER"""
+    """raises: KeyError for a module outside the rooms of ORDER"""
     room = ROOM_OF.get(module) or module.split(".")[1]
     if room not in LEVEL:
         raise KeyError(f"{module} stands in no room; name its room in docs/architecture.py")
@@ -94,7 +94,7 @@ def room_of(module: str) -> str:
 
 
 def imports_of(module: str, tree: ast.AST, known: Iterable[str]) -> Iterator[Import]:
-    """The imports of modules in `known`, wherever in the module they stand, but for those under `if TYPE_CHECKING`."""
+    """All imports of modules in `known`, except those under `if TYPE_CHECKING`."""
     for node in _run(tree):
         names: list[str] = []
         if isinstance(node, ast.Import):
@@ -109,7 +109,7 @@ def imports_of(module: str, tree: ast.AST, known: Iterable[str]) -> Iterator[Imp
 
 
 def _run(node: ast.AST) -> Iterator[ast.AST]:
-    """All nodes below that a running program may reach."""
+    """All descendants of the node that a running program may reach."""
     for child in ast.iter_child_nodes(node):
         if isinstance(child, ast.If) and ast.unparse(child.test).split(".")[-1] == "TYPE_CHECKING":
             for branch in child.orelse:
@@ -131,7 +131,7 @@ def imports() -> list[Import]:
 
 
 def upward(found: Iterable[Import]) -> list[Import]:
-    """Imports between rooms that do not go down in ORDER."""
+    """Imports between rooms that do not lead to a lower line of ORDER."""
     crossing = [(one, *one.rooms) for one in found if one.rooms[0] != one.rooms[1]]
     return [one for one, room, target in crossing if LEVEL[target] >= LEVEL[room]]
 
@@ -140,7 +140,7 @@ def upward(found: Iterable[Import]) -> list[Import]:
 
 
 def written_by_writer() -> dict[str, set[str]]:
-    """The tables that each method of `Writer` writes; a method that takes the table's name has none of its own."""
+    """Method of `Writer` -> the tables that it writes. Methods that take the name of a table are left out."""
     tree = ast.parse((ROOT / "attrdb/store/writer.py").read_text(encoding="utf-8"))
     [writer] = [node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Writer"]
     bodies = {node.name: node for node in writer.body if isinstance(node, ast.FunctionDef)}
@@ -173,7 +173,7 @@ def _named_tables(node: ast.AST) -> set[str]:
 
 @cache
 def writes() -> dict[str, set[str]]:
-    """Job -> the tables that it writes. `jobs` and `failures` are left out: every job writes them."""
+    """Job -> the tables that it writes, without `jobs` and `failures`, which every job writes."""
     by_method, found = written_by_writer(), {}
     for module, path in modules().items():
         if room_of(module) not in (*JOBS, "search", "attribution") or "icon_sd" in module:
@@ -193,15 +193,15 @@ def writes() -> dict[str, set[str]]:
 
 
 def _job(module: str) -> str:
-    """ingest.read for any module in that package, else the module's own name."""
+    """The first two parts of a module's name below attrdb, such as `ingest.read`."""
     parts = module.split(".")[1:]
     return ".".join(parts[:2])
 
 
 def reads() -> dict[str, set[str]]:
-    """Who reads -> the tables: attribution by its Python, the groups of named queries by their headers.
+    """Reader -> the tables that it reads: attribution by its Python code, groups of named queries by their headers.
 
-    A query that reads the macro `attribute` reads no table itself.
+    The macro `attribute` in a header counts as no table.
     """
     found: dict[str, set[str]] = {"attribute, nearest": set()}
     jobs = writes()
@@ -300,7 +300,7 @@ def box(x: float, y: float, width: float, height: float, kind: str) -> str:
 
 
 def rooms_picture() -> str:
-    """A room per line, the highest first; a dot where it imports the room of the column."""
+    """One line per room, the highest first. A dot: the room of the line imports the room of the column."""
     rooms = [room for line in reversed(ORDER) for room in line]
     found = imports()
     between = {one.rooms for one in found}
@@ -333,13 +333,13 @@ def rooms_picture() -> str:
 
 
 def data_picture() -> str:
-    """Jobs, the tables that they write, and what reads these."""
+    """Jobs, the tables that they write, and the readers of these tables."""
     written, read = writes(), reads()
     used = set().union(*written.values(), *read.values()) - {"jobs", "failures"}
     tables = [name for name in DICTIONARY if name in used]
 
     def by_place(who: dict[str, set[str]]) -> list[str]:
-        """In the order of the middle of their tables, so that few lines cross."""
+        """Names sorted by the middle of their tables, so that few lines cross."""
         return sorted(who, key=lambda name: (_middle([tables.index(one) for one in who[name] & used]), name))
 
     jobs, readers = by_place(written), by_place({name: of for name, of in read.items() if of & used})

@@ -1,4 +1,4 @@
-"""Writes docs/cli.md: the --help of every command. Run by `make docs`; a test compares the file with the program."""
+"""Writes docs/cli.md: the --help of every command. Run by `make docs`; a test fails if it is stale."""
 
 from __future__ import annotations
 

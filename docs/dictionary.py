@@ -1,6 +1,6 @@
-"""Writes docs/dictionary.md: tables, views, macros and named queries. Run by `make docs`; a test looks for stale pages.
+"""Writes docs/dictionary.md: tables, views, macros and named queries. Run by `make docs`; a test fails if it is stale.
 
-Types of SQL come from DuckDB, asked about an empty database.
+SQL types are those that DuckDB reports for an empty database.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def grid(head: list[str], rows: list[list[str]]) -> str:
 
 
 def described(connection: duckdb.DuckDBPyConnection, relation: str) -> dict[str, str]:
-    """column -> SQL type."""
+    """Column -> SQL type."""
     return {row[0]: row[1] for row in connection.sql(f"DESCRIBE FROM {relation}").fetchall()}
 
 

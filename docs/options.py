@@ -1,4 +1,4 @@
-"""Writes the table of keys in docs/importing.md from the declared options. Run by `make docs`; a test finds a stale table."""
+"""Writes the table of keys in docs/importing.md from the declared options. Run by `make docs`; a test checks it."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Hooks of mkdocs: pages that lie outside docs/ are part of the site, and links work there as they do on a code host.
+"""Hooks of mkdocs: they add pages outside docs/ to the site, and make links work there as they do on a code host.
 
-A link may lead to any file of the project. A page in PAGES is linked as a page; another file is copied into the site.
+A link may lead to any file of the project. Pages in PAGES are linked as pages; other files are copied into the site.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def relinked(site: str, link: re.Match) -> str:
 
 
 def linked(site: str, link: str) -> str | None:
-    """The file of the project that a link on a page of the site leads to; None for other addresses, which mkdocs checks."""
+    """The project file that a link on a page of the site leads to; None for other addresses, which mkdocs checks."""
     page = SOURCE.get(site, f"docs/{site}")
     path = PurePosixPath(os.path.normpath(PurePosixPath(page).parent / link))
     if (ROOT / path / "README.md").is_file():
@@ -66,5 +66,5 @@ def linked(site: str, link: str) -> str | None:
 
 
 def copied(path: str) -> str:
-    """Where the site has a file that is no page; as text, so that a browser shows it."""
+    """Path in the site of a file that is not a page. It ends in .txt, except for pictures, so that a browser shows it."""
     return f"files/{path}" if path.endswith(PICTURES) else f"files/{path}.txt"

@@ -1,21 +1,21 @@
--- How the influence on one image is shared out by licence. An estimate, not a causal share.
--- The row with a null license holds candidates whose licence is not known. Without candidates there is no row.
+-- Influence on one image by licence. An estimate, not a causal share.
+-- The row with a null license has candidates whose licence is unknown. Without candidates there is no row.
 -- source Wang et al. 2023, Eq. 6 (with ReLU), summed
--- grain  one row per license with influence, greatest first
+-- grain  one row per licence with influence, greatest first
 -- param  $image_id    VARCHAR the image to attribute
--- param  $method      VARCHAR = NULL a method_id, encoder_id or mapper_id; similarity of the database's first encoder when left out
--- param  $tau         DOUBLE = NULL temperature, > 0; as calibrated when left out
--- param  $lam         DOUBLE = NULL lambda, >= 0 and < 1; as calibrated when left out
+-- param  $method      VARCHAR = NULL a method_id, encoder_id or mapper_id; default: similarity of the first encoder
+-- param  $tau         DOUBLE = NULL temperature, > 0; default: as calibrated
+-- param  $lam         DOUBLE = NULL lambda, >= 0 and < 1; default: as calibrated
 -- param  $candidates  VARCHAR = NULL a predicate on the columns of images that candidates must fulfil
--- param  $exact       BOOLEAN = false look at every candidate, also where there is an index
+-- param  $exact       BOOLEAN = false compare every candidate, even if there is an index
 -- reads  attribute
 -- column license      VARCHAR licence of the candidates
 -- column n_candidates BIGINT  candidates with influence
--- column score        DOUBLE  of the best of them, in the method's unit
--- column similarity   DOUBLE  of the best of them, cosine in [-1, 1]; null by a method that is no similarity
+-- column score        DOUBLE  highest score, in the method's unit
+-- column similarity   DOUBLE  highest cosine, in [-1, 1]; null unless the method is similarity
 -- column influence    DOUBLE  above 0; the rows sum to 1 where complete, else to 1 - missing_influence
--- column complete     BOOLEAN whether every candidate with influence was looked at
--- column missing_influence DOUBLE  at most this share belongs to candidates that were not looked at
+-- column complete     BOOLEAN whether every candidate with influence was examined
+-- column missing_influence DOUBLE  at most this share belongs to candidates that were not examined
 SELECT
     license,
     count(*) AS n_candidates,

@@ -1,5 +1,5 @@
--- Images whose id stands more than once; take the extra rows out with a Lance client.
--- Without such rows, which is as it should be, there is none.
+-- Images whose id appears more than once. Delete the extra rows with a Lance client.
+-- No row means no problem.
 -- source attrdb
 -- grain  one row per image_id
 -- reads  images

@@ -1,11 +1,11 @@
--- Features that are not of unit length, or hold NaN or infinity: similarity is wrong for them.
--- Without such rows, which is as it should be, there is none.
+-- Features that do not have unit length, or contain NaN or infinity: their similarity is wrong.
+-- No row means no problem.
 -- source attrdb
 -- grain  one row per image and encoder
 -- reads  features
 -- column image_id        VARCHAR
 -- column encoder_id      VARCHAR
--- column squared_length  FLOAT    1 is right, to 0.005
+-- column squared_length  FLOAT    correct: 1, to 0.005
 WITH lengths AS (
     SELECT image_id, encoder_id, list_inner_product(feature, feature) AS squared_length FROM features
 )

@@ -1,5 +1,5 @@
--- Ranks below 1 or beyond the gallery, and ranks of samples or exemplars that are not stored. Fill them anew with: attrdb evaluate.
--- Without such rows, which is as it should be, there is none.
+-- Ranks below 1 or beyond the gallery, and ranks of samples or exemplars that are not stored. Compute them again with: attrdb evaluate.
+-- No row means no problem.
 -- source attrdb
 -- grain  one row per rank
 -- reads  exemplar_ranks, exemplars, samples

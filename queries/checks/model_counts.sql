@@ -1,12 +1,12 @@
--- Models that have more or fewer exemplars or samples than their row says, or none.
--- Without such rows, which is as it should be, there is none.
+-- Models whose number of exemplars or samples differs from their row in models.
+-- No row means no problem.
 -- source attrdb
 -- grain  one row per model
 -- reads  exemplars, models, samples
 -- column model_id         VARCHAR
--- column n_exemplars      INTEGER  as the model's row says
+-- column n_exemplars      INTEGER  in the model's row
 -- column found_exemplars  BIGINT
--- column n_samples        INTEGER  as the model's row says
+-- column n_samples        INTEGER  in the model's row
 -- column found_samples    BIGINT
 WITH exemplified AS (
     SELECT model_id, count(*) AS n FROM exemplars GROUP BY model_id

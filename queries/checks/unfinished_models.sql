@@ -1,5 +1,5 @@
--- Models whose images are stored and whose row in models is not: their job runs, or was killed. Give its ingest command again.
--- Without such rows, which is as it should be, there is none.
+-- Models whose images are stored but that have no row in models: their job is running or was killed. Rerun its ingest command.
+-- No row means no problem.
 -- source attrdb
 -- grain  one row per model
 -- reads  unfinished_models

@@ -1,5 +1,5 @@
--- Images with an unknown role, or whose role and model do not go together: exemplars and samples belong to a model, pretraining images to none.
--- Without such rows, which is as it should be, there is none.
+-- Images with an unknown role, or with a role that does not match their model: exemplars and samples belong to a model, pretraining images to none.
+-- No row means no problem.
 -- source attrdb
 -- grain  one row per image
 -- reads  images

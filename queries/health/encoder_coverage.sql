@@ -1,5 +1,5 @@
--- How many images of each role every encoder has encoded.
--- An encoder without any image of a role has a row with 0. Without encoders or images there is no row.
+-- Number of images of each role that each encoder has encoded.
+-- An encoder without any encoded image of a role has a row with 0. Without encoders or images there is no row.
 -- source attrdb
 -- grain  one row per encoder and role
 -- reads  encoders, features, images

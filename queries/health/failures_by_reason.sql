@@ -1,10 +1,10 @@
--- What jobs could not do, by job and by the reason with names and numbers taken out, most frequent first.
+-- Failures of jobs, by job and by reason without its names and numbers, most frequent first.
 -- Without failures there is no row.
 -- source attrdb
 -- grain  one row per job and kind of reason
 -- reads  failures
 -- column job_id    VARCHAR
--- column reason    VARCHAR the reason, numbers as # and quoted or path-like words as *
+-- column reason    VARCHAR the reason; # replaces numbers, * replaces quoted or path-like words
 -- column n_items   BIGINT
 -- column example   VARCHAR the first item, by name
 WITH reasons AS (

@@ -1,14 +1,14 @@
--- The customized models with their exemplars, samples and prompts, and how many of their images each has a rank for.
+-- Customized models with their numbers of exemplars, samples, prompts and ranked samples.
 -- A model without samples has a row with 0. Without models there is no row.
 -- source attrdb
 -- grain  one row per model
 -- reads  exemplar_ranks, exemplars, models, samples
 -- column model_id        VARCHAR
--- column kind            VARCHAR object or style
+-- column kind            VARCHAR object, style or mixed
 -- column split           VARCHAR
 -- column n_exemplars     BIGINT
 -- column n_samples       BIGINT
--- column n_prompts       BIGINT different prompts among the samples
+-- column n_prompts       BIGINT distinct prompts of the samples
 -- column n_ranked        BIGINT samples with at least one rank, see attrdb evaluate
 WITH sampled AS (
     SELECT model_id, count(*) AS n_samples, count(DISTINCT prompt) AS n_prompts FROM samples GROUP BY model_id

@@ -1,4 +1,4 @@
--- What is known of the images of each data set: how many have a caption, a creator, a licence, stored bytes.
+-- Metadata of each data set's images: how many have a caption, a creator, a licence, stored bytes.
 -- Samples count under the source `synthesized`. Without images there is no row.
 -- source attrdb
 -- grain  one row per source and role

@@ -1,14 +1,14 @@
--- Recall and average precision averaged over the samples of each test case, then over the cases, so that a case with many
--- samples counts no more than one with few. A test case is a split and prompt scheme; splits whose name does not begin with
+-- Recall and average precision, averaged over the samples of each test case, then over the test cases. So a case with many
+-- samples counts no more than one with few. A test case is a split and a prompt scheme. Splits whose name does not begin with
 -- 'test' are left out unless test_only is 0. Without ranks there is no row.
 -- source Wang et al. 2023, section 5
 -- grain  one row per method, gallery and kind
 -- param  $k             INTEGER = 10 cut-off, >= 1
--- param  $test_only     INTEGER = 1 1: cases of splits that begin with 'test'; 0: all, >= 0
+-- param  $test_only     INTEGER = 1 1: only splits that begin with 'test'; 0: all, >= 0
 -- reads  sample_scores
 -- column method_id      VARCHAR
--- column encoder_id     VARCHAR whose features the method compares; null for a method that is no similarity
--- column mapper_id      VARCHAR empty: features without a mapper
+-- column encoder_id     VARCHAR of the method; null unless it is similarity
+-- column mapper_id      VARCHAR of the method; empty without a mapper
 -- column gallery        VARCHAR own or all
 -- column kind           VARCHAR object, style or mixed
 -- column n_cases        BIGINT

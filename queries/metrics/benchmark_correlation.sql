@@ -1,18 +1,18 @@
--- Does the benchmark on exemplars foretell general attribution? Over all features that were evaluated on both (encoders, with
--- and without mappers), the Pearson correlation of recall@k on object and style models, averaged over test cases, with recall
--- at the size of the set on models of unrelated images. Empty where fewer than three were evaluated, or all are equal.
+-- How well the benchmark on exemplars predicts general attribution: a Pearson correlation. It is computed over all methods that
+-- were evaluated on both, from two recalls: recall@k on object and style models, averaged over test cases, and recall at the size
+-- of the set on models of unrelated images. Null for fewer than three methods, or if all values are equal.
 -- source Wang et al. 2023, Fig. 10
 -- grain  one row per gallery, set size and kind of the exemplars
 -- param  $k             INTEGER = 10 cut-off on object and style models, >= 1
--- param  $split         VARCHAR = test how the name of the object and style models' split begins
+-- param  $split         VARCHAR = test beginning of the split of the object and style models
 -- reads  sample_scores
 -- column gallery        VARCHAR own or all
 -- column kind           VARCHAR object or style
 -- column n_exemplars    BIGINT  size of the set
 -- column n_features     BIGINT  methods compared
--- column n_encoders     BIGINT  encoders behind them, other methods counted singly; mappers on one encoder are not independent
--- column correlation    DOUBLE  in [-1, 1], over all of them
--- column of_encoders    DOUBLE  the same over methods without a mapper
+-- column n_encoders     BIGINT  encoders of these methods, each other method counts as one; mappers of one encoder are not independent
+-- column correlation    DOUBLE  in [-1, 1], over all methods
+-- column of_encoders    DOUBLE  the same, over methods without a mapper
 WITH exemplar_cases AS (
     SELECT method_id, encoder_id, mapper_id, gallery, kind, split, prompt_scheme, avg(recall) AS recall
     FROM sample_scores($k)

@@ -1,21 +1,21 @@
--- What a method gains over another one in recall and average precision, model by model: a paired bootstrap draws models and takes
--- both values of each. An interval that excludes 0 is evidence of a gain, for this one comparison: of many, some exclude 0 by
--- chance. Samples that were not ranked by both, or not among equally many candidates, are left out.
+-- What a method gains over another one in recall and average precision. The bootstrap is paired: it draws models and takes both
+-- values of each. An interval that excludes 0 is evidence of a gain for this one comparison; among many comparisons some exclude 0
+-- by chance. Samples that were not ranked by both among equally many candidates are left out.
 -- source Wang et al. 2023, section 5; the intervals are ours
 -- grain  one row per gallery, kind, split and prompt scheme
 -- param  $method        VARCHAR = NULL a method_id, encoder_id or mapper_id
--- param  $other         VARCHAR = NULL what it is compared with, named likewise; the database's first encoder when left out
+-- param  $other         VARCHAR = NULL the method to compare with, named the same way; default: similarity of the first encoder
 -- param  $k             INTEGER = 10 cut-off, >= 1
--- param  $n_replicates  INTEGER = 1000 of the bootstrap, >= 1
--- param  $seed          INTEGER = 0 of the bootstrap
+-- param  $n_replicates  INTEGER = 1000 number of bootstrap replicates, >= 1
+-- param  $seed          INTEGER = 0 seed of the bootstrap
 -- reads  method_gains
 -- column gallery        VARCHAR own or all
--- column kind           VARCHAR object or style
--- column split          VARCHAR of the models
+-- column kind           VARCHAR object, style or mixed
+-- column split          VARCHAR split of the models
 -- column prompt_scheme  VARCHAR
 -- column n_models       BIGINT
 -- column recall_gain    DOUBLE  mean difference of recall_at_k
--- column recall_low     DOUBLE  of the middle 95 % of the replicates
+-- column recall_low     DOUBLE  lower end of the middle 95 % of the replicates
 -- column recall_high    DOUBLE
 -- column precision_gain DOUBLE  mean difference of average precision
 -- column precision_low  DOUBLE

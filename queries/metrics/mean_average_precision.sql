@@ -1,22 +1,22 @@
 -- Mean over samples of the average precision with which a model's exemplars are retrieved.
 -- AP of a sample = mean over its model's exemplars, by rank r_1 < r_2 < ..., of j / r_j; an unranked exemplar adds 0.
--- Chance is the expectation over random orders of a gallery of N with E exemplars, H_N being the N-th harmonic number:
--- (H_N + (E - 1) / (N - 1) * (N - H_N)) / N, with H_N by its expansion, right to 1e-4 from N = 30 on.
--- Without ranks there is no row; fill them with: attrdb evaluate.
+-- Chance is the expectation over random orders of a gallery of N with E exemplars. H_N is the N-th harmonic number:
+-- (H_N + (E - 1) / (N - 1) * (N - H_N)) / N. H_N is computed from its expansion, exact to 1e-4 from N = 30 on.
+-- Without ranks there is no row; compute them with: attrdb evaluate.
 -- source Wang et al. 2023, section 5
 -- grain  one row per method, gallery, kind, split and prompt scheme
 -- reads  sample_scores
 -- column method_id               VARCHAR
--- column encoder_id              VARCHAR whose features the method compares; null for a method that is no similarity
--- column mapper_id               VARCHAR empty: features without a mapper
+-- column encoder_id              VARCHAR of the method; null unless it is similarity
+-- column mapper_id               VARCHAR of the method; empty without a mapper
 -- column gallery                 VARCHAR own or all
--- column kind                    VARCHAR object or style
--- column split                   VARCHAR of the models
+-- column kind                    VARCHAR object, style or mixed
+-- column split                   VARCHAR split of the models
 -- column prompt_scheme           VARCHAR
 -- column n_models                BIGINT
 -- column n_samples               BIGINT
 -- column mean_average_precision  DOUBLE  in [0, 1]
--- column chance                  DOUBLE  mean_average_precision expected of a random order
+-- column chance                  DOUBLE  expected mean_average_precision in a random order
 -- column n_unranked              BIGINT  pairs of sample and exemplar without a rank
 SELECT
     method_id,

@@ -1,18 +1,18 @@
--- Recall and average precision of a test case with intervals: the bootstrap draws models, since samples of one model are not
--- independent. An interval is the middle 95 % of the replicates' means; of a case with one model it is empty in width.
+-- Recall and average precision of each test case with intervals. The bootstrap draws models, because samples of one model are not
+-- independent. An interval is the middle 95 % of the replicates' means; for a case with one model its width is 0.
 -- Without ranks there is no row.
 -- source Wang et al. 2023, section 5; the intervals are ours
 -- grain  one row per method, gallery, kind, split and prompt scheme
 -- param  $k             INTEGER = 10 cut-off, >= 1
--- param  $n_replicates  INTEGER = 1000 of the bootstrap, >= 1
--- param  $seed          INTEGER = 0 of the bootstrap
+-- param  $n_replicates  INTEGER = 1000 number of bootstrap replicates, >= 1
+-- param  $seed          INTEGER = 0 seed of the bootstrap
 -- reads  bootstrap_draws, sample_scores
 -- column method_id      VARCHAR
--- column encoder_id     VARCHAR whose features the method compares; null for a method that is no similarity
--- column mapper_id      VARCHAR empty: features without a mapper
+-- column encoder_id     VARCHAR of the method; null unless it is similarity
+-- column mapper_id      VARCHAR of the method; empty without a mapper
 -- column gallery        VARCHAR own or all
--- column kind           VARCHAR object or style
--- column split          VARCHAR of the models
+-- column kind           VARCHAR object, style or mixed
+-- column split          VARCHAR split of the models
 -- column prompt_scheme  VARCHAR
 -- column n_models       BIGINT
 -- column recall_at_k    DOUBLE  in [0, 1]; found / all exemplars

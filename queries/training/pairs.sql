@@ -1,13 +1,13 @@
--- Pairs of an exemplar and a sample of one model, in the order in which an epoch of training takes them: every sample once, with
--- one of its model's exemplars drawn for it. At one position every model stands once, so that the models of a batch taken from
--- one position are distinct. The order and the draws follow from seed and epoch. Models without exemplar or sample have no row.
+-- Pairs of an exemplar and a sample of the same model, in the order of a training epoch. Each sample occurs once, with one
+-- exemplar of its model, drawn at random. At each position each model occurs once, so the models of a batch within one position
+-- are distinct. Seed and epoch determine order and draws. Models without an exemplar or without a sample have no row.
 -- source Wang et al. 2023, section 4 (one pair of each of several models); the order is ours
 -- grain  one row per sample
 -- param  $kind          VARCHAR = both object, style or both
--- param  $split         VARCHAR = train of the models
--- param  $prompt_scheme VARCHAR = both of the samples: gpt, procedural or both
--- param  $seed          INTEGER = 0 of the order and the draws
--- param  $epoch         INTEGER = 0 from 0, >= 0
+-- param  $split         VARCHAR = train split of the models
+-- param  $prompt_scheme VARCHAR = both prompt scheme of the samples: gpt, procedural or both
+-- param  $seed          INTEGER = 0 seed of the order and the draws
+-- param  $epoch         INTEGER = 0 number of the epoch, from 0, >= 0
 -- reads  exemplars, models, samples
 -- column position       BIGINT  from 0
 -- column model_id       VARCHAR

@@ -1,5 +1,5 @@
 -- Ranks of the exemplars of scored samples among the candidates that a stored method has scored. An exemplar without a score has
--- no row, and counts in metrics as not found.
+-- no row and counts in metrics as not found.
 -- source attrdb
 -- grain  one row per sample and scored exemplar of its model
 -- param  $method        VARCHAR = NULL a stored method
@@ -8,8 +8,8 @@
 -- column sample_id      VARCHAR
 -- column exemplar_id    VARCHAR
 -- column score          DOUBLE
--- column rank           BIGINT  1 + scored candidates with a higher score, ties by image_id
--- column gallery_size   BIGINT  scored candidates
+-- column rank           BIGINT  1 + number of scored candidates with a higher score; ties by image_id
+-- column gallery_size   BIGINT  number of scored candidates
 WITH scored AS (
     SELECT
         scores.sample_id,

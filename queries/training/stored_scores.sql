@@ -1,8 +1,8 @@
--- Scores by a stored method of the samples of a split's models: of their own exemplars and of pretraining images.
+-- Scores of a stored method for the samples of a split: scores of the exemplars of the sample's model and of pretraining images.
 -- source attrdb
 -- grain  one row per sample and scored candidate
 -- param  $method      VARCHAR = NULL a stored method
--- param  $split       VARCHAR = val of the models
+-- param  $split       VARCHAR = val split of the models
 -- reads  images, models, samples, scores
 -- column sample_id    VARCHAR
 -- column score        DOUBLE

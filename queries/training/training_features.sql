@@ -1,11 +1,11 @@
--- Features of the exemplars and samples that pairs of these settings are made of, in no particular order. An image without a feature
+-- Features of the exemplars and samples that occur in pairs with these settings, in no particular order. An image without a feature
 -- of the encoder has no row.
 -- source Wang et al. 2023, section 4
 -- grain  one row per image
--- param  $encoder_id    VARCHAR whose features
+-- param  $encoder_id    VARCHAR the encoder of the features
 -- param  $kind          VARCHAR = both object, style or both
--- param  $split         VARCHAR = train of the models
--- param  $prompt_scheme VARCHAR = both of the samples: gpt, procedural or both
+-- param  $split         VARCHAR = train split of the models
+-- param  $prompt_scheme VARCHAR = both prompt scheme of the samples: gpt, procedural or both
 -- reads  features, images, models
 -- column image_id       VARCHAR
 -- column feature        FLOAT[] of unit length

@@ -1,9 +1,9 @@
--- A fixed random part of the pretraining images, with their features: the gallery that training is validated against.
+-- A fixed random subset of the pretraining images, with their features: the gallery of the validation during training.
 -- source Wang et al. 2023, section 5 (a fixed random subset of the pretraining images)
 -- grain  one row per image
--- param  $encoder_id VARCHAR whose features
--- param  $n          INTEGER = 10000 how many, fewer where there are fewer, >= 1
--- param  $seed       INTEGER = 0 of the choice
+-- param  $encoder_id VARCHAR the encoder of the features
+-- param  $n          INTEGER = 10000 number of images, or all if there are fewer, >= 1
+-- param  $seed       INTEGER = 0 seed of the choice
 -- reads  features
 -- column image_id    VARCHAR
 -- column feature     FLOAT[] of unit length

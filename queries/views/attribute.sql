@@ -1,15 +1,15 @@
 -- Candidates (exemplars and pretraining images) of a stored image by an attribution method, with their influence, an estimate.
--- complete is false where more candidates than could be kept have influence; missing_influence bounds their share.
+-- complete is false if more candidates have influence than could be kept; missing_influence is an upper bound of their share.
 -- grain     one row per candidate, highest score first, ties by image_id
 -- argument  sample              image_id of the image to attribute
--- argument  k = 10              how many, >= 1; NULL: every candidate that has influence
--- argument  encoder_id = NULL   similarity of this encoder, in the place of a method
--- argument  tau = NULL          temperature; as calibrated when left out, else that of the method's row
--- argument  lam = NULL          cut-off; as calibrated when left out, else that of the method's row
--- argument  mapper_id = NULL    similarity with this mapper, in the place of a method
+-- argument  k = 10              number of candidates, >= 1; NULL: all candidates with influence
+-- argument  encoder_id = NULL   similarity of this encoder, instead of a method
+-- argument  tau = NULL          temperature; default: as calibrated, else that of the method's row
+-- argument  lam = NULL          lambda, the cut-off; default: as calibrated, else that of the method's row
+-- argument  mapper_id = NULL    similarity with this mapper, instead of a method
 -- argument  candidates = NULL   a predicate on the columns of images that candidates must fulfil
--- argument  exact = false       look at every candidate
--- argument  method = NULL       a method_id, encoder_id or mapper_id; similarity of the database's first encoder when left out
+-- argument  exact = false       compare every candidate
+-- argument  method = NULL       a method_id, encoder_id or mapper_id; default: similarity of the first encoder
 SELECT
     hits.rank,
     hits.image_id,

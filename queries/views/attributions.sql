@@ -1,5 +1,5 @@
--- Stored attributions, with the encoder and the mapper of a method that is similarity.
--- grain  one row per sample and candidate that was stored; similarity is the score where the method is similarity, else null
+-- Stored attributions, with encoder and mapper if the method is similarity.
+-- grain  one row per stored pair of sample and candidate; similarity is the score if the method is similarity, else null
 SELECT
     stored.method_id,
     methods.encoder_id,

@@ -1,9 +1,9 @@
--- The draws of a bootstrap over models: in each replicate one draw per place, with replacement. Which of n models a draw takes is
--- hash % n; a bootstrap over n models uses the places below n. The same seed gives the same draws everywhere.
+-- Draws of a bootstrap over models: each replicate has one draw per place, with replacement. A draw takes model number hash % n of n models.
+-- A bootstrap over n models uses the places below n. The same seed gives the same draws everywhere.
 -- grain     one row per replicate and place
 -- argument  n_places        the largest number of models
--- argument  n_replicates    how many replicates
--- argument  seed            of the draws
+-- argument  n_replicates    number of replicates
+-- argument  seed            seed of the draws
 SELECT
     replicates.replicate,
     places.place,

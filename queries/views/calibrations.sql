@@ -1,5 +1,5 @@
--- Calibrations, with the encoder and the mapper of a method that is similarity.
--- grain  one row per method whose influence was calibrated; mapper_id is empty without a mapper
+-- Calibrations, with encoder and mapper if the method is similarity.
+-- grain  one row per calibrated method; mapper_id is empty without a mapper
 SELECT
     stored.method_id,
     methods.encoder_id,

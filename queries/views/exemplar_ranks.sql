@@ -1,5 +1,5 @@
--- The ranks of exemplars, with the encoder and the mapper of a method that is similarity.
--- grain  one row per sample and exemplar of its model, for a method and gallery; mapper_id is empty without a mapper
+-- Ranks of exemplars, with encoder and mapper if the method is similarity.
+-- grain  one row per sample, exemplar of its model, method and gallery; mapper_id is empty without a mapper
 SELECT
     ranks.method_id,
     methods.encoder_id,

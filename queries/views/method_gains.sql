@@ -1,12 +1,12 @@
--- What a method gains over another in recall and average precision, model by model, with intervals from a paired bootstrap: it
--- draws models and takes both values of each. A model counts as one, whatever its number of samples. Samples that were not
--- ranked by both, or not among equally many candidates, are left out.
+-- What a method gains over another in recall and average precision, with intervals from a paired bootstrap: it draws models and
+-- takes both values of each. Every model has the same weight, whatever its number of samples. Samples that were not ranked by both
+-- among equally many candidates are left out.
 -- grain     one row per gallery, kind, split and prompt scheme
--- argument  method          method_id of the one
--- argument  other           method_id of the other
+-- argument  method          the method
+-- argument  other           the method to compare with
 -- argument  k               cut-off of recall, >= 1
--- argument  n_replicates    of the bootstrap, >= 1
--- argument  seed            of the bootstrap
+-- argument  n_replicates    number of bootstrap replicates, >= 1
+-- argument  seed            seed of the bootstrap
 WITH paired_samples AS (
     SELECT
         gallery,

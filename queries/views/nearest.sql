@@ -1,8 +1,8 @@
--- Candidates (exemplars and pretraining images) of a feature, through the encoder's index where there is one, unless exact.
+-- Candidates (exemplars and pretraining images) most similar to a feature. The encoder's index is used if there is one, unless exact.
 -- grain     one row per candidate, most similar first, ties by image_id
--- argument  feature             a feature of the encoder, as in the view features
--- argument  k = 10              how many, >= 1
--- argument  encoder_id = NULL   the database's first when left out
+-- argument  feature             a feature of the encoder, such as one of the view features
+-- argument  k = 10              number of candidates, >= 1
+-- argument  encoder_id = NULL   default: the first encoder
 -- argument  candidates = NULL   a predicate on the columns of images that candidates must fulfil
 -- argument  exact = false       compare every candidate
 SELECT

@@ -1,8 +1,9 @@
--- How the exemplars of each sample's model were ranked, by every method and gallery that was evaluated.
--- recall: share of them among the first k; with k NULL among as many as there are. capped_recall: found / min(k, all of them).
--- average_precision: mean of j / r_j over them by rank r_1 < r_2 < ... chance_recall and chance_precision: expected of a random
--- order. best_recall: the most that recall can be. An exemplar that was never ranked counts as not found, and in n_unranked.
--- The harmonic number H_N is taken from its expansion, right to 1e-4 from N = 30 on.
+-- Recall and average precision of each sample, for every method and gallery that was evaluated.
+-- recall: share of the exemplars of the sample's model among the first k; with k NULL, among the first n of n exemplars.
+-- capped_recall: found / min(k, n). average_precision: mean of j / r_j over the exemplars by rank r_1 < r_2 < ...
+-- chance_recall and chance_precision: expectation in a random order. best_recall: the highest possible recall.
+-- An exemplar that was never ranked counts as not found and in n_unranked.
+-- The harmonic number H_N is computed from its expansion, exact to 1e-4 from N = 30 on.
 -- grain     one row per sample, method and gallery
 -- argument  k                   cut-off, >= 1
 WITH evaluations AS (

@@ -1,4 +1,4 @@
--- calibrations of a moment before schema 6, in the columns of today.
+-- calibrations before schema 6, with today's columns.
 -- grain  one row per row of the older table
 SELECT
     CASE WHEN mapper_id = '' THEN encoder_id ELSE encoder_id || '/' || mapper_id END AS method_id,
