@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import StableDiffusionPipeline
@@ -213,12 +214,13 @@ def square_side(sample_size: object, name: str) -> int:
 
     raises: InvalidValue if it is neither, or not square
     """
-    sides = sample_size if isinstance(sample_size, (list, tuple)) and sample_size else [sample_size]
-    if not all(type(side) is int and side > 0 for side in sides) or len(set(sides)) > 1 or len(sides) > 2:
+    sides: list[Any] = list(sample_size) if isinstance(sample_size, (list, tuple)) else [sample_size]
+    is_square = len(sides) in (1, 2) and sides[0] == sides[-1]
+    if not is_square or not all(type(side) is int and side > 0 for side in sides):
         raise InvalidValue(
             f"base model {name} has a U-Net of sample_size {sample_size!r}; one that makes square pictures is needed"
         )
-    return sides[0]
+    return int(sides[0])
 
 
 def weights_hash(folder: Path) -> str:

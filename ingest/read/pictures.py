@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from attrdb.errors import InvalidValue
 from attrdb.ingest.read.formats import FORMATS, PICTURE_STARTS, READ, heic_formats, nature
@@ -97,7 +97,7 @@ def _decode(name: str, encoded: bytes) -> Image.Image:
 def _turn(image: Image.Image) -> Image.Transpose | None:
     """How a picture must be turned to stand upright; None where its EXIF does not say so, or cannot be read."""
     try:
-        return TURNS.get(image.getexif().get(ORIENTATION))
+        return TURNS.get(image.getexif().get(ORIENTATION, 1))
     except Exception:  # Pillow raises many kinds for broken EXIF
         return None
 
@@ -107,9 +107,9 @@ def _undecodable(name: str, encoded: bytes, error: Exception) -> InvalidValue:
         return InvalidValue(f"image {name} claims more than {MAX_PIXELS:,} pixels; scale it down first")
     if advice := nature(encoded):
         return InvalidValue(f"image {name} {advice}")
-    if isinstance(error, Image.UnidentifiedImageError) and encoded.startswith(PICTURE_STARTS):
+    if isinstance(error, UnidentifiedImageError) and encoded.startswith(PICTURE_STARTS):
         return InvalidValue(f"image {name} cannot be decoded: its header is broken; fetch it again, or save it anew")
-    if isinstance(error, Image.UnidentifiedImageError):
+    if isinstance(error, UnidentifiedImageError):
         return InvalidValue(
             f"image {name} cannot be decoded: it begins like no picture of a known format; {READ} are read"
         )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -33,7 +33,7 @@ KEY_COLUMNS = ("key", "__key__")  # ids of img2dataset and webdataset
 CATEGORY_COLUMNS = ("category", "label")
 KEPT = ("source", "split", "metadata")  # columns of attrdb's own layout that are stored as they are
 FAILED = "failed"  # how img2dataset's word for an image that it could not fetch begins
-DAMAGE = (pa.ArrowException, OSError)
+DAMAGE = (pa.ArrowException, OSError, ValueError, KeyError, OverflowError)  # ValueError: names that are not UTF-8
 
 
 class Damaged(InvalidValue):
@@ -54,7 +54,9 @@ class Table:
     def schema(self) -> pa.Schema:
         """raises: Damaged, also for a file that is none of its kind"""
         try:
-            return self._open().schema if self.kind == ARROW else pq.read_schema(self.path)
+            schema = self._open().schema if self.kind == ARROW else pq.read_schema(self.path)
+            _read_names(schema)
+            return schema
         except DAMAGE as error:
             kind = self.kind.removesuffix(" files")
             raise Damaged(f"{self.path} is not a readable {kind} file: {_line(error)}; fetch it again") from error
@@ -81,6 +83,7 @@ class Table:
             else:
                 whole = iter(reader)
             for batch in whole:
+                batch.validate(full=True)  # Arrow trusts the offsets in such a file, and would read beyond its end
                 chosen = batch.select(columns) if columns is not None else batch
                 yield from (chosen.slice(first, BATCH_ROWS) for first in range(0, len(chosen), BATCH_ROWS))
         except DAMAGE as error:
@@ -91,6 +94,14 @@ class Table:
         if self.kind == PARQUET:
             return int(pq.read_metadata(self.path).num_rows)
         return sum(len(batch) for batch in self.batches([]))
+
+
+def _read_names(fields: Iterable[pa.Field]) -> None:
+    """raises: UnicodeDecodeError for a name that is not UTF-8, which would come up later"""
+    for field in fields:
+        _ = field.name
+        if pa.types.is_struct(field.type):
+            _read_names(field.type)
 
 
 def _line(error: Exception) -> str:

@@ -14,6 +14,8 @@ CONTROL = r"\x1b\[[0-?]*[ -/]*[@-~]|\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)|[\x00-\x08
 
 
 def is_text(column: pa.DataType) -> bool:
+    if pa.types.is_dictionary(column):
+        column = column.value_type
     return pa.types.is_string(column) or pa.types.is_large_string(column) or pa.types.is_string_view(column)
 
 
@@ -32,6 +34,8 @@ def valid_text(table: pa.Table) -> pa.Table:
 
 def clean_column(column: pa.ChunkedArray) -> pa.ChunkedArray:
     """A column of text without control characters; any other column as it is."""
+    if pa.types.is_dictionary(column.type):
+        column = column.cast(column.type.value_type)
     if not is_text(column.type) or not pc.any(pc.match_substring_regex(column, CONTROL)).as_py():
         return column
     return pc.replace_substring_regex(column, CONTROL, "")
