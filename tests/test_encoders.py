@@ -321,7 +321,7 @@ def test_weights_that_cannot_be_downloaded(monkeypatch):
         load_encoder("open_clip:ViT-B-32/openai")
     # OpenAI's weights mean nothing under another activation than QuickGELU.
     assert asked == {"pretrained": "openai", "force_quick_gelu": True}
-    with pytest.raises(InvalidValue, match="could not be had"):
+    with pytest.raises(InvalidValue, match="could not be downloaded"):
         load_encoder("open_clip:ViT-B-32/laion2b_s34b_b79k")
     assert asked["force_quick_gelu"] is False
     monkeypatch.setattr(timm, "create_model", refuse)

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 from broken_pictures import whole
 from conftest import picture
-from test_discover import encoded, ingest, stored
+from corpora import encoded, ingest, sample, shard, stored
 
 from attrdb.errors import InvalidValue
 from attrdb.ingest.read import walk
@@ -231,3 +231,53 @@ def test_columns_that_are_no_pictures_are_named(tmp_path):
         pq.write_table(pa.table({column: ["http://a.example/a.png"]}), tmp_path / "x.parquet")
         with pytest.raises(InvalidValue, match=f"x.parquet has no pictures: {what}; .* It has: {column}"):
             open_corpus(tmp_path / "x.parquet")
+
+
+# --- files that are damaged -------------------------------------------------------------------------------------------
+
+
+def files_that_hold_pictures(root):
+    """A file of every kind, with pictures in it."""
+    root.mkdir()
+    table = hugging_face(6, role=["pretraining"] * 6)
+    pq.write_table(table, root / "a.parquet")
+    for name, new in (("stream", pa.ipc.new_stream), ("file", pa.ipc.new_file)):
+        with pa.OSFile(str(root / f"{name}.arrow"), "wb") as file, new(file, table.schema) as writer:
+            writer.write_table(table, max_chunksize=2)
+    plain = shard(root / "a.tar", *(member for key in "012" for member in sample(key, shade=int(key)))).read_bytes()
+    for codec in ("gzip", "zstd", "lz4"):
+        with pa.CompressedOutputStream(str(root / f"{codec}.tar"), codec) as stream:
+            stream.write(plain)
+    return sorted(root.iterdir())
+
+
+@pytest.mark.parametrize("kind", range(7))
+def test_whatever_the_bytes_of_a_file_are_only_reasons_come_of_it(tmp_path, kind):
+    """Nothing but InvalidValue is raised, from the opening or from an item; n of them are checked against the whole file."""
+    original = files_that_hold_pictures(tmp_path / "whole")[kind]
+    rng = np.random.default_rng(kind)
+    (tmp_path / "x").mkdir()
+    path = tmp_path / "x" / original.name
+    path.write_bytes(original.read_bytes())
+    n_whole = sum(1 for item in open_corpus(tmp_path / "x").items() if item.read())
+    outcomes = set()
+    for number in range(60):
+        data = bytearray(original.read_bytes())
+        for at in rng.integers(0, len(data), 1 + number % 4):
+            data[at] = rng.integers(256)
+        path.write_bytes(data[: rng.integers(len(data))] if number % 6 == 0 else data)
+        try:
+            items = list(open_corpus(tmp_path / "x").items())
+        except InvalidValue as error:
+            outcomes.add("refused" * bool(str(error)))
+            continue
+        n_read = 0
+        for item in items:
+            try:
+                item.read()
+                n_read += 1
+            except InvalidValue as error:
+                outcomes.add("left out" * bool(str(error)))
+        assert n_read <= n_whole
+    assert outcomes & {"refused", "left out"}
+    assert "" not in outcomes

@@ -1,46 +1,16 @@
 """Webdataset shards: what img2dataset writes, and what a damaged or malicious shard may hold."""
 
-import io
 import json
 import tarfile
 
 import pytest
-from PIL import Image
+from corpora import FIELDS, encoded, sample, shard
 
 import attrdb
 from attrdb.errors import InvalidValue
 from attrdb.ingest.read import webdataset
 from attrdb.ingest.read.corpus import ingest_corpus
 from attrdb.ingest.read.discover import open_corpus
-from attrdb.ingest.read.pictures import webp
-
-FIELDS = {"url": "http://a.example/1.jpg", "status": "success", "LICENSE": "CC0", "width": 32, "NSFW": "UNLIKELY"}
-
-
-def encoded(shade=9):
-    return webp(Image.new("RGB", (32, 32), (shade, 99, 199)))
-
-
-def shard(path, *members):
-    """A tar of (name, bytes or text or an object as JSON), or of ready TarInfo."""
-    path.parent.mkdir(exist_ok=True)
-    with tarfile.open(path, "w") as tar:
-        for member in members:
-            if isinstance(member, tarfile.TarInfo):
-                tar.addfile(member)
-                continue
-            name, content = member
-            if isinstance(content, dict):
-                content = json.dumps(content)
-            data = content if isinstance(content, bytes) else content.encode()
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-    return path
-
-
-def sample(key, shade=9, **fields):
-    return (f"{key}.jpg", encoded(shade)), (f"{key}.txt", f"picture {key}"), (f"{key}.json", FIELDS | fields)
 
 
 def told(path, source="laion", **columns):

@@ -220,7 +220,8 @@ def _checkpoint(text: str, start: str, otherwise: str, names: list[str] | tuple)
 
 
 def _unavailable(spec: str, instead: str, error: Exception) -> str:
-    return f"the weights of {spec} could not be downloaded ({_summary(error)}); fetch them elsewhere and name the file: {instead}"
+    reason = f"the weights of {spec} could not be downloaded ({_summary(error)})"
+    return f"{reason}; fetch them elsewhere and name the file: {instead}"
 
 
 def _summary(error: Exception) -> str:
