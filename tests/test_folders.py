@@ -274,6 +274,17 @@ def test_tables_of_captions_beside_pictures(empty, tmp_path, toy_encoder, name, 
     assert skipped(root) == {}
 
 
+def test_a_parquet_table_of_captions(empty, tmp_path, toy_encoder):
+    root = tmp_path / "pets"
+    picture(root / "train" / "a.png", (1, 2, 3))
+    rows = {"file_name": ["a.png"], "caption": ["a cat"], "license": ["CC0"]}
+    pq.write_table(pa.table(rows), root / "train" / "metadata.parquet")
+    ingest(empty, root, toy_encoder)
+    assert stored(empty, "prompt", "license") == [("pets/train/a.png", "a cat", "CC0")]
+    (root / "train" / "metadata.parquet").write_bytes(b"PAR1")
+    assert "train/metadata.parquet (" in open_corpus(root).skipped.lines()[0]
+
+
 def test_lines_of_captions_that_cannot_be_read_are_said(tmp_path):
     picture(tmp_path / "pets" / "a.png", (1, 2, 3))
     (tmp_path / "pets" / "metadata.jsonl").write_text('{"file_name": "a.png"\n[]\n{"file_name": "a.png", "text": "x"}')

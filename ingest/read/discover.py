@@ -90,7 +90,7 @@ def _open_folder(path: Path, choices: Choices) -> Corpus:
             n_pictures += 1
         elif is_shard(file.path.name):
             shards.append(Shard(file.path, name, _prefix(name, file)))
-        elif file.path.name in LABEL_TABLES:
+        elif file.path.name in LABEL_TABLES and not (file.suffix in TABLES and has_pictures(Table(file.path))):
             labels.add(file, skipped)
         elif file.suffix == ".arrow" and file.path.name.startswith("cache-"):
             skipped.add(HIDDEN, file.inside)  # what `datasets` keeps of its own steps

@@ -6,9 +6,12 @@ import csv
 import io
 import json
 import posixpath
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from attrdb.errors import InvalidValue
 from attrdb.ingest.read.text import MAX_TEXT, as_text, clean, decode, first_text, json_text, plain_json
@@ -23,7 +26,7 @@ NAMES = {
     "license": ("license", "licence"),
     "creator": ("creator", "author", "artist"),
 }
-LABEL_TABLES = ("metadata.jsonl", "metadata.csv")  # as the image folders of Hugging Face have them
+LABEL_TABLES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")  # as the image folders of Hugging Face have them
 FILE_NAMES = ("file_name", "filename")
 MAX_TABLE = 2**30  # bytes of a table of captions
 BAD_LABELS = "tables of captions, or lines of them, that cannot be read"
@@ -100,13 +103,12 @@ class LabelTables:
         try:
             if file.path.stat().st_size > MAX_TABLE:
                 raise InvalidValue(f"it has more than {MAX_TABLE:,} bytes")
-            text = decode(file.path.read_bytes(), file.inside)
-        except (InvalidValue, OSError) as error:
+            rows = READERS[file.suffix](file.path.read_bytes(), file.inside)
+        except (ValueError, OSError, pa.ArrowException) as error:
             skipped.add(BAD_LABELS, f"{file.inside} ({error})")
             return
-        read = _json_lines if file.suffix == ".jsonl" else _csv_lines
         n_bad = 0
-        for number, row in read(text):
+        for number, row in rows:
             if row is None:
                 n_bad += 1
                 skipped.add(BAD_LABELS, f"{file.inside} line {number}")
@@ -122,7 +124,14 @@ class LabelTables:
         return dict(self._fields.get(inside, {}))
 
 
-def _json_lines(text: str) -> Iterator[tuple[int, Fields | None]]:
+Rows = Iterator[tuple[int, Fields | None]]  # number of the line and its fields, None for one that cannot be read
+
+
+def _json_lines(encoded: bytes, where: str) -> Rows:
+    return _parsed_lines(decode(encoded, where))
+
+
+def _parsed_lines(text: str) -> Rows:
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             try:
@@ -132,7 +141,11 @@ def _json_lines(text: str) -> Iterator[tuple[int, Fields | None]]:
             yield number, row if isinstance(row, dict) else None
 
 
-def _csv_lines(text: str) -> Iterator[tuple[int, Fields | None]]:
+def _csv_lines(encoded: bytes, where: str) -> Rows:
+    return _parsed_csv(decode(encoded, where))
+
+
+def _parsed_csv(text: str) -> Rows:
     reader = csv.DictReader(io.StringIO(text.replace("\0", ""), newline=""), skipinitialspace=True)
     while True:
         try:
@@ -143,3 +156,14 @@ def _csv_lines(text: str) -> Iterator[tuple[int, Fields | None]]:
         if row is None:
             return
         yield reader.line_num, {clean(name): value for name, value in row.items() if name and value}
+
+
+def _parquet_rows(encoded: bytes, _where: str) -> Rows:
+    return iter(list(enumerate(pq.read_table(pa.BufferReader(encoded)).to_pylist(), 1)))
+
+
+READERS: dict[str, Callable[[bytes, str], Rows]] = {
+    ".jsonl": _json_lines,
+    ".csv": _csv_lines,
+    ".parquet": _parquet_rows,
+}
