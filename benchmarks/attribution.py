@@ -29,8 +29,8 @@ CASES = {
 }
 SAYS = {
     "curves": "Recall@K against K, averaged over prompt schemes",
-    "gains": "What mappers gain in Recall@10 over the encoder's own features, 95 % intervals, paired bootstrap over models",
-    "reliability": "Influence against the share that candidates with it had, on validation models",
+    "gains": "Gains of mappers in Recall@10 over the encoder's own features, 95 % intervals, paired bootstrap over models",
+    "reliability": "Influence against the true share of candidates with that influence, on validation models",
     "general": "Recall@10 on exemplars against recall at the size of the set on models of unrelated images",
 }
 
@@ -106,8 +106,8 @@ def gains(found: dict, name_of: dict[str, str]) -> str:
     ]
     return part(
         "What tuning gains in Recall@10",
-        "Paired bootstrap over models, 95 % each, one training seed; * where the interval excludes 0. Not corrected for the "
-        "number of comparisons: of a hundred such intervals some five exclude 0 by chance.",
+        "Paired bootstrap over models, 95 % each, one training seed. * marks intervals that exclude 0. Not corrected for the "
+        "number of comparisons: about five of a hundred such intervals exclude 0 by chance.",
         table(head, lines),
     )
 
@@ -120,9 +120,9 @@ def section(found: dict) -> str:
     name_of = labels(found)
     counts = ", ".join(f"{row['n']} {row['kind']} {row['split']}" for row in found["models"])
     head = (
-        f"## Attribution on IconAbC\n\n{found['images']['pretraining']:,} candidates beside a model's own exemplars; models: "
-        f"{counts}. {found['counts']['otherwise']} candidates look otherwise than when they were frozen. Values with 95 % "
-        f"intervals of a bootstrap over models. {machine(found['machine'])}"
+        f"## Attribution on IconAbC\n\n{found['images']['pretraining']:,} candidates in addition to the model's own "
+        f"exemplars. Models: {counts}. {found['counts']['otherwise']} candidates look different from when they were frozen. "
+        f"Values have 95 % intervals of a bootstrap over models. {machine(found['machine'])}"
     )
     discussion = DISCUSSION.read_text() if DISCUSSION.exists() else ""
     return "\n".join([head, discussion, retrieval(found, name_of), gains(found, name_of), *rest(found, name_of)])
@@ -154,7 +154,8 @@ def rest(found: dict, name_of: dict[str, str]) -> Iterator[str]:
     ]
     yield part(
         "All mappers",
-        "Recall@10 on their validation models; ablations differ from the chosen mapper on both kinds in what they name.",
+        "Recall@10 on their validation models. The name of an ablation is its difference from the chosen mapper on both "
+        "kinds.",
         table(["features", "tuned on", "best epoch", "before", "after"], trained),
     )
     calibrations = [
@@ -163,8 +164,8 @@ def rest(found: dict, name_of: dict[str, str]) -> Iterator[str]:
     ]
     yield part(
         "Calibration",
-        "tau and lambda fitted on validation models; KL in nats, with softplus for ReLU, on the same models; before: tau = 1 "
-        "without cut-off.",
+        "tau and lambda are fitted on validation models. KL is in nats, with softplus for ReLU, on the same models. Before: "
+        "tau = 1 without cut-off.",
         table(["features", "tuned on", "tau", "lambda", "KL before", "KL"], calibrations),
     )
     general = [
@@ -189,7 +190,7 @@ def rest(found: dict, name_of: dict[str, str]) -> Iterator[str]:
         if row["correlation"] is not None
     ]
     yield "Pearson correlation with Recall@10 on exemplars, over all features above, and over encoders without a mapper:\n"
-    yield table(["models", "set size", "features", "correlation", "encoders", "over these alone"], correlations)
+    yield table(["models", "set size", "features", "correlation", "encoders", "over encoders only"], correlations)
     yield part(
         "Plots",
         "",
@@ -197,7 +198,7 @@ def rest(found: dict, name_of: dict[str, str]) -> Iterator[str]:
     )
     yield part(
         "Weights not available to this run",
-        "`attrdb encode DB --encoder SPEC` adds the paper's encoders; then the commands of docs/training.md.",
+        "`attrdb encode DB --encoder SPEC` adds the paper's encoders; then run the commands of docs/training.md.",
         table(["encoder of the paper", "spec"], [[name, f"`{spec}`"] for name, spec in NOT_HAD.items()]),
     )
 

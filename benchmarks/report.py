@@ -18,15 +18,15 @@ def importing(found: dict) -> str:
     says = {
         "lance": "`lance.write_dataset` on the same Arrow stream",
         "attrdb": "`attrdb ingest corpus`",
-        "again": "the same command given again: nothing left to do",
-        "read": "reading and converting alone (part of all but `again`)",
+        "again": "the same command again, with nothing left to do",
+        "read": "only reading and converting (part of the first two)",
     }
     rows = [[says[way], shown(found["seconds"][way]), f"{found['peak_gib'][way]:.2f}"] for way in says]
     return (
         f"## Importing embeddings\n\n{sizes['rows']:,} x {sizes['dimension']}, float16, {sizes['shards']} shards; "
-        f"seed {found['seed']}, {found['ratio']['n']} rounds, every run a process of its own. {machine(found['machine'])}\n"
+        f"seed {found['seed']}, {found['ratio']['n']} rounds, each run in its own process. {machine(found['machine'])}\n"
         + table(["what", "seconds, median (range)", "peak memory, GiB"], rows)
-        + f"\nRatio attrdb / lance, round by round: **{shown(found['ratio'])}**; needed: at most 1.5, and under 1.5 GiB.\n"
+        + f"\nRatio attrdb / lance per round: **{shown(found['ratio'])}**. Required: at most 1.5, and less than 1.5 GiB.\n"
     )
 
 
@@ -35,7 +35,7 @@ def appending(found: dict) -> str:
     head = [
         "milliseconds, median (range)",
         "first tenth",
-        "last tenth, left alone",
+        "last tenth, not optimized",
         f"last tenth, optimized every {every}",
     ]
     rows = [
@@ -61,10 +61,11 @@ def appending(found: dict) -> str:
     left = found["tables"]["left alone"]
     return (
         f"## Appending models\n\n{sizes['models']} models of {sizes['images_a_model']} images each, appended to "
-        f"{sizes['rows']:,} x {sizes['dimension']}; seed {found['seed']}. A new model is seen by the next SQL statement, "
-        f"and no index is built again. {machine(found['machine'])}\n"
+        f"{sizes['rows']:,} x {sizes['dimension']}; seed {found['seed']}. The next SQL statement sees a new model, "
+        f"and no index is rebuilt. {machine(found['machine'])}\n"
         + table(head, rows)
-        + f"\nLeft alone, images ends with {left['fragments']:,} fragments and {left['versions_kept']:,} versions.\n\n"
+        + f"\nWithout optimize, the table images has {left['fragments']:,} fragments and {left['versions_kept']:,} versions "
+        + "at the end.\n\n"
         + table(
             ["optimize after appends", "seconds", "fragments", "rows not indexed", "MiB, old versions kept"], rounds
         )
@@ -87,15 +88,16 @@ def encoding(found: dict) -> str:
     head = [
         "encoder",
         "pictures",
-        "bare network, images/s",
+        "network alone, images/s",
         "whole stream, images/s",
         "ratio",
-        "of processor time",
+        "ratio of processor time",
         "bound",
     ]
     return (
-        f"## Encoding\n\nFrom encoded bytes to features, against the bare network on preloaded batches; {found['rounds']} "
-        f"rounds, seed {found['seed']}. The bound is what reading and network can reach together where they share the cores. "
+        f"## Encoding\n\nFrom encoded bytes to features, compared with the network alone on preloaded batches; "
+        f"{found['rounds']} rounds, seed {found['seed']}. The bound is the highest possible ratio if reading and network "
+        "share the cores. "
         f"{machine(found['machine'])}\n" + table(head, rows)
     )
 
@@ -118,19 +120,20 @@ def customizing(found: dict) -> str:
     n_samples = round(found["attrdb"]["n_samples"]["median"])
     return (
         f"## Customizing\n\nOne model of icon-sd: {found['steps']} steps of batch {found['batch']}, {n_samples} samples, "
-        f"features, one append; {found['attrdb']['seconds']['n']} rounds, every run a process of its own, seed 0. The plain "
-        "loop is written as public training scripts are, with diffusers as it comes: data set, autoencoder and text encoder "
-        f"run in every step, samples come one prompt at a time. {found['threads']} threads. {machine(found['machine'])}\n"
+        f"features, one append; {found['attrdb']['seconds']['n']} rounds, each run in its own process, seed 0. The plain "
+        "loop is written like public training scripts, with unmodified diffusers: data set, autoencoder and text encoder "
+        f"run in every step, and samples are generated one prompt at a time. {found['threads']} threads. "
+        f"{machine(found['machine'])}\n"
         + table(["what", "seconds", "training", "sampling", "processor seconds", "peak memory, GiB"], runs)
         + "\n"
-        + table(["plain loop / attrdb, round by round; needed: at least 1.5", "seconds", "processor seconds"], ratios)
+        + table(["plain loop / attrdb per round; required: at least 1.5", "seconds", "processor seconds"], ratios)
         + "\n"
         + closely(found)
     )
 
 
 def closely(found: dict) -> str:
-    """What a step and a sample take, method by method."""
+    """What a step and a sample take, per method."""
     rows = [
         [
             f"`{one['method']}`" + (", gradient checkpointing" if one["gradient_checkpointing"] else ""),
@@ -159,19 +162,19 @@ def closely(found: dict) -> str:
     ]
     return (
         f"{one['steps']} steps of batch {one['batch']}, and {one['sample_batch']} samples of {one['solver_steps']} solver "
-        f"steps with guidance, {one['resolution']} pixels a side, on {found['device']}. Shares are of the rate of large "
-        f"matrix products there in the same precision, {one['peak_gflops']:,.0f} GFLOP/s in the first row; memory is that of "
-        "the process, loaded and at the peak of training.\n\n"
+        f"steps with guidance, {one['resolution']} pixels per side, on {found['device']}. Shares are relative to the rate of "
+        f"large matrix products there in the same precision, {one['peak_gflops']:,.0f} GFLOP/s in the first row. Memory is "
+        "that of the process, after loading and at the peak of training.\n\n"
         + table(head, rows)
-        + f"\nOf each picture a training step keeps {kept['plain']:.2g} GiB for the backward pass in {kept['precision']}, "
+        + f"\nA training step keeps {kept['plain']:.2g} GiB per image for the backward pass in {kept['precision']}, and "
         f"{kept['gradient checkpointing']:.2g} GiB with gradient checkpointing.\n"
     )
 
 
 def sd15(found: dict) -> str:
     return (
-        "## Stable Diffusion 1.5's shape\n\nThe architecture of SD 1.5 with random weights, for time and memory alone. No "
-        "accelerator was at hand: these figures are of a CPU, at a smaller batch, and say nothing of a GPU's speed. "
+        "## Stable Diffusion 1.5's shape\n\nThe architecture of SD 1.5 with random weights, to measure time and memory only. "
+        "No accelerator was available: these figures are for a CPU, at a smaller batch, and do not apply to a GPU. "
         f"{machine(found['machine'])}\n{closely(found)}"
     )
 
@@ -189,32 +192,32 @@ def quality(found: dict) -> str:
     n_gallery = found["n_gallery"]
     head = ["kind", "models", "samples", "customized", "base model, same prompts", "difference", "chance"]
     return (
-        "## Quality of customization\n\nThe share of samples whose nearest exemplar is one of their own model's, among the "
-        f"{n_gallery} exemplars of all models, by {found['encoder']}; icon-sd with the settings of its profile, on the "
-        "models of IconAbC. Mean over models, 95 % interval of a bootstrap over models. The base model drew the same "
-        f"prompts, the token left out, from the same seeds. {machine(found['machine'])}\n" + table(head, rows)
+        "## Quality of customization\n\nThe share of samples whose nearest exemplar belongs to their own model, among the "
+        f"{n_gallery} exemplars of all models, by {found['encoder']}. icon-sd with the settings of its profile, on the "
+        "models of IconAbC. Mean over models, with the 95 % interval of a bootstrap over models. The base model used the "
+        f"same prompts without the token, and the same seeds. {machine(found['machine'])}\n" + table(head, rows)
     )
 
 
 def training(found: dict) -> str:
     sizes, seconds = found["sizes"], found["seconds"]
     says = {
-        "loader": "loader alone: the query of an epoch's pairs, their features gathered",
-        "step": "step alone, on one preloaded batch",
+        "loader": "only the loader: the query of an epoch's pairs, and gathering their features",
+        "step": "only the step, on one preloaded batch",
         "together": "together, as `attrdb train` does it",
     }
     rows = [[says[way], shown(of, 0)] for way, of in found["rates"].items()]
     return (
         f"## Reading pairs for training\n\n{sizes['pairs']:,} pairs of {sizes['models']:,} models, {sizes['dimension']}-d, "
-        f"batches of {sizes['batch']:,}. Features are gathered into one file first, once a run ({seconds['prepare']:.1f} s); "
-        f"an epoch's pairs are drawn and put in order by one query ({seconds['query']:.1f} s). {machine(found['machine'])}\n"
-        + table(["what", "pairs a second, median (range)"], rows)
-        + f"\nTogether / the slower of the two, round by round: **{shown(found['ratio'])}**; needed: 0.8. Peak memory "
+        f"batches of {sizes['batch']:,}. Once per run, features are gathered into one file ({seconds['prepare']:.1f} s). "
+        f"One query draws and orders the pairs of an epoch ({seconds['query']:.1f} s). {machine(found['machine'])}\n"
+        + table(["what", "pairs per second, median (range)"], rows)
+        + f"\nTogether / the slower of the two, per round: **{shown(found['ratio'])}**. Required: 0.8. Peak memory "
         f"{found['peak_gib']:.2f} GiB.\n"
     )
 
 
-# The section of each file of figures, and the command that makes it again.
+# The section of each file of figures, and the command that measures them.
 SECTIONS = {
     "importing": (importing, "benchmarks/importing.py --json importing.json"),
     "appending": (appending, "benchmarks/appending.py --json appending.json"),
@@ -233,7 +236,7 @@ def page() -> str:
     for name, (section, command) in SECTIONS.items():
         file = RESULTS / f"{name}.json"
         if file.exists():
-            parts.append(f"{section(json.loads(file.read_text()))}\nAgain: `python {command}`\n")
+            parts.append(f"{section(json.loads(file.read_text()))}\nTo rerun: `python {command}`\n")
     return "\n".join(parts)
 
 

@@ -14,7 +14,7 @@ def section(found: dict) -> str:
         sizes, limits = told["sizes"], told["limits"]
         rates = f"{limits['gflops']:,.0f} GFLOP/s of matrix products, {limits['read_gb_a_second']:.0f} GB/s of reading"
         says = SAYS[part](told["found"], sizes, limits)
-        parts.append(f"{says}\nThe machine, in the same run: {rates}. {machine(told['machine'])}")
+        parts.append(f"{says}\nLimits of the machine, in the same run: {rates}. {machine(told['machine'])}")
     return "\n".join(parts)
 
 
@@ -26,12 +26,12 @@ def evaluation(found: dict, sizes: dict, limits: dict) -> str:
             ["what", "seconds"],
             [
                 ["attrdb, from disk, median (range)", shown(found["seconds"])],
-                ["a matrix-vector product and an argsort a query, in memory", f"{found['reference_seconds']:.1f}"],
+                ["one matrix-vector product and one argsort per query, in memory", f"{found['reference_seconds']:.1f}"],
             ],
         )
-        + f"\n**{found['times']:.1f} times** as fast, at {found['gflops'] / limits['gflops']:.2f} of the rate of large "
-        f"matrix products; {found['n_ranks_different']} ranks differ. A process that searches so takes "
-        f"{memory['peak_gib']:.2f} GiB at its peak, {memory['before_gib']:.2f} GiB before.\n"
+        + f"\nattrdb is **{found['times']:.1f} times** as fast, at {found['gflops'] / limits['gflops']:.2f} of the rate of "
+        f"large matrix products. {found['n_ranks_different']} ranks differ. The process takes "
+        f"{memory['before_gib']:.2f} GiB before the search and {memory['peak_gib']:.2f} GiB at its peak.\n"
     )
 
 
@@ -47,8 +47,8 @@ def exact(found: dict, sizes: dict, limits: dict) -> str:
         for block in found["blocks"]
     ]
     return (
-        f"### The exact first ten of {sizes['rows']:,} x {sizes['dimension']}\n\nSeconds for a block of queries, median "
-        f"(range). faiss holds the features in memory, which took it {found['faiss_adding_seconds']:.1f} s.\n\n"
+        f"### The exact first ten of {sizes['rows']:,} x {sizes['dimension']}\n\nSeconds per block of queries, median "
+        f"(range). faiss holds the features in memory; loading them took {found['faiss_adding_seconds']:.1f} s.\n\n"
         + table(["queries", *ways, "share of the product rate, in memory", "same ids as faiss"], rows)
     )
 
@@ -69,10 +69,10 @@ def approximate(found: list[dict], sizes: dict, limits: dict) -> str:
                 ]
             )
     return (
-        f"### Approximate search of {sizes['rows']:,} x {sizes['dimension']}\n\nRecall@10 and milliseconds a query, one at a "
-        "time and 256 at once, median (range). attrdb and Lance read from disk, with the role as a prefilter; the others "
-        "hold everything in memory and filter nothing.\n\n"
-        + table(["what", "build, s", "MiB: index + features", "setting", "recall@10", "alone, ms", "of 256, ms"], rows)
+        f"### Approximate search of {sizes['rows']:,} x {sizes['dimension']}\n\nRecall@10 and milliseconds per query, for "
+        "single queries and for 256 at once, median (range). attrdb and Lance read from disk, with the role as a prefilter. "
+        "The others hold everything in memory and do not filter.\n\n"
+        + table(["what", "build, s", "MiB: index + features", "setting", "recall@10", "single, ms", "of 256, ms"], rows)
     )
 
 
@@ -100,13 +100,13 @@ def real(found: list[dict], sizes: dict, limits: dict) -> str:
         for mapper in one["mappers"]
     ]
     return (
-        "### Indices of IconAbC's features\n\nBuilt with what attrdb chooses by itself; recall@10 against an exact search, "
-        "of 200 samples.\n\n"
-        + table(["features", "kind", "rows", "build, s", "cells looked into", "hits an answer", "recall@10"], indices)
-        + "\nTheir mappers, folded into the query: how uneven n(x) is; recall@10 with twice the cells and four times the "
-        "hits of the encoder, without and with what is taken from the query for n(x); what attrdb chose.\n\n"
+        "### Indices of IconAbC's features\n\nBuilt with the settings that attrdb chooses; recall@10 against an exact "
+        "search, of 200 samples.\n\n"
+        + table(["features", "kind", "rows", "build, s", "probes", "hits per answer", "recall@10"], indices)
+        + "\nTheir mappers, folded into the query: how uneven n(x) is; recall@10 with twice the probes and four times the "
+        "hits of the encoder, without and with the norm correction; the settings that attrdb chose.\n\n"
         + table(
-            ["mapper", "std(n) / mean(n)", "without", "with", "chosen: cells", "hits an answer", "recall@10"], mappers
+            ["mapper", "std(n) / mean(n)", "without", "with", "chosen: probes", "hits per answer", "recall@10"], mappers
         )
     )
 
@@ -124,22 +124,22 @@ def folding(found: list[dict], sizes: dict, limits: dict) -> str:
         column, folded = one["column"], one["folded"]
         takes = f"{column['storing_seconds'] + column['build_seconds']:.0f} s, {column['bytes'] / 2**20:,.0f} MiB"
         cells = [[f"{way['n_probes']:,}", str(way["oversampling"])] for way in (column, folded)]
-        rows.append([f"{one['norms']:.3f}", "a column of its own", takes, *cells[0], *_asked(column)])
+        rows.append([f"{one['norms']:.3f}", "its own column", takes, *cells[0], *_asked(column)])
         measuring = f"{folded['measuring_seconds']:.0f} s"
         how = "folded into the query" if folded["used"] else "all candidates compared"
         rows.append(["", how, measuring, *(cells[1] if folded["used"] else ["", ""]), *_asked(folded)])
     return (
-        f"### Mappers, folded or materialised, {sizes['rows']:,} x {sizes['dimension']}\n\nA column of mapped features has "
-        "to be stored and indexed for each mapper; a folded one is measured once. Both are asked with what attrdb chose.\n\n"
+        f"### Mappers, folded or materialised, {sizes['rows']:,} x {sizes['dimension']}\n\nA column of mapped features is "
+        "stored and indexed for each mapper; a folded mapper is measured once. Both use the settings that attrdb chose.\n\n"
         + table(
             [
                 "std(n) / mean(n)",
                 "what",
                 "takes",
-                "partitions",
+                "probes",
                 "hits per answer",
                 "recall@10",
-                "alone, ms",
+                "single, ms",
                 "of 256, ms",
             ],
             rows,
@@ -159,21 +159,21 @@ def growth(found: list[dict], sizes: dict, limits: dict) -> str:
         for one in found
     ]
     return "### As the gallery grows\n\n" + table(
-        ["rows", "build, s", "cells looked into", "index, MiB", "recall@10", "alone, ms", "of 256, ms"], rows
+        ["rows", "build, s", "probes", "index, MiB", "recall@10", "single, ms", "of 256, ms"], rows
     )
 
 
 def later(found: list[dict], sizes: dict, limits: dict) -> str:
     rows = [[f"{one['appended']:.0%}", *_asked(one)] for one in found]
-    return f"### Rows that came after the index, {sizes['rows']:,} before\n\n" + table(
-        ["appended", "recall@10", "alone, ms", "of 256, ms"], rows
+    return f"### Rows appended after the index was built, {sizes['rows']:,} before\n\n" + table(
+        ["appended", "recall@10", "single, ms", "of 256, ms"], rows
     )
 
 
 def predicates(found: list[dict], sizes: dict, limits: dict) -> str:
     rows = [[f"{one['kept']} %", f"{one['n_candidates']:,}", *_asked(one)] for one in found]
-    return f"### Under a predicate, {sizes['rows']:,} rows\n\n" + table(
-        ["kept", "candidates", "recall@10", "alone, ms", "of 256, ms"], rows
+    return f"### With a predicate, {sizes['rows']:,} rows\n\n" + table(
+        ["kept", "candidates", "recall@10", "single, ms", "of 256, ms"], rows
     )
 
 
@@ -206,11 +206,11 @@ def accelerator(found: dict, sizes: dict, limits: dict) -> str:
     products = ", ".join(f"{name} {rate:,.0f}" for name, rate in peak.items())
     return (
         f"### On an accelerator, {sizes['rows']:,} x {sizes['dimension']}\n\n{found['gpu']}; large matrix products, in "
-        f"TFLOP/s: {products}. Seconds for ranks of one exemplar a query, median (range); how many ranks differ from the "
-        "CPU's, and would if a product in float32 or TF32 had the last word.\n\n"
+        f"TFLOP/s: {products}. Seconds for ranks of one exemplar per query, median (range); number of ranks that differ "
+        "from the CPU's, and that would differ if a product in float32 or TF32 decided.\n\n"
         + table(["exemplar", "queries", *ways, "share of TF32", "differ", "by float32", "by TF32"], ranks)
-        + "\nSeconds that an index takes; Lance does the last stage, on the CPU.\n\n"
-        + table(["what", "device", "all", "partitions", "dividing", "Lance's part", "recall@10"], builds)
+        + "\nSeconds to build an index. Lance does the last stage, on the CPU.\n\n"
+        + table(["what", "device", "total", "partitions", "assigning", "Lance's part", "recall@10"], builds)
     )
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from importlib.metadata import entry_points
 from typing import Any, Protocol
 
@@ -23,6 +22,7 @@ from attrdb.errors import AttrdbError, InvalidValue, NotFound
 from attrdb.progress import Progress, no_progress
 from attrdb.store import jobs
 from attrdb.store.ids import check_id, lock_file
+from attrdb.store.jobs import JobResult
 from attrdb.store.locks import exclusive_lock
 from attrdb.store.predicates import CANDIDATES, literal
 from attrdb.store.schema import TABLES
@@ -61,16 +61,6 @@ class Scorer(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class Scored:
-    """How many samples were scored, had been before, and got no score, which is kept in `failures`."""
-
-    method_id: str
-    n_scored: int
-    n_stored: int
-    n_failed: int
-
-
 def load_scorer(spec: str) -> Scorer:
     """The scorer that an installed package makes of NAME or NAME:ARGUMENT.
 
@@ -92,6 +82,11 @@ def _check_scorer(scorer: Any) -> None:
     json.dumps(scorer.settings)
 
 
+def method_id_of(spec: str, method_id: str | None = None) -> str:
+    """The id of a scorer's method: the one given, or one made from its spec; raises InvalidValue for a wrong one."""
+    return check_id("method", method_id or re.sub(r"[^a-z0-9]+", "_", spec.lower()).strip("_"))
+
+
 def score(
     db: Database,
     spec: str,
@@ -99,14 +94,14 @@ def score(
     samples: str = "true",
     method_id: str | None = None,
     report: Progress = no_progress,
-) -> Scored:
+) -> JobResult:
     """Score the samples that a predicate keeps, in commits of SAMPLES_PER_COMMIT; a rerun skips those that have scores.
 
     method_id: of the method in the database; made from the spec for None
     raises:    InvalidValue for a wrong id or predicate, scores that cannot be stored, or a method of that id with other
                settings; NotFound if no sample fulfils the predicate; Busy if another process scores by the same method
     """
-    method_id = check_id("method", method_id or re.sub(r"[^a-z0-9]+", "_", spec.lower()).strip("_"))
+    method_id = method_id_of(spec, method_id)
     db.refresh()
     db.snapshot.check_predicate("samples", samples)
     _register(db, method_id, spec, scorer)
@@ -120,8 +115,9 @@ def score(
     ):
         scored = db.snapshot.rows("scores", f"method_id = {literal(method_id)}", ["sample_id"])
         left = sorted(set(known) - {row["sample_id"] for row in scored})
+        job.n_stored = len(known) - len(left)
         for start in range(0, len(left), SAMPLES_PER_COMMIT):
-            report("score", len(known) - len(left) + start, len(known))
+            report("score", job.n_stored + start, len(known))
             part = left[start : start + SAMPLES_PER_COMMIT]
             tables = _asked(spec, scorer, db, part)
             rows = pa.concat_tables([_conformed(table, part, candidates) for table in tables] or [_NONE])
@@ -133,7 +129,7 @@ def score(
             job.failed(dict.fromkeys(set(part) - set(done), f"{spec} gives it no score"))
             job.n_done += len(done)
         report("score", len(known), len(known))
-    return Scored(method_id, job.n_done, len(known) - len(left), len(left) - job.n_done)
+    return job.result(set(known))
 
 
 def _asked(spec: str, scorer: Scorer, db: Database, sample_ids: Sequence[str]) -> list[pa.Table]:

@@ -57,7 +57,7 @@ def rows(db):
 
 
 def summary(result):
-    return result.n_appended, result.n_stored, result.incomplete, result.failed
+    return result.n_done, result.n_stored, result.failures
 
 
 # --- what becomes of an entry -----------------------------------------------------------------------------------------
@@ -67,7 +67,7 @@ def test_an_entry_is_a_model(empty, styles, toy_encoder):
     release = read_release(*styles)
     reports = []
     result = ingest_abc(empty, release, [toy_encoder], lambda *units: reports.append(units))
-    assert summary(result) == (2, 0, [], [])
+    assert summary(result) == (2, 0, {})
     assert reports == [(f"ingest {release.name}", done, 2) for done in (0, 1, 2)]
     images, models = rows(empty)
     ardon = release.models[0].model_id
@@ -150,7 +150,7 @@ def test_run_twice_is_run_once_and_stored_files_are_not_read(empty, styles, toy_
     before, version = rows(empty), empty.version
     for path in styles[1].rglob("*.png"):
         path.unlink()
-    assert summary(ingest_abc(empty, read_release(*styles), [toy_encoder])) == (0, 2, [], [])
+    assert summary(ingest_abc(empty, read_release(*styles), [toy_encoder])) == (0, 2, {})
     assert rows(empty) == before
     assert empty.version == version
 
@@ -167,7 +167,7 @@ def test_interrupted_and_rerun_is_run_once(tmp_path, styles, toy_encoder):
     with pytest.raises(KeyboardInterrupt):
         ingest_abc(broken, release, [toy_encoder], interrupt)
     assert len(rows(broken)[1]) == 1
-    assert summary(ingest_abc(broken, release, [toy_encoder])) == (1, 1, [], [])
+    assert summary(ingest_abc(broken, release, [toy_encoder])) == (1, 1, {})
     assert rows(broken) == rows(whole)
 
 
@@ -186,10 +186,11 @@ def test_models_without_their_files_are_left_out_until_these_come(tmp_path, styl
     bosch = release.models[1].model_id
     relative = tuple(str(file.relative_to(root)) for file in reversed(gone))
     assert release.missing == list(relative)
-    assert summary(ingest_abc(parts, release, [toy_encoder])) == (1, 0, [(bosch, relative)], [])
+    missing = f"2 files are missing, the first is {relative[0]}"
+    assert summary(ingest_abc(parts, release, [toy_encoder])) == (1, 0, {bosch: missing})
     for file, content in zip(gone, kept, strict=True):
         file.write_bytes(content)
-    assert summary(ingest_abc(parts, read_release(path, root), [toy_encoder])) == (1, 1, [], [])
+    assert summary(ingest_abc(parts, read_release(path, root), [toy_encoder])) == (1, 1, {})
     assert rows(parts) == rows(whole)
 
 
@@ -198,8 +199,8 @@ def test_a_picture_that_cannot_be_decoded_leaves_its_model_out(empty, styles, to
     (root / "dataset/synth/artchive/gpt/ardon/samples/00001.png").write_bytes(b"torn")
     release = read_release(path, root)
     result = ingest_abc(empty, release, [toy_encoder])
-    assert result.n_appended == 1
-    ((model_id, reason),) = result.failed
+    assert result.n_done == 1
+    ((model_id, reason),) = result.failures.items()
     assert model_id == release.models[0].model_id
     assert "gpt/ardon/samples/00001.png cannot be decoded" in reason
     assert {row["model_id"] for row in rows(empty)[0]} == {release.models[1].model_id}
@@ -210,10 +211,10 @@ def test_a_model_that_is_stored_otherwise_is_listed(empty, styles, toy_encoder):
     ingest_abc(empty, read_release(path, root), [toy_encoder])
     other = path.rename(path.with_name("val_artchive.json"))
     result = ingest_abc(empty, read_release(other, root), [toy_encoder])
-    assert (result.n_appended, result.n_stored, len(result.failed)) == (0, 0, 2)
+    assert (result.n_done, result.n_stored, len(result.failures)) == (0, 0, 2)
     assert (
         "stored already, with other samples, another category or another split; import val_artchive.json into another"
-        in (result.failed[0][1])
+        in next(iter(result.failures.values()))
     )
 
 
@@ -230,7 +231,7 @@ def test_samples_of_one_name_are_not_mixed_up(empty, styles, toy_encoder):
     entries = json.loads(path.read_text())
     entries[0]["synth"]["gpt"].append(entries[0]["synth"]["object"][0])
     result = ingest_abc(empty, read_release(write(root, path.name, entries), root), [toy_encoder])
-    assert "would have the same id" in result.failed[0][1]
+    assert "would have the same id" in next(iter(result.failures.values()))
 
 
 # --- bad input --------------------------------------------------------------------------------------------------------
@@ -257,7 +258,7 @@ SOUND = {"exemplar": ["e.png"], "synth": {"gpt": ["s.png"]}, "class_id": "x", "c
         (SOUND | {"exemplar": ["a/../../b"]}, "entry 1: path 'a/../../b' leads out of the release's root"),
         (
             SOUND | {"exemplar": ["dataset/exemplar/bamfg/images/a.png"]},
-            "entry 1: exemplar path .* is of bamfg, the file's name says artchive",
+            "entry 1: exemplar path .* belongs to bamfg, and the file's name to artchive",
         ),
         (SOUND, "entry 1: entry 0 has the same exemplars"),
     ],
@@ -283,7 +284,7 @@ def test_links_out_of_the_root_are_refused(styles, tmp_path, link):
 
 
 def test_release_files_that_cannot_be_read(tmp_path):
-    with pytest.raises(InvalidValue, match=r"mine\.json has a name that does not say split and data set"):
+    with pytest.raises(InvalidValue, match=r"mine\.json has a name without split and data set"):
         read_release(write(tmp_path, "mine.json", []), tmp_path)
     with pytest.raises(InvalidValue, match="must be a JSON list with an entry for every model"):
         read_release(write(tmp_path, "test_bamfg.json", {}), tmp_path)

@@ -57,7 +57,7 @@ def assert_filled(db, photos):
 def test_every_image_gets_its_feature(stored, photos):
     assert len(stored.snapshot.tables["images"].get_fragments()) == 3
     result = backfill(stored, Pixels(2))
-    assert (result.n_encoded, result.n_without_image, result.failures) == (N, 0, {})
+    assert (result.n_done, result.n_skipped, result.failures) == (N, 0, {})
     assert_filled(stored, photos)
     assert stored.status()["encoders"]["pixels_2"] == {
         "spec": "pixels:2",
@@ -79,7 +79,7 @@ def test_the_other_columns_and_rows_stay_as_they_are(stored):
 def test_given_again_there_is_nothing_to_do(stored):
     backfill(stored, Pixels(2))
     version = stored.version
-    assert backfill(stored, Pixels(2)).n_encoded == 0
+    assert backfill(stored, Pixels(2)).n_done == 0
     assert stored.version == version
 
 
@@ -88,7 +88,7 @@ def test_what_was_appended_since_is_encoded_by_the_next_call(stored, photos, toy
     picture(photos / "9.png", (1, 2, 3))
     ingest(stored, photos, [toy_encoder])
     assert stored.status()["encoders"]["pixels_2"]["n_to_encode"] == 1
-    assert backfill(stored, Pixels(2)).n_encoded == 1
+    assert backfill(stored, Pixels(2)).n_done == 1
     assert_filled(stored, photos)
 
 
@@ -117,7 +117,7 @@ def test_interrupted_anywhere_nothing_is_encoded_twice(stored, photos, monkeypat
     n_left = stored.status()["encoders"]["pixels_2"]["n_to_encode"]
     kept = sum(1 for _ in (stored.path / "jobs" / ".encode-pixels_2").glob("*.parquet"))
     rest = Counting(N)
-    assert backfill(stored, rest).n_encoded == n_left
+    assert backfill(stored, rest).n_done == n_left
     assert rest.seen == n_left - kept
     assert_filled(stored, photos)
 
@@ -138,7 +138,7 @@ def test_a_fragment_that_another_writer_merged_is_not_lost(stored, photos, monke
     assert_filled(stored, photos)
     assert len(stored.snapshot.tables["images"].get_fragments()) == 1
     assert sum(passes) == N
-    assert result.n_encoded == N
+    assert result.n_done == N
 
 
 def test_appends_in_the_middle_are_kept(stored, photos, toy_encoder):
@@ -153,7 +153,7 @@ def test_appends_in_the_middle_are_kept(stored, photos, toy_encoder):
             return super().features(batch)
 
     result = backfill(stored, Appending(2))
-    assert result.n_encoded == N
+    assert result.n_done == N
     ids, found = features(stored)
     assert dict(zip(ids, found, strict=True))["late"] is None
     assert len(ids) == N + 1
@@ -163,7 +163,7 @@ def test_images_that_cannot_be_encoded_are_recorded_and_can_be_tried_again(store
     rows = {"image_id": ["broken", "bare"], "role": ["pretraining"] * 2, "image": [b"no picture", None]}
     stored.writer.append_images(pa.table(rows))
     result = backfill(stored, Pixels(2))
-    assert (result.n_encoded, result.n_without_image) == (N, 1)
+    assert (result.n_done, result.n_skipped) == (N, 1)
     assert list(result.failures) == ["broken"]
     assert "image broken cannot be decoded" in result.failures["broken"]
     found = stored.sql("SELECT job_id, item FROM failures").to_pylist()

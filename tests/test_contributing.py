@@ -77,7 +77,7 @@ def test_the_customizer(tiny_base, monkeypatch):
 def test_the_method(toy):
     scorer = run("method", np=np, pa=pa, zlib=zlib)["Random"]("3")
     _check_scorer(scorer)
-    assert score(toy, "random:3", scorer).n_scored == 2
+    assert score(toy, "random:3", scorer).n_done == 2
     attribute_samples(toy.writer, "true", AttributionRequest(k=2, method="random_3"))
     stored = toy.sql("SELECT sample_id, count(*) AS n FROM attributions GROUP BY ALL ORDER BY ALL").to_pylist()
     assert [row["sample_id"] for row in stored] == ["m/0/1", "m/0/2"]

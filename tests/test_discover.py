@@ -60,7 +60,7 @@ def test_everything_in_a_mixed_folder_is_read_or_said(empty, mixed, toy_encoder)
         ("mixed/tars/1", "picture 1", None),
         ("mixed/tars/2", "picture 2", None),
     ]
-    assert {kind: (o.n_appended, o.n_stored, o.n_failed) for kind, o in result.outcomes.items()} == {
+    assert {kind: (o.n_done, o.n_stored, o.n_failed) for kind, o in result.outcomes.items()} == {
         "picture files": (4, 0, 1),
         "tar shards": (2, 0, 0),
         "Parquet files": (2, 0, 0),
@@ -69,7 +69,7 @@ def test_everything_in_a_mixed_folder_is_read_or_said(empty, mixed, toy_encoder)
     assert item == "mixed/photos/torn.jpg"
     assert "torn.jpg cannot be decoded: image file is truncated" in reason
     again = ingest(empty, mixed, toy_encoder)
-    assert (again.n_appended, again.n_stored, len(again.failures)) == (0, 8, 1)
+    assert (again.n_done, again.n_stored, len(again.failures)) == (0, 8, 1)
 
 
 def test_the_command_says_what_became_of_each_kind(mixed, tmp_path):
@@ -192,7 +192,7 @@ def test_a_compressed_tar_that_is_cut_off_keeps_what_stands_before(empty, tmp_pa
     data = (tmp_path / "pets.tgz").read_bytes()
     (tmp_path / "pets.tgz").write_bytes(data[: len(data) // 2])
     result = ingest(empty, tmp_path / "pets.tgz", toy_encoder)
-    assert 0 < result.n_appended < 200
+    assert 0 < result.n_done < 200
     (reason,) = result.failures.values()
     assert "pets.tgz is damaged or cut off after sample '" in reason
 

@@ -80,21 +80,21 @@ def test_an_executor_is_kept_full_and_never_overfull(tmp_path, n_slots):
     queue, failures = work_off(tmp_path, executor, "abcdef")
     assert executor.submitted == list("abcdef")
     assert executor.most_running == n_slots
-    assert (queue.result.done, queue.result.failed, failures) == (6, [], [])
+    assert (queue.result.n_done, queue.result.failures, failures) == (6, {}, [])
 
 
 def test_a_failed_attempt_is_retried_after_the_others(tmp_path):
     executor = ScriptedExecutor(red=[Outcome("failed", "no memory")])
     queue, failures = work_off(tmp_path, executor)
     assert executor.submitted == ["red", "green", "blue", "red"]
-    assert (queue.result.done, queue.result.failed, failures) == (3, [], [])
+    assert (queue.result.n_done, queue.result.failures, failures) == (3, {}, [])
 
 
 def test_a_model_that_keeps_failing_is_given_up_and_recorded(tmp_path):
     executor = ScriptedExecutor(red=[Outcome("failed", "no memory")] * 9)
     queue, failures = work_off(tmp_path, executor, retries=2)
     assert executor.submitted.count("red") == 3
-    assert queue.result.failed == [("red", "no memory (attempt 3)")]
+    assert queue.result.failures == {"red": "no memory (attempt 3)"}
     assert failures == [{"item": "red", "reason": "no memory (attempt 3)"}]
 
 
@@ -102,7 +102,7 @@ def test_a_refused_model_is_not_retried(tmp_path):
     executor = ScriptedExecutor(red=[Outcome("refused", "no such folder")])
     queue, failures = work_off(tmp_path, executor, retries=5)
     assert executor.submitted == ["red", "green", "blue"]
-    assert queue.result.failed == [("red", "no such folder")]
+    assert queue.result.failures == {"red": "no such folder"}
     assert failures == [{"item": "red", "reason": "no such folder"}]
 
 
@@ -111,7 +111,7 @@ def test_a_busy_model_waits_and_costs_no_attempt(tmp_path):
     executor = ScriptedExecutor(red=[*busy, Outcome("failed", "no memory"), DONE])
     queue, _ = work_off(tmp_path, executor, retries=1)
     assert executor.submitted.count("red") == 6
-    assert (queue.result.done, queue.result.failed) == (3, [])
+    assert (queue.result.n_done, queue.result.failures) == (3, {})
 
 
 def test_progress_counts_failures_and_leaves_out_retries(tmp_path):
@@ -125,7 +125,7 @@ def test_a_model_that_takes_its_workers_with_it_is_given_up(tmp_path):
     executor = ScriptedExecutor(red=[lost_outcome(-signal.SIGKILL)] * 2)
     queue, failures = work_off(tmp_path, executor, ["red"])
     reason = "its worker process ended with signal 9 (attempt 2)"
-    assert queue.result.failed == [("red", reason)]
+    assert queue.result.failures == {"red": reason}
     assert failures == [{"item": "red", "reason": reason}]
 
 
@@ -140,7 +140,7 @@ def test_the_reason_of_a_stuck_worker_names_the_lease():
 def test_a_queue_takes_any_executor_and_closes_it(tmp_path):
     db, executor = attrdb.create(tmp_path / "queue.attrdb"), ScriptedExecutor(2, blue=[Outcome("refused", "why")])
     result = ingest_models(db.path, specs(), ["pixels:2"], QueueSettings(workers=9), executor=executor)
-    assert (result.done, result.failed, executor.closed) == (2, [("blue", "why")], 1)
+    assert (result.n_done, result.failures, executor.closed) == (2, {"blue": "why"}, 1)
     [job] = attrdb.open(db.path).sql("SELECT * FROM jobs").to_pylist()
     assert (job["state"], job["n_done"], job["n_failed"]) == ("incomplete", 2, 1)
 
@@ -224,7 +224,7 @@ def test_a_worker_that_fails_is_replaced(tmp_path, monkeypatch):
 
     workers = ThreadWorkers(monkeypatch, act)
     queue, _ = work_off(tmp_path, processes())
-    assert (queue.result.done, queue.result.failed) == (3, [])
+    assert (queue.result.n_done, queue.result.failures) == (3, {})
     assert workers.started.count(1) <= 2
 
 
@@ -245,7 +245,7 @@ def test_workers_that_have_reported_are_not_stuck_when_the_parent_was(tmp_path, 
     workers = ThreadWorkers(monkeypatch, act)
     executor = processes(lease_minutes=0.001, report=lambda *_: time.sleep(0.1))
     queue, _ = work_off(tmp_path, executor, retries=0)
-    assert (queue.result.done, queue.result.failed) == (3, [])
+    assert (queue.result.n_done, queue.result.failures) == (3, {})
     assert workers.started == [1, 2]
 
 
@@ -262,7 +262,7 @@ def test_a_silent_worker_is_killed_and_its_model_made_by_another(tmp_path, monke
     monkeypatch.setattr(executors, "CHECK_SECONDS", 0.05)
     queue, _ = work_off(tmp_path, processes(1, lease_minutes=0.01), ["red"], retries=1)
     assert killed.is_set()
-    assert (queue.result.done, queue.result.failed, workers.started) == (1, [], [1, 1])
+    assert (queue.result.n_done, queue.result.failures, workers.started) == (1, {}, [1, 1])
 
 
 def test_a_model_is_not_charged_for_a_worker_that_had_ended_before(tmp_path, monkeypatch):
@@ -275,7 +275,7 @@ def test_a_model_is_not_charged_for_a_worker_that_had_ended_before(tmp_path, mon
     ended = threading.Event()
     workers = ThreadWorkers(monkeypatch, act)
     queue, _ = work_off(tmp_path, processes(), progress=lambda *_: ended.wait(), retries=0)
-    assert (queue.result.done, queue.result.failed) == (3, [])
+    assert (queue.result.n_done, queue.result.failures) == (3, {})
     assert len(workers.started) == 3
 
 
@@ -289,4 +289,4 @@ def test_a_worker_that_never_starts_costs_an_attempt_and_does_not_hang(tmp_path,
 
     monkeypatch.setattr(ProcessExecutor, "_start", start)
     queue, _ = work_off(tmp_path, processes(), ["red"], retries=1)
-    assert queue.result.failed == [("red", "its worker process ended with exit code 1 (attempt 2)")]
+    assert queue.result.failures == {"red": "its worker process ended with exit code 1 (attempt 2)"}

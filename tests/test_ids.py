@@ -168,3 +168,30 @@ def test_an_old_database_with_an_encoder_of_a_long_name_is_used_on(empty, monkey
     assert empty.writer.check_encoder(spec, 2, {}, "")
     assert empty.writer.add_encoder(spec, 2, {}, "") == encoder_id
     assert ids.encode_job(empty.path, encoder_id).path.parent == empty.path / "jobs"
+
+
+# --- the settings of a half-done job ----------------------------------------------------------------------------------
+
+
+def test_a_job_keeps_its_settings(tmp_path):
+    job = ids.model_job(tmp_path, "vase")
+    assert job.read_settings() is None
+    job.make()
+    job.write_settings({"steps": 3, "name": "väse"})
+    assert job.read_settings() == {"steps": 3, "name": "väse"}
+    assert [file.name for file in job.path.iterdir()] == ["settings.json"]
+
+
+@pytest.mark.parametrize("content", [b"", b'{"steps": ', b"[1, 2]", b"\xff\xfe", b"null"])
+def test_damaged_settings_are_named(tmp_path, content):
+    job = ids.model_job(tmp_path, "vase")
+    job.make()
+    job.settings_file.write_bytes(content)
+    with pytest.raises(InvalidValue, match=f"settings.json is damaged; delete {job.path} to begin anew"):
+        job.read_settings()
+
+
+def test_settings_that_differ_are_named_with_both_values():
+    ids.check_same_settings("mapper", "a", {"lr": 1}, {"lr": 1}, "in my.attrdb")
+    with pytest.raises(InvalidValue, match="mapper 'a' is in my.attrdb with lr = 1, now it is None; .*--mapper-id"):
+        ids.check_same_settings("mapper", "a", {"lr": 1}, {}, "in my.attrdb")

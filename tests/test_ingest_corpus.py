@@ -49,7 +49,7 @@ def folder(tmp_path):
 
 def test_a_folder_with_captions(empty, folder, toy_encoder):
     result = ingest(empty, folder, [toy_encoder])
-    assert (result.n_appended, result.n_stored, result.failures) == (2, 0, {})
+    assert (result.n_done, result.n_stored, result.failures) == (2, 0, {})
     found = empty.sql("SELECT image_id, role, source, prompt, width, toy_2 FROM images ORDER BY image_id").to_pylist()
     assert [(row["image_id"], row["role"], row["source"], row["prompt"], row["width"]) for row in found] == [
         ("photos/deep/green.jpg", "pretraining", "photos", None, 32),
@@ -64,7 +64,7 @@ def test_given_again_it_takes_only_what_is_new(empty, folder, toy_encoder):
     assert ingest(empty, folder, [toy_encoder]).n_stored == 2
     assert empty.version == version
     picture(folder / "blue.png", (10, 10, 200))
-    assert ingest(empty, folder, [toy_encoder]).n_appended == 1
+    assert ingest(empty, folder, [toy_encoder]).n_done == 1
 
 
 def test_interrupted_it_goes_on_where_it_was(empty, folder, toy_encoder, monkeypatch):
@@ -76,7 +76,7 @@ def test_interrupted_it_goes_on_where_it_was(empty, folder, toy_encoder, monkeyp
     with pytest.raises(KeyboardInterrupt):
         ingest(empty, folder, [toy_encoder], report=kill)
     result = ingest(empty, folder, [toy_encoder])
-    assert (result.n_appended, result.n_stored) == (1, 1)
+    assert (result.n_done, result.n_stored) == (1, 1)
 
 
 def test_what_cannot_be_read_is_left_out_and_named(empty, folder, toy_encoder):
@@ -84,7 +84,7 @@ def test_what_cannot_be_read_is_left_out_and_named(empty, folder, toy_encoder):
     picture(folder / "dot.png", (1, 2, 3), size=1)
     (folder / "bomb.png").write_bytes(bomb())
     result = ingest(empty, folder, [toy_encoder])
-    assert result.n_appended == 2
+    assert result.n_done == 2
     said = "\n".join(result.failures.values())
     assert "broken.png cannot be decoded" in said
     assert "dot.png is 1x1 pixels; at least 16x16 are needed" in said
@@ -121,10 +121,10 @@ def test_another_picture_under_a_stored_name_is_named_and_not_dropped(empty, fol
     ingest(empty, folder, [toy_encoder])
     picture(tmp_path / "2024" / "photos" / "red.png", (1, 1, 222))
     result = ingest(empty, tmp_path / "2024" / "photos", [toy_encoder])
-    assert (result.n_appended, result.n_stored) == (0, 0)
+    assert (result.n_done, result.n_stored) == (0, 0)
     assert "'photos/red.png' is stored already, with other content, from file://" in first(result.failures)
     assert "give this corpus another --source" in first(result.failures)
-    assert ingest(empty, tmp_path / "2024" / "photos", [toy_encoder], source="photos24").n_appended == 1
+    assert ingest(empty, tmp_path / "2024" / "photos", [toy_encoder], source="photos24").n_done == 1
 
 
 def test_a_folder_that_moved_is_known_by_its_content(empty, folder, tmp_path, toy_encoder):
@@ -138,7 +138,7 @@ def test_two_rows_of_one_name(empty, tmp_path, toy_encoder):
     encoded = [webp(Image.new("RGB", (32, 32), (9, 99, blue))) for blue in (1, 1, 200)]
     pq.write_table(pa.table({"name": ["a"] * 3, "image": encoded}), tmp_path / "x.parquet")
     result = ingest(empty, tmp_path / "x.parquet", [toy_encoder])
-    assert (result.n_appended, result.n_stored, len(result.failures)) == (1, 1, 1)
+    assert (result.n_done, result.n_stored, len(result.failures)) == (1, 1, 1)
 
 
 @pytest.mark.parametrize(
@@ -154,14 +154,14 @@ def test_rows_of_the_wrong_type_are_left_out_and_named(empty, tmp_path, toy_enco
     pq.write_table(pa.Table.from_pylist([row]), tmp_path / "x.parquet")
     result = ingest(empty, tmp_path / "x.parquet", [toy_encoder])
     assert re.search(says, first(result.failures))
-    assert result.n_appended == 0
+    assert result.n_done == 0
 
 
 def test_a_row_without_an_image_stops_no_other(empty, tmp_path, toy_encoder):
     encoded = webp(Image.new("RGB", (32, 32), (9, 99, 1)))
     pq.write_table(pa.table({"name": ["a", "b", "c"], "image": [encoded, None, encoded]}), tmp_path / "x.parquet")
     result = ingest(empty, tmp_path / "x.parquet", [toy_encoder])
-    assert (result.n_appended, len(result.failures)) == (2, 1)
+    assert (result.n_done, len(result.failures)) == (2, 1)
 
 
 def test_a_damaged_parquet_file_is_named(empty, tmp_path, toy_encoder):
@@ -177,13 +177,13 @@ def test_a_damaged_parquet_file_is_named(empty, tmp_path, toy_encoder):
 def test_a_file_name_that_is_not_text_stops_no_other(empty, folder, toy_encoder):
     picture(folder / "ok.png", (1, 1, 1)).rename(folder / "bad\udcff.png")
     result = ingest(empty, folder, [toy_encoder])
-    assert result.n_appended == 2
+    assert result.n_done == 2
     assert "bad?.png: its name is not UTF-8; rename it" in first(result.failures)
 
 
 def test_large_images_are_committed_a_few_at_a_time(empty, folder, toy_encoder, monkeypatch):
     monkeypatch.setattr(corpus, "CHUNK_BYTES", 1)
-    assert ingest(empty, folder, [toy_encoder]).n_appended == 2
+    assert ingest(empty, folder, [toy_encoder]).n_done == 2
     assert len(empty.snapshot.tables["images"].get_fragments()) == 2
 
 
@@ -201,7 +201,7 @@ def test_two_folders_of_one_source_keep_their_failures_apart(empty, tmp_path, to
 def test_a_caption_that_is_not_text_is_named(empty, folder, toy_encoder):
     (folder / "red.txt").write_bytes("赤い四角".encode("shift-jis"))
     result = ingest(empty, folder, [toy_encoder])
-    assert result.n_appended == 1
+    assert result.n_done == 1
     assert "red.txt is not UTF-8 text" in first(result.failures)
 
 
@@ -272,7 +272,7 @@ def test_transparency_is_laid_on_white_and_oblong_pictures_are_squared():
 def test_links_out_of_a_folder_are_not_followed(empty, folder, toy_encoder, tmp_path):
     outside = picture(tmp_path / "secret.png", (1, 1, 1))
     (folder / "link.png").symlink_to(outside)
-    assert ingest(empty, folder, [toy_encoder]).n_appended == 2
+    assert ingest(empty, folder, [toy_encoder]).n_done == 2
 
 
 # --- encoders ---------------------------------------------------------------------------------------------------------

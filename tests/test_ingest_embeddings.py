@@ -43,7 +43,7 @@ def ingest(db, folder, source="laion", **how):
 
 def test_rows_and_vectors_meet_by_position(empty, laion):
     result = ingest(empty, laion)
-    assert (result.n_appended, result.n_stored, result.failures) == (5, 0, {})
+    assert (result.n_done, result.n_stored, result.failures) == (5, 0, {})
     found = empty.sql(
         "SELECT image_id, role, source, uri, prompt, metadata, image, toy_2 FROM images ORDER BY 1"
     ).to_pylist()
@@ -76,9 +76,9 @@ def test_given_again_nothing_is_stored_twice(empty, laion):
     ingest(empty, laion)
     version = empty.version
     result = ingest(empty, laion)
-    assert (result.n_appended, result.n_stored, empty.version) == (0, 5, version)
+    assert (result.n_done, result.n_stored, empty.version) == (0, 5, version)
     write_shard(laion, "002", [50], NSFW=["UNSURE"], similarity=[0.5])
-    assert ingest(empty, laion).n_appended == 1
+    assert ingest(empty, laion).n_done == 1
 
 
 def test_interrupted_it_goes_on_where_it_was(empty, laion, monkeypatch):
@@ -95,7 +95,7 @@ def test_interrupted_it_goes_on_where_it_was(empty, laion, monkeypatch):
         {"state": "failed", "message": "KeyboardInterrupt: "}
     ]
     result = ingest(empty, laion)
-    assert (result.n_appended, result.n_stored) == (2, 3)
+    assert (result.n_done, result.n_stored) == (2, 3)
     assert empty.sql("SELECT count(DISTINCT image_id) AS n FROM images")["n"].to_pylist() == [5]
     assert empty.sql("SELECT job_id, state, n_done FROM jobs").to_pylist() == [
         {"job_id": f"ingest corpus/laion from file://{laion}", "state": "done", "n_done": 2}
@@ -107,7 +107,7 @@ def test_any_file_system(empty, laion):
     memory.put(str(laion), "/bucket/laion", recursive=True)
     assert is_embeddings("memory://bucket/laion")
     result = ingest_embeddings(empty, open_embeddings("memory://bucket/laion"), SPEC, "laion")
-    assert result.n_appended == 5
+    assert result.n_done == 5
     with pytest.raises(InvalidValue, match="cannot be opened: Protocol not known"):
         open_embeddings("gopher://bucket/laion")
 
@@ -144,22 +144,22 @@ def test_vectors_that_cannot_be_used_are_left_out_and_named(empty, laion):
     np.save(laion / "img_emb" / "img_emb_000.npy", vectors)
     np.save(laion / "img_emb" / "img_emb_001.npy", np.array([[np.nan, 1], [np.inf, 1]], np.float16))
     result = ingest(empty, laion)
-    assert result.n_appended == 2
+    assert result.n_done == 2
     assert set(result.failures) == {"laion/000-10", "laion/001-30", "laion/001-40"}
     assert "img_emb_000.npy row 1 is zero or not finite" in result.failures["laion/000-10"]
     assert empty.sql("SELECT count(*) AS n FROM failures")["n"].to_pylist() == [3]
     assert empty.sql("SELECT state, n_failed FROM jobs").to_pylist() == [{"state": "incomplete", "n_failed": 3}]
     # Mended, they are passed over until they are asked for.
     write_shard(laion, "001", [30, 40], NSFW=["UNSURE"] * 2, similarity=[0.5, 0.5])
-    assert (ingest(empty, laion).n_appended, len(ingest(empty, laion).failures)) == (0, 3)
+    assert (ingest(empty, laion).n_done, len(ingest(empty, laion).failures)) == (0, 3)
     again = ingest(empty, laion, retry_failed=True)
-    assert (again.n_appended, set(again.failures)) == (2, {"laion/000-10"})
+    assert (again.n_done, set(again.failures)) == (2, {"laion/000-10"})
 
 
 def test_rows_without_an_id_are_left_out_and_named(empty, tmp_path):
     folder = write_shard(tmp_path / "x", "000", [1, 2], key=pa.array(["a", None]))
     result = ingest(empty, folder, "x")
-    assert result.n_appended == 1
+    assert result.n_done == 1
     assert "metadata_000.parquet row 1 has no key" in result.failures["x/000/1"]
     assert ingest(empty, folder, "x").failures == result.failures
 
@@ -185,7 +185,7 @@ def test_rows_with_the_id_of_an_earlier_row_are_recorded_and_the_first_is_kept(e
 def test_no_row_has_an_id(empty, tmp_path):
     folder = write_shard(tmp_path / "x", "000", [1, 2], key=pa.array([None, None], pa.string()))
     result = ingest(empty, folder, "x")
-    assert (result.n_appended, result.n_stored, len(result.failures)) == (0, 0, 2)
+    assert (result.n_done, result.n_stored, len(result.failures)) == (0, 0, 2)
 
 
 def test_odd_folders_and_columns(empty, tmp_path):
@@ -300,7 +300,7 @@ def test_the_same_rows_under_a_second_encoder_are_refused_and_it_is_not_made(emp
         ingest_embeddings(empty, open_embeddings(str(laion)), "other:2", "laion")
     assert list(empty.encoders) == ["toy_2"]
     # Nor are rows that another data set has, once the second encoder is there.
-    assert ingest_embeddings(empty, open_embeddings(str(laion)), "other:2", "more").n_appended == 5
+    assert ingest_embeddings(empty, open_embeddings(str(laion)), "other:2", "more").n_done == 5
     with pytest.raises(
         InvalidValue, match=r"features of toy:2\. Name the encoder that made these embeddings, or import"
     ):
@@ -311,7 +311,7 @@ def test_the_same_rows_under_a_second_encoder_are_refused_and_it_is_not_made(emp
 def test_an_encoder_of_which_no_vector_can_be_used_is_not_made(empty, laion):
     np.save(laion / "img_emb" / "img_emb_000.npy", np.zeros((3, 2), np.float32))
     np.save(laion / "img_emb" / "img_emb_001.npy", np.zeros((2, 2), np.float32))
-    assert ingest_embeddings(empty, open_embeddings(str(laion)), "other:2", "laion").n_appended == 0
+    assert ingest_embeddings(empty, open_embeddings(str(laion)), "other:2", "laion").n_done == 0
     assert list(empty.encoders) == []
 
 
@@ -342,7 +342,7 @@ def test_metadata_is_strict_json_and_clean_text(empty, tmp_path):
 def test_text_that_is_not_utf8_is_repaired(empty, tmp_path):
     bad = pa.array([b"a", b"\xff"], pa.binary()).view(pa.string())
     folder = write_shard(tmp_path / "x", "000", [1, 2], note=bad, caption=bad)
-    assert ingest(empty, folder, "x").n_appended == 2
+    assert ingest(empty, folder, "x").n_done == 2
     assert empty.sql("SELECT prompt FROM images ORDER BY 1")["prompt"].to_pylist() == ["a", "\ufffd"]
 
 

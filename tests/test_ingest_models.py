@@ -88,7 +88,7 @@ def ingest(path, specs, report=no_progress, executor=None, **settings):
 def whole(tmp_path, wanted):
     """What one undisturbed process makes of the file."""
     result = ingest(tmp_path / "whole.attrdb", read_specs(wanted))
-    assert (result.done, result.stored_already, result.failed) == (3, 0, [])
+    assert (result.n_done, result.n_stored, result.failures) == (3, 0, {})
     return rows(tmp_path / "whole.attrdb")
 
 
@@ -105,7 +105,7 @@ def test_every_line_is_a_model_and_run_twice_is_run_once(tmp_path, wanted, whole
     assert len(images) == 15
     reports = []
     again = ingest(tmp_path / "whole.attrdb", read_specs(wanted), report=lambda *units: reports.append(units))
-    assert (again.done, again.stored_already, again.failed) == (0, 3, [])
+    assert (again.n_done, again.n_stored, again.failures) == (0, 3, {})
     assert set(reports) == {("models", 3, 3, "")}
     assert rows(tmp_path / "whole.attrdb") == whole
 
@@ -117,8 +117,8 @@ def test_two_workers_make_the_rows_of_one(tmp_path, wanted, whole):
     wanted.write_text(json.dumps(line) + "\n" + wanted.read_text())
     specs = read_specs(wanted)
     result = ingest(tmp_path / "shared.attrdb", specs, workers=2, report=lambda *units: reports.append(units))
-    assert result.done == 3
-    ((model_id, reason),) = result.failed
+    assert result.n_done == 3
+    ((model_id, reason),) = result.failures.items()
     assert model_id == "bad"
     assert "training diverged" in reason
     assert rows(tmp_path / "shared.attrdb") == whole
@@ -135,12 +135,12 @@ def test_two_commands_share_a_file(tmp_path, wanted, whole):
         "import sys; from pathlib import Path\n"
         "from attrdb.ingest.models.queue import ingest_models; from attrdb.ingest.models.specs import read_specs\n"
         "result = ingest_models(Path(sys.argv[1]), read_specs(Path(sys.argv[2])), ['pixels:2'])\n"
-        "print(result.done, result.stored_already, result.failed)"
+        "print(result.n_done, result.n_stored, result.failures)"
     )
     command = [sys.executable, "-c", program, str(path), str(wanted)]
     both = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
     said = [process.communicate()[0].split(maxsplit=2) for process in both]
-    assert all(int(done) + int(stored) == 3 and failed.strip() == "[]" for done, stored, failed in said)
+    assert all(int(done) + int(stored) == 3 and failed.strip() == "{}" for done, stored, failed in said)
     assert rows(path) == whole
 
 
@@ -166,7 +166,7 @@ def test_a_model_that_another_process_makes_is_waited_for(tmp_path, wanted, monk
         time.sleep(0.01)
     result = ingest(path, read_specs(wanted), report=report)
     other.join()
-    assert (result.done, result.failed) == (3, [])
+    assert (result.n_done, result.failures) == (3, {})
     assert list(dict.fromkeys(settled)) == [0, 1, 2, 3]
     made = attrdb.open(path).sql("SELECT model_id FROM models ORDER BY created_at")["model_id"].to_pylist()
     assert made[-1] == "red"
@@ -201,7 +201,7 @@ def test_a_killed_worker_leaves_its_model_to_another(tmp_path, wanted, whole):
             os.kill(killed[0], signal.SIGKILL)
 
     result = ingest(path, read_specs(wanted), workers=2, report=report)
-    assert (result.done, result.failed) == (3, [])
+    assert (result.n_done, result.failures) == (3, {})
     assert killed
     assert rows(path) == whole
 
@@ -222,7 +222,7 @@ def test_a_worker_that_is_stuck_is_ended_and_its_model_made_by_another(tmp_path,
 
     executor = ProcessExecutor(path, ENCODERS, 2, report, lease_minutes=10.0)
     result = ingest(path, read_specs(wanted), report, executor)
-    assert (result.done, result.failed) == (3, [])
+    assert (result.n_done, result.failures) == (3, {})
     [worker] = stuck
     assert worker.stuck
     assert worker.process.exitcode == -signal.SIGKILL
@@ -236,11 +236,11 @@ def test_a_lease_that_another_command_has_let_run_out_is_taken_over(tmp_path, wa
     spec = read_specs(wanted)[0]
     lock, told = model_job(path, "red").lock, []
 
-    def sleep(stage, done, _total):
+    def sleep(stage, done, _total, _note=""):
         if (stage, done) == ("customize", 1):
             long_ago = time.time() - 3600
             os.utime(lock, (long_ago, long_ago))
-            told.append(ingest(path, [spec]).done)
+            told.append(ingest(path, [spec]).n_done)
 
     outcome = ModelMaker(path, [load_encoder(name) for name in ENCODERS], sleep).attempt(spec)
     assert (outcome.status, told) == ("busy", [1])
@@ -356,14 +356,14 @@ def test_a_model_that_fails_is_listed_and_stops_no_other(tmp_path, wanted):
     lines[1] |= {"lr": 1e30, "steps": 5}
     path = tmp_path / "some.attrdb"
     result = ingest(path, read_specs(write(tmp_path, *lines)))
-    assert result.done == 2
-    ((model_id, reason),) = result.failed
+    assert result.n_done == 2
+    ((model_id, reason),) = result.failures.items()
     assert model_id == "green"
     assert "training diverged" in reason
     assert [row["model_id"] for row in rows(path)[1]] == ["blue", "red"]
     del lines[1]["lr"]
     mended = ingest(path, read_specs(write(tmp_path, *lines)))
-    assert (mended.done, mended.stored_already) == (1, 2)
+    assert (mended.n_done, mended.n_stored) == (1, 2)
 
 
 def test_an_unforeseen_error_is_of_its_model_alone_and_tried_again(tmp_path, wanted, monkeypatch):
@@ -378,7 +378,7 @@ def test_an_unforeseen_error_is_of_its_model_alone_and_tried_again(tmp_path, wan
     monkeypatch.setattr(executors, "ingest_model", broken)
     result = ingest(tmp_path / "some.attrdb", read_specs(wanted))
     assert tried == ["red", "green", "blue", "red", "green"]
-    assert (result.done, result.failed) == (2, [("red", "RuntimeError: the driver is gone (attempt 2)")])
+    assert (result.n_done, result.failures) == (2, {"red": "RuntimeError: the driver is gone (attempt 2)"})
     tried.clear()
     ingest(tmp_path / "other.attrdb", read_specs(wanted), retries=0)
     assert tried == ["red", "green", "blue"]
@@ -387,9 +387,9 @@ def test_an_unforeseen_error_is_of_its_model_alone_and_tried_again(tmp_path, wan
 def test_a_model_that_is_stored_with_other_settings_is_listed(tmp_path, wanted, whole):
     line = json.loads(wanted.read_text().splitlines()[0]) | {"steps": 7}
     result = ingest(tmp_path / "whole.attrdb", read_specs(write(tmp_path, line)))
-    assert (result.done, result.stored_already) == (0, 0)
-    assert "'steps': 3" in result.failed[0][1]
-    assert "'steps': 7" in result.failed[0][1]
+    assert (result.n_done, result.n_stored) == (0, 0)
+    assert "'steps': 3" in next(iter(result.failures.values()))
+    assert "'steps': 7" in next(iter(result.failures.values()))
 
 
 def test_no_workers(tmp_path):

@@ -159,8 +159,8 @@ def test_an_exemplar_without_a_score_counts_as_not_found(toy):
 
 
 def test_its_attributions_are_stored_and_its_influence_is_calibrated(scored):
-    assert attribute_samples(scored.writer, "true", AttributionRequest(method="shared", k=2)).n_attributed == 2
-    assert attribute_samples(scored.writer, "true", AttributionRequest(method="shared", k=2)).n_attributed == 0
+    assert attribute_samples(scored.writer, "true", AttributionRequest(method="shared", k=2)).n_done == 2
+    assert attribute_samples(scored.writer, "true", AttributionRequest(method="shared", k=2)).n_done == 0
     stored = scored.sql("FROM attributions WHERE sample_id = 'm/0/1' ORDER BY rank").to_pylist()
     assert [(row["candidate_id"], row["score"], row["encoder_id"], row["similarity"]) for row in stored] == [
         ("p10", 9.0, None, None),
@@ -185,17 +185,17 @@ def test_scoring_again_scores_what_is_new(scored):
     again.scores = lambda db, ids: asked.extend(ids) or Shared().scores(db, ids)
     scored.writer.append_model(rows([("n/0/1", "sample", "n", 1), ("n/e", "exemplar", "n", 1)]), {"model_id": "n"})
     result = score(scored, "shared", again)
-    assert (asked, result.n_scored, result.n_stored) == (["n/0/1"], 1, 2)
+    assert (asked, result.n_done, result.n_stored) == (["n/0/1"], 1, 2)
 
 
 def test_a_sample_without_a_score_stops_no_other(toy):
     nothing = {("m/0/1", one): None for one in ("p10", "p20", "p90", "m/e0", "m/e40")}
     result = score(toy, "shared", Shared(nothing))
-    assert (result.n_scored, result.n_failed) == (1, 1)
+    assert (result.n_done, len(result.failures)) == (1, 1)
     assert toy.sql("SELECT item, reason FROM failures").to_pylist() == [
         {"item": "m/0/1", "reason": "shared gives it no score"}
     ]
-    assert score(toy, "shared", Shared()).n_scored == 1
+    assert score(toy, "shared", Shared()).n_done == 1
     assert len(toy.sql("FROM failures")) == 0
 
 
@@ -334,5 +334,5 @@ def test_the_examples_of_the_page_run(toy):
     names: dict = {}
     [example] = re.findall(r"```python\n(.*?)```", page, re.S)
     exec(compile(example, "methods.md", "exec"), names)
-    assert score(toy, "brightness", names["Brightness"]()).n_scored == 2
+    assert score(toy, "brightness", names["Brightness"]()).n_done == 2
     assert toy.attribute("m/0/1", method="brightness", k=1)["image_id"].to_pylist() == ["m/e0"]  # cos 2 is near cos 0

@@ -46,7 +46,7 @@ def test_a_data_set_of_hugging_face(empty, tmp_path, toy_encoder):
     assert rows[0] == ("pets/data/train-00000-of-00002/0", "pets", "picture 0", "cat", "Ann", '{"n": 1}')
     assert rows[3] == ("pets/data/train-00001-of-00002/1", "pets", "picture 3", "dog", "Ann", '{"n": 4}')
     again = ingest(empty, root, toy_encoder)
-    assert (again.n_appended, again.n_stored, again.failures) == (0, 4, {})
+    assert (again.n_done, again.n_stored, again.failures) == (0, 4, {})
 
 
 def test_one_file_of_it_has_ids_of_its_own(empty, tmp_path, toy_encoder):
@@ -82,7 +82,7 @@ def test_an_arrow_file_that_is_cut_off(empty, tmp_path, toy_encoder):
         writer.write_table(table, max_chunksize=2)
     path.write_bytes(path.read_bytes()[:-400])
     result = ingest(empty, path, toy_encoder)
-    assert result.n_appended == 6
+    assert result.n_done == 6
     (reason,) = result.failures.values()
     assert "pets.arrow cannot be read" in reason
 

@@ -314,14 +314,14 @@ def test_run_twice_is_run_once(empty, tmp_path, toy_encoder):
     shard(tmp_path / "laion" / "00000.tar", *sample("1"), ("2.txt", "no image"))
     shard(tmp_path / "laion" / "00001.tar", *sample("3"), ("../4.jpg", encoded()))
     result = ingest_corpus(empty, open_corpus(tmp_path / "laion"), [toy_encoder])
-    assert (result.n_appended, result.n_stored, len(result.failures)) == (2, 0, 2)
+    assert (result.n_done, result.n_stored, len(result.failures)) == (2, 0, 2)
     before, version = stored(empty), empty.version
     assert [(row["image_id"], row["role"], row["prompt"], row["license"]) for row in before] == [
         ("laion/1", "pretraining", "picture 1", "CC0"),
         ("laion/3", "pretraining", "picture 3", "CC0"),
     ]
     result = ingest_corpus(empty, open_corpus(tmp_path / "laion"), [toy_encoder])
-    assert (result.n_appended, result.n_stored, len(result.failures)) == (0, 2, 2)
+    assert (result.n_done, result.n_stored, len(result.failures)) == (0, 2, 2)
     assert (stored(empty), empty.version) == (before, version)
 
 
@@ -332,14 +332,14 @@ def test_a_shard_fetched_again_completes_the_corpus(tmp_path, toy_encoder):
     data = path.read_bytes()
     path.write_bytes(data[: data.index(b"2.txt\0")])
     result = ingest_corpus(broken, open_corpus(path.parent), [toy_encoder])
-    assert (result.n_appended, len(result.failures)) == (1, 1)
+    assert (result.n_done, len(result.failures)) == (1, 1)
     path.write_bytes(data)
     result = ingest_corpus(broken, open_corpus(path.parent), [toy_encoder])
-    assert (result.n_appended, result.n_stored) == (1, 1)
+    assert (result.n_done, result.n_stored) == (1, 1)
     assert stored(broken) == stored(whole)
 
 
 def test_a_key_that_came_before_is_reported_although_its_address_is_the_same(empty, tmp_path, toy_encoder):
     path = shard(tmp_path / "laion" / "00000.tar", *sample("1"), *sample("2"), *sample("1"))
     result = ingest_corpus(empty, open_corpus(path.parent), [toy_encoder])
-    assert (result.n_appended, result.n_stored, len(result.failures)) == (2, 0, 1)
+    assert (result.n_done, result.n_stored, len(result.failures)) == (2, 0, 1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import reduce
 from typing import Any
 
@@ -16,6 +16,7 @@ from attrdb.errors import NotFound
 from attrdb.progress import Progress, no_progress
 from attrdb.store import jobs
 from attrdb.store.ids import lock_file
+from attrdb.store.jobs import JobResult
 from attrdb.store.locks import exclusive_lock
 from attrdb.store.predicates import among, literal
 from attrdb.store.snapshot import Snapshot
@@ -24,20 +25,12 @@ from attrdb.store.writer import Writer
 SAMPLES_PER_COMMIT = 1024
 
 
-@dataclass(frozen=True)
-class Attributed:
-    """How many samples were attributed, and how many had been before, with the same settings and the same images."""
-
-    n_attributed: int
-    n_stored: int
-
-
 def attribute_samples(
     writer: Writer,
     samples: str,
     request: AttributionRequest,
     report: Progress = no_progress,
-) -> Attributed:
+) -> JobResult:
     """Attribute the samples that a predicate keeps, in commits of SAMPLES_PER_COMMIT.
 
     A rerun resumes: samples that are stored with these settings, and for the images as they are now, are skipped; what was
@@ -64,8 +57,9 @@ def attribute_samples(
     ):
         same, others = _stored(writer.snapshot, shared)
         left = [sample_id for sample_id in wanted if sample_id not in same]
+        job.n_stored = len(wanted) - len(left)
         for start in range(0, len(left), SAMPLES_PER_COMMIT):
-            report("attribute", len(wanted) - len(left) + start, len(wanted))
+            report("attribute", job.n_stored + start, len(wanted))
             part = left[start : start + SAMPLES_PER_COMMIT]
             answers = attribute_stored(snapshot, part, request)
             replaced = (
@@ -74,7 +68,7 @@ def attribute_samples(
             writer.append_rows("attributions", _rows(answers, shared), replaced)
             job.n_done += len(part)
         report("attribute", len(wanted), len(wanted))
-    return Attributed(len(left), len(wanted) - len(left))
+    return job.result()
 
 
 def _wanted(snapshot: Snapshot, samples: str, by: str) -> list[str]:

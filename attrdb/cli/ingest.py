@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -88,7 +89,7 @@ def ingest_corpus(
         return
     with progress(quiet) as advance:
         result = job.run(db, retry_failed, advance)
-    click.echo(f"{result.n_appended:,} {job.noun} appended, {result.n_stored:,} were stored already", err=True)
+    click.echo(f"{result.n_done:,} {job.noun} appended, {result.n_stored:,} were stored already", err=True)
     for line in job.summary(result):
         click.echo(visible(line), err=True)
     _tell_failures(result.failures, job.noun)
@@ -129,7 +130,7 @@ class _PicturesJob:
         if len(result.outcomes) > 1:
             for kind, outcome in result.outcomes.items():
                 counts = {
-                    "appended": outcome.n_appended,
+                    "appended": outcome.n_done,
                     "stored already": outcome.n_stored,
                     "left out": outcome.n_failed,
                 }
@@ -256,12 +257,12 @@ def ingest_models(
     encoder_specs = [encoder.spec for encoder in loaded]
     with progress(quiet) as advance:
         result = queue.ingest_models(db, models, encoder_specs, QueueSettings(**options), advance, str(specs.resolve()))
-    click.echo(f"{result.done} models appended, {result.stored_already} were stored already", err=True)
-    if result.failed:
-        for model_id, reason in result.failed[:LISTED]:
+    click.echo(f"{result.n_done} models appended, {result.n_stored} were stored already", err=True)
+    if result.failures:
+        for model_id, reason in islice(result.failures.items(), LISTED):
             click.echo(visible(f"failed: {model_id}: {reason}"), err=True)
         raise InvalidValue(
-            f"{len(result.failed)} of {len(models)} models failed, all others are stored; fix them and rerun the command"
+            f"{len(result.failures)} of {len(models)} models failed, all others are stored; fix them and rerun the command"
         )
 
 
@@ -276,20 +277,22 @@ def ingest_abc(db: Path, release: Path, root: Path, encoders: tuple[str, ...], q
     abc_release = ml("ingest.read.abc")
     from attrdb.cli.output import progress
 
-    models = abc_release.read_release(release, root)
+    opened = abc_release.read_release(release, root)
     database, loaded = open_with_encoders(db, encoders)
     with progress(quiet) as advance:
-        result = abc_release.ingest_abc(database, models, loaded, advance)
-    click.echo(f"{result.n_appended} models appended, {result.n_stored} were stored already", err=True)
-    missing = [path for _, paths in result.incomplete for path in paths]
+        result = abc_release.ingest_abc(database, opened, loaded, advance)
+    click.echo(f"{result.n_done} models appended, {result.n_stored} were stored already", err=True)
+    incomplete = {model.model_id: model.missing for model in opened.models if model.missing}
+    missing = [path for model_id in result.failures for path in incomplete.get(model_id, ())]
     for path in missing[:LISTED]:
         click.echo(visible(f"missing: {path}"), err=True)
-    for model_id, reason in result.failed[:LISTED]:
+    unusable = {model_id: reason for model_id, reason in result.failures.items() if model_id not in incomplete}
+    for model_id, reason in islice(unusable.items(), LISTED):
         click.echo(visible(f"left out: {model_id}: {reason}"), err=True)
-    if result.incomplete or result.failed:
+    if result.failures:
         raise InvalidValue(
-            f"{len(result.incomplete)} models lack {len(missing)} files and {len(result.failed)} could not be used, all "
-            "others are stored; put the files there and rerun the command"
+            f"{len(result.failures) - len(unusable)} models lack {len(missing)} files and {len(unusable)} could not be used, "
+            "all others are stored; put the files there and rerun the command"
         )
 
 
@@ -315,6 +318,6 @@ def encode(db: Path, spec: str, retry_failed: bool, quiet: bool) -> None:
     encoder = encoders.load_encoder(encoder_spec(database, spec))
     with progress(quiet) as advance:
         result = job.backfill(database, encoder, retry_failed=retry_failed, report=advance)
-    left = f", {result.n_without_image:,} have no image bytes stored" if result.n_without_image else ""
-    click.echo(f"{result.n_encoded:,} images encoded{left}", err=True)
+    left = f", {result.n_skipped:,} have no image bytes stored" if result.n_skipped else ""
+    click.echo(f"{result.n_done:,} images encoded{left}", err=True)
     _tell_failures(result.failures, "images")

@@ -126,7 +126,7 @@ def _attribute_samples(
     request = AttributionRequest(method=by, **settings)
     with progress(quiet) as advance:
         found = attribute_samples(database.writer, samples, request, advance)
-    click.echo(f"{found.n_attributed:,} samples attributed, {found.n_stored:,} were already", err=True)
+    click.echo(f"{found.n_done:,} samples attributed, {found.n_stored:,} were already", err=True)
 
 
 @click.command(short_help="List the attribution methods.")

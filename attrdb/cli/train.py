@@ -172,20 +172,12 @@ def score(db: Path, scorer: str, samples: str, method_id: str | None, quiet: boo
     scoring = importlib.import_module("attrdb.ingest.score")
     from attrdb.cli.output import progress
 
+    method_id = scoring.method_id_of(scorer, method_id)
     with progress(quiet) as advance:
-        result = scoring.score(
-            attrdb.open(db),
-            scorer,
-            scoring.load_scorer(scorer),
-            samples,
-            method_id,
-            advance,
-        )
-    failed = f", {result.n_failed:,} got no score (see failures)" if result.n_failed else ""
-    click.echo(
-        f"{result.n_scored:,} samples scored by {result.method_id}, {result.n_stored:,} were already{failed}", err=True
-    )
-    if result.n_failed:
+        result = scoring.score(attrdb.open(db), scorer, scoring.load_scorer(scorer), samples, method_id, advance)
+    failed = f", {len(result.failures):,} got no score (see failures)" if result.failures else ""
+    click.echo(f"{result.n_done:,} samples scored by {method_id}, {result.n_stored:,} were already{failed}", err=True)
+    if result.failures:
         raise click.exceptions.Exit(1)
 
 

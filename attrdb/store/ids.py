@@ -7,12 +7,16 @@ a folder above, a hidden file, or another file of the database. No path that hol
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from attrdb.errors import InvalidValue
+from attrdb.store.files import write_whole
 
 LONGEST = 120  # characters: with what stands before and after it, a file's name keeps within 255 bytes
 RULE = re.compile(rf"[A-Za-z0-9][A-Za-z0-9._-]{{0,{LONGEST - 1}}}")
@@ -33,6 +37,19 @@ def check_id(noun: str, value: str) -> str:
     return value
 
 
+def check_same_settings(noun: str, name: str, stored: Mapping[str, Any], wanted: Mapping[str, Any], where: str) -> None:
+    """raises: InvalidValue, naming both values, if the settings of a mapper or model differ from those it is stored with
+
+    where: it is stored, such as "in my.attrdb"
+    """
+    for key in sorted(stored.keys() | wanted.keys()):
+        if stored.get(key) != wanted.get(key):
+            raise InvalidValue(
+                f"{noun} {name!r} is {where} with {key} = {stored.get(key)!r}, now it is {wanted.get(key)!r}; "
+                f"use the old settings or another --{noun}-id"
+            )
+
+
 @dataclass(frozen=True)
 class JobFolder:
     """The folder of an unfinished job in a database's `jobs`; made by the functions below, whose ids are checked."""
@@ -47,6 +64,29 @@ class JobFolder:
     def make(self) -> Path:
         self.path.mkdir(parents=True, exist_ok=True)
         return self.path
+
+    @property
+    def settings_file(self) -> Path:
+        return self.path / "settings.json"
+
+    def read_settings(self) -> dict[str, Any] | None:
+        """The settings of the job that has begun here, or None.
+
+        raises: InvalidValue if the file is damaged
+        """
+        try:
+            record = json.loads(self.settings_file.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return None
+        except ValueError:
+            record = None
+        if not isinstance(record, dict):
+            raise InvalidValue(f"{self.settings_file} is damaged; delete {self.path} to begin anew")
+        return record
+
+    def write_settings(self, record: Mapping[str, Any]) -> None:
+        text = json.dumps(record, indent=2)
+        write_whole(self.settings_file, lambda part: part.write_text(text, encoding="utf-8"))
 
     def remove(self) -> None:
         """Delete the folder and what is in it; a link in its place is left alone, with what it points to."""

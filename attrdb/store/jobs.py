@@ -5,14 +5,29 @@ from __future__ import annotations
 import json
 import os
 import socket
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
 from attrdb.errors import AttrdbError
 from attrdb.store.predicates import among, literal
 from attrdb.store.writer import Writer
+
+
+@dataclass
+class JobResult:
+    """How many items a run finished, how many were stored before it, and how many it could not use.
+
+    n_skipped: items that have not what the job needs, such as a picture whose bytes are not stored
+    failures:  item -> reason; those of earlier runs that still hold are among them
+    """
+
+    n_done: int = 0
+    n_stored: int = 0
+    n_skipped: int = 0
+    failures: dict[str, str] = field(default_factory=dict)
 
 
 class Job:
@@ -22,8 +37,15 @@ class Job:
         self.writer = writer
         self.job_id = job_id
         self.n_done = 0
+        self.n_stored = 0
+        self.n_skipped = 0
         rows = writer.snapshot.rows("failures", f"job_id = {literal(job_id)}")
         self.failures: dict[str, str] = {row["item"]: row["reason"] for row in rows}
+
+    def result(self, items: Container[str] | None = None) -> JobResult:
+        """The counts so far, with the failures of some items, or of all."""
+        failures = {item: why for item, why in self.failures.items() if items is None or item in items}
+        return JobResult(self.n_done, self.n_stored, self.n_skipped, failures)
 
     def failed(self, reasons: Mapping[str, str]) -> None:
         """Store items with the reasons why they failed."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
@@ -31,6 +31,7 @@ from attrdb.progress import Progress, counted, no_progress
 from attrdb.store import jobs
 from attrdb.store.files import write_whole
 from attrdb.store.ids import encode_job
+from attrdb.store.jobs import JobResult
 from attrdb.store.lance_errors import storage
 from attrdb.store.locks import exclusive_lock
 from attrdb.store.schema import feature_array, feature_type
@@ -39,22 +40,13 @@ CHECKPOINT = 1024  # images; what a kill costs at most
 READ_ROWS = 64  # encoded images that are read at once
 
 
-@dataclass
-class BackfillResult:
-    """What a run did. failures: image_id -> reason, also those of earlier runs that still stand."""
-
-    n_encoded: int = 0
-    n_without_image: int = 0  # whose bytes are not stored: they stay without a feature
-    failures: dict[str, str] = field(default_factory=dict)
-
-
 def backfill(
     db: Database,
     encoder: Encoder,
     *,
     retry_failed: bool = False,
     report: Progress = no_progress,
-) -> BackfillResult:
+) -> JobResult:
     """Encode every image that has no feature of the encoder yet, from its stored bytes.
 
     Others may read and append meanwhile; what they append without this encoder is left to the next call. An image that
@@ -70,7 +62,7 @@ def backfill(
         jobs.running(db.writer, "encode", encoder_id, {"spec": encoder.spec}) as job,
     ):
         folder.make()
-        result = BackfillResult(n_without_image=db.snapshot.count(f"`{encoder_id}` IS NULL AND image IS NULL"))
+        job.n_skipped = db.snapshot.count(f"`{encoder_id}` IS NULL AND image IS NULL")
         passed_over = set() if retry_failed else set(job.failures)
         n_missing = db.snapshot.count(f"`{encoder_id}` IS NULL AND image IS NOT NULL")
         add_done = counted(report, f"encode {encoder_id}", n_missing)
@@ -81,11 +73,9 @@ def backfill(
             n_encoded = work.fill(left[0])
             if n_encoded is not None:
                 finished.add(left[0].fragment_id)
-                result.n_encoded += n_encoded
-                job.n_done = result.n_encoded
-        result.failures = dict(job.failures)
+                job.n_done += n_encoded
         folder.remove()
-    return result
+    return job.result()
 
 
 @dataclass

@@ -36,7 +36,6 @@ from attrdb.ingest.models.stages import (
     record_token,
     sample_stage,
     settings_hash,
-    write_settings,
 )
 from attrdb.ingest.options import ModelSettings, SynthesizeSettings
 from attrdb.ingest.prompts import TOKEN, Prompt, train_prompt
@@ -86,7 +85,7 @@ def ingest_model(
         # The process that held the lease before may have stored it.
         if result := _stored_result(db, model_id, record, encoders, folder):
             return result
-        record = open_job(folder.path, record)
+        record = open_job(folder, record)
 
         def beat_and_report(stage: str, done: int, total: int | None, note: str = "") -> None:
             lease.beat(stage, done, total)
@@ -120,7 +119,7 @@ def _run_stages(
             return None
         images = _regularization(db, base, exemplars, settings, encoders, record, report)
         record["regularization"] = list(images.names)
-        write_settings(job, record)
+        folder.write_settings(record)
         return images
 
     figures = customize_stage(

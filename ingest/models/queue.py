@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections import Counter, deque
 from collections.abc import Container, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
 from pathlib import Path
 
 from attrdb.database import Database
@@ -21,15 +20,9 @@ from attrdb.ingest.options import QueueSettings, check_options
 from attrdb.ingest.read.corpus import register
 from attrdb.progress import Progress, no_progress
 from attrdb.store import jobs
+from attrdb.store.jobs import JobResult
 
 DEFAULTS = QueueSettings()
-
-
-@dataclass
-class QueueResult:
-    done: int = 0
-    stored_already: int = 0
-    failed: list[tuple[str, str]] = field(default_factory=list)  # model_id and the reason
 
 
 class Queue:
@@ -37,7 +30,7 @@ class Queue:
 
     def __init__(self, specs: Sequence[ModelSpec], job: jobs.Job, report: Progress, retries: int):
         self.waiting = deque(specs)
-        self.result = QueueResult()
+        self.result = JobResult()
         self._job = job
         self._report = report
         self._total = len(specs)
@@ -68,21 +61,21 @@ class Queue:
             self._record_success(spec, outcome)
 
     def report_progress(self) -> None:
-        n_failed = len(self.result.failed)
-        settled = self.result.done + self.result.stored_already + n_failed
+        n_failed = len(self.result.failures)
+        settled = self.result.n_done + self.result.n_stored + n_failed
         self._report("models", settled, self._total, f"{n_failed} failed" if n_failed else "")
 
     def _record_failure(self, spec: ModelSpec, outcome: Outcome) -> None:
         n_attempts = self._attempts[spec.model_id]
         reason = outcome.reason + (f" (attempt {n_attempts})" if n_attempts > 1 else "")
-        self.result.failed.append((spec.model_id, reason))
+        self.result.failures[spec.model_id] = reason
         self._job.failed({spec.model_id: reason})
         self.report_progress()
 
     def _record_success(self, spec: ModelSpec, outcome: Outcome) -> None:
-        self.result.done += outcome.status == "done"
-        self.result.stored_already += outcome.status == "stored"
-        self._job.n_done = self.result.done
+        self.result.n_done += outcome.status == "done"
+        self.result.n_stored += outcome.status == "stored"
+        self._job.n_done = self.result.n_done
         self._job.mended([spec.model_id])
         if outcome.status == "done":  # stored models come in bursts, which would distort the rate of progress
             self.report_progress()
@@ -105,7 +98,7 @@ def ingest_models(
     report: Progress = no_progress,
     name: str = "models",
     executor: Executor | None = None,
-) -> QueueResult:
+) -> JobResult:
     """Make every model that is not stored yet. A failed model is recorded with its reason and stops no other.
 
     name:     of the job in the table `jobs`, such as the path of the specs file

@@ -42,7 +42,7 @@ from attrdb.ingest.prompts import TOKEN
 from attrdb.ingest.read.pictures import Picture, read_picture, webp
 from attrdb.progress import Progress
 from attrdb.store.files import write_whole
-from attrdb.store.ids import JobFolder
+from attrdb.store.ids import JobFolder, check_same_settings
 from attrdb.store.leases import LEASE_MINUTES, Lease, leased
 
 # Follow from the settings, the machine and the corpus at the time, and stay as the first run recorded them.
@@ -78,13 +78,7 @@ def settings_hash(record: dict) -> str:
 
 def check_same(model_id: str, stored: dict, wanted: dict, where: str) -> None:
     """raises: InvalidValue, naming both values, if two records of settings differ"""
-    stored, wanted = comparable_settings(stored), comparable_settings(wanted)
-    for name in sorted(stored.keys() | wanted.keys()):
-        if stored.get(name) != wanted.get(name):
-            raise InvalidValue(
-                f"model {model_id!r} is {where} with {name} = {stored.get(name)!r}, now it is {wanted.get(name)!r}; "
-                "use the old settings or another --model-id"
-            )
+    check_same_settings("model", model_id, comparable_settings(stored), comparable_settings(wanted), where)
 
 
 def leased_job(job: JobFolder, minutes: float = LEASE_MINUTES) -> AbstractContextManager[Lease]:
@@ -93,24 +87,20 @@ def leased_job(job: JobFolder, minutes: float = LEASE_MINUTES) -> AbstractContex
     return leased(job.lock, f"model {job.path.name!r} is being made", minutes)
 
 
-def open_job(job: Path, record: dict) -> dict:
+def open_job(job: JobFolder, record: dict) -> dict:
     """Write the settings to the job's folder. Returns them with what an interrupted run has recorded.
 
     raises: InvalidValue if the folder holds weights that were trained with other settings
     """
-    path = job / "settings.json"
-    if path.exists():
-        recorded = json.loads(path.read_text())
-        if (job / "figures.json").exists():
-            check_same(job.name, recorded, record, f"half done in {job} (delete that folder to begin anew)")
+    recorded = job.read_settings()
+    if recorded is not None:
+        if (job.path / "figures.json").exists():
+            where = f"half done in {job.path} (delete that folder to begin anew)"
+            check_same(job.path.name, recorded, record, where)
         if comparable_settings(recorded) == comparable_settings(record):
             record |= {name: recorded[name] for name in RECORDED_ONLY if name in recorded}
-    write_settings(job, record)
+    job.write_settings(record)
     return record
-
-
-def write_settings(job: Path, record: dict) -> None:
-    write_whole(job / "settings.json", lambda part: part.write_text(json.dumps(record, indent=2)))
 
 
 def customize_stage(

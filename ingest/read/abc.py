@@ -12,7 +12,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
@@ -28,6 +28,7 @@ from attrdb.ingest.read.pictures import Picture, read_picture_file
 from attrdb.ingest.read.text import decode
 from attrdb.progress import Progress, no_progress
 from attrdb.store import jobs
+from attrdb.store.jobs import JobResult
 
 BASE_MODEL = "CompVis/stable-diffusion-v1-4"
 KEYS = {"exemplar", "synth", "class_id", "category"}
@@ -67,16 +68,6 @@ class Release:
     def missing(self) -> list[str]:
         """Paths at which there is no file, of all models."""
         return [path for model in self.models for path in model.missing]
-
-
-@dataclass
-class AbcResult:
-    """What an import did; it is complete when nothing is incomplete or failed."""
-
-    n_appended: int = 0
-    n_stored: int = 0  # before
-    incomplete: list[tuple[str, tuple[str, ...]]] = field(default_factory=list)  # model_id and its missing files
-    failed: list[tuple[str, str]] = field(default_factory=list)  # model_id and the reason
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------
@@ -193,7 +184,7 @@ def ingest_abc(
     release: Release,
     encoders: Sequence[Encoder],
     report: Progress = no_progress,
-) -> AbcResult:
+) -> JobResult:
     """Append the models of a release that are not stored yet, each in one commit.
 
     Models with missing or unusable files are left out and listed; a rerun appends those whose files are there by then.
@@ -206,17 +197,15 @@ def ingest_abc(
         row["model_id"]: row["settings_hash"]
         for row in db.sql("SELECT model_id, settings_hash FROM models").to_pylist()
     }
-    result = AbcResult()
     with jobs.running(db.writer, "ingest abc", f"{release.name} in {release.root.resolve()}", {}) as job:
         for done, model in enumerate(release.models):
             report(f"ingest {release.name}", done, len(release.models))
-            if reason := _append_unless_stored(db, release, model, encoders, stored, result):
+            if reason := _append_unless_stored(db, release, model, encoders, stored, job):
                 job.failed({model.model_id: reason})
             else:
                 job.mended([model.model_id])
-            job.n_done = result.n_appended
     report(f"ingest {release.name}", len(release.models), len(release.models))
-    return result
+    return job.result({model.model_id for model in release.models})
 
 
 def _append_unless_stored(
@@ -225,27 +214,23 @@ def _append_unless_stored(
     model: ReleasedModel,
     encoders: Sequence[Encoder],
     stored: dict[str, str],
-    result: AbcResult,
+    job: jobs.Job,
 ) -> str | None:
     """Append a model unless it is stored. Returns the reason if it could not be appended."""
     if model.model_id in stored:
         if stored[model.model_id] == model.settings_hash:
-            result.n_stored += 1
+            job.n_stored += 1
             return None
-        difference = "with other samples, another category or another split"
-        reason = f"stored already, {difference}; import {release.name} into another database"
-    elif model.missing:
-        result.incomplete.append((model.model_id, model.missing))
+        difference = "stored already, with other samples, another category or another split"
+        return f"{difference}; import {release.name} into another database"
+    if model.missing:
         return f"{len(model.missing)} files are missing, the first is {model.missing[0]}"
-    else:
-        try:
-            _append(db, release, model, encoders)
-            result.n_appended += 1
-            return None
-        except InvalidValue as error:
-            reason = str(error)
-    result.failed.append((model.model_id, reason))
-    return reason
+    try:
+        _append(db, release, model, encoders)
+    except InvalidValue as error:
+        return str(error)
+    job.n_done += 1
+    return None
 
 
 def _append(db: Database, release: Release, model: ReleasedModel, encoders: Sequence[Encoder]) -> None:

@@ -22,6 +22,7 @@ from attrdb.ingest.read.pictures import Picture
 from attrdb.ingest.read.sources import Item
 from attrdb.progress import Progress, counted, no_progress
 from attrdb.store import jobs
+from attrdb.store.jobs import JobResult
 from attrdb.store.schema import IMAGES, encoder_id_of, feature_array
 
 CHUNK = 1024  # images a commit
@@ -32,19 +33,16 @@ CHUNK_BYTES = 128 * 2**20  # of encoded images, beyond which a commit is closed 
 class Outcome:
     """What became of the items of one kind of source."""
 
-    n_appended: int = 0
-    n_stored: int = 0  # that were there already
+    n_done: int = 0
+    n_stored: int = 0  # before
     n_failed: int = 0
 
 
 @dataclass
-class CorpusResult:
-    """What an import did. failures: image_id -> reason, also those of earlier runs that still stand."""
+class CorpusResult(JobResult):
+    """What an import did. outcomes: by kind of source; failures: by image_id."""
 
-    n_appended: int = 0
-    n_stored: int = 0  # that were there already
-    failures: dict[str, str] = field(default_factory=dict)
-    outcomes: dict[str, Outcome] = field(default_factory=dict)  # by kind of source
+    outcomes: dict[str, Outcome] = field(default_factory=dict)
 
 
 def register(db: Database, encoders: Sequence[Encoder]) -> None:
@@ -124,7 +122,8 @@ def ingest_corpus(
         work.record_failures({})
         # What has failed before and did not come up again: a shard that is whole now, a file that was taken away.
         job.mended(set(job.failures) - work.seen_failing)
-        return CorpusResult(work.n_appended, work.n_stored, dict(job.failures), dict(work.outcomes))
+        job.n_stored = sum(outcome.n_stored for outcome in work.outcomes.values())
+        return CorpusResult(**vars(job.result()), outcomes=dict(work.outcomes))
 
 
 def _chunk(encoded: Iterator[Encoded]) -> list[Encoded]:
@@ -159,14 +158,6 @@ class _Import:
         self.failures: dict[str, str] = {}  # not recorded yet
         self.underway: dict[str, Item] = {}  # given out and not committed yet
         self.seen_failing: set[str] = set()
-
-    @property
-    def n_appended(self) -> int:
-        return sum(outcome.n_appended for outcome in self.outcomes.values())
-
-    @property
-    def n_stored(self) -> int:
-        return sum(outcome.n_stored for outcome in self.outcomes.values())
 
     def fresh_items(self) -> Iterator[Item]:
         items = self.corpus.items()
@@ -205,7 +196,7 @@ class _Import:
                 if number < n_skipped:
                     outcome.n_stored += 1
                 else:
-                    outcome.n_appended += 1
+                    outcome.n_done += 1
             self.job.n_done += appended.n_appended
             self.job.mended(image.item.image_id for image in good)
         for image in chunk:

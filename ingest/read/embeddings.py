@@ -6,7 +6,7 @@ Only what fits into memory at once is read: a part of a shard, which is also wha
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import BinaryIO
 
@@ -23,6 +23,7 @@ from attrdb.ingest.read.text_columns import clean_column, json_column, valid_tex
 from attrdb.progress import Progress, no_progress
 from attrdb.store import jobs
 from attrdb.store.ids import lock_file
+from attrdb.store.jobs import JobResult
 from attrdb.store.lance_errors import storage
 from attrdb.store.locks import exclusive_lock
 from attrdb.store.predicates import literal
@@ -31,13 +32,6 @@ from attrdb.store.schema import IMAGES, encoder_id_of
 PART_ROWS = 131_072
 PART_BYTES = 256 * 2**20  # of a part's features as float32
 LISTED_FAILURES = 10_000  # a part's; beyond that the data set is not what it seems
-
-
-@dataclass
-class EmbeddingsResult:
-    n_appended: int = 0
-    n_stored: int = 0  # that were there already
-    failures: dict[str, str] = field(default_factory=dict)  # image_id -> why it was left out, of all runs so far
 
 
 def check_encoder(encoder: str, embeddings: Embeddings) -> None:
@@ -58,7 +52,7 @@ def ingest_embeddings(
     *,
     retry_failed: bool = False,
     report: Progress = no_progress,
-) -> EmbeddingsResult:
+) -> JobResult:
     """Append the vectors that are not stored yet as pretraining images with a feature, a commit for every part.
 
     encoder: the spec of the encoder that made them, in the caller's word: vectors do not say it. Its dimension is checked
@@ -87,10 +81,8 @@ def ingest_embeddings(
             report(f"import {source}", n_seen, embeddings.n_rows)
             n_seen += len(part.metadata)
             work.add(part)
-            job.n_done = work.result.n_appended
         report(f"import {source}", n_seen, embeddings.n_rows)
-        work.result.failures = dict(job.failures)
-    return work.result
+    return job.result()
 
 
 def _repeated(embeddings: Embeddings) -> str:
@@ -198,13 +190,12 @@ class _Import:
         self.encoder = encoder
         self.encoder_id = encoder_id_of(encoder)
         self.job = job
-        self.result = EmbeddingsResult()
 
     def add(self, part: Part) -> None:
         """Append what is not stored of a part, and record what cannot be."""
         rows = self._sorted(part)
         self._check_features(part, rows.stored)
-        self.result.n_stored += int(rows.stored.sum())
+        self.job.n_stored += int(rows.stored.sum())
         reasons = self._row_reasons(part, rows)
         if rows.wanted.any():
             reasons |= self._append(part, rows.wanted)
@@ -275,7 +266,7 @@ class _Import:
         if len(table):
             if self.encoder_id not in self.db.encoders:  # not before there is something of it
                 self.db.writer.add_encoder(self.encoder, part.shard.dimension, {}, "")
-            self.result.n_appended += self.db.writer.append_bulk(table).n_appended
+            self.job.n_done += self.db.writer.append_bulk(table).n_appended
         return reasons
 
 
