@@ -8,6 +8,7 @@ import pytest
 from broken_pictures import whole
 from conftest import picture
 from corpora import encoded, ingest, stored
+from PIL import Image
 
 from attrdb.errors import InvalidValue
 from attrdb.ingest.read import walk
@@ -146,6 +147,16 @@ def test_more_formats(empty, tmp_path, toy_encoder, form):
     (tmp_path / "photos" / name).write_bytes(whole(form))
     ingest(empty, tmp_path / "photos", toy_encoder)
     assert stored(empty) == [f"photos/{name}"]
+
+
+def test_heic_beside_other_pictures(empty, tmp_path, toy_encoder):
+    pillow_heif = pytest.importorskip("pillow_heif")
+    picture(tmp_path / "photos" / "a.png", (1, 2, 3))
+    pillow_heif.from_pillow(Image.new("RGB", (32, 24), "red")).save(tmp_path / "photos" / "IMG_1.HEIC", format="HEIF")
+    (tmp_path / "photos" / "torn.heic").write_bytes((tmp_path / "photos" / "IMG_1.HEIC").read_bytes()[:200])
+    result = ingest(empty, tmp_path / "photos", toy_encoder)
+    assert stored(empty) == ["photos/IMG_1.HEIC", "photos/a.png"]
+    assert "torn.heic cannot be decoded" in result.failures["photos/torn.heic"]
 
 
 def test_a_database_within_the_folder_is_passed_over(empty, tmp_path, toy_encoder):

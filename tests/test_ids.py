@@ -193,5 +193,5 @@ def test_damaged_settings_are_named(tmp_path, content):
 
 def test_settings_that_differ_are_named_with_both_values():
     ids.check_same_settings("mapper", "a", {"lr": 1}, {"lr": 1}, "in my.attrdb")
-    with pytest.raises(InvalidValue, match="mapper 'a' is in my.attrdb with lr = 1, now it is None; .*--mapper-id"):
+    with pytest.raises(InvalidValue, match=r"mapper 'a' is in my.attrdb with lr = 1, now it is None; .*--mapper-id"):
         ids.check_same_settings("mapper", "a", {"lr": 1}, {}, "in my.attrdb")
