@@ -44,8 +44,9 @@ def test_demo_fills_every_table_and_reports_every_stage(built):
     assert found["images_by_role"]["pretraining"] == 200
     assert all(encoder["n_encoded"] == found["n_images"] for encoder in found["encoders"].values())
     assert found["tables"]["exemplar_ranks"]["rows"] > 0
-    done = {stage: units == total for stage, units, total in stages}
+    done = {stage: units == total for stage, units, total, *_ in stages}
     assert {stage.split(": ")[-1].split()[0] for stage in done} == {
+        "ingest",
         "encode",
         "customize",
         "sample",
