@@ -17,7 +17,8 @@ from attrdb.ingest.customize.base_model import BUNDLED, base_model_folder, weigh
 from attrdb.ingest.encode import DEFAULT_ENCODERS, load_encoder
 from attrdb.ingest.models.ingest_one import ingest_model
 from attrdb.ingest.models.settings import Exemplar, settings_for
-from attrdb.ingest.read.corpus import ingest_corpus, open_corpus
+from attrdb.ingest.read.corpus import ingest_corpus
+from attrdb.ingest.read.discover import open_corpus
 from attrdb.ingest.read.pictures import read_picture
 from attrdb.pages.html import data_uri
 from attrdb.progress import Progress
