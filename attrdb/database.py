@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from attrdb import queries, sql
 from attrdb.attribution.methods import load_method, method_rows, resolve_method
 from attrdb.attribution.query import DEFAULT_K, AttributionRequest, attribute, check_attributable, stored_query
 from attrdb.errors import InvalidValue
+from attrdb.progress import Progress, no_progress
 from attrdb.search.mapper import Mapper, stored_mapper
 from attrdb.store.features import Block
 from attrdb.store.lance_errors import storage
@@ -23,6 +24,8 @@ from attrdb.store.snapshot import Snapshot
 from attrdb.store.tables import create_table, table_exists
 from attrdb.store.writer import Writer
 from attrdb.upkeep import health
+from attrdb.upkeep.removal.choose import RemovalRequest
+from attrdb.upkeep.removal.remove import Removal, remove
 
 SIMILARITY = ("encoder_id", "mapper_id")  # they name a method, see `resolve_method`
 DESCRIBED = ["role", "model_id", "source", "category", "creator", "license"]
@@ -241,6 +244,32 @@ class Database:
         raises: NotFound, with the nearest ids
         """
         return stored_mapper(self.snapshot, mapper_id)
+
+    # --- taking out ---------------------------------------------------------------------------------------------------
+
+    def remove(
+        self,
+        *,
+        where: str | None = None,
+        creator: str | None = None,
+        ids: Iterable[str] | None = None,
+        reason: str | None = None,
+        models: str = "list",
+        purge: bool = False,
+        drop_tags: bool = False,
+        block: bool = False,
+        dry_run: bool = False,
+        report: Progress | None = None,
+    ) -> Removal:
+        """Take images out, with their features and all results that they were part of; what was, or would be, taken out.
+
+        where, creator, ids, reason, models, purge, drop_tags, block: see `RemovalRequest`; one of the first three is given
+        dry_run: take nothing out
+        raises:  as `upkeep.removal.remove.remove`
+        """
+        named = None if ids is None else tuple(dict.fromkeys(ids))
+        request = RemovalRequest(where, creator, named, reason, models, purge, drop_tags, block)
+        return remove(self.writer, request, dry_run=dry_run, report=report or no_progress)
 
     def status(self) -> dict[str, Any]:
         """What the database holds and how well it is kept, see `health.status`."""

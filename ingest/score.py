@@ -99,12 +99,14 @@ def score(
 
     method_id: of the method in the database; made from the spec for None
     raises:    InvalidValue for a wrong id or predicate, scores that cannot be stored, or a method of that id with other
-               settings; NotFound if no sample fulfils the predicate; Busy if another process scores by the same method
+               settings; NotFound if no sample fulfils the predicate; Busy if another process scores by the same method,
+               or images are taken out meanwhile
     """
     method_id = method_id_of(spec, method_id)
     db.refresh()
     db.snapshot.check_predicate("samples", samples)
     _register(db, method_id, spec, scorer)
+    snapshot = db.snapshot
     known = db.images(f"role = 'sample' AND ({samples})", ["image_id"])["image_id"].to_pylist()
     if not known:
         raise NotFound(f"no sample of {db.path} fulfils {samples!r}")
@@ -123,7 +125,7 @@ def score(
             rows = pa.concat_tables([_conformed(table, part, candidates) for table in tables] or [_NONE])
             _check_repeats(rows, spec)
             method = pa.array([method_id] * len(rows), pa.string())
-            db.writer.append_rows("scores", rows.append_column("method_id", method))
+            db.writer.append_rows("scores", rows.append_column("method_id", method), snapshot)
             done = pc.unique(rows["sample_id"]).to_pylist()
             job.mended(done)
             job.failed(dict.fromkeys(set(part) - set(done), f"{spec} gives it no score"))

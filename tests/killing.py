@@ -45,12 +45,19 @@ KEYS = {
     "encoders": "encoder_id",
     "jobs": "job_id",
     "failures": "failure_id",
+    "marked_models": "model_id",
+    "blocked_digests": "digest",
+    "removals": "digest",
 }
 # What says when, where or for how long something ran, and how much of it the last run did.
 NOT_COMPARED = {"created_at", "started_at", "ended_at", "failed_at", "customize_seconds", "synthesize_seconds"} | {
     "host",
     "pid",
     "n_done",
+    "removal_id",
+    "marked_at",
+    "blocked_at",
+    "images_version",
 }
 TIME_LIMIT = 120  # seconds that one run may take
 # Importing them starts none of Lance's threads, so that the fork server may hold them ready.
@@ -123,6 +130,12 @@ def optimize(db: Path, inputs: Path) -> None:
     attrdb_runs("optimize", db, "--drop-older-than", "0", "--quiet")
 
 
+def remove(db: Path, inputs: Path) -> None:
+    """A model with all of its images, then a part of the corpus and an exemplar of a model that stays."""
+    attrdb_runs("remove", db, "--where", "image_id = 'm1/e0'", "--models", "remove", "--quiet")
+    attrdb_runs("remove", db, "--ids", inputs / "opt-out.txt", "--models", "mark", "--purge", "--block", "--quiet")
+
+
 def corpus_stored(db: Path, inputs: Path) -> None:
     ingest_corpus(db, inputs)
 
@@ -161,6 +174,7 @@ WORKLOADS = (
     Workload("append models", append_models, corpus_stored),
     Workload("encode", encode, corpus_stored),
     Workload("optimize", optimize, much_stored),
+    Workload("remove", remove, much_stored),
 )
 CUSTOMIZE = Workload("ingest model", ingest_model, corpus_stored)
 
@@ -174,6 +188,7 @@ def make_inputs(folder: Path) -> None:
             pixels = chance.integers(0, 256, (16, 16, 3), dtype=np.uint8)
             Image.fromarray(pixels).save(folder / name / f"{number:03d}.png")
     (folder / "photos" / "broken.png").write_bytes(b"not a picture")
+    (folder / "opt-out.txt").write_text("m0/e1\nphotos/050.png\nnobody\n")
     for part in ("img_emb", "metadata"):
         (folder / "vectors" / part).mkdir(parents=True)
     for shard in range(2):
@@ -275,17 +290,25 @@ def differences(found: Tables, wanted: Tables) -> Iterator[str]:
 def half_visible(seen: Tables, before: Tables, wanted: Tables) -> Iterator[str]:
     """What a reader should not see after a kill: rows lost, rows not yet whole, models without all of their images."""
     for name in TABLES:
-        if name == "jobs":
+        if name in ("jobs", "removals"):  # whose state changes
             continue
-        if lost := before[name].keys() - seen[name].keys():
+        if lost := (before[name].keys() & wanted[name].keys()) - seen[name].keys():
             yield f"{name}: {sorted(lost)[:3]} were stored before and are gone"
         for key, row in seen[name].items():
             old, new = before[name].get(key), wanted[name].get(key)
-            if new is None or (old is None and row != new):
+            # What is to be taken out may still be there, as it was.
+            if row != old and (new is None or (old is None and row != new)):
                 yield f"{name}: {key} is {row}, should be {new}"
-            elif old is not None and any(row[column] not in (old.get(column), new[column]) for column in row):
+            elif (
+                old is not None
+                and new is not None
+                and any(row[column] not in (old.get(column), new[column]) for column in row)
+            ):
                 yield f"{name}: {key} is {row}, was {old} and becomes {new}"
+    removing = any(row["state"] != "done" for row in seen["removals"].values())
     for model_id, row in seen["models"].items():
+        if removing:  # it counts what will be left
+            continue
         roles = [image["role"] for image in seen["images"].values() if image["model_id"] == model_id]
         counted = {"n_exemplars": roles.count("exemplar"), "n_samples": roles.count("sample")}
         if any(row[name] != n for name, n in counted.items()):
@@ -380,7 +403,7 @@ class Undisturbed:
             return
         point.n_visible = len(seen["images"])
         point.problems += half_visible(seen, self.before, self.wanted)
-        point.problems += unsound(db, frozenset({"unfinished_models"}))
+        point.problems += unsound(db, frozenset({"unfinished_models", "unfinished_removals"}))
 
 
 def kill_at_random(

@@ -84,11 +84,17 @@ WRITES = {
     "replace_exemplar_ranks": lambda db: db.writer.replace_exemplar_ranks(
         ranks([("m/0/1", "m/e0", 1)]), "toy_2", "own"
     ),
-    "append_rows": lambda db: db.writer.append_rows("attributions", TABLES["attributions"].empty_table(), "true"),
+    "append_rows": lambda db: db.writer.append_rows(
+        "attributions", TABLES["attributions"].empty_table(), db.snapshot, "true"
+    ),
     "add_method": lambda db: db.writer.add_method(similarity_row("toy_2")),
     "add_mapper": lambda db: db.writer.add_mapper({"mapper_id": "n", "encoder_id": "toy_2", "form": "gain"}),
     "upsert": lambda db: db.writer.upsert("models", [{"model_id": "n"}]),
     "delete": lambda db: db.writer.delete("models", "true"),
+    "delete_matching": lambda db: db.writer.delete_matching("models", pa.table({"model_id": ["m"]})),
+    "alone": lambda db: db.writer.alone().__enter__(),
+    "remove": lambda db: db.remove(where="true"),
+    "writing": lambda db: db.writer.writing().__enter__(),
     "commit": lambda db: db.writer.commit(lambda: None),
 }
 READS = {

@@ -70,7 +70,7 @@ def test_a_merge_through_an_index_commits_no_keys(tmp_path):
 
 
 def test_only_a_primary_key_keeps_writers_from_inserting_an_id_twice(tmp_path):
-    """store/schema.py, `Column.field`: the metadata of keys can go."""
+    """store/columns.py, `Column.field`: the metadata of keys can go."""
     assert inserted_twice(str(tmp_path / "plain.lance"), None, use_index=False)
 
 

@@ -1,5 +1,6 @@
 """Upgrades: tests/fixtures/schema-1.attrdb was written by the first attrdb (see `toy` in conftest), schema-5.zip by the last
-whose results belonged to an encoder and a mapper: `toy` with a mapper, ranks, attributions and a calibration."""
+whose results belonged to an encoder and a mapper: `toy` with a mapper, ranks, attributions and a calibration; schema-6.zip
+by the last that could take nothing out: `toy` with ranks."""
 
 import shutil
 import zipfile
@@ -32,6 +33,13 @@ def before_methods(tmp_path):
     with zipfile.ZipFile(OLDEST.with_name("schema-5.zip")) as archive:
         archive.extractall(tmp_path / "five.attrdb")
     return tmp_path / "five.attrdb"
+
+
+@pytest.fixture
+def before_removals(tmp_path):
+    with zipfile.ZipFile(OLDEST.with_name("schema-6.zip")) as archive:
+        archive.extractall(tmp_path / "six.attrdb")
+    return tmp_path / "six.attrdb"
 
 
 def shapes(path):
@@ -112,6 +120,16 @@ def test_a_moment_before_methods_is_read_as_they_are_today(before_methods):
     flat = then.attribute("m/0/1", k=3, mapper_id="flat")
     stored = then.sql("FROM attributions WHERE sample_id = 'm/0/1' AND mapper_id = 'flat' ORDER BY rank")
     assert flat["influence"].to_pylist() == pytest.approx(stored["influence"].to_pylist())
+
+
+def test_removals_are_kept_from_7_on(before_removals, toy):
+    assert upgrades.upgrade(before_removals) == (6, SCHEMA_VERSION)
+    db = attrdb.open(before_removals)
+    assert shapes(before_removals) == shapes(toy.path)
+    for table in ("removals", "marked_models", "blocked_digests"):
+        assert db.sql(f"SELECT count(*) AS n FROM {table}")["n"].to_pylist() == [0]
+    assert [row["recall_at_k"] for row in db.query("recall_at_k", k=1).to_pylist()] == [0.5]
+    assert check(db.snapshot) == []
 
 
 def test_given_again_there_is_nothing_to_do(oldest):

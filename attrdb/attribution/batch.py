@@ -38,7 +38,8 @@ def attribute_samples(
     samples: an SQL predicate on the columns of images
     request: its query is not used, and all candidates are attributed to: `attributions` does not say which were left out
     raises:  InvalidValue for a predicate that Lance does not take, and as `query.attribute`; NotFound if no sample that
-             fulfils it can be attributed; Busy if another process attributes by the same method
+             fulfils it can be attributed; Busy if another process attributes by the same method, or images are taken out
+             meanwhile
     """
     writer.refresh()
     snapshot = writer.snapshot
@@ -65,7 +66,7 @@ def attribute_samples(
             replaced = (
                 f"method_id = {literal(by)} AND {among('sample_id', part)}" if others.intersection(part) else None
             )
-            writer.append_rows("attributions", _rows(answers, shared), replaced)
+            writer.append_rows("attributions", _rows(answers, shared), snapshot, replaced)
             job.n_done += len(part)
         report("attribute", len(wanted), len(wanted))
     return job.result()

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 import attrdb
-from attrdb.cli import ingest, models, query, shell, train, upkeep
+from attrdb.cli import ingest, models, query, remove, shell, train, upkeep
 from attrdb.cli.common import DB, Commands, ml, quiet_option
 
 
@@ -42,9 +42,19 @@ def demo(folder: Path, quiet: bool) -> None:
 
 
 main.add_section("Start", demo, init)
-main.add_section("Bring in", ingest.ingest, ingest.encode)
+main.add_section("Bring in, take out", ingest.ingest, ingest.encode, remove.remove)
 main.add_section(
     "Ask", query.attribute, query.run_sql, shell.shell, query.run_query, query.queries, query.methods, models.models
 )
 main.add_section("Learn", train.train, train.score, train.calibrate, train.evaluate, train.report)
-main.add_section("Keep", upkeep.status, upkeep.index, upkeep.optimize, upkeep.check, upkeep.export, upkeep.upgrade)
+main.add_section(
+    "Keep",
+    upkeep.status,
+    upkeep.index,
+    upkeep.optimize,
+    upkeep.check,
+    upkeep.backup,
+    upkeep.restore,
+    upkeep.export,
+    upkeep.upgrade,
+)

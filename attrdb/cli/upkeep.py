@@ -56,7 +56,11 @@ def status(db: Path, at: str | None, as_json: bool) -> None:
             f"tau {one['tau']:.4g}, lambda {one['lam']:.4g}, fitted among {one['gallery_size']:,} pretraining images"
         )
         click.echo(f"  influence by {of}: {fitted}")
+    for one in found["fitted_before_removals"]:
+        click.echo(f"  {one['kind']} {one['id']} was fitted on images that were taken out since ({one['n_images']:,})")
     _print_upkeep(found, "  ")
+    for one in found["unfinished_removals"]:
+        click.echo(f"  removal {one['removal_id']} is unfinished ({one['state']}); rerun its command")
     for model_id in found["unfinished_models"]:
         click.echo(f"  model {model_id} is unfinished and not shown; give its ingest command again")
     for one in found["in_progress"]:
@@ -234,3 +238,36 @@ def export(
             report=advance,
         )
     click.echo(f"{target}: " + ", ".join(f"{n:,} {name}" for name, n in counts.items()), err=True)
+
+
+@click.command(short_help="Copy a database, as it is now, while others use it.")
+@DB
+@click.argument("target", type=click.Path(path_type=Path))
+@quiet_option
+def backup(db: Path, target: Path, quiet: bool) -> None:
+    """Copy the database to the new directory TARGET, with a sha256 of every file; `attrdb restore` brings it back.
+
+    It holds the newest version of every table and the weights of all models, not older versions or half-done jobs.
+    """
+    from attrdb.cli.output import progress
+    from attrdb.upkeep import backup as backing_up
+
+    with progress(quiet) as report:
+        done = backing_up.backup(db, target, report)
+    said = f"{done.n_files:,} files, {_size(done.n_bytes)}, version {done.images_version} of images"
+    click.echo(f"{target}: {said}", err=True)
+
+
+@click.command(short_help="Make a database of a backup, after checking every file.")
+@click.argument("backup", type=click.Path(path_type=Path))
+@DB
+@quiet_option
+def restore(backup: Path, db: Path, quiet: bool) -> None:
+    """Make the new database DB of a BACKUP. If one of its files is damaged, that is named and nothing is restored."""
+    from attrdb.cli.output import progress
+    from attrdb.upkeep import backup as backing_up
+
+    with progress(quiet) as report:
+        done = backing_up.restore(backup, db, report)
+    said = f"{done.n_files:,} files, {_size(done.n_bytes)}, version {done.images_version} of images"
+    click.echo(f"{db}: {said}", err=True)

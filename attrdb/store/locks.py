@@ -30,6 +30,19 @@ def exclusive_lock(file: Path, doing: str) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def waiting_lock(file: Path, *, exclusive: bool) -> Iterator[None]:
+    """Hold a lock file once those who have it let go; holders that do not want it exclusively share it.
+
+    raises: StorageError for a full or read-only disk
+    """
+    with storage(file.parent):
+        lock = file.open("a")
+    with lock:
+        fcntl.flock(lock, fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH)
+        yield
+
+
 def alive(pid: int) -> bool:
     """Whether this machine has a process of that number."""
     try:

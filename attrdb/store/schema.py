@@ -6,67 +6,26 @@ The data dictionary (docs/dictionary.md) is generated from this file.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from attrdb.errors import InvalidValue
+from attrdb.store.columns import FLOAT64, INT32, INT64, TEXT, TIMESTAMP, Column, TableSchema, key_column
 
-SCHEMA_VERSION = 6  # every change has a step in upgrades.py
+SCHEMA_VERSION = 7  # every change has a step in upgrades.py
 
 ROLES = ("exemplar", "sample", "pretraining")
-TEXT, INT32, INT64, FLOAT64 = pa.string(), pa.int32(), pa.int64(), pa.float64()
-TIMESTAMP = pa.timestamp("us", tz="UTC")
 
 Row = dict[str, Any]  # of a table, by column
-
-
-@dataclass(frozen=True)
-class Column:
-    """A column of a table: what it means, and whether it may be null."""
-
-    name: str
-    type: pa.DataType
-    meaning: str
-    required: bool = False
-    key: bool = False
-
-    @property
-    def field(self) -> pa.Field:
-        # Lance lets no two writers insert the same key, even when neither saw the other's rows.
-        metadata = {"lance-schema:unenforced-primary-key": "true"} if self.key else None
-        return pa.field(self.name, self.type, nullable=not (self.required or self.key), metadata=metadata)
-
-
-@dataclass(frozen=True)
-class TableSchema:
-    """A table: what a row of it is, and its columns."""
-
-    grain: str
-    columns: tuple[Column, ...]
-
-    @property
-    def arrow(self) -> pa.Schema:
-        return pa.schema([column.field for column in self.columns])
-
-    @property
-    def key(self) -> str | None:
-        """The column that identifies a row; None for tables whose rows have no id."""
-        return next((column.name for column in self.columns if column.key), None)
-
-
-def _key(name: str, meaning: str) -> Column:
-    return Column(name, TEXT, meaning, key=True)
-
 
 DICTIONARY = {
     "images": TableSchema(
         "one row per image: exemplars, samples and pretraining images. Every encoder adds one column, named after its "
         "encoder_id: fixed_size_list<float32>[dimension], unit length, null until encoded",
         (
-            _key("image_id", "stable text id, such as `<model_id>/<prompt number>/<seed>` or `<source>/<file>`"),
+            key_column("image_id", "stable text id, such as `<model_id>/<prompt number>/<seed>` or `<source>/<file>`"),
             # Plain text: a bitmap index refuses a dictionary column.
             Column("role", TEXT, "`exemplar`, `sample` or `pretraining`", required=True),
             Column("model_id", TEXT, "the customized model; null for pretraining images"),
@@ -93,7 +52,7 @@ DICTIONARY = {
     "models": TableSchema(
         "one row per customized model, written after its images; a model without it is not shown",
         (
-            _key("model_id", "id of the customized model"),
+            key_column("model_id", "id of the customized model"),
             Column("base_model", TEXT, "folder or hub id of the base model"),
             Column("base_model_hash", TEXT, "of the base model's weights"),
             Column("method", TEXT, "of customization, such as `custom-diffusion`"),
@@ -120,7 +79,7 @@ DICTIONARY = {
     "encoders": TableSchema(
         "one row per encoder whose features this database holds",
         (
-            _key("encoder_id", "also the name of its column in images"),
+            key_column("encoder_id", "also the name of its column in images"),
             Column("spec", TEXT, "what loads it, such as `open_clip:ViT-B-32/openai`"),
             Column("dimension", INT32, "length of its features"),
             Column("preprocessing", TEXT, "JSON text: what is done to a picture before the network sees it"),
@@ -130,7 +89,7 @@ DICTIONARY = {
     "mappers": TableSchema(
         "one row per mapper: a learned pair of maps on an encoder's features, one for training images and one for samples",
         (
-            _key("mapper_id", "id of the mapper"),
+            key_column("mapper_id", "id of the mapper"),
             Column("encoder_id", TEXT, "whose features it maps", required=True),
             Column("form", TEXT, "`affine`, `gain` or `mlp`", required=True),
             Column("trained_on", TEXT, "kind of the models: `object`, `style` or `both`"),
@@ -155,7 +114,7 @@ DICTIONARY = {
         "one row per attribution method: a way of scoring candidates for an image; a higher score means more influence. "
         "Every encoder and every mapper is one; packages add others",
         (
-            _key(
+            key_column(
                 "method_id",
                 "`<encoder_id>` for similarity of its features, `<encoder_id>/<mapper_id>` with a mapper; of other methods "
                 "an id without a slash",
@@ -184,7 +143,7 @@ DICTIONARY = {
     "calibrations": TableSchema(
         "one row per method whose influence was calibrated; without it, tau and lambda are those of the method's row",
         (
-            _key("method_id", "the method"),
+            key_column("method_id", "the method"),
             Column("tau", FLOAT64, "temperature of influence, above 0", required=True),
             Column("lam", FLOAT64, "cut-off of influence, at least 0 and below 1", required=True),
             Column(
@@ -251,7 +210,7 @@ DICTIONARY = {
     "indices": TableSchema(
         "one row per encoder whose features have an index that attrdb built, and how well it answers",
         (
-            _key("encoder_id", "the encoder; the index is on its column of images"),
+            key_column("encoder_id", "the encoder; the index is on its column of images"),
             Column("kind", TEXT, "of the index, in Lance's words", required=True),
             Column("n_partitions", INT32, "partitions that the features are divided into", required=True),
             Column("n_probes", INT32, "partitions that a query looks into", required=True),
@@ -269,7 +228,7 @@ DICTIONARY = {
     "mapper_searches": TableSchema(
         "one row per mapper that was folded into queries of its encoder's index, and how well that answers",
         (
-            _key("mapper_id", "the mapper"),
+            key_column("mapper_id", "the mapper"),
             Column("encoder_id", TEXT, "whose index is asked", required=True),
             Column("used", pa.bool_(), "whether searches do so; otherwise they compare all candidates", required=True),
             Column("n_probes", INT32, "partitions that a query looks into", required=True),
@@ -289,7 +248,7 @@ DICTIONARY = {
     "jobs": TableSchema(
         "one row per job; given again, a job goes on under its id",
         (
-            _key("job_id", "`<command>/<what it works on>`"),
+            key_column("job_id", "`<command>/<what it works on>`"),
             Column("command", TEXT, "such as `ingest corpus` or `encode`", required=True),
             Column("settings", TEXT, "JSON text: what it was started with"),
             Column("state", TEXT, "`running`, `done`, `incomplete` (some items failed) or `failed`", required=True),
@@ -305,11 +264,62 @@ DICTIONARY = {
     "failures": TableSchema(
         "one row per item that a job could not do; it goes when a later run mends it",
         (
-            _key("failure_id", "`<job_id> <item>`"),
+            key_column("failure_id", "`<job_id> <item>`"),
             Column("job_id", TEXT, "the job", required=True),
             Column("item", TEXT, "image_id, file or model_id", required=True),
             Column("reason", TEXT, "what was found, what was needed", required=True),
             Column("failed_at", TIMESTAMP, "when it last failed"),
+        ),
+    ),
+    "removals": TableSchema(
+        "one row per `attrdb remove`: that images were taken out, and how many; nothing of the images themselves",
+        (
+            key_column("removal_id", "time and a part of the digest"),
+            Column(
+                "state",
+                TEXT,
+                "`begun`, `deleting`, `purging` or `done`; one that is not done is finished by the next `attrdb remove`",
+                required=True,
+            ),
+            Column("chosen_by", TEXT, "what named the images: `where`, `creator` or `ids`", required=True),
+            Column("digest", TEXT, "sha256 of that predicate, name or list of lines", required=True),
+            Column("reason", TEXT, "as it was given"),
+            Column("n_images", INT64, "images taken out, those of removed models included", required=True),
+            Column("n_features", INT64, "their features, of all encoders", required=True),
+            Column("n_models", INT64, "models that were customized on one of them", required=True),
+            Column("models", TEXT, "what became of those models: `list`, `mark` or `remove`", required=True),
+            Column("n_results", INT64, "ranks, attributions and scores that were taken out with them", required=True),
+            Column("n_blocked", INT64, "digests that it added to blocked_digests", required=True),
+            Column("purged", pa.bool_(), "whether older versions were deleted too", required=True),
+            Column(
+                "images_version",
+                INT64,
+                "version of images without them; what was fitted on an older one was fitted with them",
+            ),
+            Column("attrdb_version", TEXT, "that took them out"),
+            Column("started_at", TIMESTAMP, "when it began"),
+            Column("ended_at", TIMESTAMP, "when it ended; null until then"),
+        ),
+    ),
+    "marked_models": TableSchema(
+        "one row per model that `attrdb remove --models mark` has marked: it was customized on images that are gone",
+        (
+            key_column("model_id", "the model"),
+            Column("removal_id", TEXT, "the removal, the last of several", required=True),
+            Column("n_exemplars", INT32, "exemplars that were taken out, by all removals", required=True),
+            Column(
+                "n_regularization", INT32, "regularization images that were taken out, by all removals", required=True
+            ),
+            Column("marked_at", TIMESTAMP, "when"),
+        ),
+    ),
+    "blocked_digests": TableSchema(
+        "one row per picture or address that `attrdb remove --block` keeps from being stored again",
+        (
+            key_column("digest", "sha256, unsalted: of a picture's encoded bytes, or of the text of an address"),
+            Column("kind", TEXT, "`image` or `uri`", required=True),
+            Column("removal_id", TEXT, "the removal that blocked it", required=True),
+            Column("blocked_at", TIMESTAMP, "when"),
         ),
     ),
 }

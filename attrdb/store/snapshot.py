@@ -22,6 +22,7 @@ from attrdb.store.tables import check_schema_version, open_table, schema_version
 
 COUNTS = 100  # predicates whose counts are remembered
 IDS_PER_LOOKUP = 512
+ATTEMPTS = 20  # at a moment at which no images are being taken out; each takes some 20 ms
 
 Derived = TypeVar("Derived")
 
@@ -44,6 +45,11 @@ class Snapshot:
     def version(self) -> int:
         """The version of the images table."""
         return self.tables["images"].version
+
+    def is_before_removal(self) -> bool:
+        """Whether images are being taken out, or were, since the tables were opened."""
+        removals = self.tables["removals"]
+        return bool(removals.latest_version != removals.version)
 
     def once(self, derive: Callable[[Snapshot], Derived]) -> Derived:
         """derive(snapshot), computed when it is first asked for: what other rooms derive from a snapshot is kept with it."""
@@ -156,7 +162,18 @@ def open_snapshot(path: Path, at: int | str | datetime | None = None) -> Snapsho
         what = "is not an attrdb database (no images.lance in it)" if path.exists() else "does not exist"
         raise NotFound(f"{path} {what}; make one with: attrdb init {path}")
     check_schema_version(path, schema_version(open_table(path, "images")))
-    # models before images: a model that is seen has its images, as they are committed first.
-    names = sorted(TABLES, key=lambda name: name == "images")
-    tables = {name: open_table(path, name) for name in names}
+    tables = pinned_tables(path, TABLES)
     return Snapshot(path, tables if at is None else tables_at(path, tables, at))
+
+
+def pinned_tables(path: Path, names: Iterable[str]) -> dict[str, lance.LanceDataset]:
+    """The newest versions of some tables that belong together."""
+    # models before images: a model that is seen has its images, as they are committed first. Where images are taken out it
+    # is the other way round, and `removals` is written to in between.
+    ordered = sorted(names, key=lambda name: name == "images")
+    for _ in range(ATTEMPTS):
+        first = {name: open_table(path, name) for name in ordered if name == "removals"}
+        tables = {name: first[name] if name in first else open_table(path, name) for name in ordered}
+        if all(removals.latest_version == removals.version for removals in first.values()):
+            break
+    return tables

@@ -77,6 +77,17 @@ ATTRIBUTIONS_6 = """
     score float64 required, influence float64 required, complete bool required, missing_influence float64, k int64,
     exact bool, tau float64, lam float64, images_version int64
 """
+REMOVALS_7 = """
+    removal_id text key, state text required, chosen_by text required, digest text required, reason text,
+    n_images int64 required, n_features int64 required, n_models int64 required, models text required,
+    n_results int64 required, n_blocked int64 required, purged bool required, images_version int64, attrdb_version text,
+    started_at timestamp, ended_at timestamp
+"""
+MARKED_MODELS_7 = """
+    model_id text key, removal_id text required, n_exemplars int32 required, n_regularization int32 required,
+    marked_at timestamp
+"""
+BLOCKED_DIGESTS_7 = "digest text key, kind text required, removal_id text required, blocked_at timestamp"
 
 
 def _columns(text: str) -> pa.Schema:
@@ -188,7 +199,14 @@ def _rewrite(path: Path, name: str, columns: str, changed: Callable[[pa.RecordBa
     lance.write_dataset(reader, str(path / f"{name}.lance"), mode="overwrite")
 
 
-STEPS = {2: _to_2, 3: _to_3, 4: _to_4, 5: _to_5, 6: _to_6}
+def _to_7(path: Path) -> None:
+    """What was taken out is kept on record, and may be kept from coming back."""
+    _create(path, "marked_models", MARKED_MODELS_7, 7)
+    _create(path, "blocked_digests", BLOCKED_DIGESTS_7, 7)
+    _create(path, "removals", REMOVALS_7, 7)
+
+
+STEPS = {2: _to_2, 3: _to_3, 4: _to_4, 5: _to_5, 6: _to_6, 7: _to_7}
 MADE_IN = {  # the version that made a table, where it was not the first
     "jobs": 2,
     "failures": 2,
@@ -199,6 +217,9 @@ MADE_IN = {  # the version that made a table, where it was not the first
     "mapper_searches": 5,
     "methods": 6,
     "scores": 6,
+    "removals": 7,
+    "marked_models": 7,
+    "blocked_digests": 7,
 }
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,16 +18,19 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from lance.commit import CommitConflictError
 
-from attrdb.errors import InvalidValue, StorageError
+from attrdb.errors import Busy, InvalidValue, StorageError
+from attrdb.store.blocklist import blocklist
 from attrdb.store.lance_errors import storage
+from attrdb.store.locks import waiting_lock
 from attrdb.store.methods import similarity_row
 from attrdb.store.predicates import literal
 from attrdb.store.schema import DICTIONARY, TABLES, Row, encoder_id_of, encoder_name, feature_columns, feature_type
-from attrdb.store.snapshot import open_snapshot
+from attrdb.store.snapshot import Snapshot, open_snapshot
 from attrdb.store.validation import conform_images
 
 CONFLICT_RETRIES = 30  # of a commit that another writer preempted
 TABLE_KEYS = {name: table.key for name, table in DICTIONARY.items()}
+WRITERS_LOCK = ".writers.lock"  # shared by everyone who writes
 LONGEST_ENCODER_ID = 80  # characters of a new one: files are named after it
 
 
@@ -50,6 +54,7 @@ class Writer:
         self.path = path
         self.read_only = read_only or at is not None
         self._at = at
+        self._is_alone = False
         self.snapshot = open_snapshot(path, at)
 
     def refresh(self) -> None:
@@ -118,12 +123,12 @@ class Writer:
     def append_images(self, rows: pa.Table) -> Appended:
         """Append the images that are not stored yet, in one commit; all of them are visible afterwards, or none.
 
-        raises: InvalidValue, with the row named, for what `validation.conform_images` refuses
+        raises: InvalidValue, with the row named, for what `validation.conform_images` refuses, or `attrdb remove` has blocked
         """
         self._check_writable()
         self.refresh()
         images = self.snapshot.tables["images"]
-        table = conform_images(rows, images.schema)
+        table = self._conformed_images(rows)
         stored = self.snapshot.stored(table["image_id"].to_pylist())
         n_appended = 0
         if len(stored) < len(table):
@@ -134,6 +139,12 @@ class Writer:
             insert = insert.conflict_retries(CONFLICT_RETRIES)
             n_appended = self.commit(lambda: insert.execute(table))["num_inserted_rows"]
         return Appended(n_appended, len(table) - n_appended, self.snapshot.version)
+
+    def _conformed_images(self, rows: pa.Table) -> pa.Table:
+        """raises: InvalidValue for what `validation.conform_images` refuses, and for a picture that was taken out for good"""
+        for refusal in blocklist(self.snapshot).refusals(rows).values():
+            raise InvalidValue(refusal)
+        return conform_images(rows, self.snapshot.tables["images"].schema)
 
     def absent(self, ids: pa.Array) -> pa.BooleanArray:
         """Which of the ids images does not have yet; quick for thousands of ids that lie close together.
@@ -157,7 +168,7 @@ class Writer:
         raises: as `append_images`
         """
         self._check_writable()
-        table = conform_images(rows, self.snapshot.tables["images"].schema)
+        table = self._conformed_images(rows)
         self.commit(lambda: lance.write_dataset(table, self._path("images"), mode="append"))
         return Appended(len(table), 0, self.snapshot.version)
 
@@ -201,7 +212,11 @@ class Writer:
         self.upsert("mappers", [mapper], update=False)
 
     def replace_exemplar_ranks(self, rows: pa.Table, method_id: str, gallery: str) -> None:
-        """Store the ranks of one method and gallery in place of those that are stored."""
+        """Store the ranks of one method and gallery, computed on this writer's snapshot, in place of those that are stored.
+
+        raises: Busy if images were taken out since
+        """
+        computed_on = self.snapshot
         scope = f"method_id = {literal(method_id)} AND gallery = {literal(gallery)}"
         table = _conformed("exemplar_ranks", rows)
         self.commit(
@@ -212,17 +227,22 @@ class Writer:
                 .when_not_matched_insert_all()
                 .when_not_matched_by_source_delete(scope)
                 .execute(table)
-            )
+            ),
+            computed_on,
         )
 
-    def append_rows(self, table: str, rows: pa.Table, stale: str | None = None) -> None:
-        """Append to one of the tables whose rows have no id; rows that the predicate `stale` keeps are deleted first."""
+    def append_rows(self, table: str, rows: pa.Table, computed_on: Snapshot, stale: str | None = None) -> None:
+        """Append to one of the tables whose rows have no id; rows that the predicate `stale` keeps are deleted first.
+
+        computed_on: the snapshot whose images the rows are about
+        raises:      InvalidValue for another table, Busy if images were taken out since
+        """
         if TABLE_KEYS[table] is not None:
             raise InvalidValue(f"the rows of {table} have an id; they are stored with upsert")
         if stale is not None:
             self.delete(table, stale)
         conformed = _conformed(table, rows)
-        self.commit(lambda: lance.write_dataset(conformed, self._path(table), mode="append"))
+        self.commit(lambda: lance.write_dataset(conformed, self._path(table), mode="append"), computed_on)
 
     def upsert(self, table: str, rows: list[Row], *, update: bool = True) -> None:
         """Store rows of one of the small tables by their key; with update=False what is stored stays as it is.
@@ -246,6 +266,24 @@ class Writer:
         """Delete the rows of a table that a predicate keeps."""
         self.commit(lambda: self._dataset(table).delete(where))
 
+    def delete_matching(self, table: str, keys: pa.Table) -> int:
+        """Delete the rows of a table whose values in some columns are those of a row of keys, in one commit; how many.
+
+        Unlike a predicate, what is deleted is not written into the log of the table.
+        keys: one or more of the table's columns, no row twice
+        """
+        names: Sequence[str] = keys.column_names
+        source = keys.cast(pa.schema([TABLES[table].field(name) for name in names]))
+        if not len(source):
+            return 0
+
+        def delete() -> Any:
+            matched = self._dataset(table).merge_insert(list(names)).when_matched_delete().use_index(False)
+            return matched.conflict_retries(CONFLICT_RETRIES).execute(source)
+
+        n_deleted: int = self.commit(delete)["num_deleted_rows"]
+        return n_deleted
+
     def _path(self, table: str) -> str:
         return str(self.path / f"{table}.lance")
 
@@ -253,13 +291,37 @@ class Writer:
         """The newest version of a table."""
         return lance.dataset(self._path(table))
 
-    def commit(self, write: Callable[[], Any]) -> Any:
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Every write happens inside; waits for a writer that is `alone`."""
+        self._check_writable()
+        if self._is_alone:
+            yield
+        else:
+            with waiting_lock(self.path / WRITERS_LOCK, exclusive=False):
+                yield
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Waits until nobody is writing, and keeps others from it inside the block."""
+        self._check_writable()
+        with waiting_lock(self.path / WRITERS_LOCK, exclusive=True):
+            self._is_alone = True
+            try:
+                yield
+            finally:
+                self._is_alone = False
+
+    def commit(self, write: Callable[[], Any], computed_on: Snapshot | None = None) -> Any:
         """Run a write and move on to what it made; once more where another writer came first.
 
-        raises: InvalidValue if the database was opened read-only, StorageError for a full or read-only disk
+        computed_on: the snapshot that what is written was computed on, if it must not hold images that were taken out since
+        raises: InvalidValue if the database was opened read-only, StorageError for a full or read-only disk, Busy if images
+                were taken out
         """
-        self._check_writable()
-        with storage(self.path):
+        with storage(self.path), self.writing():
+            if computed_on is not None and computed_on.is_before_removal():
+                raise Busy(f"images were taken out of {self.path} while this was computed; rerun the command")
             for attempt in range(CONFLICT_RETRIES):
                 try:
                     result = write()

@@ -41,12 +41,12 @@ def status(snapshot: Snapshot) -> dict[str, Any]:
     """What the database holds, as plain values that JSON can take.
 
     Rows by role, models by kind, every encoder with how many images it has encoded and how many it still could, mappers,
-    calibrations and how many pretraining images they were made for, indices
-    with their segments and the rows they do not cover yet, fragments, versions and bytes of every table, jobs that are
-    not done, models that are being made and how far they are.
+    calibrations and how many pretraining images they were made for, which of these were fitted with images that are
+    gone, removals that are not done, indices with their segments and the rows they do not cover yet, fragments, versions and
+    bytes of every table, jobs that are not done, models that are being made and how far they are.
     """
     with storage(snapshot.path), sql.connect(snapshot) as connection:
-        roles, kinds, jobs, mappers, calibrations = (
+        roles, kinds, jobs, mappers, calibrations, removals, before_removals = (
             sql.run(connection, statement).to_pylist()
             for statement in (
                 "SELECT role, count(*) AS n FROM images GROUP BY role ORDER BY role",
@@ -55,6 +55,8 @@ def status(snapshot: Snapshot) -> dict[str, Any]:
                 "SELECT mapper_id, m.encoder_id, form, trained_on, used AS by_index, recall FROM mappers AS m "
                 "LEFT JOIN mapper_searches USING (mapper_id) ORDER BY mapper_id",
                 "SELECT method_id, encoder_id, mapper_id, tau, lam, gallery_size FROM calibrations ORDER BY method_id",
+                "SELECT removal_id, state FROM removals WHERE state <> 'done' ORDER BY removal_id",
+                queries.load("fitted_before_removals").sql,
             )
         )
         n_images = sum(row["n"] for row in roles)
@@ -69,6 +71,8 @@ def status(snapshot: Snapshot) -> dict[str, Any]:
             "encoders": {name: _encoder(snapshot, name, n_images) for name in snapshot.encoders},
             "mappers": [_mapper(snapshot, row) for row in mappers],
             "calibrations": calibrations,
+            "fitted_before_removals": before_removals,
+            "unfinished_removals": removals,
             "indices": [_index(snapshot.tables["images"], one) for one in _indices(snapshot)],
             "tables": {name: _table(snapshot, name) for name in snapshot.tables},
             "open_jobs": [_job(row) for row in jobs],

@@ -170,7 +170,7 @@ class _Work:
             lance.LanceDataset.commit(images.uri, change, read_version=images.version)
 
         try:
-            with storage(self.db.path):
+            with storage(self.db.path), self.db.writer.writing():
                 commit()
         except CommitConflictError:
             return False

@@ -41,6 +41,7 @@ from attrdb.ingest.options import ModelSettings, SynthesizeSettings
 from attrdb.ingest.prompts import TOKEN, Prompt, train_prompt
 from attrdb.ingest.read.corpus import image_rows, register
 from attrdb.progress import Progress, no_progress
+from attrdb.store.blocklist import blocklist
 from attrdb.store.ids import JobFolder, model_job, stored_file, weights_file
 from attrdb.store.leases import LEASE_MINUTES
 
@@ -70,8 +71,9 @@ def ingest_model(
                    base model is left fresh. Not called for a model that is stored.
     lease_minutes: minutes of silence after which another process counts as stuck, and its model is taken over
     raises:        InvalidValue if the model is stored with other settings, and for exemplars, prompts, encoders,
-                   regularization images or a base model that cannot be used, all before training begins; and for
-                   training that diverges; OutOfMemory; Busy if another process is making the model
+                   regularization images or a base model that cannot be used, and exemplars that were taken out for good,
+                   all before training begins; and for training that diverges; OutOfMemory; Busy if another process
+                   is making the model
     """
     model_id = check_model(settings, exemplars, model_id)
     prompts = prompts_of(settings, exemplars)
@@ -79,6 +81,8 @@ def ingest_model(
     folder = model_job(db.path, model_id)
     if result := _stored_result(db, model_id, record, encoders, folder):
         return result
+    for exemplar in exemplars:
+        blocklist(db.snapshot).check(exemplar.picture.name, exemplar.picture.sha256, exemplar.fields.get("uri"))
     base = load(settings.base_model)
     register(db, encoders)
     with leased_job(folder, lease_minutes) as lease:

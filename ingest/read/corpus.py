@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -22,6 +23,7 @@ from attrdb.ingest.read.pictures import Picture
 from attrdb.ingest.read.sources import Item
 from attrdb.progress import Progress, counted, no_progress
 from attrdb.store import jobs
+from attrdb.store.blocklist import Blocklist, blocklist
 from attrdb.store.jobs import JobResult
 from attrdb.store.schema import IMAGES, encoder_id_of, feature_array
 
@@ -115,7 +117,7 @@ def ingest_corpus(
     add_done = counted(report, f"ingest {corpus.source}", corpus.n_items)
     with jobs.running(db.writer, "ingest corpus", f"{corpus.source} from {corpus.path.resolve()}", settings) as job:
         work = _Import(db, corpus, encoders, job, set() if retry_failed else set(job.failures), add_done)
-        with closing(encode_stream(encoders, work.fresh_items(), _read)) as encoded:
+        with closing(encode_stream(encoders, work.fresh_items(), partial(_read, blocklist(db.snapshot)))) as encoded:
             while chunk := _chunk(encoded):
                 work.append(chunk)
                 add_done(len(chunk))
@@ -217,8 +219,9 @@ class _Import:
         self.failures.clear()
 
 
-def _read(item: Item) -> tuple[dict[str, Any], Image.Image]:
+def _read(blocked: Blocklist, item: Item) -> tuple[dict[str, Any], Image.Image]:
     picture = item.read()
+    blocked.check(item.image_id, picture.sha256, item.uri)
     row = {"image_id": item.image_id, "role": "pretraining", **item.fields(), **picture_fields(picture)}
     return row, picture.image
 

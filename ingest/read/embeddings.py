@@ -22,6 +22,7 @@ from attrdb.ingest.read.embedding_shards import Embeddings, Shard
 from attrdb.ingest.read.text_columns import clean_column, json_column, valid_text
 from attrdb.progress import Progress, no_progress
 from attrdb.store import jobs
+from attrdb.store.blocklist import blocklist
 from attrdb.store.ids import lock_file
 from attrdb.store.jobs import JobResult
 from attrdb.store.lance_errors import storage
@@ -261,6 +262,10 @@ class _Import:
             for row in np.flatnonzero(~sound & wanted)
         }
         wanted = wanted & sound
+        for row, reason in blocklist(self.db.snapshot).refusals(table).items():
+            if wanted[row]:
+                reasons[part.ids[row].as_py()] = reason
+                wanted[row] = False
         if not wanted.all():
             table = table.filter(pa.array(wanted))
         if len(table):

@@ -1,8 +1,8 @@
--- Models whose number of exemplars or samples differs from their row in models.
+-- Models whose number of exemplars or samples differs from their row in models. Not checked while a removal is unfinished.
 -- No row means no problem.
 -- source attrdb
 -- grain  one row per model
--- reads  exemplars, models, samples
+-- reads  exemplars, models, removals, samples
 -- column model_id         VARCHAR
 -- column n_exemplars      INTEGER  in the model's row
 -- column found_exemplars  BIGINT
@@ -23,5 +23,6 @@ SELECT
 FROM models
 LEFT JOIN exemplified ON exemplified.model_id = models.model_id
 LEFT JOIN sampled ON sampled.model_id = models.model_id
-WHERE models.n_exemplars IS DISTINCT FROM found_exemplars OR models.n_samples IS DISTINCT FROM found_samples
+WHERE (models.n_exemplars IS DISTINCT FROM found_exemplars OR models.n_samples IS DISTINCT FROM found_samples)
+  AND NOT EXISTS (SELECT removal_id FROM removals WHERE state IN ('begun', 'deleting'))
 ORDER BY models.model_id
