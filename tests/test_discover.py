@@ -84,13 +84,13 @@ def test_the_command_says_what_became_of_each_kind(mixed, tmp_path):
     assert (dry.exit_code, dry.stderr) == (0, "")
     assert not (tmp_path / "db").exists()
     assert [line for line in dry.stdout.splitlines() if not line.startswith("  ")] == [
-        "read: 5 picture files",
-        "read: 1 tar shards, number of images not known yet",
-        "read: 1 Parquet files, 2 images",
-        "not read: 1 hidden or system files and folders: photos/.DS_Store",
-        "not read: 1 links that lead out of the folder: photos/out.png",
-        "not read: 1 other files: .md 1",
-        "not read: 1 pictures in formats that are not read: .svg 1",
+        "read: picture files: 5",
+        "read: tar shards: 1, images: not counted",
+        "read: Parquet files: 1, images: 2",
+        "not read: hidden or system files and folders: 1 (photos/.DS_Store)",
+        "not read: links that lead out of the folder: 1 (photos/out.png)",
+        "not read: other files: 1 (.md 1)",
+        "not read: pictures in formats that are not read: 1 (.svg 1)",
         "dry run: nothing was stored",
     ]
     assert f"  {mixed / 'tars' / '00000.tar'}" in dry.stdout.splitlines()
@@ -101,10 +101,10 @@ def test_the_command_says_what_became_of_each_kind(mixed, tmp_path):
         "picture files: 4 appended, 1 left out",
         "tar shards: 2 appended",
         "Parquet files: 2 appended",
-        "not read: 2 hidden or system files and folders: photos/.DS_Store, 00000.tar/._1.jpg",
-        "not read: 1 links that lead out of the folder: photos/out.png",
-        "not read: 1 other files: .md 1",
-        "not read: 1 pictures in formats that are not read: .svg 1",
+        "not read: hidden or system files and folders: 2 (photos/.DS_Store, 00000.tar/._1.jpg)",
+        "not read: links that lead out of the folder: 1 (photos/out.png)",
+        "not read: other files: 1 (.md 1)",
+        "not read: pictures in formats that are not read: 1 (.svg 1)",
     ]
 
 
@@ -130,7 +130,7 @@ def test_a_first_shard_that_is_broken_keeps_no_other_out(empty, tmp_path, toy_en
     result = ingest_corpus(empty, corpus, [toy_encoder])
     assert stored(empty) == ["b/1"]
     if first == bytes(10240):
-        assert corpus.skipped.lines() == ["1 tar shards with nothing in them: 00000.tar"]
+        assert corpus.skipped.lines() == ["tar shards with nothing in them: 1 (00000.tar)"]
     else:
         assert "00000.tar is damaged or cut off after the beginning" in result.failures["b/00000.tar"]
 
@@ -212,7 +212,7 @@ def test_a_tar_that_unpacks_to_fill_the_disk_is_refused(tmp_path, monkeypatch):
 def test_nothing_to_read(tmp_path):
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "a.zip").write_bytes(b"PK")
-    with pytest.raises(InvalidValue, match=r"has no image in it; PNG, .*Not read: 1 other files: \.zip 1"):
+    with pytest.raises(InvalidValue, match=r"has no image in it; PNG, .*Not read: other files: 1 \(\.zip 1\)"):
         open_corpus(tmp_path / "photos")
     with pytest.raises(NotFound):
         walk.Skipped() and list(walk.walk(tmp_path / "nowhere", walk.Skipped()))

@@ -118,7 +118,7 @@ def test_exemplars_obey_the_same_rules(tmp_path):
     assert "prompt" not in read_exemplar(root / "a.png", "vase").fields
     assert dict(skips.counts) == {walk.HIDDEN: 2, walk.OUTSIDE: 1, walk.OTHER_PICTURES: 1}
     (root / "a.png").unlink()
-    with pytest.raises(InvalidValue, match=r"has no image; .*Not read: .*1 pictures in formats .*: \.svg 1"):
+    with pytest.raises(InvalidValue, match=r"has no image; .*Not read: .*pictures in formats .*: 1 \(\.svg 1\)"):
         read_exemplars(root)
 
 
@@ -134,9 +134,9 @@ def test_endings_that_are_not_read_are_counted_by_ending(tmp_path, monkeypatch):
     corpus = open_corpus(root)
     assert corpus.n_items == 2
     assert corpus.skipped.lines() == [
-        "1 HEIC pictures (pip install 'attrdb[heic]' to read it): c.HEIC",
-        "3 other files: no ending 1, .md 1, .txt 1",
-        "3 pictures in formats that are not read: .svg 2, .cr2 1",
+        "HEIC pictures, which need: pip install 'attrdb[heic]': 1 (c.HEIC)",
+        "other files: 3 (no ending 1, .md 1, .txt 1)",
+        "pictures in formats that are not read: 3 (.svg 2, .cr2 1)",
     ]
 
 
@@ -300,4 +300,7 @@ def test_lines_of_captions_that_cannot_be_read_are_said(tmp_path):
     picture(tmp_path / "pets" / "a.png", (1, 2, 3))
     (tmp_path / "pets" / "metadata.jsonl").write_text('{"file_name": "a.png"\n[]\n{"file_name": "a.png", "text": "x"}')
     (line,) = open_corpus(tmp_path / "pets").skipped.lines()
-    assert "2 tables of captions, or lines of them, that cannot be read: metadata.jsonl line 1" in line
+    assert (
+        "tables of captions, or lines of them, that cannot be read: 2 (metadata.jsonl line 1, metadata.jsonl line 2)"
+        in line
+    )

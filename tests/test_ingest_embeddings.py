@@ -366,7 +366,7 @@ def test_a_dry_run_says_what_would_be_read(tmp_path, laion):
     words = ["ingest", "corpus", str(tmp_path / "db"), str(laion), "--encoder", "toy:2", "--dry-run"]
     done = CliRunner().invoke(main, words)
     assert done.stdout.splitlines() == [
-        "read: 2 shards of embeddings, 5 of 2 numbers",
+        "read: embeddings of 2 numbers: 5, in shards: 2",
         f"  {laion}/img_emb/img_emb_000.npy, {laion}/metadata/metadata_000.parquet",
         f"  {laion}/img_emb/img_emb_001.npy, {laion}/metadata/metadata_001.parquet",
         "dry run: nothing was stored",

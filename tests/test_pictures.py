@@ -113,7 +113,7 @@ def test_heic_without_its_extra_says_what_to_install(monkeypatch):
 
     monkeypatch.setattr(formats, "heic_formats", lambda: ())
     monkeypatch.setattr(pictures, "heic_formats", lambda: ())
-    assert "x is a HEIC picture; pip install 'attrdb[heic]' to read it" in decoded(
+    assert "x is a HEIC picture; to read it: pip install 'attrdb[heic]'" in decoded(
         "x", b"\0\0\0\x18ftypheic" + bytes(80)
     )
 

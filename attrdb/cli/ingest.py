@@ -112,9 +112,8 @@ class _PicturesJob:
 
     def plan(self) -> Iterator[str]:
         for source in self.corpus.sources:
-            n_files = f"{len(source.files):,} {source.kind}, " if source.files else ""
-            n_items = "number of images not known yet" if source.n_items is None else f"{source.n_items:,} images"
-            yield f"read: {n_files}{n_items if source.files else f'{source.n_items:,} {source.kind}'}"
+            n_files = f" {len(source.files):,}, images:" if source.files else ""
+            yield f"read: {source.kind}:{n_files} {'not counted' if source.n_items is None else f'{source.n_items:,}'}"
             yield from (f"  {file}" for file in source.files[:LISTED])
             if len(source.files) > LISTED:
                 yield f"  and {len(source.files) - LISTED:,} more"
@@ -160,7 +159,7 @@ class _EmbeddingsJob:
     def plan(self) -> Iterator[str]:
         shards = self.embeddings.shards
         n_rows, dimension = self.embeddings.n_rows, self.embeddings.dimension
-        yield f"read: {len(shards):,} shards of embeddings, {n_rows:,} of {dimension} numbers"
+        yield f"read: embeddings of {dimension} numbers: {n_rows:,}, in shards: {len(shards):,}"
         yield from (f"  {shard.vectors}, {shard.metadata}" for shard in shards[:LISTED])
         if len(shards) > LISTED:
             yield f"  and {len(shards) - LISTED:,} more"

@@ -32,7 +32,7 @@ SUFFIXES = frozenset(
 )
 HEIC_SUFFIXES = frozenset((".heic", ".heif", ".hif"))
 HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
-HEIC_ADVICE = "pip install 'attrdb[heic]' to read it"
+HEIC_ADVICE = "which need: pip install 'attrdb[heic]'"
 # Pictures in formats that are not read: said by their endings, because a person sees a picture there.
 OTHER_SUFFIXES = frozenset(
     (
@@ -108,6 +108,11 @@ def picture_suffixes() -> frozenset[str]:
     return SUFFIXES | HEIC_SUFFIXES if heic_formats() else SUFFIXES
 
 
+def begins_like_a_picture(encoded: bytes) -> bool:
+    """Whether a file begins as pictures of most formats do."""
+    return encoded.startswith(PICTURE_STARTS) or encoded[4:8] == b"ftyp"
+
+
 def nature(encoded: bytes) -> str | None:
     """What a file is that is no picture of FORMATS, and what to do about it; None if its beginning does not show it."""
     if not encoded:
@@ -115,14 +120,14 @@ def nature(encoded: bytes) -> str | None:
     if not encoded.strip(b"\0"):
         return "has nothing but zero bytes; fetch it again"
     if encoded[4:8] == b"ftyp" and encoded[8:12] in HEIC_BRANDS and not heic_formats():
-        return f"is a HEIC picture; {HEIC_ADVICE}"
+        return "is a HEIC picture; to read it: pip install 'attrdb[heic]'"
     head = encoded[:1000].lstrip(b"\xef\xbb\xbf \t\r\n")
     for start, advice in STARTS:
         if encoded.startswith(start):
             return advice
     if head.startswith(b"<?xml") and b"<svg" in encoded[:4000]:
         head = b"<svg"
-    if encoded.startswith(PICTURE_STARTS):
+    if begins_like_a_picture(encoded):
         return None
     lowered = head.lower()
     return next((advice for start, advice in MARKUP_STARTS if lowered.startswith(start)), None)

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from attrdb.errors import InvalidValue
-from attrdb.ingest.read.formats import FORMATS, PICTURE_STARTS, READ, heic_formats, nature
+from attrdb.ingest.read.formats import FORMATS, READ, begins_like_a_picture, heic_formats, nature
 
 MIN_SIDE = 16  # pixels; a feature of anything smaller says nothing
 MAX_PIXELS = 64_000_000
@@ -107,7 +107,7 @@ def _undecodable(name: str, encoded: bytes, error: Exception) -> InvalidValue:
         return InvalidValue(f"image {name} claims more than {MAX_PIXELS:,} pixels; scale it down first")
     if advice := nature(encoded):
         return InvalidValue(f"image {name} {advice}")
-    if isinstance(error, UnidentifiedImageError) and encoded.startswith(PICTURE_STARTS):
+    if isinstance(error, UnidentifiedImageError) and begins_like_a_picture(encoded):
         return InvalidValue(f"image {name} cannot be decoded: its header is broken; fetch it again, or save it anew")
     if isinstance(error, UnidentifiedImageError):
         return InvalidValue(

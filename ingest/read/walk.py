@@ -42,7 +42,7 @@ FOLDER_LINKS = "links to folders, which are read under their own names only"
 UNREADABLE = "folders that cannot be opened"
 SPECIAL = "devices, pipes and sockets"
 DATABASES = "attrdb databases"
-HEIC = f"HEIC pictures ({HEIC_ADVICE})"
+HEIC = f"HEIC pictures, {HEIC_ADVICE}"
 OTHER_PICTURES = "pictures in formats that are not read"
 OTHER_FILES = "other files"
 SIDE_FILES = "side files of img2dataset, whose fields stand beside the pictures too"
@@ -67,8 +67,8 @@ class Skipped:
             names[name] += 1
 
     def lines(self) -> list[str]:
-        """'2 other files: .md 1, .csv 1', a line per kind."""
-        return [f"{count:,} {kind}: {self._shown(kind)}" for kind, count in sorted(self.counts.items())]
+        """'other files: 2 (.md 1, .csv 1)', a line per kind."""
+        return [f"{kind}: {count:,} ({self._shown(kind)})" for kind, count in sorted(self.counts.items())]
 
     def _shown(self, kind: str) -> str:
         names = self.names[kind]
