@@ -317,7 +317,7 @@ def test_the_commands(db):
     assert "ranks by toy_12/mine, gallery own" in done.stderr
     done = CliRunner().invoke(main, ["train", str(db.path), "--split", "test"])
     assert done.exit_code == 1
-    assert "nothing is learned from them" in done.output
+    assert "for evaluation only" in done.output
 
 
 # --- augmentation -----------------------------------------------------------------------------------------------------
