@@ -1,8 +1,11 @@
 """Training a mapper: pairs chosen by SQL, killed and resumed to the same mapper, and what cannot be learned from."""
 
+import errno
 import json
+import pickle
 import random
 import shutil
+from pathlib import Path
 
 import lance
 import numpy as np
@@ -15,7 +18,7 @@ from PIL import Image
 import attrdb
 from attrdb.attribution.methods import resolve_method
 from attrdb.cli import main
-from attrdb.errors import InvalidValue, NotFound
+from attrdb.errors import InvalidValue, NotFound, StorageError
 from attrdb.ingest.customize.augmentation import VIEWS, views
 from attrdb.ingest.encode import encode, load_encoder
 from attrdb.ingest.read.corpus import image_rows, register
@@ -168,6 +171,46 @@ def test_images_that_changed_under_a_half_trained_mapper(db):
     db.writer.delete("models", "model_id = 'm00'")
     with pytest.raises(InvalidValue, match=r"have changed since its training began; delete .*\.train-a to start again"):
         train(db, settings=QUICK, mapper_id="a")
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        ("checkpoint.pt", lambda whole: b""),
+        ("checkpoint.pt", lambda whole: b"garbage"),
+        ("checkpoint.pt", lambda whole: whole[: len(whole) // 2]),
+        ("checkpoint.pt", lambda whole: pickle.dumps({"pairs": 1})),
+        ("settings.json", lambda whole: b""),
+        ("settings.json", lambda whole: whole[:20]),
+    ],
+)
+def test_a_damaged_file_of_a_half_trained_mapper_is_named(db, name, damage):
+    def stop(_stage, done, _total, _note=""):
+        if done == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(db, settings=QUICK, mapper_id="a", report=stop)
+    job = train_job(db.path, "a")
+    assert {file.suffix for file in job.path.iterdir()} == {".f32", ".json", ".pt"}  # no .part is left
+    (job.path / name).write_bytes(damage((job.path / name).read_bytes()))
+    with pytest.raises(InvalidValue, match=rf"{name} is damaged; delete .*\.train-a to start again"):
+        train(db, settings=QUICK, mapper_id="a")
+    job.remove()
+    assert train(db, settings=QUICK, mapper_id="a").trained
+
+
+def test_a_disk_that_is_full_while_a_checkpoint_is_written(db, monkeypatch):
+    def full(self, data):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(
+        StorageError, match=r"checkpoint.pt cannot be written: No space left on device; free some space"
+    ):
+        train(db, settings=QUICK, mapper_id="a")
+    monkeypatch.undo()
+    assert train(db, settings=QUICK, mapper_id="a").trained
 
 
 def test_a_mapper_that_an_earlier_version_stopped_by_recall(db):

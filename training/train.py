@@ -11,6 +11,7 @@ A job that was killed resumes at its last epoch when it is rerun, and ends in th
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import math
 from collections import defaultdict
@@ -29,7 +30,8 @@ from attrdb.progress import Progress, no_progress
 from attrdb.search import index_tuning
 from attrdb.search.mapper import Mapper
 from attrdb.store import jobs
-from attrdb.store.ids import train_job
+from attrdb.store.files import write_whole
+from attrdb.store.ids import JobFolder, check_same_settings, train_job
 from attrdb.store.locks import exclusive_lock
 from attrdb.store.predicates import among
 from attrdb.training.evaluate import features_by_model, ranks
@@ -125,9 +127,8 @@ def train(
         if stored := _stored(db, mapper_id, record):
             return stored
         with jobs.running(db.writer, "train", mapper_id, record):
-            folder = job.make()
-            _check_same(folder, mapper_id, record)
-            training = _Training(db, encoder_id, settings, mapper_id, folder)
+            _begin(job, mapper_id, record)
+            training = _Training(db, encoder_id, settings, mapper_id, job.path)
             training.run(report)
             result = _store(training, record)
         job.remove()
@@ -197,16 +198,22 @@ class _Training:
         self.best_maps = {name: value.clone() for name, value in self.maps.state_dict().items()}
 
     def _resume(self) -> None:
-        """raises: InvalidValue if the images that it learned from have changed"""
-        state = torch.load(self.checkpoint, weights_only=True)
-        if state["pairs"] != self.pairs.digest:
+        """raises: InvalidValue if the images that it learned from have changed, or if the checkpoint is damaged"""
+        try:
+            state = torch.load(self.checkpoint, weights_only=True)
+            pairs = state["pairs"]
+            self.maps.load_state_dict(state["maps"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.curves, self.best_maps = state["curves"], state["best"]
+        except Exception as error:  # a file that is cut off or overwritten raises anything
+            raise InvalidValue(
+                f"the checkpoint {self.checkpoint} is damaged; delete {self.checkpoint.parent} to start again"
+            ) from error
+        if pairs != self.pairs.digest:
             raise InvalidValue(
                 f"the images that mapper {self.mapper_id!r} learns from have changed since its training began; delete "
                 f"{self.checkpoint.parent} to start again"
             )
-        self.maps.load_state_dict(state["maps"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.curves, self.best_maps = state["curves"], state["best"]
 
     def _save(self) -> None:
         state = {
@@ -216,8 +223,9 @@ class _Training:
             "best": self.best_maps,
             "pairs": self.pairs.digest,
         }
-        torch.save(state, self.checkpoint.with_suffix(".part"))
-        self.checkpoint.with_suffix(".part").replace(self.checkpoint)
+        encoded = io.BytesIO()  # torch reports a full disk as it likes
+        torch.save(state, encoded)
+        write_whole(self.checkpoint, lambda part: part.write_bytes(encoded.getbuffer()))
 
 
 def _store(training: _Training, record: dict) -> TrainResult:
@@ -351,29 +359,24 @@ def _check(settings: TrainSettings) -> None:
             raise InvalidValue(f"{name} is {getattr(settings, name)}; it must be at least {least}")
 
 
-def _check_same(job: Path, mapper_id: str, record: dict) -> None:
+def _begin(job: JobFolder, mapper_id: str, record: dict) -> None:
     """Store the settings in the job's folder, or compare them with those that the job began with."""
-    path = job / "settings.json"
-    if not path.exists():
-        path.write_text(json.dumps(record, indent=2))
-        return
-    _compare(
-        mapper_id, json.loads(path.read_text()), record, f"half trained in {job} (delete that folder to start again)"
-    )
+    job.make()
+    begun = job.read_settings()
+    if begun is None:
+        job.write_settings(record)
+    else:
+        _check_same(mapper_id, begun, record, f"half trained in {job.path} (delete that folder to start again)")
 
 
-def _compare(mapper_id: str, stored: dict, wanted: dict, where: str) -> None:
+def _check_same(mapper_id: str, stored: dict, wanted: dict, where: str) -> None:
+    """raises: InvalidValue, as `check_same_settings`, and for a mapper of attrdb before 0.1"""
     if "stopped_by" not in stored:
         raise InvalidValue(
             f"mapper {mapper_id!r} is {where}, made by an earlier attrdb that stopped training by recall@{K}, not by "
             "ranks; keep it, or train a new one with another --mapper-id"
         )
-    for name in sorted(stored.keys() | wanted.keys()):
-        if stored.get(name) != wanted.get(name):
-            raise InvalidValue(
-                f"mapper {mapper_id!r} is {where} with {name} = {stored.get(name)!r}, now it is {wanted.get(name)!r}; use "
-                "the old settings or another --mapper-id"
-            )
+    check_same_settings("mapper", mapper_id, stored, wanted, where)
 
 
 def _stored(db: Database, mapper_id: str, record: dict) -> TrainResult | None:
@@ -385,6 +388,6 @@ def _stored(db: Database, mapper_id: str, record: dict) -> TrainResult | None:
     rows = db.sql("SELECT settings, metrics, curves FROM mappers WHERE mapper_id = $id", {"id": mapper_id}).to_pylist()
     if not rows:
         return None
-    _compare(mapper_id, json.loads(rows[0]["settings"]), record, f"in {db.path}")
+    _check_same(mapper_id, json.loads(rows[0]["settings"]), record, f"in {db.path}")
     metrics, curves = json.loads(rows[0]["metrics"]), json.loads(rows[0]["curves"])
     return _result(mapper_id, False, metrics, curves)
