@@ -1,4 +1,4 @@
-"""The demo: the whole path on the bundled icons, from customizing a model to a page that shows who influenced what."""
+"""The demo: the whole path on the bundled icons, from customizing a model to a page that shows who influenced it."""
 
 from __future__ import annotations
 
@@ -17,11 +17,13 @@ from attrdb.ingest.customize.base_model import BUNDLED, base_model_folder, weigh
 from attrdb.ingest.encode import DEFAULT_ENCODERS, load_encoder
 from attrdb.ingest.models.ingest_one import ingest_model
 from attrdb.ingest.models.settings import Exemplar, settings_for
-from attrdb.ingest.read.corpus import ingest_corpus, open_corpus
+from attrdb.ingest.read.corpus import ingest_corpus
+from attrdb.ingest.read.discover import open_corpus
 from attrdb.ingest.read.pictures import read_picture
 from attrdb.pages.html import data_uri
 from attrdb.progress import Progress
 from attrdb.store.methods import DEFAULT_LAM, DEFAULT_TAU
+from attrdb.store.schema import Row
 from attrdb.training.evaluate import evaluate
 
 CONCEPTS = ("bell-by-fxemoji", "lemon-by-streamline-emojis", "streamline-kameleon-color", "streamline-cyber-color")
@@ -53,9 +55,9 @@ def bundled_exemplars(concept: str) -> tuple[list[Exemplar], str, str]:
     """The exemplars of a bundled concept, its kind and its category."""
     rows = pq.read_table(bundled_icons(), filters=[("role", "=", "exemplar")]).to_pylist()
     chosen = [row for row in rows if json.loads(row["metadata"])["concept"] == concept]
-    kept = ("source", "uri", "creator", "license", "prompt")
+    columns = ("source", "uri", "creator", "license", "prompt")
     exemplars = [
-        Exemplar(read_picture(row["name"], row["image"]), {name: row[name] for name in kept}) for row in chosen
+        Exemplar(read_picture(row["name"], row["image"]), {name: row[name] for name in columns}) for row in chosen
     ]
     kind = json.loads(chosen[0]["metadata"])["kind"]
     return exemplars, kind, chosen[0]["category"] if kind == "object" else concept
@@ -67,30 +69,23 @@ def _within(concept: str, report: Progress) -> Progress:
 
 
 def build(folder: Path, report: Progress, corpus: Path | None = None, concepts: tuple[str, ...] = CONCEPTS) -> Path:
-    """Build `<folder>/icons.attrdb` and `<folder>/index.html`; images and models that are stored are not made again.
+    """Build `<folder>/icons.attrdb` and `<folder>/index.html`; the path of the page. Stored images and models are kept.
 
-    corpus: a Parquet file for `ingest_corpus`, the bundled icons when left out
+    corpus: a Parquet file for `ingest_corpus`; None for the bundled icons
     raises: InvalidValue if the folder holds a demo of other weights or settings
     """
     corpus = corpus or bundled_icons()
     path = folder / "icons.attrdb"
     db = open_or_create(path)
-    made_with = set(db.sql("SELECT base_model_hash FROM models")["base_model_hash"].to_pylist())
-    if made_with - {weights_hash(base_model_folder(BUNDLED))}:
+    stored_hashes = set(db.sql("SELECT base_model_hash FROM models")["base_model_hash"].to_pylist())
+    if stored_hashes - {weights_hash(base_model_folder(BUNDLED))}:
         raise InvalidValue(f"{folder} holds a demo of another icon-sd; remove it, or name another folder")
     encoders = [load_encoder(spec) for spec in DEFAULT_ENCODERS]
     ingest_corpus(db, open_corpus(corpus), encoders, report=report)
     for concept in concepts:
         exemplars, kind, category = bundled_exemplars(concept)
         settings = settings_for(BUNDLED, kind, category)
-        ingest_model(
-            db,
-            exemplars,
-            settings,
-            encoders,
-            model_id=concept,
-            report=_within(concept, report),
-        )
+        ingest_model(db, exemplars, settings, encoders, model_id=concept, report=_within(concept, report))
     for encoder_id in db.encoders:
         evaluate(db, encoder_id, "own", report)
     page = folder / "index.html"
@@ -100,57 +95,19 @@ def build(folder: Path, report: Progress, corpus: Path | None = None, concepts: 
 
 def render(db: Database, report: Progress) -> str:
     """The page, as one HTML text with its pictures inside."""
-    images = db.sql("SELECT image_id, image, prompt, prompt_scheme, seed, source, category FROM images").to_pylist()
-    by_id = {row["image_id"]: row for row in images}
-
-    def uri(image_id: str) -> str:
-        return data_uri(by_id[image_id]["image"], SIDE)[0]
-
+    rows = db.sql("SELECT image_id, image, prompt, prompt_scheme, seed FROM images").to_pylist()
+    images = {row["image_id"]: row for row in rows}
     models = db.sql("SELECT model_id, kind, category, train_prompt FROM models ORDER BY kind, model_id").to_pylist()
-    shown = []
+    entries = []
     for done, model in enumerate(models):
         report("attribute samples", done, len(models))
-        own = {"id": model["model_id"]}
-        exemplars = db.sql(
-            "SELECT image_id, creator, license FROM exemplars WHERE model_id = $id ORDER BY image_id", own
-        ).to_pylist()
-        sample_ids = db.sql(
-            "SELECT image_id FROM samples WHERE model_id = $id ORDER BY prompt_scheme DESC, prompt, image_id", own
-        )["image_id"].to_pylist()
-        true = {row["image_id"] for row in exemplars}
-        samples = [
-            {
-                **by_id[sample_id],
-                "image": uri(sample_id),
-                "candidates": [
-                    {
-                        "image": uri(found["image_id"]),
-                        "influence": found["influence"],
-                        "label": f"{found['category'] or ''} · {found['source']}",
-                        "true": found["image_id"] in true,
-                    }
-                    for found in db.attribute(sample_id, k=N_CANDIDATES).to_pylist()
-                ],
-            }
-            for sample_id in sample_ids
-        ]
-        credit = "; ".join(sorted({f"{row['creator']}, {row['license']}" for row in exemplars}))
-        name = model["category"] if model["kind"] == "object" else model["model_id"]
-        shown.append(
-            {
-                **model,
-                "title": f"{model['kind'].capitalize()}: {name}",
-                "exemplars": [uri(row["image_id"]) for row in exemplars],
-                "samples": samples,
-                "credit": credit,
-            }
-        )
+        entries.append(_model_entry(db, model, images))
     report("attribute samples", len(models), len(models))
     environment = jinja2.Environment(loader=jinja2.PackageLoader("attrdb.pages"), autoescape=True, trim_blocks=True)
     roles = db.status()["images_by_role"]
     return environment.get_template("demo.html").render(
         title="Who shaped these pictures?",
-        models=shown,
+        models=entries,
         figures=db.sql(FIGURES).to_pylist(),
         statement=FIGURES,
         encoder_id=db.encoder_id(),
@@ -162,6 +119,47 @@ def render(db: Database, report: Progress) -> str:
         database=db.path,
         images_version=db.version,
     )
+
+
+def _model_entry(db: Database, model: Row, images: dict[str, Row]) -> Row:
+    """A model as the template shows it: its title, exemplars, samples with their candidates, and the credit.
+
+    images: the rows of images, by image_id
+    """
+    model_id = {"id": model["model_id"]}
+    exemplars = db.sql(
+        "SELECT image_id, creator, license FROM exemplars WHERE model_id = $id ORDER BY image_id", model_id
+    ).to_pylist()
+    sample_ids = db.sql(
+        "SELECT image_id FROM samples WHERE model_id = $id ORDER BY prompt_scheme DESC, prompt, image_id", model_id
+    )["image_id"].to_pylist()
+    exemplar_ids = [row["image_id"] for row in exemplars]
+    name = model["category"] if model["kind"] == "object" else model["model_id"]
+    return {
+        **model,
+        "title": f"{model['kind'].capitalize()}: {name}",
+        "exemplars": [_uri(images[image_id]) for image_id in exemplar_ids],
+        "samples": [_sample_entry(db, images[sample_id], images, exemplar_ids) for sample_id in sample_ids],
+        "credit": "; ".join(sorted({f"{row['creator']}, {row['license']}" for row in exemplars})),
+    }
+
+
+def _sample_entry(db: Database, sample: Row, images: dict[str, Row], exemplar_ids: list[str]) -> Row:
+    """A sample as the template shows it, with its first candidates; those that are exemplars of its model are marked."""
+    candidates = [
+        {
+            "image": _uri(images[row["image_id"]]),
+            "influence": row["influence"],
+            "label": f"{row['category'] or ''} · {row['source']}",
+            "true": row["image_id"] in exemplar_ids,
+        }
+        for row in db.attribute(sample["image_id"], k=N_CANDIDATES).to_pylist()
+    ]
+    return {**sample, "image": _uri(sample), "candidates": candidates}
+
+
+def _uri(image: Row) -> str:
+    return data_uri(image["image"], SIDE)[0]
 
 
 def tell(folder: Path, page: Path) -> None:

@@ -3,7 +3,17 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import Any
+
+# What a terminal would obey instead of showing it: control characters but tab and newline, and those that turn the
+# direction of writing round.
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+
+
+def visible(text: str) -> str:
+    """Text for a terminal: control characters are shown, such as \\x1b, and not sent."""
+    return _CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
 def plain(value: Any) -> Any:
@@ -20,11 +30,11 @@ def plain(value: Any) -> Any:
 
 
 def shown(value: Any) -> str:
-    """A value as a person reads it in a table."""
+    """A value as a person reads it in a table, without what a terminal would obey."""
     if value is None:
         return "-"
     if isinstance(value, float):
         return f"{value:.4g}"
     if isinstance(value, list) and len(value) > 8:
         return f"[{', '.join(shown(item) for item in value[:3])}, ... {len(value)}]"
-    return str(plain(value))
+    return visible(str(plain(value)))

@@ -24,7 +24,8 @@ import pyarrow.parquet as pq
 from machine import describe, peak_gib, spread
 
 import attrdb
-from attrdb.ingest.read.embeddings import ingest_embeddings, open_embeddings, parts
+from attrdb.ingest.read.embedding_shards import open_embeddings
+from attrdb.ingest.read.embeddings import ingest_embeddings, parts
 
 SPEC = "open_clip:ViT-B-32/openai"
 ENCODER_ID = "open_clip_vit_b_32_openai"

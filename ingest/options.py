@@ -19,6 +19,7 @@ PRECISIONS = ("auto", "float32", "bf16")
 PRIORS = ("caption", "image", "generated")
 PROFILES = ("paper",)
 
+LARGEST = 2**63  # beyond it, no column and no random generator takes a whole number
 REQUIRED = object()  # the default of an option that has none
 TYPE_NAMES = {str: "text", int: "a whole number", float: "a number", bool: "true or false", Path: "a path"}
 
@@ -79,6 +80,8 @@ class Option:
         if self.choices and value not in self.choices:
             return one_of(self.choices)
         if isinstance(value, (int, float)):
+            if isinstance(value, int) and not -LARGEST <= value < LARGEST:
+                return "below 2^63 in size"
             if not math.isfinite(value):
                 return "a finite number"
             if self.at_least is not None and value < self.at_least:

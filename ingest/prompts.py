@@ -19,7 +19,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from attrdb.errors import InvalidValue, NotFound
-from attrdb.ingest.read.pictures import read_text
+from attrdb.ingest.read.text import read_text
 
 SCHEMES = ("gpt", "procedural")
 PARTS = ("train", "val", "test")
@@ -124,7 +124,7 @@ def read_lines(file: Path, token: str | None = TOKEN) -> list[str]:
     """
     if not file.is_file():
         raise NotFound(f"no file {file}; a bank is a folder of <kind>.<scheme>.<part>.txt, such as object.gpt.test.txt")
-    lines = [line.strip() for line in read_text(file).removeprefix("\ufeff").splitlines()]
+    lines = [line.strip() for line in read_text(file).splitlines()]
     for number, line in enumerate(lines, 1):
         if line and token and token not in line:
             raise InvalidValue(f"{file} line {number} lacks the modifier token {token}: {line!r}")

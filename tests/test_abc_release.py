@@ -258,7 +258,7 @@ SOUND = {"exemplar": ["e.png"], "synth": {"gpt": ["s.png"]}, "class_id": "x", "c
         (SOUND | {"exemplar": ["a/../../b"]}, "entry 1: path 'a/../../b' leads out of the release's root"),
         (
             SOUND | {"exemplar": ["dataset/exemplar/bamfg/images/a.png"]},
-            "entry 1: exemplar path .* is of bamfg, the file's name says artchive",
+            "entry 1: exemplar path .* belongs to bamfg, and the file's name to artchive",
         ),
         (SOUND, "entry 1: entry 0 has the same exemplars"),
     ],
@@ -284,7 +284,7 @@ def test_links_out_of_the_root_are_refused(styles, tmp_path, link):
 
 
 def test_release_files_that_cannot_be_read(tmp_path):
-    with pytest.raises(InvalidValue, match=r"mine\.json has a name that does not say split and data set"):
+    with pytest.raises(InvalidValue, match=r"mine\.json has a name without split and data set"):
         read_release(write(tmp_path, "mine.json", []), tmp_path)
     with pytest.raises(InvalidValue, match="must be a JSON list with an entry for every model"):
         read_release(write(tmp_path, "test_bamfg.json", {}), tmp_path)

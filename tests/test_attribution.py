@@ -119,7 +119,7 @@ def test_an_accelerator_ranks_as_float64_does(monkeypatch):
     """Features that its product cannot tell apart, more than it can keep; on the device already, and of an odd dimension."""
     torch = pytest.importorskip("torch")
     accelerated = pytest.importorskip("attrdb.search.gemm_cuda")
-    monkeypatch.setattr(accelerated, "ROOM", 200)
+    monkeypatch.setattr(accelerated, "PAIR_BUFFER", 200)
     rng = np.random.default_rng(0)
     near = rng.standard_normal(21) + 1e-4 * rng.standard_normal((150, 21))
     features = np.concatenate([near, rng.standard_normal((150, 21))])[rng.permutation(300)]

@@ -14,8 +14,10 @@ from removable import files
 from attrdb.errors import InvalidValue
 from attrdb.ingest.models.ingest_one import ingest_model
 from attrdb.ingest.models.settings import read_exemplars, settings_for
-from attrdb.ingest.read.corpus import ingest_corpus, open_corpus
-from attrdb.ingest.read.embeddings import ingest_embeddings, open_embeddings
+from attrdb.ingest.read.corpus import ingest_corpus
+from attrdb.ingest.read.discover import open_corpus
+from attrdb.ingest.read.embedding_shards import open_embeddings
+from attrdb.ingest.read.embeddings import ingest_embeddings
 from attrdb.upkeep.health import check
 
 

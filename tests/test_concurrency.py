@@ -9,7 +9,8 @@ from killing import READY
 
 import attrdb
 from attrdb.ingest.read import corpus
-from attrdb.ingest.read.corpus import ingest_corpus, open_corpus
+from attrdb.ingest.read.corpus import ingest_corpus
+from attrdb.ingest.read.discover import open_corpus
 from attrdb.upkeep import health, optimize
 
 N_MODELS = 8  # a writer's own

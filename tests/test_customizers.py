@@ -20,7 +20,8 @@ from attrdb.ingest.models import ingest_one
 from attrdb.ingest.models.settings import read_exemplars, settings_for
 from attrdb.ingest.options import KINDS
 from attrdb.ingest.prompts import Prompt
-from attrdb.ingest.read.corpus import ingest_corpus, open_corpus
+from attrdb.ingest.read.corpus import ingest_corpus
+from attrdb.ingest.read.discover import open_corpus
 from attrdb.ingest.read.pictures import webp
 
 METHODS = tuple(customizers.BUILT_IN)

@@ -321,7 +321,7 @@ def test_weights_that_cannot_be_downloaded(monkeypatch):
         load_encoder("open_clip:ViT-B-32/openai")
     # OpenAI's weights mean nothing under another activation than QuickGELU.
     assert asked == {"pretrained": "openai", "force_quick_gelu": True}
-    with pytest.raises(InvalidValue, match="could not be had"):
+    with pytest.raises(InvalidValue, match="could not be downloaded"):
         load_encoder("open_clip:ViT-B-32/laion2b_s34b_b79k")
     assert asked["force_quick_gelu"] is False
     monkeypatch.setattr(timm, "create_model", refuse)
@@ -580,3 +580,22 @@ def test_an_installed_package_adds_encoders(tmp_path):
     assert said["mean:red"].startswith("the packages colour-mean and other-mean both add an encoder 'mean'")
     assert said["pixels:8"].startswith("package other-mean adds an encoder 'pixels', which attrdb has itself")
     assert len(said["efficientnet-lite0"][0]) == 1280  # encoders that no package claims are not touched
+
+
+class Picky:
+    """Takes no dark picture."""
+
+    spec, dimension, preprocessing, weights_fingerprint = "picky:1", 1, {}, "none"
+
+    def prepare(self, image):
+        return np.ones(1, np.float32) if image.getpixel((0, 0))[0] > 10 else 1 / 0
+
+    def features(self, batch):
+        return batch
+
+
+def test_a_picture_that_an_encoder_cannot_take_ends_no_stream():
+    images = [Image.new("RGB", (20, 20), (shade, 0, 0)) for shade in (200, 0, 100)]
+    encoded = list(encode_stream([Picky()], images, lambda image: (None, image)))
+    assert [image.error is None for image in encoded] == [True, False, True]
+    assert "encoder 'picky:1' cannot prepare the picture of 20x20 pixels: ZeroDivisionError" in str(encoded[1].error)

@@ -26,14 +26,17 @@ from attrdb.training.icon_sd import (
     gpu,
     media,
     runs,
-    scenes,
     sprites,
     stream,
     unet,
 )
 from attrdb.training.icon_sd.parts import TINY, noise_levels
-from attrdb.training.icon_sd.runs import Stage, check_settings
-from attrdb.training.icon_sd.scenes import COLOURS, Composer, Placed, Scene, Sprites, compose, pack
+from attrdb.training.icon_sd.runs import Execution, Stage, check_settings
+from attrdb.training.icon_sd.scenes import Composer, PlacedSprite, Scene, Sprites, compose, pack
+from attrdb.training.icon_sd.words import COLOURS, PATTERNS, with_article
+
+CPU = Execution("cpu")
+MINUTES = 60.0  # more than any test takes
 
 
 @pytest.fixture(scope="module")
@@ -116,9 +119,18 @@ def test_the_same_seed_gives_the_same_scenes_and_pixels(shipped):
     torch.testing.assert_close(pictures[7:8], compose(pack(one[7:8]), shipped.pixels), rtol=0, atol=1e-5)
 
 
+def test_scenes_are_those_that_icon_sd_was_trained_on(shipped):
+    """A change of the drawing also changes the captions that its tokenizer was learned from."""
+    batch = stream.draw_batch(Composer(shipped), 400, 0, 0)
+    digest = hashlib.sha256("\n".join(scene.caption for scene in batch).encode())
+    for _, tensor in sorted(pack(batch).items()):
+        digest.update(tensor.numpy().tobytes())
+    assert digest.hexdigest()[:16] == "8b35e37e490c9651"
+
+
 def test_a_sprite_lands_where_it_is_placed(squares):
     red = (255, 0, 0)
-    scene = Scene("", (Placed(0, red, -0.5, 0.5, 0.5),))
+    scene = Scene("", (PlacedSprite(0, red, -0.5, 0.5, 0.5),))
     [picture] = compose(pack([scene]), squares.pixels)
     inked = (picture[0] - picture[1]) > 0.5
     rows, columns = inked.nonzero().unbind(1)
@@ -130,7 +142,7 @@ def test_a_sprite_lands_where_it_is_placed(squares):
     [(0.0, False, "left"), (0.0, True, "right"), (180.0, False, "right"), (90.0, False, "top")],
 )
 def test_turning_and_mirroring(squares, angle, mirrored, side):
-    scene = Scene("", (Placed(1, (255, 255, 255), 0, 0, 1.0, angle, mirrored),))
+    scene = Scene("", (PlacedSprite(1, (255, 255, 255), 0, 0, 1.0, angle, mirrored),))
     [picture] = compose(pack([scene]), squares.pixels)
     red = picture[0] - picture[1]
     half = {"left": red[:, :32], "right": red[:, 32:], "top": red[:32], "bottom": red[32:]}
@@ -139,13 +151,13 @@ def test_turning_and_mirroring(squares, angle, mirrored, side):
 
 
 def test_later_things_cover_earlier_ones(squares):
-    things = (Placed(0, (255, 0, 0), 0, 0, 1.0), Placed(0, (0, 0, 255), 0, 0, 0.5))
+    things = (PlacedSprite(0, (255, 0, 0), 0, 0, 1.0), PlacedSprite(0, (0, 0, 255), 0, 0, 0.5))
     [picture] = compose(pack([Scene("", things)]), squares.pixels)
     assert picture[:, 32, 32].tolist() == [0, 0, 1]
     assert picture[:, 2, 2].tolist() == [1, 0, 0]
 
 
-@pytest.mark.parametrize("pattern", scenes.PATTERNS)
+@pytest.mark.parametrize("pattern", PATTERNS)
 def test_grounds_are_of_their_two_colours(squares, pattern):
     scene = Scene("", (), pattern, (255, 0, 0), (0, 0, 255))
     [picture] = compose(pack([scene]), squares.pixels)
@@ -210,7 +222,7 @@ def test_things_and_media_that_are_held_out_are_never_drawn(shipped):
 
 @pytest.mark.parametrize("name", media.NAMES)
 def test_media_change_the_picture_and_stay_in_range(shipped, name):
-    scene = Scene("", (Placed(3, (255, 255, 255), 0, 0, 0.8),), "plain", COLOURS["sky blue"], COLOURS["sky blue"])
+    scene = Scene("", (PlacedSprite(3, (255, 255, 255), 0, 0, 0.8),), "plain", COLOURS["sky blue"], COLOURS["sky blue"])
     plain = compose(pack([scene]), shipped.pixels)
     drawn = compose(pack([replace(scene, medium=media.NAMES.index(name))]), shipped.pixels)
     assert 0 <= drawn.min() <= drawn.max() <= 1
@@ -218,7 +230,7 @@ def test_media_change_the_picture_and_stay_in_range(shipped, name):
 
 
 def test_articles():
-    named = [scenes.with_article(name) for name in ("bell", "apple", "glasses", "bus", "cross")]
+    named = [with_article(name) for name in ("bell", "apple", "glasses", "bus", "cross")]
     assert named == ["a bell", "an apple", "glasses", "a bus", "a cross"]
 
 
@@ -243,7 +255,7 @@ def few_file(tmp_path):
 
 def test_autoencoder_killed_and_rerun_equals_an_undisturbed_run(few, tmp_path, monkeypatch):
     monkeypatch.setattr(runs, "SAVE_SECONDS", 0.0)
-    whole = autoencoder.train_autoencoder(few, TINY, Stage(tmp_path / "whole", "vae"), "cpu")
+    whole = autoencoder.train_autoencoder(few, TINY, Stage(tmp_path / "whole", "vae"), CPU)
     save = Stage.save
 
     def kill_after_saving(self, state):
@@ -253,10 +265,10 @@ def test_autoencoder_killed_and_rerun_equals_an_undisturbed_run(few, tmp_path, m
     half = Stage(tmp_path / "killed", "vae")
     monkeypatch.setattr(Stage, "save", kill_after_saving)
     with pytest.raises(KeyboardInterrupt):
-        autoencoder.train_autoencoder(few, TINY, half, "cpu")
+        autoencoder.train_autoencoder(few, TINY, half, CPU)
     monkeypatch.setattr(Stage, "save", save)
     assert half.load()["step"] == 1
-    again = autoencoder.train_autoencoder(few, TINY, half, "cpu")
+    again = autoencoder.train_autoencoder(few, TINY, half, CPU)
     for one, other in zip(whole.state_dict().values(), again.state_dict().values(), strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=0)
     assert np.isfinite(autoencoder.reconstruction(whole, few, TINY, n_scenes=8))
@@ -271,7 +283,7 @@ def test_batches_do_not_depend_on_the_number_of_workers(few):
 
 
 def test_a_pool_renews_its_scenes_and_keeps_captions_with_their_latents(few, tmp_path):
-    vae = autoencoder.train_autoencoder(few, TINY, Stage(tmp_path, "vae"), "cpu")
+    vae = autoencoder.train_autoencoder(few, TINY, Stage(tmp_path, "vae"), CPU)
     tokenizer = build.learned_tokenizer(few, TINY, tmp_path / "tokenizer")
     pool = unet.Latents(vae, few, tokenizer, TINY, 0, 0, pool=16)
     known = {}
@@ -291,16 +303,33 @@ def test_noise_levels_end_in_noise_alone():
     assert signal[-1] < 1e-3
 
 
-def test_a_run_goes_from_nothing_to_a_pipeline_and_on_from_it(few_file, tmp_path, monkeypatch):
+@pytest.fixture
+def end_after(monkeypatch):
+    """Let the stages of later calls end after so many steps, however busy the machine is."""
+
+    def set_steps(n):
+        def late(stage):
+            stage.n_asked = getattr(stage, "n_asked", 0) + 1
+            return stage.n_asked > n
+
+        monkeypatch.setattr(Stage, "late", property(late))
+
+    return set_steps
+
+
+def test_a_run_goes_from_nothing_to_a_pipeline_and_on_from_it(few_file, tmp_path, monkeypatch, end_after):
     monkeypatch.setattr(build, "N_CAPTIONS", 200)
     monkeypatch.setattr(unet, "REPORT_IMAGES", 64)
     run, out = tmp_path / "run", tmp_path / "out"
-    cut = build.build(few_file, run, out, TINY, 0.0, "cpu")
+    end_after(2)
+    cut = build.build(few_file, run, out, TINY, MINUTES, CPU)
     assert cut["vae_images"] < TINY.vae_images  # no time: the autoencoder is not finished, nothing is exported
     assert not out.exists()
-    first = build.build(few_file, run, out, TINY, 0.12, "cpu")
-    second = build.build(few_file, run, out, TINY, 0.12, "cpu", lr_end=0.1)
-    assert 0 < first["unet_images"] < second["unet_images"]
+    end_after(20)
+    first = build.build(few_file, run, out, TINY, MINUTES, CPU)
+    second = build.build(few_file, run, out, TINY, MINUTES, CPU, lr_end=0.1)
+    assert first["unet_images"] == 20 * TINY.unet_batch
+    assert second["unet_images"] == 40 * TINY.unet_batch
     assert second["vae_seconds"] == first["vae_seconds"]  # finished, and not trained again
     losses = [json.loads(line)["loss"] for line in (run / "unet.jsonl").read_text().splitlines()]
     assert losses[-1] < losses[0]
@@ -308,21 +337,22 @@ def test_a_run_goes_from_nothing_to_a_pipeline_and_on_from_it(few_file, tmp_path
     assert pipeline.scheduler.config.rescale_betas_zero_snr
     assert json.loads((out / "training.json").read_text())["unet_images"] == second["unet_images"]
 
-    onward = build.build(few_file, tmp_path / "two", tmp_path / "further", TINY, 0.1, "cpu", start=out)
-    assert onward["unet_images"] > second["unet_images"]
+    onward = build.build(few_file, tmp_path / "two", tmp_path / "further", TINY, MINUTES, CPU, start=out)
+    assert onward["unet_images"] == 60 * TINY.unet_batch
     assert onward["vae_images"] == TINY.vae_images
 
 
-def test_a_run_is_carried_to_another_machine(few_file, tmp_path, monkeypatch):
+def test_a_run_is_carried_to_another_machine(few_file, tmp_path, monkeypatch, end_after):
     monkeypatch.setattr(build, "N_CAPTIONS", 200)
+    end_after(20)
     run, kept, other = tmp_path / "run", tmp_path / "kept", tmp_path / "other"
     assert checkpoint.restore(run, kept) == []
-    figures = build.build(few_file, run, tmp_path / "out", TINY, 0.08, "cpu")
+    figures = build.build(few_file, run, tmp_path / "out", TINY, MINUTES, CPU)
     assert checkpoint.save(run, kept) == ["vae", "unet"]
     assert not [file for file in kept.rglob("*") if file.suffix in (".pt", ".bin")]
     assert checkpoint.restore(other, kept) == ["vae", "unet"]
     assert checkpoint.restore(other, kept) == []  # it has a state of its own now
-    onward = build.build(few_file, other, tmp_path / "out", TINY, 0.08, "cpu")
+    onward = build.build(few_file, other, tmp_path / "out", TINY, MINUTES, CPU)
     assert onward["unet_images"] > figures["unet_images"]
     assert onward["vae_images"] == figures["vae_images"]
     before, after = Stage(run, "vae").load()["vae"], Stage(other, "vae").load()["vae"]
@@ -330,7 +360,7 @@ def test_a_run_is_carried_to_another_machine(few_file, tmp_path, monkeypatch):
 
 
 def test_two_processes_do_not_train_one_run(tmp_path):
-    with runs.alone_in(tmp_path / "run"):
+    with runs.exclusive_run(tmp_path / "run"):
         again = subprocess.run(
             [
                 sys.executable,
@@ -347,13 +377,13 @@ def test_two_processes_do_not_train_one_run(tmp_path):
             check=False,
         )
     assert again.returncode != 0
-    assert "is being trained by another process; wait for it, or end it" in again.stderr
+    assert "is being trained by another process; wait for it, or stop it" in again.stderr
 
 
 def test_a_run_is_not_continued_with_other_settings(tmp_path):
     check_settings(TINY, tmp_path)
     check_settings(TINY, tmp_path)
-    with pytest.raises(InvalidValue, match="was begun with vae_images=64, now it is 800"):
+    with pytest.raises(InvalidValue, match="began with vae_images=64, now it is 800"):
         check_settings(replace(TINY, vae_images=800), tmp_path)
 
 
@@ -376,14 +406,15 @@ def test_views_differ_and_stay_in_range(shipped):
         ("icon-moco", "timm:convnext_zepto_rms/{out}/icon-moco.safetensors?size=64", 256),
     ],
 )
-def test_an_encoder_learns_resumes_and_loads(few_file, tmp_path, monkeypatch, kind, spec, dimension):
+def test_an_encoder_learns_resumes_and_loads(few_file, tmp_path, monkeypatch, end_after, kind, spec, dimension):
     monkeypatch.setattr(build, "N_CAPTIONS", 200)
     monkeypatch.setattr(encoders, "REPORT_STEPS", 4)
     settings = encoders.EncoderSettings(kind, batch=16)
     run, out = tmp_path / "run", tmp_path / "out"
-    first = encoders.train_encoder(settings, few_file, run, out, 0.0, "cpu")
-    second = encoders.train_encoder(settings, few_file, run, out, 0.15, "cpu")
-    assert first["steps"] == 1
+    first = encoders.train_encoder(settings, few_file, run, out, 0.0, CPU)
+    end_after(23)
+    second = encoders.train_encoder(settings, few_file, run, out, MINUTES, CPU)
+    assert (first["steps"], second["steps"]) == (1, 25)
     assert second["images"] > first["images"]
     losses = [json.loads(line)["loss"] for line in (run / f"{kind}.jsonl").read_text().splitlines()]
     assert np.mean(losses[-2:]) < np.mean(losses[1:4])  # the first is of one batch

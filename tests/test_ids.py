@@ -188,7 +188,7 @@ def test_damaged_settings_are_named(tmp_path, content):
     job = ids.model_job(tmp_path, "vase")
     job.make()
     job.settings_file.write_bytes(content)
-    with pytest.raises(InvalidValue, match=re.escape(f"settings.json is damaged; delete {job.path} to begin anew")):
+    with pytest.raises(InvalidValue, match=re.escape(f"settings.json is damaged; delete {job.path} to start again")):
         job.read_settings()
 
 

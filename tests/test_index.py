@@ -12,7 +12,7 @@ from conftest import DEVICES
 
 import attrdb
 from attrdb.cli import main
-from attrdb.errors import InvalidValue, NotFound, StorageError
+from attrdb.errors import InvalidValue, NotFound, QueryRefused, StorageError
 from attrdb.search import exact as exact_search
 from attrdb.search import index_build, index_tuning, ivf, kmeans, planner
 from attrdb.search.mapper import Mapper, stored_mapper
@@ -226,6 +226,18 @@ def test_what_cannot_be_asked(indexed, given, error, says):
 def test_a_feature_that_is_none(indexed, feature):
     with pytest.raises(InvalidValue, match="the feature has"):
         indexed.attribute(feature)
+    with pytest.raises(QueryRefused, match="the feature has"):
+        indexed.sql("FROM nearest($feature)", {"feature": feature.tolist()})
+
+
+def test_a_feature_from_outside_has_the_same_similarity_in_sql_and_python_to_the_last_digit(indexed):
+    features = 3 * clustered(300, 8) + np.float32(0.1)
+    by_python = [indexed.attribute(feature, k=1)["score"][0].as_py() for feature in features]
+    statement = (
+        "SELECT q.row, n.similarity FROM (SELECT unnest($rows) AS q), nearest(q.feature, k := 1) AS n ORDER BY ALL"
+    )
+    rows = [{"row": row, "feature": feature} for row, feature in enumerate(features.tolist())]
+    assert indexed.sql(statement, {"rows": rows})["similarity"].to_pylist() == by_python
 
 
 def test_a_mapper_is_folded_into_the_query(indexed):
@@ -341,7 +353,7 @@ def test_a_tilt_with_which_less_is_found_is_not_taken(indexed, monkeypatch):
     assert not np.any(row["norm_correction"])
 
 
-def test_what_cannot_be_folded_is_not_measured(toy, indexed):
+def test_a_mapper_that_cannot_be_folded_is_not_measured(indexed):
     mapper = affine()
     parameters = mapper.parameters | {
         f"{side}.{name}": np.ones(shape, np.float32)
@@ -349,10 +361,36 @@ def test_what_cannot_be_folded_is_not_measured(toy, indexed):
         for name, shape in (("up", (3, D)), ("up_bias", 3), ("down", (D, 3)))
     }
     stored(indexed, dataclasses.replace(mapper, form="mlp", parameters=parameters))
-    assert index_tuning.measure_mapper(indexed.writer, "some") is None
+    assert index_tuning.measure_mapper(indexed.writer, "some") is index_tuning.Unmeasured.NOT_FOLDABLE
+
+
+def test_a_mapper_without_an_index_is_not_measured(toy):
+    mapper = affine()
     two = {name: np.ones((2, 2) if name.endswith("weight") else 2, np.float32) for name in mapper.parameters}
     stored(toy, dataclasses.replace(mapper, encoder_id="toy_2", parameters=two))
-    assert index_tuning.measure_mapper(toy.writer, "some") is None  # without an index
+    assert index_tuning.measure_mapper(toy.writer, "some") is index_tuning.Unmeasured.NO_INDEX
+
+
+def test_a_mapper_is_not_measured_while_the_index_lacks_rows(indexed):
+    stored(indexed, affine())
+    indexed.writer.append_images(images("new", clustered(5, 31)))
+    assert index_tuning.measure_mapper(indexed.writer, "some") is index_tuning.Unmeasured.INDEX_BEHIND
+    optimize.optimize(indexed.writer)
+    assert indexed.snapshot.rows("mapper_searches")[0]["mapper_id"] == "some"
+
+
+def test_a_mapper_that_makes_zeros_is_not_measured(indexed):
+    mapper = affine()
+    zeros = {name: np.zeros_like(array) for name, array in mapper.parameters.items()}
+    stored(indexed, dataclasses.replace(mapper, parameters=zeros))
+    assert index_tuning.measure_mapper(indexed.writer, "some") is index_tuning.Unmeasured.BROKEN
+
+
+def test_a_mapper_is_not_measured_where_no_query_has_an_answer(indexed):
+    stored(indexed, affine())
+    indexed.writer.delete("images", CANDIDATES)  # samples, which are the queries, stay
+    assert index_tuning.measure_mapper(indexed.writer, "some") is index_tuning.Unmeasured.NO_ANSWERS
+    assert not indexed.snapshot.rows("mapper_searches")
 
 
 def test_rows_after_the_index_are_compared_for_all_queries_together(indexed):

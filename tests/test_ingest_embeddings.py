@@ -11,7 +11,8 @@ from conftest import TOY, angle
 
 from attrdb.errors import Busy, InvalidValue, NotFound
 from attrdb.ingest.read import embeddings
-from attrdb.ingest.read.embeddings import ingest_embeddings, is_embeddings, open_embeddings
+from attrdb.ingest.read.embedding_shards import is_embeddings, open_embeddings
+from attrdb.ingest.read.embeddings import ingest_embeddings
 from attrdb.store.ids import lock_file
 from attrdb.store.locks import exclusive_lock
 
@@ -66,8 +67,8 @@ def test_the_encoder_is_named_and_its_dimension_checked(toy, laion):
     toy.writer.add_encoder("other", 3, {}, "none")
     with pytest.raises(InvalidValue, match=r"have dimension 2, encoder 'other' of .* makes 3; name the encoder that"):
         ingest_embeddings(toy, open_embeddings(str(laion)), "other", "laion")
-    ingest_embeddings(toy, open_embeddings(str(laion)), "open_clip:ViT-B-32/openai", "laion")
-    row = toy.encoders["open_clip_vit_b_32_openai"]
+    ingest_embeddings(toy, open_embeddings(str(laion)), "open_clip:Mine/own", "laion")
+    row = toy.encoders["open_clip_mine_own"]
     assert (row["dimension"], row["weights_fingerprint"]) == (2, "")
 
 
@@ -255,3 +256,119 @@ def test_a_path_without_embeddings(tmp_path):
     assert not is_embeddings(str(tmp_path))
     with pytest.raises(NotFound, match=r"no img_emb/img_emb_<number>\.npy in"):
         open_embeddings(str(tmp_path / "nowhere"))
+
+
+# --- the encoder that made them ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("spec", "dimension"),
+    [
+        ("open_clip:ViT-L-14/openai", 768),
+        ("open_clip:ViT-B-32-quickgelu/openai?size=224", 512),
+        ("pixels:8", 192),
+        ("efficientnet-lite0", 1280),
+        ("vgg-gram", 900),
+    ],
+)
+def test_an_architecture_of_another_dimension_is_refused_before_anything_is_made(tmp_path, laion, spec, dimension):
+    from click.testing import CliRunner
+
+    from attrdb.cli import main
+
+    done = CliRunner().invoke(main, ["ingest", "corpus", str(tmp_path / "new.attrdb"), str(laion), "--encoder", spec])
+    assert done.exit_code == 1
+    assert f"embeddings have dimension 2, and {spec} makes features of dimension {dimension}; name the" in done.stderr
+    assert not (tmp_path / "new.attrdb").exists()
+
+
+def test_dimensions_are_known_without_the_package_that_makes_them(monkeypatch):
+    from attrdb.ingest import dimensions
+
+    with_package = dimensions.known_dimension("open_clip:ViT-H-14/laion2b_s32b_b79k")
+    monkeypatch.setattr(dimensions.importlib.util, "find_spec", lambda name: None)
+    assert dimensions.known_dimension("open_clip:ViT-H-14/laion2b_s32b_b79k") == with_package == 1024
+    unknown = ("open_clip:Mine/x.pt", "timm:resnet18", "torchscript:a.pt", "clip", "open_clip:../../etc/x")
+    assert [dimensions.known_dimension(spec) for spec in unknown] == [None] * 5
+
+
+def test_the_same_rows_under_a_second_encoder_are_refused_and_it_is_not_made(empty, laion):
+    ingest(empty, laion)
+    with pytest.raises(
+        InvalidValue, match=r"image 'laion/000-0' is stored already, without a feature of other:2, as are 2 "
+    ):
+        ingest_embeddings(empty, open_embeddings(str(laion)), "other:2", "laion")
+    assert list(empty.encoders) == ["toy_2"]
+    # Nor are rows that another data set has, once the second encoder is there.
+    assert ingest_embeddings(empty, open_embeddings(str(laion)), "other:2", "more").n_done == 5
+    with pytest.raises(
+        InvalidValue, match=r"features of toy:2\. Name the encoder that made these embeddings, or import"
+    ):
+        ingest_embeddings(empty, open_embeddings(str(laion)), "other:2", "laion")
+    assert ingest(empty, laion).n_stored == 5
+
+
+def test_an_encoder_of_which_no_vector_can_be_used_is_not_made(empty, laion):
+    np.save(laion / "img_emb" / "img_emb_000.npy", np.zeros((3, 2), np.float32))
+    np.save(laion / "img_emb" / "img_emb_001.npy", np.zeros((2, 2), np.float32))
+    assert ingest_embeddings(empty, open_embeddings(str(laion)), "other:2", "laion").n_done == 0
+    assert list(empty.encoders) == []
+
+
+# --- metadata that is odd ---------------------------------------------------------------------------------------------
+
+
+def test_metadata_is_strict_json_and_clean_text(empty, tmp_path):
+    folder = write_shard(
+        tmp_path / "x",
+        "000",
+        [1, 2],
+        similarity=[float("nan"), 0.5],
+        half=pa.array([np.inf, 1], pa.float32()),
+        boxes=[[1.0, float("nan")], None],
+        about=[{"a": float("inf"), "b": "x"}, None],
+        note=["a\0b\x1b[31mred\x9b", "plain"],
+        caption=["\ufeffa cat\0", "a dog"],
+    )
+    ingest(empty, folder, "x")
+    rows = empty.sql("SELECT prompt, metadata FROM images ORDER BY image_id").to_pylist()
+    assert [row["prompt"] for row in rows] == ["a cat", "a dog"]
+    assert [json.loads(row["metadata"], parse_constant=pytest.fail) for row in rows] == [
+        {"similarity": None, "half": None, "boxes": [1.0, None], "about": {"a": None, "b": "x"}, "note": "abred"},
+        {"similarity": 0.5, "half": 1.0, "boxes": None, "about": None, "note": "plain"},
+    ]
+
+
+def test_text_that_is_not_utf8_is_repaired(empty, tmp_path):
+    bad = pa.array([b"a", b"\xff"], pa.binary()).view(pa.string())
+    folder = write_shard(tmp_path / "x", "000", [1, 2], note=bad, caption=bad)
+    assert ingest(empty, folder, "x").n_done == 2
+    assert empty.sql("SELECT prompt FROM images ORDER BY 1")["prompt"].to_pylist() == ["a", "\ufffd"]
+
+
+def test_half_of_a_folder_of_embeddings_is_named(laion, tmp_path):
+    with pytest.raises(InvalidValue, match=rf"img_emb/ holds vectors alone; .* metadata in it: {laion}"):
+        is_embeddings(f"{laion}/img_emb/")
+    (laion / "img_emb").rename(laion / "text_emb")
+    for file in (laion / "text_emb").iterdir():
+        file.rename(file.with_name(file.name.replace("img", "text")))
+    with pytest.raises(InvalidValue, match=r"has embeddings of texts alone \(text_emb\)"):
+        is_embeddings(str(laion))
+    (laion / "photo.png").write_bytes(b"x")
+    assert not is_embeddings(str(laion))
+
+
+def test_a_dry_run_says_what_would_be_read(tmp_path, laion):
+    from click.testing import CliRunner
+
+    from attrdb.cli import main
+
+    words = ["ingest", "corpus", str(tmp_path / "db"), str(laion), "--encoder", "toy:2", "--dry-run"]
+    done = CliRunner().invoke(main, words)
+    assert done.stdout.splitlines() == [
+        "read: embeddings of 2 numbers: 5, in shards: 2",
+        f"  {laion}/img_emb/img_emb_000.npy, {laion}/metadata/metadata_000.parquet",
+        f"  {laion}/img_emb/img_emb_001.npy, {laion}/metadata/metadata_001.parquet",
+        "dry run: nothing was stored",
+    ]
+    assert not (tmp_path / "db").exists()

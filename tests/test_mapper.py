@@ -103,8 +103,10 @@ def test_mappers_that_cannot_be():
     with pytest.raises(InvalidValue, match="form is 'cubic'; it must be affine, gain, mlp"):
         Maps("cubic", 3)
     arrays = Maps("affine", 3).arrays()
-    with pytest.raises(InvalidValue, match=r"mapper 'm' of form 'gain' does not fit: 'exemplar\.gain'"):
+    with pytest.raises(
+        InvalidValue, match=r"of form 'gain' has the arrays .*; it must have exemplar\.bias, exemplar\.gain"
+    ):
         Mapper("m", "toy", "gain", arrays)
     mapper = Mapper("m", "toy", "affine", {name: 0 * value for name, value in arrays.items()})
-    with pytest.raises(InvalidValue, match="makes a feature that is zero or not finite; train it again"):
+    with pytest.raises(InvalidValue, match="makes a feature that is zero or not finite; retrain it"):
         mapper.samples(np.ones((1, 3), np.float32))

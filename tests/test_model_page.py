@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import re
 from datetime import UTC, datetime
 from html.parser import HTMLParser
 
@@ -222,14 +223,14 @@ def test_page_has_everything_and_asks_for_nothing(vases, tmp_path):
     assert "link" not in page.tags
     assert all(link.startswith("data:image/webp;base64,") for link in page.links)
     assert len(page.links) == 4  # one sample has no picture
-    assert "url(" not in text
+    assert not re.search(r"url\((?!#)", text)
     for said in ("vase-01", EVIL, "Ann & Co", "2 min 10 s", "4 from 3 prompts", "picture not stored", "4 steps"):
         assert said in page.text
     for image_id in ("vase-01/e", *(sample[0] for sample in SAMPLES)):
         assert image_id in text
     assert "Samples, scheme gpt" in page.text
     assert "Samples, scheme procedural" in page.text
-    assert page.tags.count("polyline") == 2
+    assert page.tags.count("svg") == 1
     assert "scaled down to 256 pixels" in page.text
     assert str(vases.path.parent) not in text
 
@@ -242,40 +243,41 @@ def test_options_that_do_not_go_together(vases, tmp_path):
     assert "--base-model is for --regenerate" in done.stderr
 
 
-def test_curve_by_hand():
-    found = model_page.curve(LOSSES)
-    left, right = model_page.LEFT, model_page.WIDTH - model_page.RIGHT
-    top, bottom = model_page.TOP, model_page.HEIGHT - model_page.BOTTOM
-    half = (top + bottom) / 2
-    xs = [left + n * (right - left) / 3 for n in range(4)]
-    ys = [top, half, (top + half) / 2, (half + bottom) / 2]
-    assert found.raw == found.smooth == " ".join(f"{x:.1f},{y:.1f}" for x, y in zip(xs, ys, strict=True))
-    assert found.y_ticks == [(bottom, "0"), (half, "0.5"), (top, "1")]
-    assert [label for _, label in found.x_ticks] == ["1", "2", "3", "4"]
-    assert (found.window, found.first, found.last) == (1, 1.0, 0.25)
+def points(svg, name):
+    """The points of a line, by the id of its group."""
+    group = re.search(rf'<g id="{name}">\s*<path d="([^"]*)"', svg)[1]
+    return np.array([[float(number) for number in point.split()] for point in re.findall(r"[ML] ([^MLz]*)", group)])
 
 
-@pytest.mark.parametrize("n", [2, 7, 359, 361, 1000, 2999])
-@pytest.mark.parametrize("scale", [1e-5, 0.3, 4000.0])
-def test_curves_stay_inside_their_frame(n, scale):
-    found = model_page.curve([scale * (1 + step % 3) for step in range(n)])
-    for line in (found.raw, found.smooth):
-        points = [tuple(map(float, point.split(","))) for point in line.split()]
-        assert 2 <= len(points) <= model_page.POINTS
-        assert all(model_page.LEFT <= x <= model_page.WIDTH - model_page.RIGHT for x, _ in points)
-        assert all(model_page.TOP <= y <= model_page.HEIGHT - model_page.BOTTOM for _, y in points)
-    assert 2 <= len(found.x_ticks) <= 8
-    assert 2 <= len(found.y_ticks) <= 5
-    assert all(y >= model_page.TOP for y, _ in found.y_ticks)
+def test_loss_curve_by_hand():
+    found = model_page.loss_curve([4.0, 2.0, 3.0, 1.0])
+    assert (found.n_steps, found.window, found.first, found.last) == (4, 1, 4.0, 1.0)
+    for line in (points(found.svg, "losses"), points(found.svg, "means")):  # y goes down
+        x, y = (line - line[0]).T
+        np.testing.assert_allclose(x / x[3], [0, 1 / 3, 2 / 3, 1], atol=1e-4)
+        np.testing.assert_allclose(y / y[3], [0, 2 / 3, 1 / 3, 1], atol=1e-4)
+
+
+def test_the_bold_line_is_a_running_mean():
+    found = model_page.loss_curve([float(step % 2) for step in range(80)])
+    assert (found.window, found.first, found.last) == (4, 0.5, 0.5)
+    bold, y = points(found.svg, "means")[:, 1], points(found.svg, "losses")[:2, 1]
+    share = (bold - y[0]) / (y[1] - y[0])
+    np.testing.assert_allclose(share[:4], [0, 1 / 2, 1 / 3, 1 / 2], atol=1e-4)
+    np.testing.assert_allclose(share[4:], 1 / 2, atol=1e-4)
+
+
+@pytest.mark.parametrize("losses", [[0.0, 0.0], [1e-5, 3e-5], [4000.0, 8000.0, -1.0], list(range(1, 3000))])
+def test_loss_curves_stay_inside_their_frame(losses):
+    svg = model_page.loss_curve(losses).svg
+    width, height = map(float, re.search(r'viewBox="0 0 (\S+) (\S+)"', svg).groups())
+    line = points(svg, "losses")
+    assert ((line > 0) & (line < [width, height])).all()
 
 
 @pytest.mark.parametrize("losses", [[], [1.0]])
 def test_no_curve_of_less_than_two_steps(losses):
-    assert model_page.curve(losses) is None
-
-
-def test_curve_of_zeros():
-    assert model_page.curve([0.0, 0.0]).last == 0.0
+    assert model_page.loss_curve(losses) is None
 
 
 # --- samples made again -----------------------------------------------------------------------------------------------

@@ -261,9 +261,9 @@ def test_nearest_gives_cosines_whatever_the_length_of_the_feature(toy):
     assert [row["image_id"] for row in found] == ["p90", "m/e40"]
     np.testing.assert_allclose([row["similarity"] for row in found], [1, np.sin(np.radians(40))], atol=1e-6)
     for feature, says in (
-        ("[0.0, 0.0]", "zero or not finite"),
-        ("[1.0]", "a feature of length 1, encoder 'toy_2' makes 2"),
-        ("[1.0, NULL]", "makes 2"),
+        ("[0.0, 0.0]", "length 0.0; it must be finite and not zero"),
+        ("[1.0]", r"the feature has shape \(1,\), encoder 'toy_2' makes \(2,\)"),
+        ("[1.0, NULL]", "length nan; it must be finite"),
     ):
         with pytest.raises(QueryRefused, match=says):
             toy.sql(f"FROM nearest({feature})")

@@ -1,8 +1,11 @@
 """Training a mapper: pairs chosen by SQL, killed and resumed to the same mapper, and what cannot be learned from."""
 
+import errno
 import json
+import pickle
 import random
 import shutil
+from pathlib import Path
 
 import lance
 import numpy as np
@@ -15,7 +18,7 @@ from PIL import Image
 import attrdb
 from attrdb.attribution.methods import resolve_method
 from attrdb.cli import main
-from attrdb.errors import InvalidValue, NotFound
+from attrdb.errors import InvalidValue, NotFound, StorageError
 from attrdb.ingest.customize.augmentation import VIEWS, views
 from attrdb.ingest.encode import encode, load_encoder
 from attrdb.ingest.read.corpus import image_rows, register
@@ -166,8 +169,48 @@ def test_images_that_changed_under_a_half_trained_mapper(db):
     with pytest.raises(KeyboardInterrupt):
         train(db, settings=QUICK, mapper_id="a", report=stop)
     db.writer.delete("models", "model_id = 'm00'")
-    with pytest.raises(InvalidValue, match=r"have changed since it was half trained; delete .*\.train-a to begin anew"):
+    with pytest.raises(InvalidValue, match=r"have changed since its training began; delete .*\.train-a to start again"):
         train(db, settings=QUICK, mapper_id="a")
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        ("checkpoint.pt", lambda whole: b""),
+        ("checkpoint.pt", lambda whole: b"garbage"),
+        ("checkpoint.pt", lambda whole: whole[: len(whole) // 2]),
+        ("checkpoint.pt", lambda whole: pickle.dumps({"pairs": 1})),
+        ("settings.json", lambda whole: b""),
+        ("settings.json", lambda whole: whole[:20]),
+    ],
+)
+def test_a_damaged_file_of_a_half_trained_mapper_is_named(db, name, damage):
+    def stop(_stage, done, _total, _note=""):
+        if done == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(db, settings=QUICK, mapper_id="a", report=stop)
+    job = train_job(db.path, "a")
+    assert {file.suffix for file in job.path.iterdir()} == {".f32", ".json", ".pt"}  # no .part is left
+    (job.path / name).write_bytes(damage((job.path / name).read_bytes()))
+    with pytest.raises(InvalidValue, match=rf"{name} is damaged; delete .*\.train-a to start again"):
+        train(db, settings=QUICK, mapper_id="a")
+    job.remove()
+    assert train(db, settings=QUICK, mapper_id="a").trained
+
+
+def test_a_disk_that_is_full_while_a_checkpoint_is_written(db, monkeypatch):
+    def full(self, data):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(
+        StorageError, match=r"checkpoint.pt cannot be written: No space left on device; free some space"
+    ):
+        train(db, settings=QUICK, mapper_id="a")
+    monkeypatch.undo()
+    assert train(db, settings=QUICK, mapper_id="a").trained
 
 
 def test_a_mapper_that_an_earlier_version_stopped_by_recall(db):
@@ -177,7 +220,7 @@ def test_a_mapper_that_an_earlier_version_stopped_by_recall(db):
     del settings["stopped_by"]
     db.writer.upsert("mappers", [{**row, "settings": json.dumps(settings)}])
     with pytest.raises(
-        InvalidValue, match=r"'a' is in .*, made by an earlier attrdb .* train anew with another --mapper-id"
+        InvalidValue, match=r"'a' is in .*, made by an earlier attrdb .* train a new one with another --mapper-id"
     ):
         train(db, settings=QUICK, mapper_id="a")
 
@@ -213,7 +256,7 @@ def test_ranks_with_a_mapper_are_those_of_a_full_sort(db):
 def test_validation_by_hand(db):
     """The mean over samples, then over cases, of the mean log rank of a sample's exemplars."""
     validation = Validation(db, "toy_12", QUICK)
-    found = validation.found(Mapper("plain", "toy_12", "affine", Maps("affine", 12).arrays()))
+    found = validation.measure(Mapper("plain", "toy_12", "affine", Maps("affine", 12).arrays()))
     evaluate(db)
     query = """
         SELECT avg(log_rank) AS mean_log_rank, avg(recall) AS recall FROM (
@@ -230,7 +273,7 @@ def test_validation_by_hand(db):
 def test_ranks_that_rise_far_from_the_first_ten_keep_training_going(db, monkeypatch):
     """What tuning does for styles: Recall@10 stays at 0 while ranks fall from thousands to a hundred."""
     measured = iter([8.0, 7.0, 6.0, 5.0, 5.5, 5.6, 5.7])
-    monkeypatch.setattr(Validation, "found", lambda *_: {"recall": 0.0, "mean_log_rank": next(measured)})
+    monkeypatch.setattr(Validation, "measure", lambda *_: {"recall": 0.0, "mean_log_rank": next(measured)})
     result = train(db, settings=TrainSettings(lr=0.01, batch=8, epochs=20, patience=2))
     assert (result.best_epoch, result.n_epochs, result.mean_log_rank) == (3, 5, 5.0)
 
@@ -241,7 +284,7 @@ def test_ranks_that_rise_far_from_the_first_ten_keep_training_going(db, monkeypa
 @pytest.mark.parametrize(
     ("given", "says"),
     [
-        ({"split": "test"}, "split is 'test': test models are for evaluation, nothing is learned from them"),
+        ({"split": "test"}, "split is 'test': test models are for evaluation only; name another split"),
         ({"val_split": "test_unseen"}, "val_split is 'test_unseen': test models are for evaluation"),
         ({"val_split": "train"}, "split and val_split are both 'train'"),
         (
@@ -270,7 +313,8 @@ def test_settings_that_cannot_be_used(db, given, says):
 def test_one_model_only(db):
     db.writer.delete("models", "split = 'train' AND model_id <> 'm01'")
     with pytest.raises(
-        InvalidValue, match=r"only one model of .*, 'm01': a pair is learned from those of other models"
+        InvalidValue,
+        match=r"only one model of .*, 'm01'; training compares pairs of different models, so it needs at least two",
     ):
         train(db)
 
@@ -316,7 +360,7 @@ def test_the_commands(db):
     assert "ranks by toy_12/mine, gallery own" in done.stderr
     done = CliRunner().invoke(main, ["train", str(db.path), "--split", "test"])
     assert done.exit_code == 1
-    assert "nothing is learned from them" in done.output
+    assert "for evaluation only" in done.output
 
 
 # --- augmentation -----------------------------------------------------------------------------------------------------

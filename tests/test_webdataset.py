@@ -1,52 +1,22 @@
 """Webdataset shards: what img2dataset writes, and what a damaged or malicious shard may hold."""
 
-import io
 import json
 import tarfile
 
 import pytest
-from PIL import Image
+from corpora import FIELDS, encoded, sample, shard
 
 import attrdb
-from attrdb.errors import InvalidValue, NotFound
+from attrdb.errors import InvalidValue
 from attrdb.ingest.read import webdataset
-from attrdb.ingest.read.corpus import ingest_corpus, open_corpus
-from attrdb.ingest.read.pictures import webp
-from attrdb.ingest.read.webdataset import count_webdataset, webdataset_items
-
-FIELDS = {"url": "http://a.example/1.jpg", "status": "success", "LICENSE": "CC0", "width": 32, "NSFW": "UNLIKELY"}
+from attrdb.ingest.read.corpus import ingest_corpus
+from attrdb.ingest.read.discover import open_corpus
 
 
-def encoded(shade=9):
-    return webp(Image.new("RGB", (32, 32), (shade, 99, 199)))
-
-
-def shard(path, *members):
-    """A tar of (name, bytes or text or an object as JSON), or of ready TarInfo."""
-    path.parent.mkdir(exist_ok=True)
-    with tarfile.open(path, "w") as tar:
-        for member in members:
-            if isinstance(member, tarfile.TarInfo):
-                tar.addfile(member)
-                continue
-            name, content = member
-            if isinstance(content, dict):
-                content = json.dumps(content)
-            data = content if isinstance(content, bytes) else content.encode()
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-    return path
-
-
-def sample(key, shade=9, **fields):
-    return (f"{key}.jpg", encoded(shade)), (f"{key}.txt", f"picture {key}"), (f"{key}.json", FIELDS | fields)
-
-
-def told(path, source="laion"):
+def told(path, source="laion", **columns):
     """What every item of the shards says: its row, or why it cannot be used."""
     said = {}
-    for item in webdataset_items(path, source):
+    for item in open_corpus(path, source, columns).items():
         try:
             picture = item.read()
         except InvalidValue as error:
@@ -96,29 +66,29 @@ def test_a_folder_of_shards_in_order_and_what_else_is_in_them(tmp_path):
 def test_the_total_is_known_where_the_counts_are(tmp_path):
     for number in range(2):
         shard(tmp_path / "b" / f"0000{number}.tar", *sample(str(number)))
-        assert count_webdataset(tmp_path / "b") is None
+        assert open_corpus(tmp_path / "b").n_items is None
         stats = tmp_path / "b" / f"0000{number}_stats.json"
         stats.write_text(json.dumps({"count": 9, "successes": 5 + number}))
-    assert count_webdataset(tmp_path / "b") == 11
-    assert count_webdataset(tmp_path / "b" / "00001.tar") == 6
+    assert open_corpus(tmp_path / "b").n_items == 11
+    assert open_corpus(tmp_path / "b" / "00001.tar").n_items == 6
     stats.write_text("{}")
-    assert count_webdataset(tmp_path / "b") is None
+    assert open_corpus(tmp_path / "b").n_items is None
 
 
 def test_paths_that_hold_no_image(tmp_path):
-    with pytest.raises(NotFound, match=r"no webdataset at .*; a \.tar file, or a folder with \.tar files"):
-        count_webdataset(tmp_path)
+    with pytest.raises(InvalidValue, match="has no image in it"):
+        open_corpus(tmp_path)
     with pytest.raises(InvalidValue, match=r"00000\.tar has no image in it"):
-        count_webdataset(shard(tmp_path / "00000.tar", ("1.txt", "words")))
+        open_corpus(shard(tmp_path / "00000.tar", ("1.txt", "words")))
     (tmp_path / "00000.tar").write_bytes(b"no tar at all" * 100)
     with pytest.raises(InvalidValue, match=r"00000\.tar is damaged or cut off after the beginning"):
-        count_webdataset(tmp_path / "00000.tar")
+        open_corpus(tmp_path / "00000.tar")
 
 
 def test_items_are_read_only_when_asked_for(tmp_path, monkeypatch):
     path = shard(tmp_path / "00000.tar", *sample("1"), *sample("2"))
     monkeypatch.setattr(webdataset, "read_picture", lambda *_: 1 / 0)
-    assert [item.uri for item in webdataset_items(path, "laion")] == ["http://a.example/1.jpg"] * 2
+    assert [item.uri for item in open_corpus(path, "laion").items()] == ["http://a.example/1.jpg"] * 2
 
 
 # --- what is refused --------------------------------------------------------------------------------------------------
@@ -177,7 +147,7 @@ def test_a_shard_that_is_cut_off_keeps_what_stands_before(tmp_path, kept):
     said = told(tmp_path / "b")
     assert set(said) == {"laion/1", "laion/00000.tar", "laion/3"}
     assert "00000.tar is damaged or cut off after sample '1'" in said["laion/00000.tar"][0]
-    assert "fetch it again, uncompressed" in said["laion/00000.tar"][0]
+    assert "fetch it again and rerun" in said["laion/00000.tar"][0]
     assert isinstance(said["laion/3"][0], dict)
     path.write_bytes(whole)
     assert set(told(tmp_path / "b")) == {"laion/1", "laion/2", "laion/3"}
@@ -211,7 +181,7 @@ def test_samples_that_cannot_be_used_say_why(tmp_path):
         ("4.jpg", encoded()),
         ("4.txt", b"\xff"),
         ("5.jpg", encoded()),
-        ("5.json", {"url": 7}),
+        ("5.jpg", encoded()),
         ("6.jpg", encoded()),
         ("6.png", encoded()),
         ("7.jpg", b"no image"),
@@ -220,10 +190,10 @@ def test_samples_that_cannot_be_used_say_why(tmp_path):
     said = {key.removeprefix("laion/"): reasons[0] for key, reasons in told(path).items()}
     assert "sample '1' was not fetched: failed_to_download, HTTP Error 404" in said["1"]
     assert "sample '2': its .json is not JSON" in said["2"]
-    assert "sample '3': its .json must be an object, found list" in said["3"]
+    assert "sample '3': its .json must be a JSON object, found list" in said["3"]
     assert "sample '4': its .txt is not UTF-8 text" in said["4"]
-    assert "sample '5' field 'url' must be text, found 7" in said["5"]
-    assert "sample '6': member '6.png' is a second one of its kind under this key" in said["6"]
+    assert "sample '5': member '5.jpg' is a second one of its kind under this key" in said["5"]
+    assert "sample '6' has several images: jpg, png; which is meant? Choose one with --column image=jpg" in said["6"]
     assert "00000.tar member '7.jpg' cannot be decoded" in said["7"]
     assert isinstance(said["8"], dict)
 
@@ -251,10 +221,86 @@ def test_text_that_is_half_a_character_becomes_a_whole_one(tmp_path):
 
 def test_a_shard_that_goes_away_between_walk_and_read(tmp_path):
     path = shard(tmp_path / "00000.tar", *sample("1"))
-    (item,) = webdataset_items(path, "laion")
+    (item,) = open_corpus(path, "laion").items()
     path.unlink()
     with pytest.raises(InvalidValue, match=r"00000\.tar member '1\.jpg' cannot be read: No such file"):
         item.read()
+
+
+# --- names of fields, and side fields that are odd -------------------------------------------------------------------
+
+
+def test_a_key_ends_at_the_first_point_and_a_field_may_have_more(tmp_path):
+    path = shard(
+        tmp_path / "00000.tar",
+        ("22.05.png", encoded(1)),
+        ("2.image.jpg", encoded(2)),
+        ("2.text.txt", "a cat"),
+        ("2.meta.json", {"url": "u"}),
+        ("deep.er/3.JPG", encoded(3)),
+        ("3.cls", "7"),
+        ("3.jpg", encoded(4)),
+    )
+    said = {key.removeprefix("laion/"): rows[0] for key, rows in told(path).items()}
+    assert set(said) == {"22", "2", "deep.er/3", "3"}
+    assert (said["2"]["prompt"], said["2"]["uri"]) == ("a cat", "u")
+    assert said["22"]["uri"].endswith("00000.tar#22.05.png")
+    assert json.loads(said["3"]["metadata"]) == {"cls": "7"}
+
+
+def test_of_several_pictures_one_is_chosen(tmp_path):
+    path = shard(tmp_path / "00000.tar", ("0.left.png", encoded(1)), ("0.right.png", encoded(2)), ("1.png", encoded(3)))
+    said = told(path)
+    assert "sample '0' has several images: left.png, right.png; which is meant?" in said["laion/0"][0]
+    assert isinstance(said["laion/1"][0], dict)
+    said = told(path, image="right.png")
+    assert said["laion/0"][0]["uri"].endswith("#0.right.png")
+    assert isinstance(said["laion/1"][0], dict)
+    # One that is called plainly goes before masks and views.
+    path = shard(tmp_path / "00001.tar", ("0.mask.png", encoded(1)), ("0.jpg", encoded(2)))
+    assert told(path)["laion/0"][0]["uri"].endswith("#0.jpg")
+
+
+def test_a_sample_without_a_picture_says_what_it_has(tmp_path):
+    path = shard(tmp_path / "00000.tar", ("0.npy", b"x"), ("0.txt", "words"), ("1.jpg", encoded()))
+    assert "sample '0' has no image; it has: npy" in told(path)["laion/0"][0]
+
+
+@pytest.mark.parametrize(
+    ("fields", "columns", "metadata"),
+    [
+        ({"license": 4}, {"license": "4"}, None),
+        ({"caption": ["a cat", "a dog"]}, {"prompt": "a cat"}, {"caption": ["a cat", "a dog"]}),
+        ({"caption": [], "url": None}, {}, {"caption": [], "url": None}),
+        ({"creator": {"name": "Ann"}}, {}, {"creator": {"name": "Ann"}}),
+        ({"status": 200}, {}, {"status": 200}),
+        ({"status": "ok", "license": True}, {"license": "true"}, {"status": "ok"}),
+        ({"url": float("inf"), "author": "Ann\0\x1b[1m"}, {"creator": "Ann"}, {"url": None}),
+        ({"CAPTION": "big", "caption": "small"}, {"prompt": "big"}, {"caption": "small"}),
+    ],
+)
+def test_side_fields_of_any_type_lose_no_picture(tmp_path, fields, columns, metadata):
+    path = shard(tmp_path / "00000.tar", ("0.jpg", encoded()), ("0.json", fields))
+    ((row,),) = told(path).values()
+    assert {name: row.get(name) for name in ("prompt", "license", "creator")} == {
+        "prompt": None,
+        "license": None,
+        "creator": None,
+        **columns,
+    }
+    assert (row["metadata"] and json.loads(row["metadata"])) == metadata
+
+
+def test_a_picture_whose_fetch_has_failed_stays_out(tmp_path):
+    path = shard(tmp_path / "00000.tar", ("0.jpg", encoded()), ("0.json", {"status": "failed_to_resize"}))
+    assert "was not fetched: failed_to_resize" in told(path)["laion/0"][0]
+
+
+def test_text_beside_a_picture_is_made_clean(tmp_path):
+    path = shard(
+        tmp_path / "00000.tar", ("0.jpg", encoded()), ("0.txt", b"\xef\xbb\xbfa\0 cat\r\n"), ("1.jpg", encoded(2))
+    )
+    assert told(path)["laion/0"][0]["prompt"] == "a cat"
 
 
 # --- as a corpus ------------------------------------------------------------------------------------------------------

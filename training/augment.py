@@ -1,7 +1,7 @@
 """Augmentation of a mapper's training images: further views of each, encoded once.
 
-Source: Wang et al. 2023, Fig. 7, where mild or strong augmentation makes little difference; which views, the text that we
-have does not say. Ours are those of customization, see `attrdb.ingest.customize.augmentation`.
+Source: Wang et al. 2023, Fig. 7, where mild or strong augmentation makes little difference. The text that we have does not
+state the views; ours are those of customization, see `attrdb.ingest.customize.augmentation`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ AT_ONCE = 64  # images whose views are encoded together
 
 
 def augmented(db: Database, encoder_id: str, ids: pa.Array, augment: str, seed: int, file: Path) -> np.ndarray:
-    """(images, views, dimension) float32 of unit length, in the order of the ids, in a file; one that is whole is kept.
+    """(images, views, dimension) float32, unit length, in the order of the ids, mapped from a file; an existing file is kept.
 
     augment: 'mild' or 'strong', of `attrdb.ingest.customize.augmentation.VIEWS`
     raises:  InvalidValue for an image whose picture is not stored; as `load_encoder`
@@ -41,10 +41,10 @@ def augmented(db: Database, encoder_id: str, ids: pa.Array, augment: str, seed: 
                 stored = {row["image_id"]: row["image"] for row in rows}
                 if without := [image_id for image_id in wanted if stored[image_id] is None]:
                     raise InvalidValue(
-                        f"image {without[0]!r} of {db.path} is stored without its picture, so there are no views of it to "
-                        "encode; train without augmentation (augment)"
+                        f"image {without[0]!r} of {db.path} is stored without its picture, so it has no views to encode; "
+                        "train without augmentation (augment)"
                     )
-                seen = [
+                pictures = [
                     view
                     for image_id in wanted
                     for view, _ in views(
@@ -54,6 +54,6 @@ def augmented(db: Database, encoder_id: str, ids: pa.Array, augment: str, seed: 
                         random.Random(f"{seed}/{image_id}"),
                     )
                 ]
-                opened.write(encode(encoder, seen).tobytes())
+                opened.write(encode(encoder, pictures).tobytes())
         part.replace(file)
     return np.memmap(file, np.float32, "r", shape=shape)

@@ -1,11 +1,11 @@
-"""Calibrate influence: the temperature and cut-off with which it is closest to the exemplars' known shares.
+"""Calibrate influence: fit the temperature and cut-off that bring it closest to the exemplars' known shares.
 
     P^(x | x~) = ReLU(exp((s - s_max)/tau) - lambda) / SUM_j ReLU(exp((s_j - s_max)/tau) - lambda)
     fitted by minimising KL[S || P^], S = 1/|X+| on the exemplars and 0 elsewhere
 
-While it is fitted a softplus stands in for ReLU, so that an exemplar below the cut-off still has a gradient; queries
-use ReLU (`attrdb.attribution.influence`). A softplus does not vanish on a million low similarities: beside the exemplars
-and the best candidates of each sample, all others are counted in narrow bins of similarity.
+The fit has a softplus in place of ReLU, so that an exemplar below the cut-off has a gradient; queries use ReLU
+(`attrdb.attribution.influence`). A softplus is not zero on low similarities, so all candidates count: the exemplars and the
+best candidates of each sample one by one, all others in narrow bins of similarity.
 """
 
 from __future__ import annotations
@@ -35,18 +35,20 @@ from attrdb.training.train import EVALUATED_ONLY
 
 SHARPNESS = 100.0  # of the softplus, as in the released code
 KEPT = 1000  # best candidates of a sample whose similarities are kept one by one
-BINS = 4096  # of similarity, from -1 to 1, in which all others are counted
+BINS = 4096  # of similarity, from -1 to 1, for all others
 SAMPLES_PER_PASS = 512
-# Where the fit may start: temperatures and cut-offs.
+# Temperatures and cut-offs that the fit may start from.
 STARTS = tuple((tau, lam) for tau in (0.01, 0.02, DEFAULT_TAU, 0.1, 0.3, 1.0) for lam in (0.001, DEFAULT_LAM, 0.3))
 EDGES = (0.0, 0.001, 0.01, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 1.0)  # of the reliability table
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """tau and lam, and how well they do: kl in nats, before at tau_before (1 for cosines) and lam = 0.
+    """tau and lam, and their divergence, on the samples of the fit.
 
-    reliability, reliability_before: a row a bin of influence, see `reliability`; on the samples that it was fitted on
+    kl:          in nats, with tau and lam
+    kl_before:   the same with tau_before (1 for cosines) and lam = 0
+    reliability, reliability_before: one row per bin of influence, see `reliability`
     """
 
     tau: float
@@ -62,13 +64,13 @@ class Calibration:
 
 @dataclass(frozen=True)
 class Similarities:
-    """Scores of some samples' candidates, as float64: their cosines where the method is similarity.
+    """Scores of the candidates of some samples, float64; cosines if the method is similarity.
 
-    own:     (n_samples, m) of their model's exemplars, -inf where there are fewer than m
-    top:     (n_samples, KEPT) of the best pretraining images, -inf where there are fewer
-    tail:    (n_samples, BINS) how many of the others lie in each bin
+    own:     (n_samples, m) of the exemplars of the sample's model; -inf beyond their number
+    top:     (n_samples, KEPT) of the best pretraining images; -inf beyond their number
+    tail:    (n_samples, BINS) numbers of the other pretraining images by bin of score
     centres: (BINS,) of the bins
-    scale:   by how much scores differ; the temperatures of STARTS are multiplied by it. 1 for cosines
+    scale:   spread of the scores, which multiplies the temperatures of STARTS; 1 for cosines
     """
 
     own: np.ndarray
@@ -88,37 +90,35 @@ def calibrate(
     split: str = "val",
     report: Progress = no_progress,
 ) -> Calibration:
-    """Fit tau and lambda on the samples of a split, and store them in `calibrations` in place of what is there.
+    """Fit tau and lambda on the samples of a split, and store them in `calibrations` in place of the method's former ones.
 
-    The gallery is that of the evaluation: a sample's own exemplars and all pretraining images; by a stored method those
+    The gallery is that of the evaluation: a sample's own exemplars and all pretraining images; with a stored method, those
     that have a score.
     method: a method_id, encoder_id or mapper_id; similarity of the first encoder for None
-    raises: InvalidValue for a split that is kept for tests, or has no model that the method scores, or without a corpus;
-            NotFound for no such method
-    source: Wang et al. 2023, Eq. 5 and 6; differs from it in that the whole gallery counts, and in the optimiser
+    raises: InvalidValue for a split that is kept for tests or has no model that the method scores, or without a corpus;
+            NotFound for an unknown method
+    source: Wang et al. 2023, Eq. 5 and 6; here the whole gallery counts, and the optimiser is another
     """
     if split.startswith(EVALUATED_ONLY):
-        raise InvalidValue(
-            f"split is {split!r}: test models are for evaluation, nothing is learned from them; name another"
-        )
+        raise InvalidValue(f"split is {split!r}: test models are for evaluation only; name another split")
     db.refresh()
     method_id = resolve_method(db.snapshot, method)
-    by = load_method(db.snapshot, method_id)
-    if isinstance(by, Similarity):
-        found, gallery_size = similarities(db, by.encoder_id, by.mapper, split, report)
+    loaded = load_method(db.snapshot, method_id)
+    if isinstance(loaded, Similarity):
+        scores, gallery_size = similarities(db, loaded.encoder_id, loaded.mapper, split, report)
     else:
-        found, gallery_size = stored_scores(db, by, split)
-    tau, lam, kl = fit(found)
+        scores, gallery_size = stored_scores(db, loaded, split)
+    tau, lam, kl = fit(scores)
     calibration = Calibration(
         tau,
         lam,
         kl,
-        found.scale,
-        divergence_of(found, found.scale, 0.0),
-        len(found.own),
+        scores.scale,
+        divergence_of(scores, scores.scale, 0.0),
+        len(scores.own),
         gallery_size,
-        reliability(found, tau, lam),
-        reliability(found, found.scale, 0.0),
+        reliability(scores, tau, lam),
+        reliability(scores, scores.scale, 0.0),
     )
     row = {
         "method_id": method_id,
@@ -140,17 +140,20 @@ def calibrate(
 def similarities(
     db: Database, encoder_id: str, mapper: Mapper | None, split: str, report: Progress
 ) -> tuple[Similarities, int]:
-    """Of all samples of a split's models, from a pass over the corpus for every SAMPLES_PER_PASS of them."""
+    """Of all samples of a split's models, and the size of the corpus, which is read once per SAMPLES_PER_PASS samples."""
     names = db.sql("SELECT model_id FROM models WHERE split = $split ORDER BY model_id", {"split": split})
-    own = among("model_id", names["model_id"].to_pylist())
-    of = {role: features_by_model(db, encoder_id, f"role = '{role}' AND {own}") for role in ("sample", "exemplar")}
-    models = sorted(of["sample"].keys() & of["exemplar"].keys())
+    of_models = among("model_id", names["model_id"].to_pylist())
+    by_model = {
+        role: features_by_model(db, encoder_id, f"role = '{role}' AND {of_models}") for role in ("sample", "exemplar")
+    }
+    models = sorted(by_model["sample"].keys() & by_model["exemplar"].keys())
     if not models:
         raise InvalidValue(f"no model with {encoder_id!r} features in split {split!r} of {db.path}; name another split")
-    exemplars = [of["exemplar"][name][1] for name in models]
-    samples = [of["sample"][name][1] for name in models]
+    exemplars = [by_model["exemplar"][name][1] for name in models]
+    samples = [by_model["sample"][name][1] for name in models]
     if mapper:
-        exemplars, samples = [mapper.exemplars(one) for one in exemplars], [mapper.samples(one) for one in samples]
+        exemplars = [mapper.exemplars(features) for features in exemplars]
+        samples = [mapper.samples(features) for features in samples]
     most = max(map(len, exemplars))
     rows = [
         np.pad(s.astype(np.float64) @ e.astype(np.float64).T, ((0, 0), (0, most - len(e))), constant_values=-np.inf)
@@ -161,8 +164,8 @@ def similarities(
         report("calibrate", start, len(queries))
         gallery = db.features(encoder_id, "role = 'pretraining'")
         part = queries[start : start + SAMPLES_PER_PASS]
-        *found, size = counted(part, mapper.candidates(gallery) if mapper else gallery)
-        parts.append(found)
+        *top_and_tail, size = count_in_bins(part, mapper.candidates(gallery) if mapper else gallery)
+        parts.append(top_and_tail)
     report("calibrate", len(queries), len(queries))
     if not size:
         raise InvalidValue(f"{db.path} has no pretraining image with a {encoder_id!r} feature; ingest a corpus first")
@@ -196,22 +199,22 @@ def stored_scores(db: Database, method: Method, split: str) -> tuple[Similaritie
         np.bincount(np.clip((others[n][KEPT:] - low) // width, 0, BINS - 1).astype(int), minlength=BINS) for n in both
     ]
     spread = float(np.mean([max(own[n][0], others[n][0]) - np.median(others[n]) for n in both])) or 1.0
-    found = Similarities(
+    scored = Similarities(
         np.array([np.pad(own[n], (0, most - len(own[n])), constant_values=-np.inf) for n in both]),
         np.array([np.pad(others[n][:KEPT], (0, max(0, KEPT - len(others[n]))), constant_values=-np.inf) for n in both]),
         np.array(tails),
         centres,
         spread,
     )
-    return found, round(float(np.mean([len(others[n]) for n in both])))
+    return scored, round(float(np.mean([len(others[n]) for n in both])))
 
 
 def _centres(low: float, high: float) -> np.ndarray:
     return low + (np.arange(BINS) + 0.5) * ((high - low) / BINS)
 
 
-def counted(queries: np.ndarray, gallery: Iterable[Block]) -> tuple[np.ndarray, np.ndarray, int]:
-    """The KEPT best similarities of each query, how many others lie in each bin, and the size of the gallery."""
+def count_in_bins(queries: np.ndarray, gallery: Iterable[Block]) -> tuple[np.ndarray, np.ndarray, int]:
+    """The KEPT best similarities of each query, the numbers of the others by bin, and the size of the gallery."""
     top = np.full((len(queries), KEPT), -np.inf, np.float32)
     tail = np.zeros((len(queries), BINS), np.int64)
     size = 0
@@ -226,16 +229,16 @@ def counted(queries: np.ndarray, gallery: Iterable[Block]) -> tuple[np.ndarray, 
     return top.astype(np.float64), tail, size
 
 
-def fit(found: Similarities) -> tuple[float, float, float]:
-    """tau, lambda and the divergence there: from the best of STARTS downhill, since there may be several valleys."""
-    given = _tensors(found)
+def fit(scores: Similarities) -> tuple[float, float, float]:
+    """tau, lambda and their divergence: descent from the best of STARTS, since there may be several minima."""
+    tensors = _tensors(scores)
 
     def divergence(tau: torch.Tensor, lam: torch.Tensor) -> torch.Tensor:
-        return _divergence(*given, tau, lam)
+        return _divergence(*tensors, tau, lam)
 
-    starts = [(found.scale * tau, lam) for tau, lam in STARTS]
+    starts = [(scores.scale * tau, lam) for tau, lam in STARTS]
     with torch.no_grad():
-        start = min(starts, key=lambda one: divergence(*torch.tensor(one, dtype=torch.float64)).item())
+        start = min(starts, key=lambda point: divergence(*torch.tensor(point, dtype=torch.float64)).item())
     tau, lam = start
     parameters = torch.tensor([math.log(tau), math.log(lam / (1 - lam))], dtype=torch.float64, requires_grad=True)
     optimizer = torch.optim.LBFGS([parameters], max_iter=100, line_search_fn="strong_wolfe")
@@ -248,20 +251,22 @@ def fit(found: Similarities) -> tuple[float, float, float]:
 
     optimizer.step(closure)
     ends = [start, (parameters[0].exp().item(), parameters[1].sigmoid().item())]
-    kl, (tau, lam) = min((divergence_of(found, *end), end) for end in ends)
+    kl, (tau, lam) = min((divergence_of(scores, *end), end) for end in ends)
     return tau, lam, kl
 
 
-def divergence_of(found: Similarities, tau: float, lam: float) -> float:
-    """The mean of KL[S || P^] over the samples, in nats, with softplus in the place of ReLU."""
+def divergence_of(scores: Similarities, tau: float, lam: float) -> float:
+    """The mean of KL[S || P^] over the samples, in nats, with a softplus in place of ReLU."""
+    parameters = (torch.tensor(value, dtype=torch.float64) for value in (tau, lam))
     with torch.no_grad():
-        return _divergence(*_tensors(found), *(torch.tensor(value, dtype=torch.float64) for value in (tau, lam))).item()
+        return _divergence(*_tensors(scores), *parameters).item()
 
 
-def _tensors(found: Similarities) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    used = np.flatnonzero(found.tail.any(axis=0))
-    own, top = torch.from_numpy(found.own), torch.from_numpy(found.top)
-    tail, centres = found.tail[:, used].astype(np.float64), found.centres[used]
+def _tensors(scores: Similarities) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """own, top, and the bins of the tail that hold a candidate of any sample: numbers and centres."""
+    used = np.flatnonzero(scores.tail.any(axis=0))
+    own, top = torch.from_numpy(scores.own), torch.from_numpy(scores.top)
+    tail, centres = scores.tail[:, used].astype(np.float64), scores.centres[used]
     return own, top, torch.from_numpy(tail), torch.from_numpy(centres)
 
 
@@ -276,38 +281,42 @@ def _divergence(
     best = torch.maximum(own.amax(dim=1), top.amax(dim=1))[:, None]
 
     def weight(similarity: torch.Tensor) -> torch.Tensor:
-        # No candidate lies above the best one; a bin that has none of this sample may, and would be infinite times zero.
+        # No candidate is above the best one. A bin with no candidate of this sample may be, and would give infinity times 0.
         return F.softplus(torch.exp((similarity - best).clamp(max=0) / tau) - lam, beta=SHARPNESS)
 
-    def there(similarity: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Which are candidates, and weights; those of no candidate are 1, so that nothing infinite has a gradient."""
-        is_there = similarity.isfinite()
-        return is_there, torch.where(is_there, weight(torch.where(is_there, similarity, best)), 1.0)
+    def weights(similarity: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Whether there is a candidate, and its weight; 1 for no candidate, so that no infinity has a gradient."""
+        exists = similarity.isfinite()
+        return exists, torch.where(exists, weight(torch.where(exists, similarity, best)), 1.0)
 
-    is_own, of_own = there(own)
-    is_top, of_top = there(top)
-    total = (of_own * is_own).sum(dim=1) + (of_top * is_top).sum(dim=1) + (weight(centres[None]) * tail).sum(dim=1)
+    is_own, own_weight = weights(own)
+    is_top, top_weight = weights(top)
+    tail_weight = weight(centres[None]) * tail
+    total = (own_weight * is_own).sum(dim=1) + (top_weight * is_top).sum(dim=1) + tail_weight.sum(dim=1)
     n = is_own.sum(dim=1)
-    return (total.log() - of_own.log().sum(dim=1) / n - n.log()).mean()
+    return (total.log() - own_weight.log().sum(dim=1) / n - n.log()).mean()
 
 
-def reliability(found: Similarities, tau: float, lam: float) -> list[dict]:
-    """Influence, with ReLU, against what it should be: a row a bin of EDGES that has candidates.
+def reliability(scores: Similarities, tau: float, lam: float) -> list[dict]:
+    """Influence, with ReLU, beside the known share: one row per bin of EDGES that holds a candidate.
 
-    returns: least, most (of the bin, the first one only 0), n (candidates), influence (their mean), share (the mean of S)
+    returns: least, most (edges of the bin; the first bin is 0 alone), n (candidates), influence (their mean), share (mean
+             of S)
     """
-    best = np.maximum(found.own.max(axis=1), found.top.max(axis=1))[:, None]
+    best = np.maximum(scores.own.max(axis=1), scores.top.max(axis=1))[:, None]
 
     def weight(similarity: np.ndarray) -> np.ndarray:
         return np.maximum(np.exp(np.minimum(similarity - best, 0) / tau) - lam, 0)
 
-    own, top, binned = weight(found.own), weight(found.top), weight(found.centres[None])
-    total = (own.sum(axis=1) + top.sum(axis=1) + (binned * found.tail).sum(axis=1))[:, None]
-    is_own = np.isfinite(found.own)
-    n_own = found.n_own[:, None]
-    influence = np.concatenate([(own / total)[is_own], (top / total)[np.isfinite(found.top)], (binned / total).ravel()])
+    own, top, binned = weight(scores.own), weight(scores.top), weight(scores.centres[None])
+    total = (own.sum(axis=1) + top.sum(axis=1) + (binned * scores.tail).sum(axis=1))[:, None]
+    is_own = np.isfinite(scores.own)
+    n_own = scores.n_own[:, None]
+    influence = np.concatenate(
+        [(own / total)[is_own], (top / total)[np.isfinite(scores.top)], (binned / total).ravel()]
+    )
     share = np.concatenate([(is_own / n_own)[is_own], np.zeros(len(influence) - is_own.sum())])
-    n = np.concatenate([np.ones(len(influence) - found.tail.size), found.tail.ravel()])
+    n = np.concatenate([np.ones(len(influence) - scores.tail.size), scores.tail.ravel()])
     rows = []
     for least, most in zip((None, *EDGES), EDGES, strict=False):
         inside = (influence <= 0) if least is None else (influence > least) & (influence <= most)

@@ -1,4 +1,4 @@
-"""Evaluate a method: the exact ranks of every sample's exemplars, from which all metrics are queries."""
+"""Evaluate a method: store the exact ranks of every sample's exemplars. All metrics are queries on them."""
 
 from __future__ import annotations
 
@@ -34,25 +34,25 @@ def evaluate(
     report: Progress = no_progress,
     device: str = "cpu",
 ) -> int:
-    """Fill `exemplar_ranks` for all samples by a method; the number of ranks.
+    """Fill `exemplar_ranks` for all samples with the ranks of a method; the number of ranks.
 
     method:  a method_id, encoder_id or mapper_id; similarity of the first encoder for None
     gallery: 'own': the exemplars of the sample's model and the pretraining images; 'all': every exemplar of the database
-             and the pretraining images. A rank is 1 + the candidates with a higher score, ties by image_id. By a stored
-             method only candidates with a score count
-    device:  of the matrix products, `cpu` or one that torch knows; the ranks are the same on all
-    raises:  InvalidValue for another gallery, NotFound if there is no such method, or nothing to rank
+             and the pretraining images. A rank is 1 + the number of candidates with a higher score; ties go by image_id.
+             With a stored method, only candidates with a score count
+    device:  of the matrix products, `cpu` or one of torch's; it does not change the ranks
+    raises:  InvalidValue for another gallery, NotFound for an unknown method, or if there is nothing to rank
     source:  Wang et al. 2023, section 5 (`own`)
     """
     if gallery not in GALLERIES:
         raise InvalidValue(f"gallery is {gallery!r}; it must be {' or '.join(GALLERIES)}")
     db.refresh()
     method_id = resolve_method(db.snapshot, method)
-    by = load_method(db.snapshot, method_id)
-    if isinstance(by, Similarity):
-        rows = _similarity_ranks(db, by, gallery, report, device)
+    loaded = load_method(db.snapshot, method_id)
+    if isinstance(loaded, Similarity):
+        rows = _similarity_ranks(db, loaded, gallery, report, device)
     else:
-        rows = _stored_ranks(db, by, gallery, report)
+        rows = _stored_ranks(db, loaded, gallery, report)
     shared = {"method_id": method_id, "gallery": gallery, "images_version": db.version}
     for name, value in shared.items():
         rows = rows.append_column(name, pa.array([value] * len(rows)))
@@ -91,10 +91,10 @@ def _similarity_ranks(db: Database, method: Similarity, gallery: str, report: Pr
 
 
 def _passes(models: list[str], n_samples: dict[str, int]) -> Iterator[list[str]]:
-    """The models in parts, of SAMPLES_PER_PASS samples at most where a model has no more by itself."""
+    """The models in parts of at most SAMPLES_PER_PASS samples; a model with more is a part by itself."""
     part: list[str] = []
     for model_id in models:
-        if part and sum(n_samples[one] for one in part) + n_samples[model_id] > SAMPLES_PER_PASS:
+        if part and sum(n_samples[other] for other in part) + n_samples[model_id] > SAMPLES_PER_PASS:
             yield part
             part = []
         part.append(model_id)
@@ -109,10 +109,11 @@ def ranks(
     mapper: Mapper | None = None,
     device: str = "cpu",
 ) -> Iterator[dict]:
-    """sample_id, exemplar_id, score, rank and gallery_size of some models (their samples, their exemplars), from one pass.
+    """sample_id, exemplar_id, score, rank and gallery_size of some models' exemplars, from one pass over the gallery.
 
+    models:  samples and exemplars of each
     gallery: the candidates that all models share
-    own:     whether a model's exemplars are candidates besides; of its own samples only
+    own:     whether the exemplars of a model are further candidates of its own samples
     """
     n_samples = sum(len(sample_ids) for (sample_ids, _), _ in models)
     most = max(len(exemplar_ids) for _, (exemplar_ids, _) in models)
@@ -129,8 +130,9 @@ def ranks(
         ids[at] = exemplar_ids.to_numpy(zero_copy_only=False)
         if own:
             block = [(exemplar_ids, exemplars)]
-            found = exact_search.count_above(block, samples, similarity[at], ids[at], mapper=mapper)
-            own_above[at], own_size[at[0]] = found
+            own_above[at], own_size[at[0]] = exact_search.count_above(
+                block, samples, similarity[at], ids[at], mapper=mapper
+            )
         first += len(sample_ids)
     queries = np.concatenate([samples for (_, samples), _ in models])
     above, size = exact_search.count_above(gallery, queries, similarity, ids, mapper=mapper, device=device)
@@ -146,7 +148,7 @@ def ranks(
 
 
 def features_by_model(db: Database, encoder_id: str, where: str) -> dict[str, Block]:
-    """Ids and features of the encoded images that a predicate keeps, model by model, in the order of their ids."""
+    """By model, ids and features of the encoded images that a predicate keeps, in the order of their ids."""
     table = db.images(f"({where}) AND `{encoder_id}` IS NOT NULL", ["image_id", "model_id", encoder_id])
     table = table.sort_by("image_id")
     ids = table["image_id"].combine_chunks()

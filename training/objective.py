@@ -1,4 +1,4 @@
-"""What a mapper learns from: the contrastive loss over pairs, the regularizer, and the two maps as torch modules."""
+"""The objective of a mapper: the contrastive loss over pairs, the regularizer, and the two maps as torch modules."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Map(torch.nn.Module):
             "weight": torch.eye(dimension),
             "gain": torch.ones(dimension),
             "bias": torch.zeros(dimension),
-            # The hidden layer starts as it does in torch.nn.Linear; its result is multiplied by zero.
+            # The hidden layer starts as in torch.nn.Linear; `down` multiplies its result by zero at first.
             "up": torch.empty(HIDDEN, dimension).uniform_(-1, 1) / dimension**0.5,
             "up_bias": torch.zeros(HIDDEN),
             "down": torch.zeros(dimension, HIDDEN),
@@ -31,14 +31,14 @@ class Map(torch.nn.Module):
             self.register_parameter(name, torch.nn.Parameter(start[name]))
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
-        """(n, dimension) of unit length, of (n, dimension) features."""
+        """(n, dimension) features to (n, dimension), unit length."""
         mapped = (features * self.gain if self.form == "gain" else features @ self.weight.T) + self.bias
         if self.form == "mlp":
             mapped = mapped + F.linear(F.linear(features, self.up, self.up_bias).relu(), self.down)
         return F.normalize(mapped, dim=1)
 
     def deviation(self) -> torch.Tensor:
-        """||W^T W - I||_F, W the matrix of the map, for `gain` the diagonal one."""
+        """||W^T W - I||_F, where W is the matrix of the map; for `gain` a diagonal matrix."""
         if self.form == "gain":
             return (self.gain**2 - 1).norm()
         identity = torch.eye(len(self.weight), dtype=self.weight.dtype, device=self.weight.device)
@@ -46,7 +46,7 @@ class Map(torch.nn.Module):
 
 
 class Maps(torch.nn.ModuleDict):
-    """Both sides, h as 'exemplar' and h~ as 'sample'.
+    """Both sides of a mapper: h as 'exemplar' and h~ as 'sample'.
 
     raises: InvalidValue for an unknown form
     """
@@ -60,7 +60,7 @@ class Maps(torch.nn.ModuleDict):
         self.form = form
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """What `attrdb.search.mapper.Mapper` takes."""
+        """The `parameters` of `attrdb.search.mapper.Mapper`."""
         return {name: value.detach().cpu().numpy().copy() for name, value in self.state_dict().items()}
 
 
@@ -73,8 +73,8 @@ def contrastive_loss(exemplars: torch.Tensor, samples: torch.Tensor, temperature
                         exemplars for s_i, added
     """
     similarity = exemplars @ samples.T / temperature  # (n exemplars, n samples)
-    own = torch.arange(len(similarity), device=similarity.device)
-    return F.cross_entropy(similarity, own) + F.cross_entropy(similarity.T, own)
+    pair = torch.arange(len(similarity), device=similarity.device)
+    return F.cross_entropy(similarity, pair) + F.cross_entropy(similarity.T, pair)
 
 
 def regularizer(maps: Maps) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Pairs for training a mapper: chosen by SQL, their features read once, then batch after batch in constant memory."""
+"""Pairs for training a mapper: SQL chooses them, their features are read once, and batches take constant memory."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ BATCHES_AHEAD = 4
 
 @dataclass(frozen=True)
 class Choice:
-    """Which pairs: the parameters of the query `pairs` but for the epoch.
+    """Which pairs: the parameters of the query `pairs`, except the epoch.
 
     kind:          'object', 'style' or 'both', of the models
     prompt_scheme: 'gpt', 'procedural' or 'both', of the samples
@@ -45,19 +45,19 @@ class Choice:
 class Pairs:
     """The pairs of a choice, epoch by epoch.
 
-    The features of their images are written to a file of plain float32, and read from there by row: gathering 4,096 rows of
-    512 out of a million from it takes 2 ms, from Lance 100 ms, since every epoch wants them in another order.
+    Every epoch needs the features of their images in another order, so they are copied to a file of plain float32. Gathering
+    4,096 rows of 512 out of a million takes 2 ms from it, and 100 ms from Lance.
 
-    augment: 'none', or views of every image are encoded besides (`augmented`), of which each pair takes one by chance
-    raises:  InvalidValue for a choice without a model, with one model only, or with images that have no feature
+    augment: 'none'; else views of every image are encoded too (`augmented`), and each pair takes a random one of them
+    raises:  InvalidValue for a choice without a model, with a single model, or with images that have no feature
     """
 
     def __init__(self, db: Database, encoder_id: str, choice: Choice, file: Path, augment: str = "none"):
         self.db, self.choice = db, choice
-        first = db.query("pairs", **choice.of_pairs(0))
-        self.n_pairs = len(first)
-        _check_models(db, choice, first)
-        _check_features(db, encoder_id, choice, first)
+        pairs = db.query("pairs", **choice.of_pairs(0))
+        self.n_pairs = len(pairs)
+        _check_models(db, choice, pairs)
+        _check_features(db, encoder_id, choice, pairs)
         self.ids, features = _stored(db, encoder_id, choice, file)
         self.features = features[:, None]  # (images, views, dimension)
         ordered = self.ids.sort()
@@ -86,7 +86,7 @@ class Pairs:
 
 
 def _parts(positions: np.ndarray, size: int) -> list[slice]:
-    """Rows of one position each, at most `size` of them, in parts of about one size; a lone row is left out."""
+    """Slices of rows with the same position, of about equal sizes, at most `size`; a slice of one row is left out."""
     borders = np.flatnonzero(np.diff(positions, prepend=-1, append=-1))
     parts = []
     for start, end in pairwise(borders):
@@ -99,19 +99,19 @@ def _check_models(db: Database, choice: Choice, pairs: pa.Table) -> None:
     models = pairs["model_id"].unique().to_pylist()
     if len(models) > 1:
         return
-    asked = f"kind {choice.kind!r}, split {choice.split!r} and prompt scheme {choice.prompt_scheme!r}"
-    there = db.sql("SELECT kind, split, count(*) AS n FROM models GROUP BY ALL ORDER BY ALL").to_pylist()
-    has = ", ".join(f"{row['n']} of kind {row['kind']!r} in split {row['split']!r}" for row in there) or "none"
+    wanted = f"kind {choice.kind!r}, split {choice.split!r} and prompt scheme {choice.prompt_scheme!r}"
+    counts = db.sql("SELECT kind, split, count(*) AS n FROM models GROUP BY ALL ORDER BY ALL").to_pylist()
+    stored = ", ".join(f"{row['n']} of kind {row['kind']!r} in split {row['split']!r}" for row in counts) or "none"
     if not models:
-        raise InvalidValue(f"no pair of {asked} in {db.path}; its models: {has}")
+        raise InvalidValue(f"no pair of {wanted} in {db.path}; its models: {stored}")
     raise InvalidValue(
-        f"only one model of {asked} in {db.path}, {models[0]!r}: a pair is learned from those of other models beside it; its "
-        f"models: {has}"
+        f"only one model of {wanted} in {db.path}, {models[0]!r}; training compares pairs of different models, so it needs "
+        f"at least two; its models: {stored}"
     )
 
 
 def _check_features(db: Database, encoder_id: str, choice: Choice, pairs: pa.Table) -> None:
-    """raises: InvalidValue if an image that any epoch may draw has no feature"""
+    """raises: InvalidValue if an image that an epoch may draw has no feature"""
     without = db.images(
         f"role IN ('exemplar', 'sample') AND `{encoder_id}` IS NULL", ["image_id", "role", "model_id", "prompt_scheme"]
     )
@@ -130,12 +130,12 @@ def _check_features(db: Database, encoder_id: str, choice: Choice, pairs: pa.Tab
 
 
 def _stored(db: Database, encoder_id: str, choice: Choice, file: Path) -> tuple[pa.Array, np.ndarray]:
-    """Ids, and the features as a matrix that lies in the file."""
+    """Ids and features, (n, dimension) float32, which are written to the file and mapped from it."""
     ids = []
     with file.open("wb") as opened:
         for batch in db.stream_query("training_features", encoder_id=encoder_id, **choice.of_images()):
             values: np.ndarray = batch["feature"].flatten().to_numpy(zero_copy_only=False)
             opened.write(np.ascontiguousarray(values, np.float32).data)
             ids.append(batch["image_id"])
-    found = pa.chunked_array(ids, pa.string()).combine_chunks()
-    return found, np.memmap(file, np.float32, "r", shape=(len(found), db.encoders[encoder_id]["dimension"]))
+    image_ids = pa.chunked_array(ids, pa.string()).combine_chunks()
+    return image_ids, np.memmap(file, np.float32, "r", shape=(len(image_ids), db.encoders[encoder_id]["dimension"]))

@@ -1,16 +1,17 @@
-"""Train a mapper on the pairs of a database's models, and keep the epoch that ranks validation models' exemplars best.
+"""Train a mapper on the pairs of a database's models, and keep the epoch that ranks the exemplars of validation models best.
 
-Best is the lowest mean of the logarithm of their ranks. Recall@10, which is shown beside it, is blind to exemplars that rise
-from rank 5,000 to 50, as those of styles do: it stays at 0, and training would stop before it has begun.
+The best epoch has the lowest mean logarithm of these ranks. Recall@10 is reported too, but does not see exemplars rise from
+rank 5,000 to 50, as those of styles do: it stays at 0, and training would stop too early.
 
-Killed and given again, the job goes on at the epoch it had reached, and ends in the same mapper.
+A job that was killed resumes at its last epoch when it is rerun, and ends in the same mapper.
 
-<database>/jobs/.train-<mapper_id>/   settings.json, features.f32 (and of views features.mild or .strong), checkpoint.pt
+<database>/jobs/.train-<mapper_id>/   settings.json, checkpoint.pt, features.f32; features.mild or .strong with augmentation
 """
 
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import math
 from collections import defaultdict
@@ -29,7 +30,8 @@ from attrdb.progress import Progress, no_progress
 from attrdb.search import index_tuning
 from attrdb.search.mapper import Mapper
 from attrdb.store import jobs
-from attrdb.store.ids import train_job
+from attrdb.store.files import write_whole
+from attrdb.store.ids import JobFolder, check_same_settings, train_job
 from attrdb.store.locks import exclusive_lock
 from attrdb.store.predicates import among
 from attrdb.training.evaluate import features_by_model, ranks
@@ -37,25 +39,25 @@ from attrdb.training.objective import Maps, contrastive_loss, regularizer
 from attrdb.training.pairs import Choice, Pairs
 
 K = 10  # of the validation recall
-STOPPED_BY = "mean_log_rank"  # part of a mapper's settings: those of an earlier attrdb were stopped by recall
+STOPPED_BY = "mean_log_rank"  # one of a mapper's settings; an earlier attrdb stopped by recall
 KINDS = ("object", "style", "both")
 PROMPT_SCHEMES = ("gpt", "procedural", "both")
-EVALUATED_ONLY = "test"  # how splits begin that nothing is learned from
+EVALUATED_ONLY = "test"  # prefix of the splits that nothing is learned from
 
 
 @dataclass(frozen=True)
 class TrainSettings:
-    """All that decides a mapper, but for the database.
+    """All that decides a mapper, except the database.
 
-    kind:           of the models it learns from: object, style, or both
+    kind:           of the models that it learns from: object, style, or both
     form:           of the maps, see `attrdb.search.mapper.Mapper`
     temperature:    v of Eq. 3; the paper has 1
     lambda_reg:     weight of the regularizer; the paper has 0.05
-    lr, batch:      of Adam; the paper does not say
+    lr, batch:      of Adam; the paper does not state them
     epochs:         at most; each takes every sample once
-    patience:       epochs without a better mean log rank in validation after which training ends
-    n_candidates:   pretraining images that validation ranks among, a fixed random part
-    augment:        of the training images, see `attrdb.training.augment`; validation has none
+    patience:       training ends after so many epochs without a better mean log rank in validation
+    n_candidates:   pretraining images in the gallery of validation, a fixed random part
+    augment:        of the training images, see `attrdb.training.augment`; validation images are not augmented
     """
 
     kind: str = "both"
@@ -79,10 +81,14 @@ class TrainSettings:
 
 @dataclass(frozen=True)
 class TrainResult:
-    """recall, mean_log_rank: on the validation models, with the mapper; the others without it. See `Validation.found`."""
+    """A mapper that was trained.
+
+    trained:               False if it was stored already, with these settings
+    recall, mean_log_rank: on the validation models, with the mapper, see `Validation.measure`; `_before`: without it
+    """
 
     mapper_id: str
-    trained: bool  # false: it was there already, with these settings
+    trained: bool
     n_epochs: int
     best_epoch: int
     recall: float
@@ -100,10 +106,10 @@ def train(
 ) -> TrainResult:
     """Train a mapper and store it in `mappers`.
 
-    mapper_id: made from encoder, kind and settings when left out
+    mapper_id: None makes one from encoder, kind and settings
     raises:    InvalidValue for an id (`ids.check_id`) or settings that cannot be used, a mapper of that id with other
-               settings, splits that are empty, the same, or kept for tests, one model only, features that are missing, or
-               a loss that is not finite; NotFound for no such encoder; Busy if another process trains it
+               settings, splits that are empty, equal, or kept for tests, a single model, missing features, or a loss that
+               is not finite; NotFound for an unknown encoder; Busy if another process trains the mapper
     source:    Wang et al. 2023, section 4; learning rate, batch size and stopping are ours
     """
     settings = settings or TrainSettings()
@@ -115,15 +121,14 @@ def train(
         digest = hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
         mapper_id = f"{encoder_id[:80]}-{settings.kind}-{digest[:8]}"
     job = train_job(db.path, mapper_id)
-    if done := _stored(db, mapper_id, record):
-        return done
+    if stored := _stored(db, mapper_id, record):
+        return stored
     with exclusive_lock(job.lock, f"mapper {mapper_id!r} is being trained"):
-        if done := _stored(db, mapper_id, record):
-            return done
+        if stored := _stored(db, mapper_id, record):
+            return stored
         with jobs.running(db.writer, "train", mapper_id, record):
-            folder = job.make()
-            _check_same(folder, mapper_id, record)
-            training = _Training(db, encoder_id, settings, mapper_id, folder)
+            _begin(job, mapper_id, record)
+            training = _Training(db, encoder_id, settings, mapper_id, job.path)
             training.run(report)
             result = _store(training, record)
         job.remove()
@@ -132,7 +137,7 @@ def train(
 
 
 class _Training:
-    """A mapper in training: its maps, their best state so far, and what validation found after each epoch."""
+    """A mapper in training: its maps, their best state so far, and the results of validation after each epoch (`curves`)."""
 
     def __init__(self, db: Database, encoder_id: str, settings: TrainSettings, mapper_id: str, folder: Path):
         self.db, self.encoder_id, self.settings, self.mapper_id = db, encoder_id, settings, mapper_id
@@ -144,12 +149,12 @@ class _Training:
         if self.checkpoint.exists():
             self._resume()
         else:
-            self.curves: list[dict[str, Any]] = [{"epoch": 0, "loss": None, **self.validation.found(self.mapper())}]
-            self._keep()
+            self.curves: list[dict[str, Any]] = [{"epoch": 0, "loss": None, **self.validation.measure(self.mapper())}]
+            self._keep_maps()
 
     @property
     def best(self) -> dict[str, Any]:
-        """The epoch with the lowest mean log rank, the first of several."""
+        """The epoch with the lowest mean log rank; the first of equal ones."""
         return min(self.curves, key=lambda epoch: (epoch["mean_log_rank"], epoch["epoch"]))
 
     @property
@@ -166,15 +171,15 @@ class _Training:
         while not self.is_over:
             epoch = self.curves[-1]["epoch"] + 1
             loss = _epoch(self.pairs, self.maps, self.optimizer, self.settings, epoch)
-            self.curves.append({"epoch": epoch, "loss": loss, **self.validation.found(self.mapper())})
+            self.curves.append({"epoch": epoch, "loss": loss, **self.validation.measure(self.mapper())})
             if self.best["epoch"] == epoch:
-                self._keep()
+                self._keep_maps()
             self._save()
             self._report(report)
         self.maps.load_state_dict(self.best_maps)
 
     def metrics(self) -> dict:
-        """What validation found in the best epoch, and before training."""
+        """Results of validation in the best epoch and before training, and the numbers of pairs and samples."""
         best, before = self.best, self.curves[0]
         return {
             "best_epoch": best["epoch"],
@@ -189,20 +194,26 @@ class _Training:
         note = _note(self.curves[0], self.best, self.curves[-1])
         report("train", self.curves[-1]["epoch"], self.settings.epochs, note)
 
-    def _keep(self) -> None:
+    def _keep_maps(self) -> None:
         self.best_maps = {name: value.clone() for name, value in self.maps.state_dict().items()}
 
     def _resume(self) -> None:
-        """raises: InvalidValue if the images it learned from have changed"""
-        state = torch.load(self.checkpoint, weights_only=True)
-        if state["pairs"] != self.pairs.digest:
+        """raises: InvalidValue if the images that it learned from have changed, or if the checkpoint is damaged"""
+        try:
+            state = torch.load(self.checkpoint, weights_only=True)
+            pairs = state["pairs"]
+            self.maps.load_state_dict(state["maps"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.curves, self.best_maps = state["curves"], state["best"]
+        except Exception as error:  # a file that is cut off or overwritten raises anything
             raise InvalidValue(
-                f"the images that mapper {self.mapper_id!r} learns from have changed since it was half trained; delete "
-                f"{self.checkpoint.parent} to begin anew"
+                f"the checkpoint {self.checkpoint} is damaged; delete {self.checkpoint.parent} to start again"
+            ) from error
+        if pairs != self.pairs.digest:
+            raise InvalidValue(
+                f"the images that mapper {self.mapper_id!r} learns from have changed since its training began; delete "
+                f"{self.checkpoint.parent} to start again"
             )
-        self.maps.load_state_dict(state["maps"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.curves, self.best_maps = state["curves"], state["best"]
 
     def _save(self) -> None:
         state = {
@@ -212,8 +223,9 @@ class _Training:
             "best": self.best_maps,
             "pairs": self.pairs.digest,
         }
-        torch.save(state, self.checkpoint.with_suffix(".part"))
-        self.checkpoint.with_suffix(".part").replace(self.checkpoint)
+        encoded = io.BytesIO()  # torch reports a full disk as it likes
+        torch.save(state, encoded)
+        write_whole(self.checkpoint, lambda part: part.write_bytes(encoded.getbuffer()))
 
 
 def _store(training: _Training, record: dict) -> TrainResult:
@@ -233,20 +245,19 @@ def _store(training: _Training, record: dict) -> TrainResult:
 
 
 def _result(mapper_id: str, trained: bool, metrics: dict, curves: list[dict]) -> TrainResult:
-    measured = {name: metrics[name] for one in VALIDATED for name in (one, f"{one}_before")}
+    measured = {name: metrics[name] for figure in VALIDATED for name in (figure, f"{figure}_before")}
     return TrainResult(mapper_id, trained, curves[-1]["epoch"], metrics["best_epoch"], **measured)
 
 
-def _note(before: dict, kept: dict, now: dict) -> str:
-    ranks, recalls = ([one[name] for one in (before, kept, now)] for name in ("mean_log_rank", "recall"))
-    typical = " -> ".join(f"{math.exp(one):,.0f}" for one in ranks)
-    return (
-        f"typical rank {typical}, recall@{K} " + " -> ".join(f"{one:.3f}" for one in recalls) + " (before, best, now)"
-    )
+def _note(before: dict, best: dict, now: dict) -> str:
+    epochs = (before, best, now)
+    ranks = " -> ".join(f"{math.exp(epoch['mean_log_rank']):,.0f}" for epoch in epochs)
+    recalls = " -> ".join(f"{epoch['recall']:.3f}" for epoch in epochs)
+    return f"typical rank {ranks}, recall@{K} {recalls} (before, best, now)"
 
 
 def _epoch(pairs: Pairs, maps: Maps, optimizer: torch.optim.Optimizer, settings: TrainSettings, epoch: int) -> float:
-    """Take every sample once; the mean loss of the batches."""
+    """Train on every sample once; the mean loss of the batches."""
     losses = []
     for exemplars, samples in pairs.batches(epoch, settings.batch):
         t, s = maps["exemplar"](torch.from_numpy(exemplars)), maps["sample"](torch.from_numpy(samples))
@@ -268,7 +279,8 @@ VALIDATED = ("recall", "mean_log_rank")
 
 
 class Validation:
-    """Ranks of the validation models' exemplars, each among its model's and a fixed part of the pretraining images.
+    """Ranks the exemplars of each validation model among these and a fixed part of the pretraining images.
+
     raises: InvalidValue if there is no validation model, or no pretraining image
     """
 
@@ -276,18 +288,19 @@ class Validation:
         kinds = ("object", "style") if settings.kind == "both" else (settings.kind,)
         known = db.sql("SELECT model_id, kind FROM models WHERE split = $split", {"split": settings.val_split})
         kind_of = {row["model_id"]: row["kind"] for row in known.to_pylist() if row["kind"] in kinds}
-        own = among("model_id", sorted(kind_of))
+        of_models = among("model_id", sorted(kind_of))
         by_model = {
-            role: features_by_model(db, encoder_id, f"role = '{role}' AND {own}") for role in ("sample", "exemplar")
+            role: features_by_model(db, encoder_id, f"role = '{role}' AND {of_models}")
+            for role in ("sample", "exemplar")
         }
         names = sorted(by_model["sample"].keys() & by_model["exemplar"].keys())
         if not names:
             raise InvalidValue(
                 f"no model of kind {settings.kind!r} with {encoder_id!r} features in split {settings.val_split!r} of "
-                f"{db.path}; training needs some to stop at the right epoch (val_split)"
+                f"{db.path}; training needs some to choose the epoch (val_split)"
             )
         self.models = [(by_model["sample"][name], by_model["exemplar"][name]) for name in names]
-        schemes = db.images(f"role = 'sample' AND {own}", ["image_id", "model_id", "prompt_scheme"]).to_pylist()
+        schemes = db.images(f"role = 'sample' AND {of_models}", ["image_id", "model_id", "prompt_scheme"]).to_pylist()
         self.case_of = {row["image_id"]: (kind_of[row["model_id"]], row["prompt_scheme"]) for row in schemes}
         self.gallery = [
             (batch["image_id"], batch["feature"].flatten().to_numpy().reshape(batch.num_rows, -1))
@@ -304,24 +317,24 @@ class Validation:
     def n_samples(self) -> int:
         return sum(len(ids) for (ids, _), _ in self.models)
 
-    def found(self, mapper: Mapper) -> dict[str, float]:
-        """recall (at K) and mean_log_rank (natural logarithm, over a sample's exemplars).
+    def measure(self, mapper: Mapper) -> dict[str, float]:
+        """recall (at K) and mean_log_rank (natural logarithm), over the exemplars of a sample.
 
-        Averaged over the samples of a kind and prompt scheme, then over those, as the paper's test cases are.
+        Both are averaged over the samples of a kind and prompt scheme, then over kinds and schemes, as in the paper.
         """
-        of_sample: dict[str, list[int]] = defaultdict(list)
+        ranks_of: dict[str, list[int]] = defaultdict(list)
         for row in ranks(self.models, self.gallery, own=True, mapper=mapper):
-            of_sample[row["sample_id"]].append(row["rank"])
+            ranks_of[row["sample_id"]].append(row["rank"])
         cases: dict[tuple, list[tuple[float, float]]] = defaultdict(list)
-        for sample_id, own in of_sample.items():
-            at = np.array(own)
-            cases[self.case_of[sample_id]].append((float(np.mean(at <= K)), float(np.mean(np.log(at)))))
-        means = np.mean([np.mean(shares, axis=0) for shares in cases.values()], axis=0)
+        for sample_id, sample_ranks in ranks_of.items():
+            rank = np.array(sample_ranks)
+            cases[self.case_of[sample_id]].append((float(np.mean(rank <= K)), float(np.mean(np.log(rank)))))
+        means = np.mean([np.mean(figures, axis=0) for figures in cases.values()], axis=0)
         return dict(zip(VALIDATED, means.tolist(), strict=True))
 
 
 def _check(settings: TrainSettings) -> None:
-    """raises: InvalidValue for settings that mean nothing, before anything is read"""
+    """raises: InvalidValue for settings that cannot be used; reads nothing"""
     for name, value, allowed in (
         ("kind", settings.kind, KINDS),
         ("prompt_scheme", settings.prompt_scheme, PROMPT_SCHEMES),
@@ -332,12 +345,11 @@ def _check(settings: TrainSettings) -> None:
     for name in ("split", "val_split"):
         if getattr(settings, name).startswith(EVALUATED_ONLY):
             raise InvalidValue(
-                f"{name} is {getattr(settings, name)!r}: test models are for evaluation, nothing is learned from them; name "
-                "another split"
+                f"{name} is {getattr(settings, name)!r}: test models are for evaluation only; name another split"
             )
     if settings.split == settings.val_split:
         raise InvalidValue(
-            f"split and val_split are both {settings.split!r}; training cannot be validated on its own models"
+            f"split and val_split are both {settings.split!r}; training and validation need different models"
         )
     for name, least in (("temperature", 0), ("lr", 0)):
         if not (getattr(settings, name) > least and math.isfinite(getattr(settings, name))):
@@ -347,33 +359,28 @@ def _check(settings: TrainSettings) -> None:
             raise InvalidValue(f"{name} is {getattr(settings, name)}; it must be at least {least}")
 
 
-def _check_same(job: Path, mapper_id: str, record: dict) -> None:
-    """Note the settings in the job's folder; refuse to go on with a job of others."""
-    path = job / "settings.json"
-    if not path.exists():
-        path.write_text(json.dumps(record, indent=2))
-        return
-    _compare(
-        mapper_id, json.loads(path.read_text()), record, f"half trained in {job} (delete that folder to begin anew)"
-    )
+def _begin(job: JobFolder, mapper_id: str, record: dict) -> None:
+    """Store the settings in the job's folder, or compare them with those that the job began with."""
+    job.make()
+    begun = job.read_settings()
+    if begun is None:
+        job.write_settings(record)
+    else:
+        _check_same(mapper_id, begun, record, f"half trained in {job.path} (delete that folder to start again)")
 
 
-def _compare(mapper_id: str, found: dict, wanted: dict, where: str) -> None:
-    if "stopped_by" not in found:
+def _check_same(mapper_id: str, stored: dict, wanted: dict, where: str) -> None:
+    """raises: InvalidValue, as `check_same_settings`, and for a mapper of attrdb before 0.1"""
+    if "stopped_by" not in stored:
         raise InvalidValue(
             f"mapper {mapper_id!r} is {where}, made by an earlier attrdb that stopped training by recall@{K}, not by "
-            "ranks; keep it, or train anew with another --mapper-id"
+            "ranks; keep it, or train a new one with another --mapper-id"
         )
-    for name in sorted(found.keys() | wanted.keys()):
-        if found.get(name) != wanted.get(name):
-            raise InvalidValue(
-                f"mapper {mapper_id!r} is {where} with {name} = {found.get(name)!r}, now it is {wanted.get(name)!r}; use the "
-                "old settings or another --mapper-id"
-            )
+    check_same_settings("mapper", mapper_id, stored, wanted, where)
 
 
 def _stored(db: Database, mapper_id: str, record: dict) -> TrainResult | None:
-    """What is there of the mapper already, if it is.
+    """The result of a mapper that is stored; None if it is not.
 
     raises: InvalidValue if it was trained with other settings
     """
@@ -381,6 +388,6 @@ def _stored(db: Database, mapper_id: str, record: dict) -> TrainResult | None:
     rows = db.sql("SELECT settings, metrics, curves FROM mappers WHERE mapper_id = $id", {"id": mapper_id}).to_pylist()
     if not rows:
         return None
-    _compare(mapper_id, json.loads(rows[0]["settings"]), record, f"in {db.path}")
+    _check_same(mapper_id, json.loads(rows[0]["settings"]), record, f"in {db.path}")
     metrics, curves = json.loads(rows[0]["metrics"]), json.loads(rows[0]["curves"])
     return _result(mapper_id, False, metrics, curves)

@@ -17,6 +17,27 @@ from attrdb.store.schema import feature_matrix
 from attrdb.store.snapshot import Snapshot
 
 
+def unit_features(
+    snapshot: Snapshot, encoder_id: str, features: Sequence[Sequence[float]] | Sequence[np.ndarray]
+) -> np.ndarray:
+    """(n, dimension) float32: features from outside, made unit length, as stored ones are.
+
+    raises: InvalidValue for another shape than the encoder makes, or a length that is zero or not finite
+    """
+    dimension = snapshot.encoders[encoder_id]["dimension"]
+    rows = [np.asarray(feature, dtype=np.float32) for feature in features]
+    for row in rows:
+        if row.shape != (dimension,):
+            raise InvalidValue(f"the feature has shape {row.shape}, encoder {encoder_id!r} makes ({dimension},)")
+    table = np.stack(rows)
+    norms = np.linalg.norm(table, axis=1, keepdims=True)
+    unusable = ~(np.isfinite(norms) & (norms > 0))
+    if unusable.any():
+        raise InvalidValue(f"the feature has length {norms[unusable][0]}; it must be finite and not zero")
+    unit: np.ndarray = table / norms
+    return unit
+
+
 @dataclass(frozen=True)
 class Similarity:
     """source: Wang et al. 2023, section 4 (with a mapper)"""
@@ -41,16 +62,7 @@ class Similarity:
         return Queries(rows["image_id"].to_pylist(), feature_matrix(rows[self.encoder_id]) if len(rows) else None)
 
     def feature_query(self, snapshot: Snapshot, feature: np.ndarray) -> Queries:
-        dimension = snapshot.encoders[self.encoder_id]["dimension"]
-        feature = np.asarray(feature, dtype=np.float32)
-        if feature.shape != (dimension,):
-            raise InvalidValue(
-                f"the feature has shape {feature.shape}, encoder {self.encoder_id!r} makes ({dimension},)"
-            )
-        norm = np.linalg.norm(feature)
-        if not (np.isfinite(norm) and norm > 0):
-            raise InvalidValue(f"the feature has length {norm}; it must be finite and not zero")
-        return Queries([None], (feature / norm)[None])
+        return Queries([None], unit_features(snapshot, self.encoder_id, [feature]))
 
     def nearest(self, snapshot: Snapshot, queries: Queries, k: int, candidates: str | None, exact: bool) -> Hits:
         assert queries.features is not None  # those of this method have them

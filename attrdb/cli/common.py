@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import io
+import os
+import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -13,6 +17,7 @@ import click
 import attrdb
 from attrdb.errors import AttrdbError, InvalidValue, MissingExtra
 from attrdb.store.ids import check_id
+from attrdb.text import visible
 
 DB = click.argument("db", type=click.Path(path_type=Path))
 
@@ -44,6 +49,16 @@ ML_PACKAGES = {
 }  # fmt: skip
 
 
+def settle_streams() -> None:
+    """Give a closed stdout or stderr a place to write to, and let neither fail at a character that it cannot hold."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 (it is closed with the process)
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
 class Commands(click.Group):
     """Turns every AttrdbError into a click error, and shows commands in sections, in the order in which they are used."""
 
@@ -58,12 +73,15 @@ class Commands(click.Group):
             self.add_command(command)
 
     def invoke(self, context: click.Context) -> Any:
+        settle_streams()
+        # Of metadata that Pillow cannot read: the picture is read, or left out with a reason.
+        warnings.filterwarnings("ignore", module=r"PIL\.")
         try:
             return super().invoke(context)
         except BrokenPipeError:
             raise  # the reader of a pipe has gone: click ends quietly
         except (AttrdbError, OSError) as error:  # OSError: a full disk, a file that went away
-            raise click.ClickException(str(error)) from error
+            raise click.ClickException(visible(str(error))) from error
         except KeyboardInterrupt:
             click.echo("\ninterrupted; what was finished is kept, and the same command goes on from there", err=True)
             context.exit(130)
@@ -219,6 +237,13 @@ def encoder_spec(database: Any, encoder: str) -> str:
     """The spec of an encoder that --encoder names by its spec, or by its id if the database has it."""
     stored = database.encoders.get(encoder)
     return stored["spec"] if stored else encoder
+
+
+def stored_spec(path: Path, encoder: str) -> str:
+    """`encoder_spec` of a database that there may not be yet."""
+    from attrdb.store.tables import table_exists
+
+    return encoder_spec(attrdb.open(path), encoder) if table_exists(path / "images.lance") else encoder
 
 
 def open_with_encoders(path: Path, encoders: tuple[str, ...]) -> tuple[Any, list[Any]]:

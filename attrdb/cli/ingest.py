@@ -3,17 +3,29 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import click
 
 import attrdb
-from attrdb.cli.common import DB, encoder_option, encoder_spec, ml, open_with_encoders, quiet_option
+from attrdb.cli.common import (
+    DB,
+    encoder_option,
+    encoder_spec,
+    ml,
+    open_with_encoders,
+    quiet_option,
+    stored_spec,
+)
 from attrdb.cli.declared import machine_options, model_options
 from attrdb.errors import InvalidValue
 from attrdb.ingest.options import MODEL_OPTIONS, QUEUE_OPTIONS, QueueSettings
+from attrdb.progress import Progress
+from attrdb.text import visible
 
 LISTED = 20  # failures that are printed; all of them are in the table `failures`
 
@@ -30,14 +42,17 @@ def ingest() -> None:
 @click.argument("path")
 @click.option("--source", help="Name of the data set; the folder's name when left out.")
 @encoder_option
-@click.option("--id-column", help="Embeddings: the metadata column that names a row. Default: key, else image_path.")
+@click.option(
+    "--id-column", help="Tables: the column that names a row. Default: key; embeddings: key, else image_path."
+)
 @click.option(
     "--column",
     "columns",
     multiple=True,
     metavar="OURS=THEIRS",
-    help="Embeddings: take a column from another; repeatable.",
+    help="Fill a column from a field of that name; image=NAME chooses among several pictures. Repeatable.",
 )
+@click.option("--dry-run", is_flag=True, help="Print what would be read, and what not; store nothing.")
 @retry_option
 @quiet_option
 def ingest_corpus(
@@ -47,73 +62,131 @@ def ingest_corpus(
     encoders: tuple[str, ...],
     id_column: str | None,
     columns: tuple[str, ...],
+    dry_run: bool,
     retry_failed: bool,
     quiet: bool,
 ) -> None:
     """Append pretraining images from PATH.
 
-    PATH is a folder of images (captions in .txt files), a Parquet file or a folder of them (columns name and image), a
-    webdataset tar or a folder of them, or a clip-retrieval folder of embeddings (img_emb, metadata), local or a URL such as
-    s3://bucket/laion. Embeddings need --encoder: the one that made them. Given again, the command goes on where it was.
+    PATH is a folder with images in it, as files (captions in .txt files), in Parquet or Arrow files, and in webdataset tars,
+    or one such table or tar. Or it is a clip-retrieval folder of embeddings (img_emb, metadata), local or a URL such as
+    s3://bucket/laion. Embeddings need --encoder: the one that made them. Rerunning the command resumes it.
     """
-    embeddings = importlib.import_module("attrdb.ingest.read.embeddings")
+    from attrdb.cli.output import progress
+
+    embeddings = importlib.import_module("attrdb.ingest.read.embedding_shards")
+    choices = _column_choices(columns)
+    job: _PicturesJob | _EmbeddingsJob
     if embeddings.is_embeddings(path):
-        _ingest_embeddings(db, path, source, encoders, id_column, columns, retry_failed, quiet)
+        opened = embeddings.open_embeddings(path, id_column, choices)
+        job = _EmbeddingsJob(opened, source or path.rstrip("/").rsplit("/", 1)[-1], encoders)
+    else:
+        corpus = ml("ingest.read.discover").open_corpus(Path(path), source, choices, id_column)
+        job = _PicturesJob(corpus, encoders)
+    if dry_run:
+        for line in (*job.plan(), "dry run: nothing was stored"):
+            click.echo(visible(line))
         return
-    if id_column or columns:
-        raise InvalidValue(f"--id-column and --column are for embeddings, and {path} is no folder of embeddings")
-    corpus = ml("ingest.read.corpus")
-    from attrdb.cli.output import progress
-
-    opened = corpus.open_corpus(Path(path), source)
-    database, loaded = open_with_encoders(db, encoders)
     with progress(quiet) as advance:
-        result = corpus.ingest_corpus(database, opened, loaded, retry_failed=retry_failed, report=advance)
-    click.echo(f"{result.n_done:,} images appended, {result.n_stored:,} were stored already", err=True)
-    _tell_failures(result.failures, "images")
+        result = job.run(db, retry_failed, advance)
+    click.echo(f"{result.n_done:,} {job.noun} appended, {result.n_stored:,} were stored already", err=True)
+    for line in job.summary(result):
+        click.echo(visible(line), err=True)
+    _tell_failures(result.failures, job.noun)
 
 
-def _ingest_embeddings(
-    db: Path,
-    path: str,
-    source: str | None,
-    encoders: tuple[str, ...],
-    id_column: str | None,
-    columns: tuple[str, ...],
-    retry_failed: bool,
-    quiet: bool,
-) -> None:
-    from attrdb.cli.output import progress
-    from attrdb.database import open_or_create
-    from attrdb.ingest.read.embeddings import ingest_embeddings, open_embeddings
-
-    if len(encoders) != 1:
-        raise InvalidValue(
-            f"{path} holds embeddings: name the one encoder that made them, such as --encoder open_clip:ViT-B-32/openai"
-        )
+def _column_choices(columns: tuple[str, ...]) -> dict[str, str]:
     for column in columns:
         if "=" not in column:
             raise InvalidValue(f"--column {column!r} is not of the form ours=theirs")
-    opened = open_embeddings(path, id_column, dict(column.split("=", 1) for column in columns))
-    database = open_or_create(db)
-    name = source or path.rstrip("/").rsplit("/", 1)[-1]
-    with progress(quiet) as advance:
-        result = ingest_embeddings(
-            database, opened, encoder_spec(database, encoders[0]), name, retry_failed=retry_failed, report=advance
+    return dict(column.split("=", 1) for column in columns)
+
+
+@dataclass(frozen=True)
+class _PicturesJob:
+    """The import of a corpus of pictures."""
+
+    corpus: Any
+    encoders: tuple[str, ...]
+    noun: ClassVar[str] = "images"
+
+    def plan(self) -> Iterator[str]:
+        for source in self.corpus.sources:
+            n_files = f" {len(source.files):,}, images:" if source.files else ""
+            yield f"read: {source.kind}:{n_files} {'not counted' if source.n_items is None else f'{source.n_items:,}'}"
+            yield from (f"  {file}" for file in source.files[:LISTED])
+            if len(source.files) > LISTED:
+                yield f"  and {len(source.files) - LISTED:,} more"
+        yield from self._skipped()
+
+    def run(self, db: Path, retry_failed: bool, report: Progress) -> Any:
+        database, loaded = open_with_encoders(db, self.encoders)
+        ingest_corpus = ml("ingest.read.corpus").ingest_corpus
+        return ingest_corpus(database, self.corpus, loaded, retry_failed=retry_failed, report=report)
+
+    def summary(self, result: Any) -> Iterator[str]:
+        """What became of each kind of source, where there are several, and what was not read."""
+        if len(result.outcomes) > 1:
+            for kind, outcome in result.outcomes.items():
+                counts = {
+                    "appended": outcome.n_done,
+                    "stored already": outcome.n_stored,
+                    "left out": outcome.n_failed,
+                }
+                yield f"{kind}: {', '.join(f'{n:,} {word}' for word, n in counts.items() if n)}"
+        yield from self._skipped()
+
+    def _skipped(self) -> Iterator[str]:
+        return (f"not read: {line}" for line in self.corpus.skipped.lines())
+
+
+@dataclass(frozen=True)
+class _EmbeddingsJob:
+    """The import of features that others computed."""
+
+    embeddings: Any
+    source: str
+    encoders: tuple[str, ...]
+    noun: ClassVar[str] = "embeddings"
+
+    def __post_init__(self) -> None:
+        if len(self.encoders) != 1:
+            raise InvalidValue(
+                f"{self.embeddings.root} holds embeddings: name the one encoder that made them, such as --encoder "
+                "open_clip:ViT-B-32/openai"
+            )
+
+    def plan(self) -> Iterator[str]:
+        shards = self.embeddings.shards
+        n_rows, dimension = self.embeddings.n_rows, self.embeddings.dimension
+        yield f"read: embeddings of {dimension} numbers: {n_rows:,}, in shards: {len(shards):,}"
+        yield from (f"  {shard.vectors}, {shard.metadata}" for shard in shards[:LISTED])
+        if len(shards) > LISTED:
+            yield f"  and {len(shards) - LISTED:,} more"
+
+    def run(self, db: Path, retry_failed: bool, report: Progress) -> Any:
+        from attrdb.database import open_or_create
+        from attrdb.ingest.read.embeddings import check_encoder, ingest_embeddings
+
+        encoder = stored_spec(db, self.encoders[0])
+        check_encoder(encoder, self.embeddings)
+        return ingest_embeddings(
+            open_or_create(db), self.embeddings, encoder, self.source, retry_failed=retry_failed, report=report
         )
-    click.echo(f"{result.n_done:,} embeddings appended, {result.n_stored:,} were stored already", err=True)
-    _tell_failures(result.failures, "embeddings")
+
+    def summary(self, result: Any) -> Iterator[str]:
+        return iter(())
 
 
-def _tell_failures(failures: dict[str, str], what: str) -> None:
+def _tell_failures(failures: dict[str, str], noun: str) -> None:
     """Print the first reasons, and end with an error: all was not done."""
     if not failures:
         return
     for reason in list(failures.values())[:LISTED]:
-        click.echo(f"left out: {reason}", err=True)
+        click.echo(visible(f"left out: {reason}"), err=True)
     raise InvalidValue(
-        f"{len(failures):,} {what} were left out, all others are stored; their reasons are in the table failures. Mend them "
-        "and give the command again with --retry-failed"
+        f"{len(failures):,} {noun} were left out, all others are stored; their reasons are in the table failures. Fix them "
+        "and rerun the command with --retry-failed"
     )
 
 
@@ -146,14 +219,18 @@ def ingest_model(
     settings_module, module = ml("ingest.models.settings"), ml("ingest.models.ingest_one")
     from attrdb.cli.output import progress
 
-    images = settings_module.read_exemplars(exemplars)
+    skipped = ml("ingest.read.walk").Skipped()
+    images = settings_module.read_exemplars(exemplars, skipped)
+    for line in skipped.lines():
+        click.echo(visible(f"not read: {line}"), err=True)
     settings = settings_module.settings_for(base_model, kind, category, options, split, profile)
     settings_module.check_model(settings, images, model_id)
     database, loaded = open_with_encoders(db, encoders)
     with progress(quiet) as advance:
         result = module.ingest_model(database, images, settings, loaded, model_id, advance)
-    what = f"model {result.model_id}: {result.n_exemplars} exemplars, {result.n_samples} samples"
-    click.echo(f"{what} {'appended' if result.appended else 'stored already, nothing to do'}", err=True)
+    outcome = "appended" if result.appended else "stored already, nothing to do"
+    counts = f"{result.n_exemplars} exemplars, {result.n_samples} samples"
+    click.echo(f"model {result.model_id}: {counts} {outcome}", err=True)
 
 
 @ingest.command("models", short_help="Customize many models, listed in a file.")
@@ -182,7 +259,7 @@ def ingest_models(
     click.echo(f"{result.n_done} models appended, {result.n_stored} were stored already", err=True)
     if result.failures:
         for model_id, reason in islice(result.failures.items(), LISTED):
-            click.echo(f"failed: {model_id}: {reason}", err=True)
+            click.echo(visible(f"failed: {model_id}: {reason}"), err=True)
         raise InvalidValue(
             f"{len(result.failures)} of {len(models)} models failed, all others are stored; fix them and rerun the command"
         )
@@ -199,18 +276,18 @@ def ingest_abc(db: Path, release: Path, root: Path, encoders: tuple[str, ...], q
     abc_release = ml("ingest.read.abc")
     from attrdb.cli.output import progress
 
-    read = abc_release.read_release(release, root)
+    opened = abc_release.read_release(release, root)
     database, loaded = open_with_encoders(db, encoders)
     with progress(quiet) as advance:
-        result = abc_release.ingest_abc(database, read, loaded, advance)
+        result = abc_release.ingest_abc(database, opened, loaded, advance)
     click.echo(f"{result.n_done} models appended, {result.n_stored} were stored already", err=True)
-    incomplete = {model.model_id: model.missing for model in read.models if model.missing}
+    incomplete = {model.model_id: model.missing for model in opened.models if model.missing}
     missing = [path for model_id in result.failures for path in incomplete.get(model_id, ())]
     for path in missing[:LISTED]:
-        click.echo(f"missing: {path}", err=True)
+        click.echo(visible(f"missing: {path}"), err=True)
     unusable = {model_id: reason for model_id, reason in result.failures.items() if model_id not in incomplete}
     for model_id, reason in islice(unusable.items(), LISTED):
-        click.echo(f"left out: {model_id}: {reason}", err=True)
+        click.echo(visible(f"left out: {model_id}: {reason}"), err=True)
     if result.failures:
         raise InvalidValue(
             f"{len(result.failures) - len(unusable)} models lack {len(missing)} files and {len(unusable)} could not be used, "
@@ -231,7 +308,7 @@ def ingest_abc(db: Path, release: Path, root: Path, encoders: tuple[str, ...], q
 def encode(db: Path, spec: str, retry_failed: bool, quiet: bool) -> None:
     """Add an encoder to a database: encode every stored image that has no feature of it yet.
 
-    Killed and given again, it goes on where it was. Images whose bytes are not stored stay without a feature.
+    Rerunning the command resumes it. Images whose bytes are not stored stay without a feature.
     """
     encoders, job = ml("ingest.encode"), ml("ingest.encode.add_encoder")
     from attrdb.cli.output import progress

@@ -103,7 +103,7 @@ def _print_model(model: dict[str, Any]) -> None:
     def line(name: str, value: Any, indent: str = "  ") -> None:
         click.echo(f"{indent}{name.replace('_', ' ')}: {shown(value)}")
 
-    click.echo(f"{model['model_id']}: customized {model['kind'] or ''} model")
+    click.echo(f"{shown(model['model_id'])}: customized {model['kind'] or ''} model")
     for name, value in model.items():
         if not isinstance(value, (dict, list)) and value is not None and name not in ("model_id", "kind"):
             line(name, value)
@@ -112,7 +112,7 @@ def _print_model(model: dict[str, Any]) -> None:
         last = losses[-max(1, len(losses) // 10) :]
         click.echo(f"  loss: {losses[0]:.4g} at first, {sum(last) / len(last):.4g} over the last {len(last)} steps")
     elif "problem" in model["training"]:
-        click.echo(f"  loss: not known, {model['training']['problem']}")
+        click.echo(f"  loss: not known, {shown(model['training']['problem'])}")
     for group, values in settings_by_group(model).items():
         click.echo(f"  settings, {group.replace('_', ' ')}")
         for name, value in values.items():
@@ -123,4 +123,4 @@ def _print_model(model: dict[str, Any]) -> None:
         counts[key] = counts.get(key, 0) + 1
     click.echo("  prompts, with their samples")
     for (scheme, prompt), n_samples in counts.items():
-        click.echo(f"    {scheme}, {n_samples}: {prompt}")
+        click.echo(f"    {scheme}, {n_samples}: {shown(prompt)}")

@@ -14,6 +14,7 @@ from attrdb.cli.common import DB, asked_encoder_option, at_option, device_option
 from attrdb.cli.rows import Output, output_options
 from attrdb.errors import AttrdbError
 from attrdb.search.memory import use_the_machine
+from attrdb.text import visible
 
 EXACT = {
     "none": "searched exactly (attrdb index makes large galleries quicker)",
@@ -68,7 +69,9 @@ def status(db: Path, at: str | None, as_json: bool) -> None:
         click.echo(f"  model {one['model_id']} is being made: {how_far}, {said}")
     for job in found["open_jobs"]:
         done = f"{job['n_done'] or 0:,} done, {job['n_failed'] or 0:,} failed"
-        click.echo(f"  job {job['job_id']}: {job['state']}, {done}{': ' + job['message'] if job['message'] else ''}")
+        click.echo(
+            f"  job {job['job_id']}: {job['state']}, {done}{': ' + visible(job['message']) if job['message'] else ''}"
+        )
 
 
 def _searched(index: dict[str, Any]) -> str:

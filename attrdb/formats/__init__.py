@@ -17,6 +17,7 @@ from typing import IO, TYPE_CHECKING, Any
 import click
 
 from attrdb.errors import AttrdbError, InvalidValue, MissingExtra, NotFound, StorageError
+from attrdb.text import visible
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -100,7 +101,10 @@ def write_stdout(table: pa.Table, form: str) -> None:
     if form in BINARY_WRITERS:
         BINARY_WRITERS[form](table, sys.stdout.buffer)
     else:
-        _write_text(table, form, lambda text: click.echo(text, nl=False), terminal=sys.stdout.isatty())
+        terminal = sys.stdout.isatty()
+        # A table has its own colours, and its cells are shown so already. To click, color means: hand on what it is given.
+        shown = visible if terminal and form != "table" else str
+        _write_text(table, form, lambda text: click.echo(shown(text), nl=False, color=True), terminal=terminal)
 
 
 def _write_text(table: pa.Table, form: str, put: Callable[[str], Any], *, terminal: bool = False) -> None:

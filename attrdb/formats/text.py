@@ -13,16 +13,13 @@ from typing import Any
 
 import pyarrow as pa
 
-from attrdb.text import plain, shown
+from attrdb.text import plain, shown, visible
 
 BATCH_ROWS = 1024
 PIPE_WIDTH = 10_000  # a pipe or a file gets whole lines, not lines folded at 80 columns
 
 # What Markdown or HTML would read as markup; an underscore only at the edge of a word, so that ids stay as they are.
 _MARKUP = re.compile(r"[\\`*|\[\]]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])")
-
-# What a terminal would obey instead of showing it.
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 def rows(table: pa.Table) -> Iterator[dict[str, Any]]:
@@ -108,9 +105,9 @@ def grid_parts(table: pa.Table, *, terminal: bool = False) -> Iterator[str]:
 
     grid = Table(box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     for field in table.schema:
-        grid.add_column(field.name, justify="right" if is_number(field.type) else "left", overflow="fold")
+        grid.add_column(visible(field.name), justify="right" if is_number(field.type) else "left", overflow="fold")
     for row in rows(table):
-        grid.add_row(*(_CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", shown(value)) for value in row.values()))
+        grid.add_row(*(shown(value) for value in row.values()))
     console = Console(
         width=None if terminal else PIPE_WIDTH,
         file=sys.stdout if terminal else io.StringIO(),

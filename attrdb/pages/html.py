@@ -1,4 +1,4 @@
-"""What pages of one file share: pictures that stand in the text itself."""
+"""Pictures inside the text of a page, so that the page is one file."""
 
 from __future__ import annotations
 

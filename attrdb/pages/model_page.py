@@ -1,9 +1,8 @@
-"""One customized model on one page: exemplars, settings, loss, samples. The file needs nothing beside it."""
+"""The page of a customized model: exemplars, settings, loss, samples. It is one file that needs no other."""
 
 from __future__ import annotations
 
 import itertools
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,13 +11,11 @@ import jinja2
 import attrdb
 from attrdb.database import Database
 from attrdb.models import describe, settings_by_group
+from attrdb.pages import plots
 from attrdb.pages.html import data_uri
 from attrdb.text import shown
 
 SIDE = 256  # pixels; larger pictures are scaled down to it
-WIDTH, HEIGHT = 720, 220  # of the loss curve, in its own units
-LEFT, BOTTOM, TOP, RIGHT = 52, 28, 8, 8  # margins of the plot inside it
-POINTS = 360  # of the curve at most; more steps than that are averaged together
 SCHEMES = {
     "gpt": "natural sentences",
     "procedural": "media and objects",
@@ -28,15 +25,17 @@ SCHEMES = {
 
 
 @dataclass(frozen=True)
-class Curve:
-    """A loss curve in the units of its SVG."""
+class LossCurve:
+    """The plot of a loss curve, and its figures.
 
-    raw: str  # points "x,y x,y ..."
-    smooth: str
-    x_ticks: list[tuple[float, str]]
-    y_ticks: list[tuple[float, str]]
+    svg:         of the losses by step and their running mean
+    window:      steps that the mean is taken over
+    first, last: the mean of the first and last window
+    """
+
+    svg: str
     n_steps: int
-    window: int  # steps that the smooth line averages
+    window: int
     first: float
     last: float
 
@@ -72,73 +71,30 @@ def render(db: Database, model_id: str) -> str:
         exemplars=exemplars,
         credits=credits,
         settings=settings,
-        curve=curve(training.get("losses", [])),
+        curve=loss_curve(training.get("losses", [])),
         problem=training.get("problem"),
         schemes=schemes,
         reduced=reduced,
         side=SIDE,
-        box=(WIDTH, HEIGHT, LEFT, BOTTOM, TOP, RIGHT),
         database=db.path.name,
         images_version=db.version,
         version=attrdb.__version__,
     )
 
 
-def curve(losses: list[float]) -> Curve | None:
-    """The curve of the losses, one a step, and its running mean; None for fewer than two."""
+def loss_curve(losses: list[float]) -> LossCurve | None:
+    """The curve of the losses, one per step; None for fewer than two."""
     if len(losses) < 2:
         return None
     window = max(1, len(losses) // 20)
     sums = [0.0, *itertools.accumulate(losses)]
     spans = [(max(0, step + 1 - window), step + 1) for step in range(len(losses))]
     means = [(sums[end] - sums[start]) / (end - start) for start, end in spans]
-    together = -(-len(losses) // POINTS)
-    raw, smooth = _averaged(losses, together), _averaged(means, together)
-    highest = max(value for _, value in raw + smooth) or 1.0
-    step_y = _round_step(highest / 3)
-    top = step_y * max(1, -(-highest // step_y))
-    step_x = max(1, int(_round_step(len(losses) / 6)))
-
-    def x_of(step: float) -> float:
-        return LEFT + (WIDTH - LEFT - RIGHT) * (step - 1) / (len(losses) - 1)
-
-    def y_of(value: float) -> float:
-        return TOP + (HEIGHT - TOP - BOTTOM) * (1 - value / top)
-
-    def line(points: list[tuple[float, float]]) -> str:
-        return " ".join(f"{x_of(step):.1f},{y_of(value):.1f}" for step, value in points)
-
-    marks = dict.fromkeys([1, *range(step_x, len(losses) + 1, step_x)])
-    levels = [step_y * n for n in range(round(top / step_y) + 1)]
-    return Curve(
-        line(raw),
-        line(smooth),
-        [(x_of(step), f"{step:,}") for step in marks],
-        [(y_of(level), f"{level:,.6g}") for level in levels],
-        len(losses),
-        window,
-        means[min(window, len(means)) - 1],
-        means[-1],
-    )
-
-
-def _averaged(values: list[float], together: int) -> list[tuple[float, float]]:
-    """Step (from 1) and value of each point, `together` of them made one."""
-    points = []
-    for start in range(0, len(values), together):
-        part = values[start : start + together]
-        points.append((start + (len(part) + 1) / 2, sum(part) / len(part)))
-    return points
-
-
-def _round_step(rough: float) -> float:
-    """The next of ... 0.1, 0.2, 0.5, 1, 2, 5, 10 ..."""
-    power = 10.0 ** math.floor(math.log10(rough))
-    return next(times * power for times in (1, 2, 5, 10) if times * power >= rough)
+    return LossCurve(plots.losses(losses, means), len(losses), window, means[window - 1], means[-1])
 
 
 def _pictures(db: Database, model_id: str) -> dict[str, tuple[str, tuple[int, int]]]:
-    """Data URI and stored size of the model's pictures, by image_id; those whose bytes are not stored are missing."""
+    """Data URI and stored size of the model's pictures, by image_id; without those whose bytes are not stored."""
     rows = db.sql("SELECT image_id, image FROM images WHERE model_id = $id AND image IS NOT NULL", {"id": model_id})
     stored = zip(rows["image_id"].to_pylist(), rows["image"].to_pylist(), strict=True)
     return {image_id: data_uri(encoded, SIDE) for image_id, encoded in stored}
@@ -165,7 +121,7 @@ def _facts(model: dict[str, Any]) -> list[tuple[str, str]]:
 
 def _value(value: Any) -> str:
     if isinstance(value, dict):
-        return ", ".join(f"{name} {_value(one)}" for name, one in value.items())
+        return ", ".join(f"{name} {_value(item)}" for name, item in value.items())
     return shown(value)
 
 

@@ -1,4 +1,4 @@
-"""The plots of a report, each as the text of an SVG."""
+"""The plots of pages and of the benchmark's results, each as the text of an SVG."""
 
 from __future__ import annotations
 
@@ -14,10 +14,25 @@ if TYPE_CHECKING:
 
     from attrdb.store.schema import Row
 
-LEGEND_WIDTH = 2.6  # inches a column
-SOFT, LINE = "#667085", "#e4e7ec"
+LEGEND_WIDTH = 2.6  # inches per column
+SOFT, FAINT, LINE = "#667085", "#b9c6d8", "#e4e7ec"
 COLOURS = ("#1f5fa8", "#c2410c", "#15803d", "#7c3aed", "#b45309", "#0e7490", "#be185d", "#4d7c0f")
 DASHES, MARKERS = ("-", "--", "-."), ("o", "s", "^")
+
+
+def losses(values: Sequence[float], means: Sequence[float]) -> str:
+    """Loss against step, with its running mean as a bold line.
+
+    values, means: one per step
+    """
+    figure, [axis] = _panels(1, width=7.2, height=2.4)
+    steps = range(1, len(values) + 1)
+    axis.plot(steps, values, color=FAINT, linewidth=0.8, gid="losses")
+    axis.plot(steps, means, color=COLOURS[0], linewidth=1.6, gid="means")
+    axis.set(xlim=(1, len(values)), xlabel="step", ylabel="loss")
+    axis.set_ylim(bottom=min(0, *values))
+    axis.locator_params(axis="x", integer=True)
+    return _svg(figure)
 
 
 def recall_curves(rows: Sequence[Row]) -> str:
@@ -60,7 +75,7 @@ def gains(rows: Sequence[Row]) -> str:
 
 
 def reliability(rows: Sequence[Row]) -> str:
-    """The share that candidates had against the influence they were given, a line a calibration.
+    """The known share of candidates against their influence, a line per calibration.
 
     rows: method, influence, share
     """
@@ -93,10 +108,10 @@ def general(rows: Sequence[Row]) -> str:
     return _svg(figure)
 
 
-def _by(rows: Sequence[Row], what: str) -> dict[str, list[Row]]:
+def _by(rows: Sequence[Row], column: str) -> dict[str, list[Row]]:
     groups: dict[str, list[Row]] = defaultdict(list)
     for row in rows:
-        groups[row[what]].append(row)
+        groups[row[column]].append(row)
     return groups
 
 
@@ -117,22 +132,24 @@ def _panels(n: int, width: float = 3.6, height: float = 2.9, columns: int = 3) -
 
 
 def _line(number: int) -> dict[str, Any]:
-    """Colour and dashes of the n-th line; both of them repeat after 24."""
+    """Colour and dashes of the n-th line; they repeat after 24 lines."""
     return {"color": COLOURS[number % len(COLOURS)], "linestyle": DASHES[number // len(COLOURS) % len(DASHES)]}
 
 
 def _legend(figure: Figure) -> None:
-    """Under the panels, what any of them shows."""
-    once: dict[str, Artist] = {}
+    """One legend for all panels, below them."""
+    handles: dict[str, Artist] = {}
     for axis in figure.axes:
         for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
-            once.setdefault(label, handle)
-    columns = max(1, min(4, len(once), int(figure.get_figwidth() // LEGEND_WIDTH)))
-    figure.legend(list(once.values()), list(once), loc="outside lower center", ncols=columns, fontsize=8, frameon=False)
+            handles.setdefault(label, handle)
+    columns = max(1, min(4, len(handles), int(figure.get_figwidth() // LEGEND_WIDTH)))
+    figure.legend(
+        list(handles.values()), list(handles), loc="outside lower center", ncols=columns, fontsize=8, frameon=False
+    )
 
 
 def _svg(figure: Figure) -> str:
-    """The SVG without the lines before it, the same for the same figure."""
+    """The <svg> element; equal figures have equal texts."""
     import matplotlib
 
     for axis in figure.axes:

@@ -1,4 +1,4 @@
-"""What a database's benchmark says: its figures as plain data, and on one page with plots and a gallery of queries."""
+"""The results of a database's benchmark, as plain data, and as one page with plots and a gallery of queries."""
 
 from __future__ import annotations
 
@@ -28,18 +28,19 @@ SIDE = 128  # pixels; larger pictures are scaled down to it
 
 
 def figures(db: Database, gallery: str = "own", method_ids: Collection[str] = ()) -> dict[str, Any]:
-    """Everything that the tables and plots show, as JSON types.
+    """The results that the tables and plots show, as JSON types.
 
-    method_ids:  show these only; empty: all that were evaluated
-    methods:     the rows of the methods that were evaluated
-    cases:       recall at CUT_OFFS and mean average precision with intervals, chance and ceilings, of every test case and
-                 method; n_unranked: pairs that were never ranked and count as misses
-    curves:      recall at CURVE, averaged over prompt schemes
-    gains:       in recall at 10, of every mapper over its encoder's own features, and of every stored method over similarity
-                 of the first encoder
-    general, correlations: the queries general_attribution and benchmark_correlation
-    mappers, calibrations: their rows
-    raises: NotFound if nothing was evaluated on that gallery
+    method_ids: only these methods; all that were evaluated if empty
+    raises:     NotFound if nothing was evaluated on that gallery
+    returns, by key:
+        methods      the rows of the methods that were evaluated
+        cases        one row per test case and method: recall at CUT_OFFS and mean average precision with intervals, chance
+                     and ceilings; n_unranked: pairs that were never ranked, which count as misses
+        curves       recall at CURVE, averaged over prompt schemes
+        gains        in recall at 10: of mappers over their encoder's own features, of stored methods over similarity of the
+                     first encoder
+        general, correlations   the queries general_attribution and benchmark_correlation
+        mappers, calibrations   their rows
     """
 
     def is_shown(row: Row) -> bool:
@@ -89,27 +90,27 @@ def figures(db: Database, gallery: str = "own", method_ids: Collection[str] = ()
 
 
 def _plain(row: Row, texts: Iterable[str]) -> Row:
-    """A row with its JSON texts read, and its times as text."""
+    """A row with its JSON texts parsed, and its times as text."""
     plain = {name: value.isoformat() if hasattr(value, "isoformat") else value for name, value in row.items()}
     return plain | {name: json.loads(row[name] or "{}") for name in texts}
 
 
-def _cases(intervals: dict[int, list[Row]], beside: dict[int, list[Row]], precision: list[Row]) -> list[Row]:
+def _cases(intervals: dict[int, list[Row]], recall: dict[int, list[Row]], precision: list[Row]) -> list[Row]:
     def key(row: Row) -> tuple[Any, ...]:
         return tuple(row[name] for name in (*CASE, *METHOD))
 
-    found: dict[tuple[Any, ...], Row] = {}
+    cases: dict[tuple[Any, ...], Row] = {}
     for k, rows in intervals.items():
         for row in rows:
-            case = found.setdefault(key(row), {name: row[name] for name in (*CASE, *METHOD, "n_models")})
+            case = cases.setdefault(key(row), {name: row[name] for name in (*CASE, *METHOD, "n_models")})
             case[f"recall_{k}"] = [row["recall_at_k"], row["recall_low"], row["recall_high"]]
             case["map"] = [row["mean_average_precision"], row["precision_low"], row["precision_high"]]
-    for k, rows in beside.items():
+    for k, rows in recall.items():
         for row in rows:
-            found[key(row)] |= {f"chance_{k}": row["chance"], f"ceiling_{k}": row["ceiling"]}
+            cases[key(row)] |= {f"chance_{k}": row["chance"], f"ceiling_{k}": row["ceiling"]}
     for row in precision:
-        found[key(row)] |= {"n_samples": row["n_samples"], "n_unranked": row["n_unranked"], "chance_map": row["chance"]}
-    return list(found.values())
+        cases[key(row)] |= {"n_samples": row["n_samples"], "n_unranked": row["n_unranked"], "chance_map": row["chance"]}
+    return list(cases.values())
 
 
 def _averaged(k: int, rows: list[Row]) -> list[Row]:
@@ -129,7 +130,7 @@ def _averaged(k: int, rows: list[Row]) -> list[Row]:
 
 
 def method_name(row: Row) -> str:
-    """A mapper's id where there is one, else the method's."""
+    """The id of the mapper if there is one, else of the method."""
     name: str = row["mapper_id"] or row["method_id"]
     return name
 
@@ -138,11 +139,11 @@ def case_name(row: Row) -> str:
     return " · ".join(str(row[name]) for name in CASE if row.get(name))
 
 
-def render_plots(found: dict[str, Any]) -> dict[str, str]:
-    """The plots of `figures`, as SVG, by name; of what there is nothing of there is no plot."""
+def render_plots(results: dict[str, Any]) -> dict[str, str]:
+    """The plots of the results of `figures`, as SVG, by name; without those that would be empty."""
     curves = [
         {**row, "case": case_name(row), "method": method_name(row)}
-        for row in sorted(found["curves"], key=lambda row: (row["kind"] or "", row["split"] or ""))
+        for row in sorted(results["curves"], key=lambda row: (row["kind"] or "", row["split"] or ""))
         if row["kind"] != "mixed"
     ]
     gains = [
@@ -153,25 +154,27 @@ def render_plots(found: dict[str, Any]) -> dict[str, str]:
             "low": row["recall_low"],
             "high": row["recall_high"],
         }
-        for row in found["gains"]
+        for row in results["gains"]
         if row["kind"] != "mixed"
     ]
-    told = [
-        {"method": method_name(one), **row} for one in found["calibrations"] for row in one["reliability"]["fitted"]
+    reliability = [
+        {"method": method_name(calibration), **row}
+        for calibration in results["calibrations"]
+        for row in calibration["reliability"]["fitted"]
     ]
-    ways = {
+    charts = {
         "curves": (plots.recall_curves, curves),
         "gains": (plots.gains, gains),
-        "reliability": (plots.reliability, told),
-        "general": (plots.general, _both(found)),
+        "reliability": (plots.reliability, reliability),
+        "general": (plots.general, _both(results)),
     }
-    return {name: plot(rows) for name, (plot, rows) in ways.items() if rows}
+    return {name: plot(rows) for name, (plot, rows) in charts.items() if rows}
 
 
-def _both(found: dict[str, Any]) -> list[Row]:
-    """What general attribution is compared with: a point for every method that both benchmarks have."""
+def _both(results: dict[str, Any]) -> list[Row]:
+    """Recall on exemplars and in general attribution: a point for every method that has both."""
     tests: dict[tuple[Any, ...], list[float]] = defaultdict(list)
-    for row in found["curves"]:
+    for row in results["curves"]:
         if row["k"] == 10 and row["kind"] != "mixed" and (row["split"] or "").startswith("test"):
             tests[row["kind"], method_name(row)].append(row["recall"])
     return [
@@ -182,7 +185,7 @@ def _both(found: dict[str, Any]) -> list[Row]:
             "y": row["recall_at_size"],
         }
         for kind in ("object", "style")
-        for row in found["general"]
+        for row in results["general"]
         if tests[kind, method_name(row)]
     ]
 
@@ -190,44 +193,44 @@ def _both(found: dict[str, Any]) -> list[Row]:
 # --- the page -----------------------------------------------------------------------------------------------------------
 
 
-def render(db: Database, found: dict[str, Any]) -> str:
-    """The page of `figures` as one HTML text, with its plots and pictures inside."""
+def render(db: Database, results: dict[str, Any]) -> str:
+    """The page with the results of `figures`, as one HTML text with its plots and pictures inside."""
     by_case: dict[str, list[Row]] = defaultdict(list)
-    for row in found["cases"]:
+    for row in results["cases"]:
         by_case[case_name(row)].append({**row, "method": method_name(row)})
-    evaluated = {row["mapper_id"] for row in found["cases"]}
-    # Validation compares only mappers that were validated on the same models: those on both kinds, if there are any.
-    known = [one for one in found["mappers"] if one["mapper_id"] in evaluated and one["metrics"]]
-    on_both = [one for one in known if one["trained_on"] == "both"]
-    tuned = min(on_both or known, key=_validated, default=None)
+    evaluated = {row["mapper_id"] for row in results["cases"]}
+    # Only mappers that were validated on the same models can be compared: those on both kinds, if there are any.
+    validated = [row for row in results["mappers"] if row["mapper_id"] in evaluated and row["metrics"]]
+    on_both = [row for row in validated if row["trained_on"] == "both"]
+    tuned = min(on_both or validated, key=_validation_order, default=None)
     environment = jinja2.Environment(loader=jinja2.PackageLoader("attrdb.pages"), autoescape=True, trim_blocks=True)
     environment.filters["picture"] = lambda encoded: data_uri(encoded, SIDE)[0]
     return environment.get_template("report.html").render(
-        found=found,
+        results=results,
         cases=by_case,
         cut_offs=CUT_OFFS,
-        plots=render_plots(found),
+        plots=render_plots(results),
         tuned=tuned,
-        queries=_queries(db, _shown_methods(found, tuned)),
-        n_unranked=sum(row["n_unranked"] for row in found["cases"]),
+        queries=_queries(db, _shown_methods(results, tuned)),
+        n_unranked=sum(row["n_unranked"] for row in results["cases"]),
         version=attrdb.__version__,
         database=db.path,
     )
 
 
-def _shown_methods(found: dict[str, Any], tuned: Row | None) -> list[Row]:
-    """The methods whose answers are shown: similarity without and with the best mapper, then stored methods."""
-    similarity = [row for row in found["methods"] if row["kind"] == "similarity"]
+def _shown_methods(results: dict[str, Any], tuned: Row | None) -> list[Row]:
+    """The methods of the gallery: similarity without and with the best mapper, then stored methods."""
+    similarity = [row for row in results["methods"] if row["kind"] == "similarity"]
     encoder_id = tuned["encoder_id"] if tuned else next((row["encoder_id"] for row in similarity), None)
     shown = [row for row in similarity if row["encoder_id"] == encoder_id and row["mapper_id"] is None]
     shown += [row for row in similarity if tuned and row["mapper_id"] == tuned["mapper_id"]]
-    return shown + [row for row in found["methods"] if row["kind"] != "similarity"]
+    return shown + [row for row in results["methods"] if row["kind"] != "similarity"]
 
 
 def _queries(db: Database, methods: list[Row]) -> list[Row]:
-    """Some samples of every split that is for tests, with their exemplars and what each method attributes them to.
+    """Some samples of every test split, with their exemplars and the first candidates of each method.
 
-    Which ones follows from their ids alone.
+    The samples are chosen by their ids alone.
     """
     chosen = db.sql(
         """
@@ -249,15 +252,15 @@ def _queries(db: Database, methods: list[Row]) -> list[Row]:
     exemplars = db.images(f"role = 'exemplar' AND {models}", ["image_id", "model_id", "image"])
     exemplars = exemplars.sort_by("image_id").to_pylist()
     candidates = among("image_id", {hit["image_id"] for of_method in hits for hit in of_method})
-    image_of = {one["image_id"]: one["image"] for one in db.images(candidates, ["image_id", "image"]).to_pylist()}
+    image_of = {row["image_id"]: row["image"] for row in db.images(candidates, ["image_id", "image"]).to_pylist()}
     for row in tests:
-        own = {one["image_id"]: one["image"] for one in exemplars if one["model_id"] == row["model_id"]}
-        row["exemplars"] = list(own.values())
+        of_model = {image["image_id"]: image["image"] for image in exemplars if image["model_id"] == row["model_id"]}
+        row["exemplars"] = list(of_model.values())
         row["answers"] = [
             {
                 "method": method_name(method),
                 "hits": [
-                    hit | {"image": image_of[hit["image_id"]], "true": hit["image_id"] in own}
+                    hit | {"image": image_of[hit["image_id"]], "true": hit["image_id"] in of_model}
                     for hit in of_method
                     if hit["sample_id"] == row["image_id"]
                 ],
@@ -268,7 +271,7 @@ def _queries(db: Database, methods: list[Row]) -> list[Row]:
 
 
 def _hits(db: Database, sample_ids: list[str], method_id: str) -> list[Row]:
-    """The first candidates of some samples, best first; they are searched for together."""
+    """The first candidates of some samples, best first, from one search."""
     hits: list[Row] = db.sql(
         """
         SELECT queries.image_id AS sample_id, hits.image_id, hits.influence
@@ -281,8 +284,8 @@ def _hits(db: Database, sample_ids: list[str], method_id: str) -> list[Row]:
     return hits
 
 
-def _validated(mapper: Row) -> tuple[Any, ...]:
-    """Orders mappers by how well they ranked validation exemplars; after them, by recall, those that were not measured so."""
+def _validation_order(mapper: Row) -> tuple[Any, ...]:
+    """A sort key: by mean log rank in validation; after these, by recall, mappers of an earlier attrdb, which lack it."""
     metrics = mapper["metrics"]
-    ranked = "mean_log_rank" in metrics
-    return not ranked, metrics["mean_log_rank"] if ranked else -metrics["recall"], mapper["mapper_id"]
+    has_rank = "mean_log_rank" in metrics
+    return not has_rank, metrics["mean_log_rank"] if has_rank else -metrics["recall"], mapper["mapper_id"]

@@ -1,6 +1,6 @@
-"""ScoreKernel of queries with blocks of features, by NumPy at the rate of its BLAS: what exact searches spend their time on.
+"""Matrix products of queries with blocks of features, by NumPy: what exact searches spend their time on.
 
-A float32 product decides what lies further than MARGIN from a decision; the rest is left to who asked.
+A float32 product decides what lies further than MARGIN from a decision; the rest is left to the caller.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ import numpy as np
 from attrdb.search.mapper import Mapper
 
 QUERIES_PER_PRODUCT = 1024
-SCORES = QUERIES_PER_PRODUCT * 4096  # of a product: 16 MiB a worker, whatever the number of queries
+SCORES = QUERIES_PER_PRODUCT * 4096  # of a product: 16 MiB per worker, whatever the number of queries
 MARGIN = 1e-5  # far above the error of a float32 product of unit vectors of a few thousand elements
-FEW_QUERIES = 0.25  # share whose scores are copied rather than compared with all others'
+FEW_QUERIES = 0.25  # share of the queries; up to it, their scores are copied, and only these are compared
 
 Undecided = tuple[np.ndarray, np.ndarray, np.ndarray]  # (n,) each: query, column of the thresholds, candidate
 
@@ -26,27 +26,27 @@ class ScoreKernel:
         self.queries, self.mapper = np.ascontiguousarray(mapper.samples(queries) if mapper else queries), mapper
 
     def scores(self, features: np.ndarray) -> Iterator[tuple[int, Scores]]:
-        """The first query and the scores of some queries and all features, until all queries had their turn."""
+        """Scores of all features with a block of queries, and the number of its first query; block after block."""
         for first, queries, candidates in self._factors(features):
             yield first, Scores(candidates @ queries.T)
 
     def count(self, features: np.ndarray, thresholds: np.ndarray, counts: np.ndarray) -> Iterator[Undecided]:
-        """Add up how many features are surely more similar to each query than its thresholds; yields which may be or not.
+        """Add to `counts` the features that surely score above each threshold; yield the pairs too close to decide.
 
         thresholds, counts: (n_queries, m) float64, +inf for none, and int64
         """
-        # Rows of queries here, unlike in `scores`: each is compared with a number of its own, which takes half the time.
+        # One row per query, unlike in `scores`: each is compared with a number of its own, which takes half the time.
         for first, queries, candidates in self._factors(features):
             scores = queries @ candidates.T
             for column in range(thresholds.shape[1]):
-                (given,) = np.nonzero(np.isfinite(thresholds[first : first + len(queries), column]))
-                if not len(given):
+                (finite,) = np.nonzero(np.isfinite(thresholds[first : first + len(queries), column]))
+                if not len(finite):
                     continue
-                at = thresholds[first + given, column]
-                of_given = scores if len(given) == len(scores) else scores[given]
-                above, (near, candidate) = _count(of_given, at - MARGIN, at + MARGIN)
-                counts[first + given, column] += above
-                yield first + given[near], np.full(len(near), column), candidate
+                rows = scores if len(finite) == len(scores) else scores[finite]
+                threshold = thresholds[first + finite, column]
+                above, (near, candidate) = _count(rows, threshold - MARGIN, threshold + MARGIN)
+                counts[first + finite, column] += above
+                yield first + finite[near], np.full(len(near), column), candidate
 
     def _factors(self, features: np.ndarray) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
         if self.mapper:
@@ -66,19 +66,20 @@ class Scores:
         """(n_queries,): the k-th highest score of each query."""
         return np.partition(self.scores.T, -k, axis=1)[:, -k]
 
-    def at_least(self, needed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Queries and candidates of the scores that reach what their query needs."""
-        candidate, query = np.divmod(np.flatnonzero(self.scores >= needed), self.n_queries)
+    def at_least(self, thresholds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Queries and candidates of the scores that reach the threshold of their query."""
+        candidate, query = np.divmod(np.flatnonzero(self.scores >= thresholds), self.n_queries)
         return query, candidate
 
 
 def _count(scores: np.ndarray, low: np.ndarray, high: np.ndarray) -> tuple[np.ndarray, tuple[np.ndarray, np.ndarray]]:
-    """How many of each query's scores, which are rows, are above high, and which of them lie between low and high."""
+    """Per query, a row of scores: how many are above high; and the rows and columns of those between low and high."""
     low, high = low.astype(np.float32)[:, None], high.astype(np.float32)[:, None]
     n_reach, n_above = _count_true(scores >= low), np.zeros(len(scores), np.int64)
-    # A comparison reads all that the product has written. The second is for the queries that need it, where they are few.
-    (some,) = np.nonzero(n_reach)
-    compared = some if len(some) < FEW_QUERIES * len(scores) else slice(None)
+    # A comparison reads all that the product has written. So the second leaves out the queries that do not need it, if
+    # they are many.
+    (reaching,) = np.nonzero(n_reach)
+    compared = reaching if len(reaching) < FEW_QUERIES * len(scores) else slice(None)
     n_above[compared] = _count_true(scores[compared] > high[compared])
     (unsure,) = np.nonzero(n_reach > n_above)
     near, candidate = np.nonzero((scores[unsure] >= low[unsure]) & (scores[unsure] <= high[unsure]))
@@ -86,7 +87,7 @@ def _count(scores: np.ndarray, low: np.ndarray, high: np.ndarray) -> tuple[np.nd
 
 
 def _count_true(rows: np.ndarray) -> np.ndarray:
-    """(n,) the number of true values in each row; several times as fast as a sum, which widens every value."""
+    """(n,) int64: the number of true values in each row; several times as fast as a sum, which widens every value."""
     packed = np.packbits(rows, axis=1)
     whole = packed.shape[1] // 8 * 8
     words = np.ascontiguousarray(packed[:, :whole]).view(np.uint64)

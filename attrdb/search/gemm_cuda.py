@@ -1,8 +1,8 @@
-"""ScoreKernel of queries with blocks of features on an accelerator, as `attrdb.search.gemm` has them for a CPU.
+"""Matrix products of queries with blocks of features on an accelerator, as `attrdb.search.gemm` has them for a CPU.
 
-Counting is one kernel, so that scores never leave the processor: a product in TF32, of which it keeps how many scores lie
-surely above a threshold, and the pairs that may or may not. These are multiplied again in float64 there and then; only what
-float64 cannot tell apart either comes back. Ranks are therefore those of float64.
+Counting is one kernel, so that scores never leave the processor. It multiplies in TF32, and keeps the number of scores
+that surely lie above a threshold, and the pairs too close to decide. A second kernel multiplies these pairs in float64;
+only those that float64 cannot decide either come back. Ranks are therefore those of float64.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from attrdb.search.mapper import Mapper
 
 Features: TypeAlias = "np.ndarray | torch.Tensor"  # (n, dimension) float32; a tensor is on the device already
 
-FLOAT64_MARGIN = 1e-11  # as `search.DIGITS` rounds
-ROOM = 1 << 23  # pairs near a threshold that a launch can keep; with more, it is done again in parts
-SPARE = 1.25  # times the parts that should do
+FLOAT64_MARGIN = 1e-11  # as `exact.DIGITS` rounds
+PAIR_BUFFER = 1 << 23  # pairs near a threshold that a launch can keep; with more, it is repeated in parts
+SPARE = 1.25  # times the parts that should be enough
 LARGE, SMALL = (128, 256, 32, 8), (64, 128, 32, 4)  # tiles: queries, features, elements at a time; warps
 STAGES = 3
 PAIRS, ELEMENTS = 32, 64  # of `_similarity`
@@ -33,9 +33,9 @@ ALIGNED = 4  # elements: rows of a tensor that tiles are fetched from begin at m
 
 
 def tf32_margin(dimension: int) -> float:
-    """By how much a TF32 product of unit vectors of that dimension may be off.
+    """The largest error of a TF32 product of unit vectors of that dimension.
 
-    Both factors lose their last 13 bits, 2^-10 of each at most; besides, every step of eight elements adds up with an error.
+    Both factors lose their last 13 bits, at most 2^-10 of each; every step of eight elements adds a rounding error.
     """
     return 1.01 * (2**-9 + 2**-20 * math.ceil(dimension / 8))
 
@@ -50,7 +50,7 @@ class ScoreKernel:
         self.arrays = {name: to_device(array, self.device) for name, array in exemplar.items()}
 
     def scores(self, features: Features) -> Iterator[tuple[int, Scores]]:
-        """The first query and the scores, in float32, of some queries and all features, until all had their turn."""
+        """As `gemm.ScoreKernel.scores`, in float32."""
         candidates = self._candidates(features)
         for first in range(0, len(self.queries), gemm.QUERIES_PER_PRODUCT):
             with _whole_float32():
@@ -58,7 +58,7 @@ class ScoreKernel:
             yield first, Scores(scores)
 
     def count(self, features: Features, thresholds: np.ndarray, counts: np.ndarray) -> Iterator[gemm.Undecided]:
-        """Add up how many features are surely more similar to each query than its thresholds; yields which may be or not.
+        """As `gemm.ScoreKernel.count`.
 
         thresholds, counts: (n_queries, m) float64, +inf for none, and int64
         """
@@ -70,7 +70,7 @@ class ScoreKernel:
         widest = tf32_margin(candidates.shape[1])
         low, high = ((exact + margin).float() for margin in (-widest, widest))
         least = low.amin(dim=1)
-        room = max(ROOM, thresholds.size)
+        room = max(PAIR_BUFFER, thresholds.size)
         margin = gemm.MARGIN if self.mapper else FLOAT64_MARGIN
         left = [(0, len(candidates))]
         while left:
@@ -86,24 +86,24 @@ class ScoreKernel:
             sure = above + torch.bincount(place[gap > margin], minlength=thresholds.size)
             counts += sure.view(thresholds.shape).cpu().numpy()
             near = gap.abs() <= margin
-            place, candidate = (one[near].cpu().numpy().astype(np.int64) for one in (place, candidate))
+            place, candidate = (tensor[near].cpu().numpy().astype(np.int64) for tensor in (place, candidate))
             yield *np.divmod(place, n_columns), start + candidate
 
     def _candidates(self, features: Features) -> torch.Tensor:
-        """Mapped as training images, and aligned."""
-        there = to_device(features, self.device)
+        """(n, dimension) on the device, mapped as training images, and aligned."""
+        candidates = to_device(features, self.device)
         if self.mapper:
             with _whole_float32():
-                there = self.mapper.applied(self.arrays, there)
-            norms = there.norm(dim=1, keepdim=True)
+                candidates = self.mapper.applied(self.arrays, candidates)
+            norms = candidates.norm(dim=1, keepdim=True)
             self.mapper.check_norms(norms.cpu().numpy())
-            there = there / norms
-        return _aligned(there)
+            candidates = candidates / norms
+        return _aligned(candidates)
 
     def _near(
         self, candidates: torch.Tensor, low: torch.Tensor, high: torch.Tensor, least: torch.Tensor, room: int
     ) -> tuple[torch.Tensor, torch.Tensor, int]:
-        """(n_queries * m,) counts above high; (room, 2) place of a threshold and candidate that lie between; their number."""
+        """(n_queries * m,) counts above high; (room, 2) threshold and candidate of the pairs between; the number of pairs."""
         (n_queries, n_columns), n_candidates = low.shape, len(candidates)
         of_queries, of_candidates, elements, warps = self.tile
         above = torch.zeros(low.numel(), dtype=torch.int32, device=self.device)
@@ -134,7 +134,7 @@ class ScoreKernel:
 
     def _similarity(self, candidates: torch.Tensor, query: torch.Tensor, candidate: torch.Tensor) -> torch.Tensor:
         """(n,) float64: the inner products of pairs, whose factors are float32."""
-        found = torch.empty(len(query), dtype=torch.float64, device=self.device)
+        similarity = torch.empty(len(query), dtype=torch.float64, device=self.device)
         if len(query):
             with self._current():
                 _similarity[(triton.cdiv(len(query), PAIRS),)](
@@ -142,13 +142,13 @@ class ScoreKernel:
                     candidates,
                     query.contiguous(),
                     candidate.contiguous(),
-                    found,
+                    similarity,
                     len(query),
                     DIMENSION=candidates.shape[1],
                     PAIRS=PAIRS,
                     ELEMENTS=ELEMENTS,
                 )
-        return found
+        return similarity
 
     def _current(self) -> AbstractContextManager[Any]:
         """Triton launches on the current device."""
@@ -156,7 +156,7 @@ class ScoreKernel:
 
 
 class Scores:
-    """As `products.Scores`, on a device; what comes back from it is small."""
+    """As `gemm.Scores`, on a device; what comes back from it is small."""
 
     def __init__(self, scores: torch.Tensor):
         self.scores = scores  # (n_queries, n_candidates)
@@ -166,13 +166,13 @@ class Scores:
         kth: np.ndarray = self.scores.topk(k, dim=1).values[:, -1].cpu().numpy()
         return kth
 
-    def at_least(self, needed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        found = (self.scores >= self.scores.new_tensor(needed)[:, None]).nonzero().cpu().numpy()
-        return found[:, 0], found[:, 1]
+    def at_least(self, thresholds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        pairs = (self.scores >= self.scores.new_tensor(thresholds)[:, None]).nonzero().cpu().numpy()
+        return pairs[:, 0], pairs[:, 1]
 
 
 def to_device(features: Features, device: torch.device | str) -> torch.Tensor:
-    """The features on the device; by way of memory that it reads itself, at several times the rate of any other."""
+    """The features on the device, copied from pinned memory, which is several times as fast as from other memory."""
     device = torch.device(device)
     if isinstance(features, torch.Tensor):
         return features.to(device, torch.float32)
@@ -191,7 +191,7 @@ def _aligned(features: torch.Tensor) -> torch.Tensor:
 
 @contextmanager
 def _whole_float32() -> Iterator[None]:
-    """ScoreKernel in float32, whatever the application has set for its own."""
+    """Products in float32 inside the block, whatever the application has set."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
@@ -201,7 +201,7 @@ def _whole_float32() -> Iterator[None]:
 
 
 def _tile(device: torch.device) -> tuple[int, int, int, int]:
-    """The largest whose stages fit into what a multiprocessor shares."""
+    """The largest tile whose stages fit into the shared memory of a multiprocessor."""
     if device.type != "cuda":
         return SMALL
     of_queries, of_candidates, elements, _ = LARGE

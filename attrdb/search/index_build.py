@@ -1,7 +1,7 @@
-"""Build an encoder's index: choose its partitions, assign all features to them, hand both to Lance, measure how it answers.
+"""Build an encoder's index: choose its partitions, assign all features to them, hand both to Lance, measure its recall.
 
-Lance (pylance 14.0) spends nearly all of a build on dividing the features, at a small part of what the machine's matrix
-products could do (docs/DECISIONS.md); here that is a matrix product, and Lance takes its result over.
+Lance (pylance 14.0) spends nearly all of a build on assigning features to partitions, at a small part of the machine's rate
+of matrix products (docs/DECISIONS.md). Here the assignment is a matrix product, and Lance is given its result.
 """
 
 from __future__ import annotations
@@ -35,20 +35,20 @@ from attrdb.store.writer import Writer
 
 SCALAR_INDICES: dict[str, Literal["BITMAP", "BTREE"]] = {"role": "BITMAP", "image_id": "BTREE", "model_id": "BTREE"}
 ALL_SEGMENTS = 10_000
-MIN_ROWS = planner.EXACT_BELOW_ROWS  # up to there, everything is compared
-BUILDING = ".index-"  # folder, in the database's, of what lies beside an index while it is built
-PARTITIONS_PER_ROOT = (
-    1.25  # times the square root of the number of features; with more, queries are faster, builds slower
-)
+MIN_ROWS = planner.EXACT_BELOW_ROWS  # below it, searches compare all candidates
+BUILDING = ".index-"  # prefix of a folder in the database, for files that are needed while an index is built
+# Partitions per square root of the number of features. With more, queries are faster and builds slower.
+PARTITIONS_PER_ROOT = 1.25
 TRAINING_ROWS_PER_PARTITION = 20  # features that a centroid is trained on
 ROUNDS = 6
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a build will do, and what it takes.
+    """Parameters of a build, and what it needs.
 
-    memory: bytes, at most; disk: bytes, of the index and of what lies beside it while it is built
+    memory: bytes, at most
+    disk:   bytes, of the index and of the files that are needed while it is built
     """
 
     encoder_id: str
@@ -61,7 +61,7 @@ class Plan:
 
 
 def plan(snapshot: Snapshot, encoder_id: str | None) -> Plan:
-    """The parameters that a build chooses from the number of features.
+    """The parameters of a build, chosen from the number of features.
 
     raises: NotFound for an unknown encoder, InvalidValue if there are fewer than MIN_ROWS features
     """
@@ -73,13 +73,13 @@ def plan(snapshot: Snapshot, encoder_id: str | None) -> Plan:
             "then every search is exact"
         )
     n_partitions = round(PARTITIONS_PER_ROOT * np.sqrt(n_rows))
-    # One bit a dimension, which Lance makes of whole bytes only; a byte a dimension otherwise.
+    # One bit per dimension, which Lance takes in whole bytes only; otherwise one byte per dimension.
     kind, width = ("IVF_RQ", dimension // 8) if dimension % 8 == 0 else ("IVF_SQ", dimension)
-    sample = (
-        2 * 4 * dimension * TRAINING_ROWS_PER_PARTITION * n_partitions
-    )  # in the order of rows, and in that of partitions
-    index = n_rows * (width + 24)
-    return Plan(encoder_id, kind, n_rows, dimension, n_partitions, sample + 2 * index + (512 << 20), 2 * index)
+    n_training = TRAINING_ROWS_PER_PARTITION * n_partitions
+    training_bytes = 2 * 4 * dimension * n_training  # twice: in the order of rows, and in that of partitions
+    index_bytes = n_rows * (width + 24)
+    memory = training_bytes + 2 * index_bytes + (512 << 20)
+    return Plan(encoder_id, kind, n_rows, dimension, n_partitions, memory, 2 * index_bytes)
 
 
 def build(
@@ -88,47 +88,46 @@ def build(
     device: str = "cpu",
     report: Progress = no_progress,
 ) -> Row:
-    """Build, or build again, an encoder's index; the row of `indices` that says how well it answers.
+    """Build or rebuild an encoder's index, and measure it; the row of `indices`, with its recall.
 
-    The searches of its mappers are measured too, see `attrdb.search.index_tuning`.
-
-    Readers and writers go on meanwhile: rows that come later are searched without the index until `optimize` takes them in.
+    The searches of the encoder's mappers are measured too, see `attrdb.search.index_tuning`. Readers and writers go on
+    meanwhile: rows that are added are searched without the index until `optimize` adds them to it.
     raises: as `plan`; Busy if maintenance runs already, StorageError if memory or disk are too small
     """
     with exclusive_lock(writer.path / ".maintenance.lock", f"{writer.path} is being maintained"), storage(writer.path):
         writer.commit(lambda: None)  # refuses a database that is read-only before anything is computed
-        what = plan(writer.snapshot, encoder_id)
-        _check_room(writer.path, what)
+        build_plan = plan(writer.snapshot, encoder_id)
+        _check_room(writer.path, build_plan)
         cover_columns(writer)  # searches filter by them
         writer.refresh()
         started = time.perf_counter()
         images = writer.snapshot.tables["images"]
         report("partitions", 0, 1)
-        n_training = TRAINING_ROWS_PER_PARTITION * what.n_partitions
-        features = sampling.features(writer.snapshot, what.encoder_id, n_training, what.n_rows)
-        centroids = train_centroids(features, what.n_partitions, ROUNDS, 0, device)
+        n_training = TRAINING_ROWS_PER_PARTITION * build_plan.n_partitions
+        features = sampling.features(writer.snapshot, build_plan.encoder_id, n_training, build_plan.n_rows)
+        centroids = train_centroids(features, build_plan.n_partitions, ROUNDS, 0, device)
         del features
-        for left in writer.path.glob(f"{BUILDING}*"):  # of a build that was killed
-            shutil.rmtree(left)
+        for leftover in writer.path.glob(f"{BUILDING}*"):  # of a build that was killed
+            shutil.rmtree(leftover)
         with tempfile.TemporaryDirectory(prefix=BUILDING, dir=writer.path) as folder:
             assigned = str(Path(folder) / "partitions.lance")
-            # Lance wants it in one file.
+            # Lance takes the assignment as one file only.
             lance.write_dataset(
-                _assigned(images, what, centroids, device, report),
+                _assigned(images, build_plan, centroids, device, report),
                 assigned,
                 schema=_ASSIGNMENTS,
                 max_rows_per_file=2**30,
             )
             n_rows = lance.dataset(assigned).count_rows()
             report("index", 0, 1)
-            # Measured with other partitions; until they are measured again, mappers are searched exactly.
-            writer.delete("mapper_searches", f"encoder_id = {literal(what.encoder_id)}")
-            writer.commit(lambda: _create(writer.path, images.version, what, centroids, assigned))
+            # They were measured with other partitions. Until the new ones are measured, mappers compare all candidates.
+            writer.delete("mapper_searches", f"encoder_id = {literal(build_plan.encoder_id)}")
+            writer.commit(lambda: _create(writer.path, images.version, build_plan, centroids, assigned))
         seconds = time.perf_counter() - started
         entry = {
-            "encoder_id": what.encoder_id,
-            "kind": what.kind,
-            "n_partitions": what.n_partitions,
+            "encoder_id": build_plan.encoder_id,
+            "kind": build_plan.kind,
+            "n_partitions": build_plan.n_partitions,
             "n_rows": n_rows,
             "device": device,
             "seconds": seconds,
@@ -137,15 +136,15 @@ def build(
 
 
 def cover_columns(writer: Writer) -> None:
-    """Make the indices of SCALAR_INDICES where they are missing, and let them cover all rows."""
+    """Make those of SCALAR_INDICES that are missing, and let all of them cover all rows."""
     images = writer.path / "images.lance"
-    present = {one.field_names[0] for one in lance.dataset(str(images)).describe_indices()}
+    present = {index.field_names[0] for index in lance.dataset(str(images)).describe_indices()}
     for column, kind in SCALAR_INDICES.items():
         if column not in present:
             writer.commit(partial(_index_column, images, column, kind))
-    for one in lance.dataset(str(images)).describe_indices():
-        if one.field_names[0] in SCALAR_INDICES:
-            cover(writer, one)
+    for index in lance.dataset(str(images)).describe_indices():
+        if index.field_names[0] in SCALAR_INDICES:
+            cover(writer, index)
 
 
 def _index_column(images: Path, column: str, kind: Literal["BITMAP", "BTREE"]) -> None:
@@ -166,27 +165,27 @@ def cover(writer: Writer, index: Any) -> None:
 _ASSIGNMENTS = pa.schema([("row_id", pa.uint64()), ("partition", pa.uint32())])
 
 
-def _check_room(path: Path, what: Plan) -> None:
-    found = {"memory": (what.memory, _free_memory()), "disk": (what.disk, shutil.disk_usage(path).free)}
-    for name, (needed, free) in found.items():
+def _check_room(path: Path, build_plan: Plan) -> None:
+    resources = {"memory": (build_plan.memory, _free_memory()), "disk": (build_plan.disk, shutil.disk_usage(path).free)}
+    for name, (needed, free) in resources.items():
         if needed > free:
             raise StorageError(
-                f"an index of {what.n_rows:,} features of {what.encoder_id!r} needs {needed / 2**30:.1f} GiB of {name}, "
-                f"{free / 2**30:.1f} GiB are free; nothing was changed"
+                f"an index of {build_plan.n_rows:,} features of {build_plan.encoder_id!r} needs {needed / 2**30:.1f} GiB of "
+                f"{name}, {free / 2**30:.1f} GiB are free; nothing was changed"
             )
 
 
 def _free_memory() -> int:
-    """Bytes; what the system would give up for it included, where it says so."""
-    told = Path("/proc/meminfo")
-    lines = dict(line.split(":") for line in told.read_text().splitlines()) if told.exists() else {}
+    """Bytes, with the caches that the system would free, where it reports them."""
+    report = Path("/proc/meminfo")
+    lines = dict(line.split(":") for line in report.read_text().splitlines()) if report.exists() else {}
     if "MemAvailable" in lines:
         return int(lines["MemAvailable"].split()[0]) * 1024
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def _assigned(
-    images: lance.LanceDataset, what: Plan, centroids: np.ndarray, device: str, report: Progress
+    images: lance.LanceDataset, build_plan: Plan, centroids: np.ndarray, device: str, report: Progress
 ) -> Iterator[pa.RecordBatch]:
     """Every row that has a feature, and its partition."""
 
@@ -195,27 +194,27 @@ def _assigned(
         return rows, nearest_centroids(features, centroids, device).astype(np.uint32)
 
     done = 0
-    for rows, partitions in map_blocks(partitions_of, stream(images, what.encoder_id, "true", "_rowid"), device):
+    for rows, partitions in map_blocks(partitions_of, stream(images, build_plan.encoder_id, "true", "_rowid"), device):
         yield pa.record_batch([rows, pa.array(partitions)], _ASSIGNMENTS)
         done += len(partitions)
-        report("divide", done, what.n_rows)
+        report("divide", done, build_plan.n_rows)
 
 
-def _create(path: Path, version: int, what: Plan, centroids: np.ndarray, assigned: str) -> None:
-    # Of the version that was assigned: a row that came later would count as indexed, and be in no partition.
+def _create(path: Path, version: int, build_plan: Plan, centroids: np.ndarray, assigned: str) -> None:
+    # On the version that was assigned: Lance would count a later row as indexed, though it is in no partition.
     images = lance.dataset(str(path / "images.lance"), version=version)
-    name = ivf.index_name(what.encoder_id)
+    name = ivf.index_name(build_plan.encoder_id)
     for other in images.describe_indices():
-        if other.field_names == [what.encoder_id] and other.name != name:
+        if other.field_names == [build_plan.encoder_id] and other.name != name:
             lance.dataset(str(path / "images.lance")).drop_index(other.name)
-    one_bit: dict[str, Any] = {"num_bits": 1} if what.kind == "IVF_RQ" else {}
+    one_bit: dict[str, Any] = {"num_bits": 1} if build_plan.kind == "IVF_RQ" else {}
     images.create_index(
-        what.encoder_id,
-        what.kind,
+        build_plan.encoder_id,
+        build_plan.kind,
         name=name,
         metric="cosine",
         replace=True,
-        num_partitions=what.n_partitions,
+        num_partitions=build_plan.n_partitions,
         ivf_centroids=centroids,
         precomputed_partition_dataset=assigned,
         **one_bit,

@@ -1,14 +1,14 @@
-"""How well an index answers: measured against an exact search, for an encoder's features and for each of its mappers.
+"""How an index is searched: measured against an exact search, for an encoder's features and for each of its mappers.
 
-What is chosen is the least work with which RECALL_WANTED of the exact first K are found.
+The settings chosen are those of least work that find RECALL_WANTED of the exact first K.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from enum import Enum
 
 import numpy as np
 
@@ -25,123 +25,168 @@ from attrdb.store.writer import Writer
 
 K = 10
 RECALL_WANTED = 0.99
-OVERSAMPLING = (4, 16, 64)  # one bit a dimension says little of short features
-MAPPER_TRIES = ((1, 1), (1, 2), (2, 4), (4, 8), (8, 16))  # times as many partitions and hits as without it
-MIDDLE_TRY = MAPPER_TRIES[2]  # with which it is seen whether a mapper's norm correction helps
-ROWS_FITTED = 20_000  # features that a mapper's n(x) is fitted on
+OVERSAMPLING = (4, 16, 64)  # one bit per dimension says little about short features
+MAPPER_TRIES = ((1, 1), (1, 2), (2, 4), (4, 8), (8, 16))  # partitions and hits, as multiples of those without a mapper
+MIDDLE_TRY = MAPPER_TRIES[2]  # decides whether a mapper's norm correction helps
+ROWS_FITTED = 20_000  # features that the plane of a mapper's n(x) is fitted on
 RIDGE = 1e-6  # of that fit, so that it does not follow noise
 
 
-def measure(writer: Writer, entry: Row, report: Progress = no_progress) -> Row:
-    """Choose how many partitions a query looks into and how many hits are compared exactly, and store that with its recall.
+class Unmeasured(Enum):
+    """Why the searches of a mapper were not measured. They compare all candidates then."""
 
-    The least that finds RECALL_WANTED of the exact first K; where nothing does, all that was tried. Then the same for the
-    encoder's mappers, see `measure_mapper`.
+    NOT_FOLDABLE = "its form cannot be folded into a query"
+    NO_INDEX = "its encoder has no index"
+    INDEX_BEHIND = "the index does not cover all rows; optimize covers them, and then measures"
+    BROKEN = "it makes features that are zero or not finite"
+    NO_ANSWERS = "no query has an answer"
+
+
+@dataclass(frozen=True)
+class Trial:
+    """Queries with their exact answers, with which the answers of an index are compared.
+
+    exact: K + 1 candidates per query
+    """
+
+    snapshot: Snapshot
+    queries: sampling.QuerySample
+    exact: exact_search.Hits
+    mapper: Mapper | None
+
+    @classmethod
+    def of(cls, snapshot: Snapshot, encoder_id: str, mapper: Mapper | None = None) -> Trial:
+        """raises: InvalidValue for a mapper that makes a feature that is zero or not finite"""
+        queries = sampling.queries(snapshot, encoder_id)
+        gallery = snapshot.features(encoder_id, CANDIDATES)
+        return cls(snapshot, queries, exact_search.top_k(gallery, queries.features, K + 1, mapper=mapper), mapper)
+
+    def recall(self, index: ivf.Index) -> float:
+        """Mean share of the exact first K that the index finds."""
+        hits = ivf.top_k(
+            self.snapshot.tables["images"],
+            index,
+            self.snapshot.visible(CANDIDATES),
+            planner.count(self.snapshot),
+            self.queries.features,
+            K + 1,
+            self.mapper,
+        )
+        return exact_search.recall(hits, self.exact, K, self.queries.ids)
+
+
+def measure(writer: Writer, entry: Row, report: Progress = no_progress) -> Row:
+    """Choose how many partitions a query looks into and how many hits are compared exactly; store both and their recall.
+
+    They are the least that find RECALL_WANTED of the exact first K, or the most that were tried if nothing does. Then the
+    encoder's mappers are measured, see `measure_mapper`.
     """
     snapshot = writer.snapshot
     encoder_id, n_partitions = entry["encoder_id"], entry["n_partitions"]
-    said, ids, queries = sampling.queries(snapshot, encoder_id)
     report("recall", 0, 1)
-    exact = exact_search.top_k(snapshot.features(encoder_id, CANDIDATES), queries, K + 1)
+    trial = Trial.of(snapshot, encoder_id)
     probes = sorted({min(2**power, n_partitions) for power in range(2, n_partitions.bit_length() + 1)})
-    covers = ivf.coverage(snapshot.tables["images"], encoder_id)
+    coverage = ivf.coverage(snapshot.tables["images"], encoder_id)
     tries = [
-        ivf.Index(encoder_id, entry["kind"], n_partitions, n_probes, oversampling, **covers)
+        ivf.Index(encoder_id, entry["kind"], n_partitions, n_probes, oversampling, **coverage)
         for n_probes in probes
         for oversampling in OVERSAMPLING
     ]
-    index, recall = _least(tries, lambda index: _recall_of(snapshot, index, ids, queries, exact), "recall", report)
-    row = entry | {
-        "n_probes": index.n_probes,
-        "oversampling": index.oversampling,
-        "recall": recall,
-        "n_queries": len(queries),
-        "queries": said,
-        "images_version": snapshot.version,
-        "created_at": datetime.now(UTC),
-    }
+    index, recall = _least(tries, trial, "recall", report)
+    row = entry | _measured(trial, index, recall) | {"queries": trial.queries.source}
     writer.upsert("indices", [row])
     for mapper_id in _mapper_ids(writer.snapshot, encoder_id):
         measure_mapper(writer, mapper_id, report)
     return row
 
 
-def measure_mapper(writer: Writer, mapper_id: str, report: Progress = no_progress) -> Row | None:
-    """See what a mapper, folded into the query, finds through its encoder's index, and store how it is asked for that.
+def measure_mapper(writer: Writer, mapper_id: str, report: Progress = no_progress) -> Row | Unmeasured:
+    """Choose how a mapper, folded into the query, searches its encoder's index, and store that with its recall.
 
-    With the norm correction that is fitted, or with none where more is found so; the least that finds RECALL_WANTED of the
-    exact first K. Where not even the most does, all candidates are compared.
-    returns: the row of `mapper_searches`; None where there is no index, or rows that it does not cover yet (`optimize`
-             measures then), or nothing to ask, or a mapper that cannot be folded or is broken
+    The settings are the least that find RECALL_WANTED of the exact first K. If even the most do not, searches with this
+    mapper compare all candidates.
+    returns: the row of `mapper_searches`, or why there is none
     """
     writer.refresh()
     snapshot = writer.snapshot
     mapper = stored_mapper(snapshot, mapper_id)
-    own = planner.indices(snapshot).get(mapper.encoder_id)
-    if own is None or own.uncovered_fragments or mapper.form not in ivf.FOLDABLE:
-        return None
+    index = planner.indices(snapshot).get(mapper.encoder_id)
+    if mapper.form not in ivf.FOLDABLE:
+        return Unmeasured.NOT_FOLDABLE
+    if index is None:
+        return Unmeasured.NO_INDEX
+    if index.uncovered_fragments:
+        return Unmeasured.INDEX_BEHIND
     stage = f"recall of {mapper_id}"
     report(stage, 0, 1)
-    _, ids, queries = sampling.queries(snapshot, mapper.encoder_id)
     try:
-        exact = exact_search.top_k(snapshot.features(mapper.encoder_id, CANDIDATES), queries, K + 1, mapper=mapper)
-    except InvalidValue:  # said when it is searched with
-        return None
-    if not any(map(len, exact.ids)):
-        return None
-
-    def asked(more: int, hits: int, correction: np.ndarray) -> ivf.Index:
-        n_probes = min(more * own.n_probes, own.n_partitions)
-        return replace(own, n_probes=n_probes, oversampling=hits * own.oversampling, norm_correction=correction)
-
-    def recall_of(index: ivf.Index) -> float:
-        return _recall_of(snapshot, index, ids, queries, exact, mapper)
-
-    fitted = _norm_correction(snapshot, mapper, exact)
-    correction = max((fitted, np.zeros_like(fitted)), key=lambda correction: recall_of(asked(*MIDDLE_TRY, correction)))
-    tries = [asked(more, hits, correction) for more, hits in MAPPER_TRIES]
-    # The most is tried first: it says whether anything else need be.
-    index, recall = tries[-1], recall_of(tries[-1])
+        trial = Trial.of(snapshot, mapper.encoder_id, mapper)
+    except InvalidValue:  # reported by the searches with it
+        return Unmeasured.BROKEN
+    if not any(map(len, trial.exact.ids)):
+        return Unmeasured.NO_ANSWERS
+    tries = _mapper_tries(trial, index, _norm_correction(snapshot, mapper, trial.exact))
+    most = tries[-1]
+    recall = trial.recall(most)
     if used := recall >= RECALL_WANTED:
-        index, recall = _least(tries, recall_of, stage, report)
+        chosen, recall = _least(tries, trial, stage, report)
+    else:
+        chosen = most
     row = {
         "mapper_id": mapper_id,
         "encoder_id": mapper.encoder_id,
         "used": used,
-        "n_probes": index.n_probes,
-        "oversampling": index.oversampling,
-        "norm_correction": correction,
-        "recall": recall,
-        "n_queries": len(queries),
-        "images_version": snapshot.version,
-        "created_at": datetime.now(UTC),
+        "norm_correction": chosen.norm_correction,
+        **_measured(trial, chosen, recall),
     }
     writer.upsert("mapper_searches", [row])
     return row
 
 
+def _mapper_tries(trial: Trial, index: ivf.Index, norm_correction: np.ndarray) -> list[ivf.Index]:
+    """The index as a mapper may search it, by ascending work: with its norm correction, or with none if that finds more."""
+
+    def settings(probes: int, hits: int, correction: np.ndarray) -> ivf.Index:
+        n_probes = min(probes * index.n_probes, index.n_partitions)
+        return replace(index, n_probes=n_probes, oversampling=hits * index.oversampling, norm_correction=correction)
+
+    corrections = (norm_correction, np.zeros_like(norm_correction))
+    better = max(corrections, key=lambda correction: trial.recall(settings(*MIDDLE_TRY, correction)))
+    return [settings(probes, hits, better) for probes, hits in MAPPER_TRIES]
+
+
+def _measured(trial: Trial, index: ivf.Index, recall: float) -> Row:
+    """The columns that `indices` and `mapper_searches` share."""
+    return {
+        "n_probes": index.n_probes,
+        "oversampling": index.oversampling,
+        "recall": recall,
+        "n_queries": len(trial.queries.features),
+        "images_version": trial.snapshot.version,
+        "created_at": datetime.now(UTC),
+    }
+
+
 def measure_trained(writer: Writer, mapper_id: str) -> None:
-    """`measure_mapper` for a new mapper; left to `optimize` where maintenance runs already."""
+    """`measure_mapper` for a new mapper; left to `optimize` if maintenance runs already."""
     with suppress(Busy), exclusive_lock(writer.path / ".maintenance.lock", f"{writer.path} is being maintained"):
         measure_mapper(writer, mapper_id)
 
 
 def measure_missing(writer: Writer, report: Progress = no_progress) -> None:
-    """Measure the mappers of indexed encoders that are not measured: the job that should have was killed."""
-    done = set(writer.snapshot.tables["mapper_searches"].to_table(columns=["mapper_id"])["mapper_id"].to_pylist())
+    """Measure the mappers of indexed encoders that have no row in `mapper_searches`: a job may have been killed."""
+    measured = set(writer.snapshot.tables["mapper_searches"].to_table(columns=["mapper_id"])["mapper_id"].to_pylist())
     for encoder_id in planner.indices(writer.snapshot):
         for mapper_id in _mapper_ids(writer.snapshot, encoder_id):
-            if mapper_id not in done:
+            if mapper_id not in measured:
                 measure_mapper(writer, mapper_id, report)
 
 
-def _least(
-    tries: list[ivf.Index], recall_of: Callable[[ivf.Index], float], stage: str, report: Progress
-) -> tuple[ivf.Index, float]:
-    """The first of the tries, or else the last, with which RECALL_WANTED is found, and what is found with it."""
+def _least(tries: list[ivf.Index], trial: Trial, stage: str, report: Progress) -> tuple[ivf.Index, float]:
+    """The first of the tries that finds RECALL_WANTED, or else the last, and its recall."""
     for number, index in enumerate(tries):
         report(stage, number, len(tries))
-        recall = recall_of(index)
+        recall = trial.recall(index)
         if recall >= RECALL_WANTED:
             break
     report(stage, len(tries), len(tries))
@@ -149,7 +194,7 @@ def _least(
 
 
 def _mapper_ids(snapshot: Snapshot, encoder_id: str) -> list[str]:
-    """Of the encoder's mappers that can be folded."""
+    """The encoder's mappers that can be folded into a query."""
     where = f"encoder_id = {literal(encoder_id)} AND {among('form', ivf.FOLDABLE)}"
     return sorted(snapshot.tables["mappers"].to_table(columns=["mapper_id"], filter=where)["mapper_id"].to_pylist())
 
@@ -167,16 +212,3 @@ def _norm_correction(snapshot: Snapshot, mapper: Mapper, exact: exact_search.Hit
     t = np.mean([similarity[:K][-1] for similarity in exact.similarity if len(similarity)])
     correction: np.ndarray = (t * g).astype(np.float32)
     return correction
-
-
-def _recall_of(
-    snapshot: Snapshot,
-    index: ivf.Index,
-    ids: np.ndarray,
-    queries: np.ndarray,
-    exact: exact_search.Hits,
-    mapper: Mapper | None = None,
-) -> float:
-    where = snapshot.visible(CANDIDATES)
-    found = ivf.top_k(snapshot.tables["images"], index, where, planner.count(snapshot), queries, K + 1, mapper)
-    return exact_search.recall(found, exact, K, ids)

@@ -2,15 +2,16 @@
 
 One index serves every mapper whose maps are linear but for a bias: similarity(x, x~) = (x . q + c) / n(x) with q = W^T s,
 c = b . s, n(x) = |W x + b| and s = F~(x~) / |F~(x~)|. Candidates of similarity t and more are those with
-x . q + c >= t n(x). Over the features of a gallery n(x) is nearly a plane a + g . x, so that they are nearly those with
-the largest x . (q - t g): the index is asked for these, and what it hits is mapped and compared exactly. t is where the
-tenth candidates of a mapper are, g is fitted (`attrdb.search.index_tuning`). (Ours, not of a paper.)
+x . q + c >= t n(x). Over the features of a gallery n(x) is nearly a plane a + g . x, so these are nearly the candidates
+with the largest x . (q - t g). The index searches for those; its hits are mapped and compared exactly. t is the mean
+similarity of the tenth candidates under the mapper; g is fitted (`attrdb.search.index_tuning`). (Ours, not from a paper.)
 """
 
 from __future__ import annotations
 
 import math
 import os
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,20 +25,22 @@ from attrdb.search.mapper import Mapper
 from attrdb.store.features import stream
 from attrdb.store.schema import feature_columns, feature_matrix
 
-FETCHED = 65_536  # hits that Lance is asked for at a time, so that their features fit into memory
+FETCHED = 65_536  # hits that are requested from Lance at a time, so that their features fit into memory
 ROWS_PER_READ = 8_192
-MIN_REFINE_HITS = 10  # hits: oversampling is chosen for as many
-PROBE_SAFETY = 4
+MIN_REFINE_HITS = 10  # an answer of fewer candidates is refined as one of so many, for which oversampling is tuned
+PROBE_SAFETY = 4  # partitions that are probed hold, on average, so many times the hits that are requested
 FOLDABLE = ("affine", "gain")  # forms of mappers
 
 
 @dataclass(frozen=True)
 class Index:
-    """An index that attrdb built, and how it is asked; see the tables `indices` and `mapper_searches`.
+    """An index that attrdb built, and how it is searched; see the tables `indices` and `mapper_searches`.
 
-    later:           the fragments of images that it does not cover: they came after it, or their features did
-    filtered:        whether the indices of other columns, which predicates are answered by, cover all that it covers
-    norm_correction: (dimension,) float32, of a mapper: t g, which is subtracted from its folded query
+    n_probes:            partitions that a query looks into
+    oversampling:        hits that are compared exactly per candidate of the answer
+    uncovered_fragments: fragments of images that it does not cover, because they or their features came after it
+    filter_indexed:      whether the indices of other columns, which answer predicates, cover all that it covers
+    norm_correction:     (dimension,) float32, of a mapper: t g, which is subtracted from its folded query
     """
 
     encoder_id: str
@@ -55,43 +58,46 @@ class Index:
 
 
 def index_name(encoder_id: str) -> str:
-    """Of the Lance index on an encoder's column: the name that Lance would give it itself."""
+    """The name of the Lance index on an encoder's column: the one that Lance would choose itself."""
     return f"{encoder_id}_idx"
 
 
 def n_hits(index: Index, k: int) -> int:
-    """How many hits are compared exactly for an answer of k candidates."""
+    """The number of hits that are compared exactly for an answer of k candidates."""
     return max(k, MIN_REFINE_HITS) * index.oversampling
 
 
 def coverage(images: lance.LanceDataset, encoder_id: str) -> dict[str, Any]:
-    """`later` and `filtered` of the encoder's index."""
+    """`uncovered_fragments` and `filter_indexed` of the encoder's index."""
     features = feature_columns(images.schema)
-    own, others = set(), []
-    for one in images.describe_indices():
-        covered = {fragment_id for segment in one.segments for fragment_id in segment.fragment_ids}
-        if one.name == index_name(encoder_id):
-            own = covered
-        elif one.field_names[0] not in features:
-            others.append(covered)
-    there = {one.fragment_id for one in images.get_fragments()}
-    own &= there
-    return {"uncovered_fragments": tuple(sorted(there - own)), "filter_indexed": all(own <= one for one in others)}
+    covered: set[int] = set()
+    covered_by_others = []
+    for index in images.describe_indices():
+        fragment_ids = {fragment_id for segment in index.segments for fragment_id in segment.fragment_ids}
+        if index.name == index_name(encoder_id):
+            covered = fragment_ids
+        elif index.field_names[0] not in features:
+            covered_by_others.append(fragment_ids)
+    existing = {fragment.fragment_id for fragment in images.get_fragments()}
+    covered &= existing
+    return {
+        "uncovered_fragments": tuple(sorted(existing - covered)),
+        "filter_indexed": all(covered <= others for others in covered_by_others),
+    }
 
 
 def folded(queries: np.ndarray, mapper: Mapper | None, norm_correction: np.ndarray | None = None) -> np.ndarray:
-    """(n_queries, dimension) float32, unit length: what to look for among features that are not mapped."""
+    """(n_queries, dimension) float32, unit length: the queries to search for among features that are not mapped."""
     if mapper is None:
         return queries
-    own = mapper.samples(queries)
-    own = (
-        own @ mapper.parameters["exemplar.weight"]
-        if mapper.form == "affine"
-        else own * mapper.parameters["exemplar.gain"]
-    )
-    own = own - (0 if norm_correction is None else norm_correction)
-    asked: np.ndarray = own / np.linalg.norm(own, axis=1, keepdims=True)
-    return asked
+    mapped = mapper.samples(queries)
+    if mapper.form == "affine":
+        directions = mapped @ mapper.parameters["exemplar.weight"]
+    else:
+        directions = mapped * mapper.parameters["exemplar.gain"]
+    directions = directions - (0 if norm_correction is None else norm_correction)
+    unit: np.ndarray = directions / np.linalg.norm(directions, axis=1, keepdims=True)
+    return unit
 
 
 def top_k(
@@ -103,97 +109,142 @@ def top_k(
     k: int,
     mapper: Mapper | None = None,
 ) -> exact_search.Hits:
-    """Nearly the k most similar candidates of each query, with their exact similarity, as `exact.top_k` gives them all.
+    """Nearly the k most similar candidates of each query, with their exact similarity, in the form of `exact.top_k`.
 
-    Where the partitions that are looked into hold fewer than k candidates, fewer come back.
+    A query has fewer than k hits if the partitions that it looks into hold fewer candidates.
     queries:      (n_queries, dimension) float32, unit length, before they are mapped
-    where:        a predicate that candidates fulfil; it is applied before the search, not to what the search has found
-    n_candidates: about how many do
+    where:        a predicate that candidates fulfil; it is applied before the search, not to the hits
+    n_candidates: about how many images fulfil it
     """
-    wanted = n_hits(index, k)
-    # As many partitions as hold, on average, several times what is wanted; more than usual only where very much is.
-    holding = math.ceil(PROBE_SAFETY * wanted * index.n_partitions / max(1, n_candidates))
-    n_probes = min(index.n_partitions, max(index.n_probes, holding))
-    asked = folded(queries, mapper, index.norm_correction)
+    request = _Request(images, index, where, n_hits(index, k), _n_probes(index, n_hits(index, k), n_candidates))
+    directions = folded(queries, mapper, index.norm_correction)
 
-    def of_part(part: slice) -> exact_search.Hits:
-        query, candidate, ids, features = _hits(images, index, where, asked[part], wanted, n_probes)
-        exact = exact_search.exact_similarity(features, queries[part], candidate, query, mapper)
-        if len(asked[part]) == 1:  # an Arrow sort takes longer than it
-            names = ids.to_pylist()
-            first = sorted(range(len(names)), key=lambda place: (-exact[place], names[place]))[:k]
-            return exact_search.Hits([ids.take(pa.array(first, pa.int64())).to_numpy(False)], [exact[first]])
-        best = exact_search.Best(len(asked[part]), k)
-        best.add(query, exact, ids.take(pa.array(candidate)))
+    def search(part: slice) -> exact_search.Hits:
+        pairs = request.pairs(directions[part])
+        similarity = exact_search.exact_similarity(pairs.features, queries[part], pairs.candidate, pairs.query, mapper)
+        return pairs.best(similarity, len(queries[part]), k)
+
+    hits = exact_search.joined(_map_parts(search, len(queries), request.n_hits))
+    if not index.uncovered_fragments:
+        return hits
+    # Lance would compare uncovered rows for one query after another.
+    uncovered = stream(images, index.encoder_id, where, fragments=index.uncovered_fragments)
+    return exact_search.merged([hits, exact_search.top_k(uncovered, queries, k, mapper=mapper)], k)
+
+
+def _n_probes(index: Index, n_hits: int, n_candidates: int) -> int:
+    """Partitions to look into: more than usual only where many hits are wanted from few candidates."""
+    holding = math.ceil(PROBE_SAFETY * n_hits * index.n_partitions / max(1, n_candidates))
+    return min(index.n_partitions, max(index.n_probes, holding))
+
+
+def _map_parts(
+    search: Callable[[slice], exact_search.Hits], n_queries: int, n_hits: int
+) -> Sequence[exact_search.Hits]:
+    """The hits of the queries in parts of at most FETCHED hits together, one part per core at a time.
+
+    Lance keeps one core busy with a search, of however many queries.
+    """
+    n_cores = max(1, min(os.cpu_count() or 1, FETCHED // n_hits))
+    size = max(1, min(FETCHED // n_hits // n_cores, math.ceil(n_queries / n_cores)))
+    parts = [slice(first, first + size) for first in range(0, n_queries, size)]
+    if len(parts) == 1:
+        return [search(parts[0])]
+    with ThreadPoolExecutor(n_cores) as pool:
+        return list(pool.map(search, parts))
+
+
+@dataclass(frozen=True)
+class _Pairs:
+    """Pairs of a query and a candidate that an index hit.
+
+    query, candidate: (n_pairs,) int64: the number of the query, and the row in ids and features
+    ids, features:    (n_candidates,) text, (n_candidates, dimension) float32
+    """
+
+    query: np.ndarray
+    candidate: np.ndarray
+    ids: pa.Array
+    features: np.ndarray
+
+    def best(self, similarity: np.ndarray, n_queries: int, k: int) -> exact_search.Hits:
+        """The best k candidates of each query, by the similarity of the pairs."""
+        if n_queries == 1:  # an Arrow sort of so few takes longer
+            ids = self.ids.to_pylist()
+            order = sorted(range(len(ids)), key=lambda row: (-similarity[row], ids[row]))[:k]
+            return exact_search.Hits([self.ids.take(pa.array(order, pa.int64())).to_numpy(False)], [similarity[order]])
+        best = exact_search.TopHits(n_queries, k)
+        best.add(self.query, similarity, self.ids.take(pa.array(self.candidate)))
         return best.hits()
 
-    # Lance keeps one core busy with a search, of however many queries.
-    n_cores = max(1, min(os.cpu_count() or 1, FETCHED // wanted))
-    together = max(1, min(FETCHED // wanted // n_cores, math.ceil(len(queries) / n_cores)))
-    parts = [slice(first, first + together) for first in range(0, len(queries), together)]
-    if len(parts) == 1:
-        found = of_part(parts[0])
-    else:
-        with ThreadPoolExecutor(n_cores) as pool:
-            of_parts = list(pool.map(of_part, parts))
-        found = exact_search.Hits(
-            [ids for one in of_parts for ids in one.ids],
-            [similarity for one in of_parts for similarity in one.similarity],
-        )
-    if not index.uncovered_fragments:
-        return found
-    # Lance would compare what the index does not cover for one query after the other.
-    blocks = stream(images, index.encoder_id, where, fragments=index.uncovered_fragments)
-    return exact_search.merged([found, exact_search.top_k(blocks, queries, k, mapper=mapper)], k)
 
+@dataclass(frozen=True)
+class _Request:
+    """A search of an index; n_hits and n_probes (hits and partitions) are per query."""
 
-def _hits(
-    images: lance.LanceDataset, index: Index, where: str, asked: np.ndarray, wanted: int, n_probes: int
-) -> tuple[np.ndarray, np.ndarray, pa.Array, np.ndarray]:
-    """What the index finds: pairs of a query and a candidate, and the ids and features of the candidates."""
-    alone = len(asked) == 1
-    described = ["image_id", index.encoder_id]
-    found = images.to_table(
-        # Of several queries candidates are read together afterwards, which takes less time; for one query it would take more.
-        columns=[*(described if alone else []), "_distance"],
-        filter=where,
-        prefilter=True,
-        # Leaves out what the index does not cover, and what another index that Lance filters by does not.
-        fast_search=bool(index.uncovered_fragments),
-        use_scalar_index=index.filter_indexed or not index.uncovered_fragments,
-        with_row_id=True,
-        nearest={
-            "column": index.encoder_id,
-            "q": asked[0] if alone else asked,
-            "k": wanted,
-            "nprobes": n_probes,  # the least and the most: left to look further, Lance takes more than twice the time
-        },
-    )
-    if not len(found):
-        nothing = np.empty(0, np.int64)
-        return nothing, nothing, pa.array([], pa.string()), np.empty((0, asked.shape[1]), np.float32)
-    if alone:
-        _, once = np.unique(found["_rowid"].to_numpy(), return_index=True)  # see below
-        if len(once) < len(found):
-            found = found.take(np.sort(once))
-        place = np.arange(len(found))
-        return np.zeros_like(place), place, *_described(found, index.encoder_id)
-    rows, candidate = np.unique(found["_rowid"].to_numpy(), return_inverse=True)
-    parts = [
-        images.to_table(
-            columns=described,
-            filter=f"_rowid IN ({', '.join(map(str, rows[at : at + ROWS_PER_READ].tolist()))})",
+    images: lance.LanceDataset
+    index: Index
+    where: str
+    n_hits: int
+    n_probes: int
+
+    def pairs(self, queries: np.ndarray) -> _Pairs:
+        """queries: (n_queries, dimension) float32, as `folded` makes them"""
+        return self._pairs_of_one(queries[0]) if len(queries) == 1 else self._pairs_of_many(queries)
+
+    def _pairs_of_one(self, query: np.ndarray) -> _Pairs:
+        """Ids and features come with the hits: for one query, a second read takes longer."""
+        hits = self._hits(query, self._columns)
+        _, first = np.unique(hits["_rowid"].to_numpy(), return_index=True)
+        if len(first) < len(hits):  # an index of several segments may return a row twice
+            hits = hits.take(np.sort(first))
+        candidate = np.arange(len(hits))
+        return _Pairs(np.zeros_like(candidate), candidate, *self._described(hits))
+
+    def _pairs_of_many(self, queries: np.ndarray) -> _Pairs:
+        """Ids and features are read afterwards, once for all queries that hit a candidate, which takes less time."""
+        hits = self._hits(queries, [])
+        rows, candidate = np.unique(hits["_rowid"].to_numpy(), return_inverse=True)
+        query = hits["query_index"].to_numpy().astype(np.int64)
+        _, first = np.unique(query * len(rows) + candidate, return_index=True)  # a row may be returned twice, as above
+        return _Pairs(query[first], candidate[first], *self._described(self._read(rows)))
+
+    def _hits(self, queries: np.ndarray, columns: list[str]) -> pa.Table:
+        """The columns of the rows that the index returns, `_rowid` among them; of several queries, `query_index` too."""
+        return self.images.to_table(
+            columns=[*columns, "_distance"],
+            filter=self.where,
+            prefilter=True,
+            # Leaves out rows that the index, or an index that Lance filters by, does not cover.
+            fast_search=bool(self.index.uncovered_fragments),
+            use_scalar_index=self.index.filter_indexed or not self.index.uncovered_fragments,
             with_row_id=True,
+            nearest={
+                "column": self.index.encoder_id,
+                "q": queries,
+                "k": self.n_hits,
+                "nprobes": self.n_probes,  # least and most; free to probe further, Lance takes more than twice the time
+            },
         )
-        for at in range(0, len(rows), ROWS_PER_READ)
-    ]
-    read = pa.concat_tables(parts).sort_by("_rowid")
-    query = found["query_index"].to_numpy().astype(np.int64)
-    # An index in several segments may give a row twice.
-    _, once = np.unique(query * len(rows) + candidate, return_index=True)
-    return query[once], candidate[once], *_described(read, index.encoder_id)
 
+    def _read(self, rows: np.ndarray) -> pa.Table:
+        """Ids and features of rows, given by ascending row id, in their order."""
+        if not len(rows):
+            return self.images.schema.empty_table()
+        parts = [
+            self.images.to_table(
+                columns=self._columns,
+                filter=f"_rowid IN ({', '.join(map(str, rows[at : at + ROWS_PER_READ].tolist()))})",
+                with_row_id=True,
+            )
+            for at in range(0, len(rows), ROWS_PER_READ)
+        ]
+        return pa.concat_tables(parts).sort_by("_rowid")
 
-def _described(rows: pa.Table, encoder_id: str) -> tuple[pa.Array, np.ndarray]:
-    rows = rows.combine_chunks()
-    return rows["image_id"].chunk(0), feature_matrix(rows[encoder_id])
+    @property
+    def _columns(self) -> list[str]:
+        return ["image_id", self.index.encoder_id]
+
+    def _described(self, rows: pa.Table) -> tuple[pa.Array, np.ndarray]:
+        """Ids and features of rows."""
+        return rows["image_id"].combine_chunks(), feature_matrix(rows[self.index.encoder_id])

@@ -1,4 +1,4 @@
-"""Partitions: dividing features among the nearest of some centroids, by matrix products on a CPU or an accelerator."""
+"""Partitions: each feature belongs to its nearest centroid, found by matrix products on a CPU or an accelerator."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from attrdb.search.gemm import SCORES
 
 
 def train_centroids(features: np.ndarray, n_centroids: int, n_rounds: int, seed: int, device: str) -> np.ndarray:
-    """(n_centroids, dimension) float32: means of the features nearest to them, by Lloyd's rounds from a random start.
+    """(n_centroids, dimension) float32: each the mean of the features nearest to it, by Lloyd's rounds from a random start.
 
-    features: (n, dimension) float32, with n >= n_centroids; a partition that loses all its features takes half of the largest
+    A partition that loses all its features takes half of the largest one.
+    features: (n, dimension) float32, with n >= n_centroids
     """
     rng = np.random.default_rng(seed)
     centroids = features[rng.choice(len(features), n_centroids, replace=False)].copy()
@@ -31,12 +32,12 @@ def train_centroids(features: np.ndarray, n_centroids: int, n_rounds: int, seed:
 
 def _sums_by_numpy(features: np.ndarray) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
     def sums(partition: np.ndarray, n: np.ndarray) -> np.ndarray:
-        """(n_partitions, dimension): of the features in each partition, n of them; any number where there are none."""
+        """(n_partitions, dimension): the sum of each partition's features, n of them; undefined for an empty partition."""
         order = np.argsort(partition, kind="stable")
-        found = np.empty((len(n), features.shape[1]), np.float32)
+        total = np.empty((len(n), features.shape[1]), np.float32)
         used = np.flatnonzero(n)
-        found[used] = np.add.reduceat(features[order], np.cumsum(n)[used] - n[used], axis=0)
-        return found
+        total[used] = np.add.reduceat(features[order], np.cumsum(n)[used] - n[used], axis=0)
+        return total
 
     return sums
 
@@ -46,18 +47,19 @@ def _sums_by_torch(features: np.ndarray, device: str) -> Callable[[np.ndarray, n
 
     from attrdb.search.gemm_cuda import to_device
 
-    there = to_device(features, device).double()  # so that the order in which a GPU adds them does not show
+    rows = to_device(features, device).double()  # float64, so that the order in which a GPU adds them does not show
 
     def sums(partition: np.ndarray, n: np.ndarray) -> np.ndarray:
-        found = there.new_zeros((len(n), there.shape[1]))
-        summed: np.ndarray = found.index_add_(0, torch.tensor(partition, device=device), there).float().cpu().numpy()
-        return summed
+        total = rows.new_zeros((len(n), rows.shape[1]))
+        total.index_add_(0, torch.tensor(partition, device=device), rows)
+        on_host: np.ndarray = total.float().cpu().numpy()
+        return on_host
 
     return sums
 
 
 def nearest_centroids(features: np.ndarray, centroids: np.ndarray, device: str) -> np.ndarray:
-    """(n,) int64: which of the centroids each feature is nearest to."""
+    """(n,) int64: the number of the centroid that is nearest to each feature."""
     nearest = np.empty(len(features), np.int64)
     # The nearest centroid c of x has the largest x . c - |c|^2 / 2.
     half = (centroids * centroids).sum(axis=1) / 2
@@ -83,10 +85,10 @@ def _by_torch(centroids: np.ndarray, half: np.ndarray, device: str) -> Callable[
 
     from attrdb.search.gemm_cuda import to_device
 
-    columns, half_there = to_device(centroids, device).T, torch.from_numpy(half).to(device)
+    columns, halves = to_device(centroids, device).T, torch.from_numpy(half).to(device)
 
     def product(features: np.ndarray) -> np.ndarray:
-        scores = torch.addmm(-half_there, to_device(features, device), columns)
+        scores = torch.addmm(-halves, to_device(features, device), columns)
         nearest: np.ndarray = scores.argmax(dim=1).cpu().numpy()
         return nearest
 

@@ -23,11 +23,11 @@ ARRAYS = {"affine": ("weight", "bias"), "gain": ("gain", "bias"), "mlp": ("weigh
 
 @dataclass(frozen=True)
 class Mapper:
-    """h and h~ on the features of one encoder; `parameters` has an array by `<side>.<name>`, see ARRAYS.
+    """h and h~ on the features of one encoder; `parameters` holds the arrays by `<side>.<name>`, see ARRAYS.
 
         affine   h(x) = W x + b                          weight (d, d), bias (d,)
         gain     h(x) = g * x + b                        gain (d,), bias (d,)
-        mlp      h(x) = W x + b + D max(0, U x + c)      besides: up (m, d), up_bias (m,), down (d, m)
+        mlp      h(x) = W x + b + D max(0, U x + c)      as affine, and up (m, d), up_bias (m,), down (d, m)
 
     source: Wang et al. 2023, section 4 (affine); the forms of the other two, which are ablations there, are ours
     """
@@ -40,15 +40,19 @@ class Mapper:
     def __post_init__(self) -> None:
         if self.form not in FORMS:
             raise InvalidValue(f"mapper {self.mapper_id!r} has form {self.form!r}; it must be {', '.join(FORMS)}")
-        wanted = {f"{side}.{name}" for side in SIDES for name in ARRAYS[self.form]}
-        if strange := wanted ^ self.parameters.keys():
-            raise InvalidValue(f"mapper {self.mapper_id!r} of form {self.form!r} does not fit: {min(strange)!r}")
+        needed = {f"{side}.{name}" for side in SIDES for name in ARRAYS[self.form]}
+        if needed != self.parameters.keys():
+            raise InvalidValue(
+                f"mapper {self.mapper_id!r} of form {self.form!r} has the arrays {', '.join(sorted(self.parameters))}; it "
+                f"must have {', '.join(sorted(needed))}"
+            )
 
     @classmethod
     def of_row(cls, row: Mapping[str, Any]) -> Mapper:
         """The mapper that a row of `mappers` holds."""
         arrays = {
-            one["name"]: np.asarray(one["values"], dtype=np.float32).reshape(one["shape"]) for one in row["parameters"]
+            array["name"]: np.asarray(array["values"], dtype=np.float32).reshape(array["shape"])
+            for array in row["parameters"]
         }
         return cls(row["mapper_id"], row["encoder_id"], row["form"], arrays)
 
@@ -98,7 +102,7 @@ class Mapper:
     def check_norms(self, norms: np.ndarray) -> None:
         """raises: InvalidValue for mapped features of a length that is zero or not finite"""
         if not (np.isfinite(norms) & (norms > 0)).all():
-            raise InvalidValue(f"mapper {self.mapper_id!r} makes a feature that is zero or not finite; train it again")
+            raise InvalidValue(f"mapper {self.mapper_id!r} makes a feature that is zero or not finite; retrain it")
 
     def _mapped(self, side: str, features: np.ndarray, dtype: type) -> np.ndarray:
         mapped = self._unscaled(side, features, dtype)

@@ -1,4 +1,4 @@
-"""What a process of attrdb's own sets for itself, so that Lance and large arrays are quick; an application decides itself."""
+"""Settings of a process that make Lance and large arrays fast. attrdb's own commands use them; an application decides."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8  # of glibc's mallo
 def keep_freed_memory(*, one_arena: bool = False) -> None:
     """Let this process keep up to 1 GiB of freed memory, where the C library is glibc.
 
-    Otherwise the activations of every training step are given back to the system and fetched again: 1,100 to 1,700 page
-    faults a step at icon-sd on a CPU, 10 with it, and 0.93 of the time.
-    one_arena: all threads take from one heap, as suits a scan: what Lance's threads fetch and the caller frees is used
-               again. Reading 1 M x 512 features took 0.8 s with it and 2.3 to 4 s without, nearly all of that page faults.
+    Otherwise every training step returns its activations to the system and fetches them again: 1,100 to 1,700 page faults
+    per step of icon-sd on a CPU, with it 10, and 0.93 of the time.
+    one_arena: all threads share one heap. A scan then reuses what Lance's threads allocate and the caller frees: reading
+               1 M x 512 features took 0.8 s with it and 2.3 to 4 s without, nearly all of that page faults.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
@@ -25,10 +25,9 @@ def keep_freed_memory(*, one_arena: bool = False) -> None:
 
 
 def use_the_machine() -> None:
-    """For a process that searches: all cores for Lance, which leaves two of them to reading otherwise, and memory kept.
+    """For a process that searches: Lance computes on all cores, not on all but two, and freed memory is kept.
 
-    To be called before Lance's first search; what the environment says goes first. On two cores a batch of queries takes
-    0.7 of the time.
+    Call it before Lance's first search. Environment variables win. On two cores a batch of queries takes 0.7 of the time.
     """
     os.environ.setdefault("LANCE_CPU_THREADS", str(os.cpu_count() or 1))
     keep_freed_memory(one_arena=True)

@@ -1,4 +1,4 @@
-"""Choosing how candidates are searched for: all of them are compared, or an encoder's index is asked for likely ones."""
+"""Choose how candidates are searched: compare all of them, or only those that an encoder's index finds."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from attrdb.store.lance_errors import storage
 from attrdb.store.predicates import CANDIDATES
 from attrdb.store.snapshot import Snapshot
 
-EXACT_BELOW_ROWS = 20_000  # candidates of which all are compared, whether there is an index or not
-HIT_COST = 8  # times what a candidate takes in a scan, which reads one after the other
-BREAK_EVEN_QUERIES = 128  # queries whose products with a candidate take as long as reading it
+EXACT_BELOW_ROWS = 20_000  # up to so many candidates, all are compared even if there is an index
+HIT_COST = 8  # time of a hit of the index, as a multiple of that of a candidate in a scan
+BREAK_EVEN_QUERIES = 128  # the products of so many queries with a candidate take as long as reading it
 
 
 def candidates_predicate(candidates: str | None) -> str:
-    """Candidates that fulfil a predicate of the caller's; all for None."""
+    """The predicate of candidates that fulfil one of the caller's; of all candidates for None."""
     return CANDIDATES if candidates is None else f"{CANDIDATES} AND ({candidates})"
 
 
 def count(snapshot: Snapshot, candidates: str | None = None) -> int:
-    """How many candidates fulfil a predicate that has been checked, whether they have a feature or not."""
+    """The number of candidates that fulfil a checked predicate, with or without a feature."""
     return snapshot.count(candidates_predicate(candidates))
 
 
@@ -38,14 +38,14 @@ def nearest(
     candidates: str | None = None,
     exact: bool = False,
 ) -> exact_search.Hits:
-    """The k most similar candidates of each query, or fewer; through the encoder's index where that takes less.
+    """The k most similar candidates of each query, or fewer; through the encoder's index if that takes less time.
 
-    With a mapper all candidates are compared, unless the index was found to serve it.
+    With a mapper all candidates are compared, unless measurements showed that the index finds enough.
 
     queries:    (n_queries, dimension) float32, unit length, before they are mapped
     candidates: an SQL predicate on the columns of images; only candidates that fulfil it are searched
-    exact:      do without the index
-    raises:     InvalidValue for a predicate that Lance does not take
+    exact:      compare all candidates, without the index
+    raises:     InvalidValue for a predicate that Lance refuses
     """
     if candidates is not None:
         snapshot.check_predicate("candidates", candidates)
@@ -66,7 +66,7 @@ def nearest(
 
 
 def _pays(index: ivf.Index, n_candidates: int, n_queries: int, k: int) -> bool:
-    """Whether the index takes less than comparing all candidates, whose reading many queries share."""
+    """Whether the index takes less time than comparing all candidates, which are read once for all queries."""
     hits = ivf.n_hits(index, k)
     scan = n_candidates * (1 + n_queries / BREAK_EVEN_QUERIES)
     return hits <= ivf.FETCHED and n_queries * hits * HIT_COST < scan
@@ -78,7 +78,7 @@ def indices(snapshot: Snapshot) -> dict[str, ivf.Index]:
 
 
 def index_for(snapshot: Snapshot, encoder_id: str, mapper: Mapper | None) -> ivf.Index | None:
-    """The index that is asked for an encoder, as it is asked with a mapper; None where all candidates are compared."""
+    """The index of an encoder, with the settings for a mapper; None if all candidates are to be compared."""
     if mapper is not None:
         return snapshot.once(_mapper_indices).get(mapper.mapper_id)
     return indices(snapshot).get(encoder_id)
@@ -98,16 +98,15 @@ def _indices(snapshot: Snapshot) -> dict[str, ivf.Index]:
 
 
 def _mapper_indices(snapshot: Snapshot) -> dict[str, ivf.Index]:
-    """The indices of mappers that find enough through them, by mapper_id."""
+    """By mapper_id, the indices of those mappers that find enough through them."""
     known = indices(snapshot)
     return {
         row["mapper_id"]: replace(
             known[row["encoder_id"]],
             n_probes=row["n_probes"],
             oversampling=row["oversampling"],
-            norm_correction=np.asarray(
-                row.get("norm_correction", row.get("tilt")), np.float32
-            ),  # `tilt` before schema 6
+            # The column was `tilt` before schema 6.
+            norm_correction=np.asarray(row.get("norm_correction", row.get("tilt")), np.float32),
         )
         for row in snapshot.rows("mapper_searches", "used")
         if row["encoder_id"] in known

@@ -1,7 +1,7 @@
-"""Blocks worked on by all cores, one a core, up to WORKERS.
+"""Work on blocks by all cores, one block per core, up to WORKERS.
 
-With all cores on one matrix product after the other, each waits for the slowest, and what is not a product runs on one.
-A product has one thread: OpenBLAS, NumPy's, lets those that have several run only one after the other.
+If all cores worked on one matrix product after another, each would wait for the slowest, and all else would run on one core.
+So a product has one thread. OpenBLAS, which NumPy uses, runs products of several threads only one after another.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from functools import cache
 from threading import Lock
 from typing import Any
 
-import numpy  # noqa: F401  whose BLAS is to be found
+import numpy  # noqa: F401  loads the BLAS that is limited here
 from threadpoolctl import ThreadpoolController
 
-WORKERS = 16  # at most, since each holds a block and the result of a product: half a GiB together
+WORKERS = 16  # at most: each holds a block and the result of a product, half a GiB together
 
 
 def map_blocks(work: Callable[[Any], Any], blocks: Iterable[Any], device: str = "cpu") -> Iterator[Any]:
-    """What is made of each block, in their order; on an accelerator one after the other."""
+    """The results of `work` on each block, in their order; on an accelerator one after another."""
     if device != "cpu":
         yield from map(work, blocks)
         return
@@ -39,44 +39,44 @@ def map_blocks(work: Callable[[Any], Any], blocks: Iterable[Any], device: str = 
 
 @contextmanager
 def one_thread_per_product() -> Iterator[None]:
-    """One thread a matrix product of NumPy's, in this whole process; the last that asked for it lifts it."""
-    with _Asked.lock:
-        if not _Asked.n:
-            _Asked.limited = _blas().limit(limits=1)
-        _Asked.n += 1
+    """One thread per matrix product of NumPy, in the whole process, until the last block that needs it ends."""
+    with _Limit.lock:
+        if not _Limit.n_users:
+            _Limit.limiter = _blas().limit(limits=1)
+        _Limit.n_users += 1
     try:
         yield
     finally:
-        with _Asked.lock:
-            _Asked.n -= 1
-            if not _Asked.n:
-                _Asked.limited.restore_original_limits()
+        with _Limit.lock:
+            _Limit.n_users -= 1
+            if not _Limit.n_users:
+                _Limit.limiter.restore_original_limits()
 
 
-class _Asked:
-    """By how many a limit is asked for now, and what undoes it."""
+class _Limit:
+    """The number of blocks that need the limit now, and the object that lifts it."""
 
-    lock, n = Lock(), 0
-    limited: Any = None
+    lock, n_users = Lock(), 0
+    limiter: Any = None
 
     @classmethod
-    def in_child(cls) -> None:
-        """A process that is forked while others search has none of their searches."""
-        if cls.n:
-            cls.limited.restore_original_limits()
-        cls.lock, cls.n, cls.limited = Lock(), 0, None
+    def reset_in_child(cls) -> None:
+        """Lift the limit in a process that was forked during a search: none of the searches runs in it."""
+        if cls.n_users:
+            cls.limiter.restore_original_limits()
+        cls.lock, cls.n_users, cls.limiter = Lock(), 0, None
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_Asked.in_child)
+    os.register_at_fork(after_in_child=_Limit.reset_in_child)
 
 
 @cache
 def _n_threads() -> int:
-    """Of a product as it was before any limit: the cores, or what the environment allows."""
+    """Threads of a product without the limit: the cores, or what the environment allows."""
     return max((library["num_threads"] for library in _blas().info()), default=os.cpu_count() or 1)
 
 
 @cache
 def _blas() -> ThreadpoolController:
-    return ThreadpoolController().select(user_api="blas")  # looks through all libraries that are loaded
+    return ThreadpoolController().select(user_api="blas")  # slow: searches all libraries that are loaded

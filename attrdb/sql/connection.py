@@ -10,12 +10,12 @@ from functools import partial
 from typing import Any
 
 import duckdb
-import numpy as np
 import pyarrow as pa
 from duckdb.func import FunctionNullHandling, PythonUDFType
 
 from attrdb.attribution.methods import method_rows, resolve_method
 from attrdb.attribution.query import Attribution, AttributionRequest, attribute_stored, check_enough
+from attrdb.attribution.similarity import unit_features
 from attrdb.errors import QueryRefused
 from attrdb.search import planner
 from attrdb.sql.relations import STORED, Relation, features_view, older_view, relations
@@ -149,17 +149,10 @@ def _nearest(
     exact: bool | None,
 ) -> list[list[Row] | None]:
     encoder_id = snapshot.encoder_id(encoder_id)
-    dimension = snapshot.encoders[encoder_id]["dimension"]
-    for feature in features:
-        if len(feature) != dimension or None in feature:
-            raise QueryRefused(f"nearest: a feature of length {len(feature)}, encoder {encoder_id!r} makes {dimension}")
     if k is None or k < 1:
         raise QueryRefused(f"nearest: k is {k}; at least one candidate must be asked for")
-    queries = np.array(features, dtype=np.float32)
-    norms = np.linalg.norm(queries, axis=1, keepdims=True)
-    if not (np.isfinite(norms) & (norms > 0)).all():
-        raise QueryRefused("nearest: a feature that is zero or not finite has no direction")
-    hits = planner.nearest(snapshot, encoder_id, queries / norms, k, candidates=candidates, exact=bool(exact))
+    queries = unit_features(snapshot, encoder_id, features)
+    hits = planner.nearest(snapshot, encoder_id, queries, k, candidates=candidates, exact=bool(exact))
     for ids in hits.ids:
         check_enough(snapshot, f"{encoder_id!r} feature", candidates, k, len(ids))
     return [

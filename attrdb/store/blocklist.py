@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable
-from functools import lru_cache
-from pathlib import Path
 
 import pyarrow as pa
 
 from attrdb.errors import InvalidValue
 from attrdb.store.lance_errors import storage
 from attrdb.store.snapshot import Snapshot
-from attrdb.store.tables import open_table
 
 
 def address_digest(uri: str | None) -> str | None:
@@ -59,11 +56,10 @@ class Blocklist:
 
 
 def blocklist(snapshot: Snapshot) -> Blocklist:
-    return _blocklist(snapshot.path, snapshot.tables["blocked_digests"].version)
+    return snapshot.once(_load)
 
 
-@lru_cache(maxsize=1)
-def _blocklist(path: Path, version: int) -> Blocklist:
-    with storage(path):
-        rows = open_table(path, "blocked_digests", version=version).to_table(columns=["digest", "removal_id"])
+def _load(snapshot: Snapshot) -> Blocklist:
+    with storage(snapshot.path):
+        rows = snapshot.tables["blocked_digests"].to_table(columns=["digest", "removal_id"])
     return Blocklist(dict(zip(rows["digest"].to_pylist(), rows["removal_id"].to_pylist(), strict=True)))

@@ -81,7 +81,7 @@ class JobFolder:
         except ValueError:
             record = None
         if not isinstance(record, dict):
-            raise InvalidValue(f"{self.settings_file} is damaged; delete {self.path} to begin anew")
+            raise InvalidValue(f"{self.settings_file} is damaged; delete {self.path} to start again")
         return record
 
     def write_settings(self, record: Mapping[str, Any]) -> None:

@@ -23,7 +23,8 @@ from PIL import Image
 import attrdb
 from attrdb.database import Database, open_or_create
 from attrdb.demo import bundled_icons
-from attrdb.ingest.read.corpus import image_rows, ingest_corpus, open_corpus
+from attrdb.ingest.read.corpus import image_rows, ingest_corpus
+from attrdb.ingest.read.discover import open_corpus
 from attrdb.ingest.read.pictures import read_picture
 from attrdb.training.icon_sd.icons import SCHEMA, lossy
 

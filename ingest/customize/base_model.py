@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import StableDiffusionPipeline
@@ -20,10 +21,11 @@ from transformers.utils import logging as transformers_logging
 
 from attrdb.errors import InvalidValue, NotFound
 from attrdb.ingest.customize.attention import Projected, use_prompt_attention
+from attrdb.ingest.customize.weight_files import WEIGHTED, loaded_files, missing_weights, variant_of
 from attrdb.ingest.devices import default_device, enough_memory, is_cpu
 from attrdb.search.memory import keep_freed_memory
 
-WEIGHTED = ("unet", "vae", "text_encoder")
+HASHED_BEFORE = (".safetensors", ".json", ".txt")
 PICKLED = (".bin", ".ckpt", ".pt", ".pth")
 NEEDED = (*WEIGHTED, "tokenizer", "scheduler")
 BUNDLED = "icon-sd"  # the tiny base model that comes with attrdb
@@ -51,15 +53,18 @@ class BaseModel:
     def __post_init__(self) -> None:
         embedding = self.pipeline.text_encoder.get_input_embeddings()
         unet = self.pipeline.unet
-        self.prompt_attention = use_prompt_attention(
-            unet, not (is_cpu(self.device) and unet.config.sample_size <= SMALL)
-        )
+        self.prompt_attention = use_prompt_attention(unet, not (is_cpu(self.device) and self.latent_side <= SMALL))
         self._plain = (self.pipeline.tokenizer, self.pipeline.scheduler, embedding.weight)
+
+    @property
+    def latent_side(self) -> int:
+        """Latent positions a side."""
+        return square_side(self.pipeline.unet.config.sample_size, self.name)
 
     @property
     def resolution(self) -> int:
         """Pixels a side."""
-        return self.pipeline.unet.config.sample_size * self.pipeline.vae_scale_factor
+        return self.latent_side * self.pipeline.vae_scale_factor
 
     def predict(
         self, noisy: torch.Tensor, times: torch.Tensor, states: torch.Tensor, projected: Projected | None = None
@@ -144,7 +149,7 @@ class OneBaseModel:
 
     def load(self, name: str) -> BaseModel:
         """As `load_base_model`; loaded once for as long as its files stay the same."""
-        key = (name, _stamps(base_model_folder(name)))
+        key = (name, _stamps(loaded_files(base_model_folder(name), NEEDED)))
         if self._kept is None or self._kept[0] != key:
             self._kept = None  # two of them need not fit into memory
             self._kept = (key, load_base_model(name))
@@ -168,21 +173,14 @@ def base_model_folder(name: str) -> Path:
             return bundled
         if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
             raise NotFound(f"no base model {name!r}: neither a folder nor a hub id (such as org/name)")
-        try:
-            folder = Path(StableDiffusionPipeline.download(name, use_safetensors=True, safety_checker=None))
-        except Exception as error:  # the hub client raises many kinds; all mean the same here
-            raise NotFound(f"no base model {name!r}: no such folder, and the hub says: {error}") from error
+        folder = _download(name)
     if not (folder / "model_index.json").is_file():
         raise InvalidValue(f"base model {folder} has no model_index.json; a diffusers pipeline folder is needed")
     kind = read_json(folder / "model_index.json").get("_class_name")
     if kind != "StableDiffusionPipeline":
         raise InvalidValue(f"base model {folder} is a {kind}; a StableDiffusionPipeline (SD 1.x or 2.x) is needed")
     missing = [part for part in NEEDED if not (folder / part).is_dir()]
-    missing += [
-        f"{part}/*.safetensors"
-        for part in WEIGHTED
-        if part not in missing and not any((folder / part).glob("*.safetensors"))
-    ]
+    missing += [file for file in missing_weights(folder) if file.partition("/")[0] not in missing]
     if missing:
         pickled = sorted(file for part in WEIGHTED for end in PICKLED for file in (folder / part).glob(f"*{end}"))
         if pickled:
@@ -191,26 +189,61 @@ def base_model_folder(name: str) -> Path:
                 "never reads: load the pipeline where you trust it and save it with save_pretrained(safe_serialization=True)"
             )
         raise InvalidValue(f"base model {folder} lacks {', '.join(missing)}; fetch the whole pipeline folder")
+    variant_of(folder)
+    square_side(read_json(folder / "unet" / "config.json").get("sample_size"), str(folder))
     return folder
 
 
-def weights_hash(folder: Path) -> str:
-    """A hash of the weights and configurations that decide what the base model generates.
+def _download(name: str) -> Path:
+    """raises: NotFound"""
+    try:
+        try:
+            folder = StableDiffusionPipeline.download(name, use_safetensors=True, safety_checker=None)
+        except OSError as error:
+            if "safetensors" not in str(error):
+                raise
+            # Some have their weights in half precision alone.
+            folder = StableDiffusionPipeline.download(name, use_safetensors=True, safety_checker=None, variant="fp16")
+    except Exception as error:  # the hub client raises many kinds; all mean the same here
+        raise NotFound(f"no base model {name!r}: no such folder, and the hub says: {error}") from error
+    return Path(folder)
 
-    Read once a process for as long as names, sizes and times of the files stay the same.
+
+def square_side(sample_size: object, name: str) -> int:
+    """The side of a U-Net's latents, which its configuration gives as a number or as height and width.
+
+    raises: InvalidValue if it is neither, or not square
     """
-    return _weights_hash(folder.resolve(), _stamps(folder))
+    sides: list[Any] = list(sample_size) if isinstance(sample_size, (list, tuple)) else [sample_size]
+    is_square = len(sides) in (1, 2) and sides[0] == sides[-1]
+    if not is_square or not all(type(side) is int and side > 0 for side in sides):
+        raise InvalidValue(
+            f"base model {name} has a U-Net of sample_size {sample_size!r}; one that makes square pictures is needed"
+        )
+    return int(sides[0])
 
 
-def _stamps(folder: Path) -> tuple[tuple[str, int, int], ...]:
-    """Name, size and time of change of every file that `weights_hash` reads, in its order."""
-    found = []
-    for part in NEEDED:
-        for file in sorted((folder / part).glob("*")):
-            if file.suffix in (".safetensors", ".json", ".txt"):
-                about = file.stat()
-                found.append((f"{part}/{file.name}", about.st_size, about.st_mtime_ns))
-    return tuple(found)
+def weights_hash(folder: Path) -> str:
+    """A hash of the weights that are loaded and the configurations that decide what the base model generates.
+
+    Copies of the weights that are not loaded, such as fp16 beside float32, do not count. Read once a process for as long as
+    names, sizes and times of the files stay the same.
+    """
+    return _weights_hash(folder.resolve(), _stamps(loaded_files(folder, NEEDED)))
+
+
+def is_made_from(folder: Path, stored_hash: str) -> bool:
+    """Whether a base model is the one whose hash was stored; before version 0.2 a hash covered all copies of the weights."""
+    if weights_hash(folder) == stored_hash:
+        return True
+    files = [file for part in NEEDED for file in sorted((folder / part).glob("*")) if file.suffix in HASHED_BEFORE]
+    return _weights_hash(folder.resolve(), _stamps(files)) == stored_hash
+
+
+def _stamps(files: list[Path]) -> tuple[tuple[str, int, int], ...]:
+    """Part and name, size and time of change of files."""
+    stats = [(file, file.stat()) for file in files]
+    return tuple((f"{file.parent.name}/{file.name}", stat.st_size, stat.st_mtime_ns) for file, stat in stats)
 
 
 @lru_cache(maxsize=16)
@@ -259,6 +292,7 @@ def load_base_model(name: str, device: str | None = None) -> BaseModel:
             folder,
             local_files_only=True,
             use_safetensors=True,
+            variant=variant_of(folder),
             safety_checker=None,
             feature_extractor=None,
             requires_safety_checker=False,

@@ -96,7 +96,7 @@ def read_corpus(db: Database, names: Sequence[str], prompt: str) -> Regularizati
     rows = {row["image_id"]: row for row in table.to_pylist()}
     if missing := [name for name in names if name not in rows]:
         raise InvalidValue(
-            f"regularization image {missing[0]!r} is no longer in {db.path}; delete the half-done job to begin anew"
+            f"regularization image {missing[0]!r} is no longer in {db.path}; delete the half-done job to start again"
         )
     images = [read_picture(name, rows[name]["image"]).image for name in names]
     return Regularization(images, [rows[name]["prompt"] or prompt for name in names], list(names))

@@ -67,7 +67,7 @@ def synthesize(
     texts = [plan.prompt.text for plan in batch]
     encoded |= encode_prompts(base, [text for text in ["", *texts] if text not in encoded])
     states = torch.stack([encoded[text] for text in [""] * (len(batch) if guided else 0) + texts])
-    shape = (1, pipeline.unet.config.in_channels, *[pipeline.unet.config.sample_size] * 2)
+    shape = (1, pipeline.unet.config.in_channels, *[base.latent_side] * 2)
     noise = [torch.randn(shape, generator=torch.Generator().manual_seed(plan.seed)) for plan in batch]
     solver.set_timesteps(settings.solver_steps, device=base.device)
     latents = torch.cat(noise).to(base.device) * solver.init_noise_sigma  # (n, channels, height, width)

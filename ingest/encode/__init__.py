@@ -81,8 +81,8 @@ def load_encoder(spec: str) -> Encoder:
         return EfficientNetLite0()
     if spec == "vgg-gram":
         return VggGram()
-    if found := re.fullmatch(r"pixels:(\d+)", spec):
-        return Pixels(int(found[1]))
+    if match := re.fullmatch(r"pixels:(\d+)", spec):
+        return Pixels(int(match[1]))
     if colon and prefix in ("open_clip", "timm", "torchscript"):
         from attrdb.ingest.encode.networks import LOADERS  # torch is imported only where it is used
 
@@ -105,7 +105,7 @@ def encode(encoder: Encoder, images: Sequence[Image.Image]) -> np.ndarray:
         features, errors = unit_features(encoder, np.stack([encoder.prepare(image) for image in images]))
     else:
         encoded = list(encode_stream([encoder], images, lambda image: (None, image)))
-        features, errors = [one.features for one in encoded], [one.error for one in encoded]
+        features, errors = [image.features for image in encoded], [image.error for image in encoded]
     for row, error in enumerate(errors):
         if error:
             raise InvalidValue(f"picture {row}: {error}") from error

@@ -69,7 +69,7 @@ def backfill(
         add_done(0)
         work = _Work(db, encoder, encoder_id, folder.path, job, passed_over, add_done)
         finished: set[int] = set()
-        while left := [one for one in work.fragments() if one.fragment_id not in finished]:
+        while left := [fragment for fragment in work.fragments() if fragment.fragment_id not in finished]:
             n_encoded = work.fill(left[0])
             if n_encoded is not None:
                 finished.add(left[0].fragment_id)
@@ -111,8 +111,8 @@ class _Work:
         files = list(known)
         with closing(encode_stream([self.encoder], self._items(fragment, have), _read)) as encoded:
             while chunk := list(islice(encoded, CHECKPOINT)):
-                self.job.failed({one.item[0]: str(one.error) for one in chunk if one.error})
-                if good := [one for one in chunk if not one.error]:
+                self.job.failed({image.item[0]: str(image.error) for image in chunk if image.error})
+                if good := [image for image in chunk if not image.error]:
                     parts.append(self._table(good))
                     files.append(self._checkpoint(parts[-1]))
                 self.add_done(len(chunk))
@@ -131,8 +131,10 @@ class _Work:
                     yield image_id, image.as_py()
 
     def _table(self, good: list[Encoded]) -> pa.Table:
-        features = feature_array(np.stack([one.features[0] for one in good]))
-        return pa.table({"image_id": [one.item[0] for one in good], self.encoder_id: features}, schema=self._schema())
+        features = feature_array(np.stack([image.features[0] for image in good]))
+        return pa.table(
+            {"image_id": [image.item[0] for image in good], self.encoder_id: features}, schema=self._schema()
+        )
 
     def _schema(self) -> pa.Schema:
         return pa.schema(
@@ -146,13 +148,13 @@ class _Work:
 
     def _checkpointed(self, wanted: set[str]) -> dict[Path, pa.Table]:
         """What waits in the job's folder of the wanted images, by file."""
-        found = {}
+        tables = {}
         for file in sorted(self.folder.glob("*.parquet")):
             table = pq.read_table(file, schema=self._schema())
             mine = pa.array([image_id in wanted for image_id in table["image_id"].to_pylist()], pa.bool_())
             if pc.any(mine).as_py():
-                found[file] = table.filter(mine)
-        return found
+                tables[file] = table.filter(mine)
+        return tables
 
     def _commit(self, fragment: lance.LanceFragment, parts: list[pa.Table]) -> bool:
         """Write the features into the fragment's column; False if another writer changed the fragment meanwhile."""

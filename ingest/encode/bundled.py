@@ -57,8 +57,8 @@ class EfficientNetLite0:
         self.weights_fingerprint = file_fingerprint(path)
         self._size = size
         network = timm.create_model("tf_efficientnet_lite0", pretrained=False)
-        given = torch.load(path, weights_only=True)
-        network.load_state_dict(dict(zip(network.state_dict(), given.values(), strict=True)))
+        weights = torch.load(path, weights_only=True)
+        network.load_state_dict(dict(zip(network.state_dict(), weights.values(), strict=True)))
         self._device = default_device()
         self.concurrent = is_cpu(self._device)
         self._network = network.eval().to(self._device, memory_format=torch.channels_last)
@@ -110,8 +110,8 @@ class VggGram:
         self._size = size
         self._device = default_device()
         self.concurrent = is_cpu(self._device)
-        given = torch.load(path, map_location=self._device, weights_only=True)
-        self._weights = {name.removeprefix("net."): value for name, value in given.items() if name.startswith("net.")}
+        weights = torch.load(path, map_location=self._device, weights_only=True)
+        self._weights = {name.removeprefix("net."): value for name, value in weights.items() if name.startswith("net.")}
         generator = torch.Generator().manual_seed(0)
         self._mixes = {}
         for layer, _, convolutions in self.LAYERS:
@@ -150,10 +150,10 @@ class VggGram:
 
 def _vgg_weights() -> Path:
     # The package is not imported: it would load torchvision's models for nothing.
-    found = importlib.util.find_spec("stlpips_pytorch")
-    if found is None or not found.submodule_search_locations:
+    package = importlib.util.find_spec("stlpips_pytorch")
+    if package is None or not package.submodule_search_locations:
         raise MissingExtra("encoder 'vgg-gram' needs its weights: pip install --no-deps stlpips-pytorch")
-    return Path(found.submodule_search_locations[0]) / "weights" / "vST0.0" / "vgg_shift_tolerant.pth"
+    return Path(package.submodule_search_locations[0]) / "weights" / "vST0.0" / "vgg_shift_tolerant.pth"
 
 
 def _efficientnet_weights() -> Path:

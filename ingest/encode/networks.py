@@ -47,26 +47,26 @@ class NetworkEncoder:
         pixels = torch.from_numpy(batch).to(self._device).permute(0, 3, 1, 2)
         with torch.inference_mode():
             scaled = pixels.float().div_(255).sub_(self._mean).div_(self._std)
-            found = self._network(scaled.contiguous())
+            output = self._network(scaled.contiguous())
             # CoCa's image tower gives its token embeddings besides.
-            return (found[0] if isinstance(found, tuple) else found).float().cpu().numpy()
+            return (output[0] if isinstance(output, tuple) else output).float().cpu().numpy()
 
     def _tried(self) -> int:
         """The dimension, found on a grey picture."""
         size = self._preprocessing.size
         try:
-            found = self.features(np.full((1, size, size, 3), 128, np.uint8))
+            output = self.features(np.full((1, size, size, 3), 128, np.uint8))
         except Exception as error:  # a network may raise anything for a size that it does not take
             raise InvalidValue(
                 f"the network of encoder {self.spec!r} fails on a picture of {size}x{size} pixels "
-                f"({_said(error)}); another size is given as ?size=N"
+                f"({_summary(error)}); another size is given as ?size=N"
             ) from error
-        if found.ndim != 2 or len(found) != 1:
+        if output.ndim != 2 or len(output) != 1:
             raise InvalidValue(
-                f"the network of encoder {self.spec!r} gives one picture an output of shape {found.shape}; (1, dimension) "
+                f"the network of encoder {self.spec!r} gives one picture an output of shape {output.shape}; (1, dimension) "
                 "is needed: pool it first"
             )
-        return found.shape[1]
+        return output.shape[1]
 
 
 def open_clip_encoder(argument: str) -> NetworkEncoder:
@@ -93,34 +93,34 @@ def open_clip_encoder(argument: str) -> NetworkEncoder:
         weights = open_clip.convert.convert_state_dict(model, read_weights(path))
         tower = {key.removeprefix("visual."): value for key, value in weights.items() if key.startswith("visual.")}
         fill(model.visual, tower, f"checkpoint {path} for the image tower of open_clip's {arch}")
-    found = open_clip.get_model_preprocess_cfg(model)
-    size = found["size"] if isinstance(found["size"], int) else found["size"][0]
-    if found["size"] not in (size, (size, size), [size, size]):
+    trained_on = open_clip.get_model_preprocess_cfg(model)
+    size = trained_on["size"] if isinstance(trained_on["size"], int) else trained_on["size"][0]
+    if trained_on["size"] not in (size, (size, size), [size, size]):
         raise InvalidValue(
-            f"open_clip's {arch} takes pictures of {found['size']} pixels; only square ones are supported"
+            f"open_clip's {arch} takes pictures of {trained_on['size']} pixels; only square ones are supported"
         )
     preprocessing = Preprocessing(
         size=size,
         resized=size,
-        resize=found["resize_mode"],
-        interpolation=found["interpolation"],
-        mean=tuple(found["mean"]),
-        std=tuple(found["std"]),
-        fill=(found["fill_color"],) * 3,
+        resize=trained_on["resize_mode"],
+        interpolation=trained_on["interpolation"],
+        mean=tuple(trained_on["mean"]),
+        std=tuple(trained_on["std"]),
+        fill=(trained_on["fill_color"],) * 3,
     ).changed(settings)
     return NetworkEncoder(spec, model.visual, preprocessing, fingerprint(model.visual.state_dict()))
 
 
 def _open_clip_empty(open_clip: ModuleType, arch: str) -> torch.nn.Module:
-    def said(record: logging.LogRecord) -> bool:
+    def is_relevant(record: logging.LogRecord) -> bool:
         return "No pretrained weights loaded" not in record.getMessage()
 
     root = logging.getLogger()
-    root.addFilter(said)  # open_clip warns there of weights that are filled in next
+    root.addFilter(is_relevant)  # open_clip warns there of weights that are filled in next
     try:
         return open_clip.create_model(arch, pretrained_text=False)
     finally:
-        root.removeFilter(said)
+        root.removeFilter(is_relevant)
 
 
 def _open_clip_tag(open_clip: ModuleType, arch: str, tag: str) -> torch.nn.Module:
@@ -170,18 +170,18 @@ def timm_encoder(argument: str) -> NetworkEncoder:
 
 
 def _timm_preprocessing(timm: ModuleType, name: str, network: torch.nn.Module) -> Preprocessing:
-    found = timm.data.resolve_model_data_config(network)
-    _, height, size = found["input_size"]
+    configuration = timm.data.resolve_model_data_config(network)
+    _, height, size = configuration["input_size"]
     if height != size:
         raise InvalidValue(f"timm's {name} takes pictures of {size}x{height} pixels; only square ones are supported")
     return Preprocessing(
         size=size,
-        resized=int(size / found["crop_pct"]),
-        resize={"center": "shortest", "border": "longest", "squash": "squash"}[found["crop_mode"]],
-        interpolation=found["interpolation"],
-        mean=tuple(found["mean"]),
-        std=tuple(found["std"]),
-        fill=tuple(round(255 * value) for value in found["mean"]),
+        resized=int(size / configuration["crop_pct"]),
+        resize={"center": "shortest", "border": "longest", "squash": "squash"}[configuration["crop_mode"]],
+        interpolation=configuration["interpolation"],
+        mean=tuple(configuration["mean"]),
+        std=tuple(configuration["std"]),
+        fill=tuple(round(255 * value) for value in configuration["mean"]),
     )
 
 
@@ -220,10 +220,11 @@ def _checkpoint(text: str, start: str, otherwise: str, names: list[str] | tuple)
 
 
 def _unavailable(spec: str, instead: str, error: Exception) -> str:
-    return f"the weights of {spec} could not be had ({_said(error)}); download them elsewhere and give the file as {instead}"
+    reason = f"the weights of {spec} could not be downloaded ({_summary(error)})"
+    return f"{reason}; fetch them elsewhere and name the file: {instead}"
 
 
-def _said(error: Exception) -> str:
+def _summary(error: Exception) -> str:
     """The line that says most: torch puts a traceback before it."""
     return (
         f"{type(error).__name__}: {str(error).strip().splitlines()[-1]}" if str(error).strip() else type(error).__name__

@@ -38,10 +38,10 @@ class Preprocessing:
     fill: tuple[int, ...] = (0, 0, 0)
 
     def identity(self) -> dict:
-        found = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+        identity = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
         if self.resize != "longest":
-            del found["fill"]
-        return found
+            del identity["fill"]
+        return identity
 
     def prepare(self, image: Image.Image) -> np.ndarray:
         """(size, size, 3) uint8"""
@@ -77,9 +77,11 @@ class Preprocessing:
         crop = _value(settings, "crop", float, self.size / self.resized, lambda crop: 0.1 <= crop <= 1, "0.1 to 1")
         # The side is kept exactly where neither changes: 224 / 248 does not divide back to 248.
         resized = math.floor(size / crop) if {"size", "crop"} & set(settings) else self.resized
-        resize = _value(settings, "resize", str, self.resize, lambda one: one in RESIZES, "/".join(RESIZES))
+        resize = _value(settings, "resize", str, self.resize, lambda name: name in RESIZES, "/".join(RESIZES))
         filters = "/".join(FILTERS)
-        interpolation = _value(settings, "interpolation", str, self.interpolation, lambda one: one in FILTERS, filters)
+        interpolation = _value(
+            settings, "interpolation", str, self.interpolation, lambda name: name in FILTERS, filters
+        )
         changed = replace(self, size=size, resized=resized, resize=resize, interpolation=interpolation)
         if "mean" in settings:
             changed = replace(changed, mean=_three("mean", settings["mean"]))

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 from PIL import Image
 
-from attrdb.errors import InvalidValue
+from attrdb.errors import AttrdbError, InvalidValue
 
 if TYPE_CHECKING:
     from attrdb.ingest.encode import Encoder
@@ -88,16 +88,16 @@ def encode_stream(
     def prepare(item: Item) -> tuple[Encoded, list[np.ndarray]]:
         try:
             kept, image = read(item)
+            return Encoded(item, kept, ()), [_prepare(encoder, image) for encoder in encoders]
         except InvalidValue as error:
             return Encoded(item, None, (), error), []
-        return Encoded(item, kept, ()), [encoder.prepare(image) for encoder in encoders]
 
     def forward(block: list[tuple[Encoded, list[np.ndarray]]]) -> list[Encoded]:
-        readable = [prepared for one, prepared in block if not one.error]
+        readable = [prepared for item, prepared in block if not item.error]
         columns = zip(*readable, strict=True)
         results = [unit_features(encoder, np.stack(c)) for encoder, c in zip(encoders, columns, strict=bool(readable))]
         rows = iter(range(len(readable)))
-        return [one if one.error else _encoded(one, results, next(rows)) for one, _ in block]
+        return [item if item.error else _encoded(item, results, next(rows)) for item, _ in block]
 
     with (
         _lanes(spread) as (lanes, initializer),
@@ -106,6 +106,18 @@ def encode_stream(
     ):
         for block in blocks:
             yield from block
+
+
+def _prepare(encoder: Encoder, image: Image.Image) -> np.ndarray:
+    """raises: InvalidValue, whatever the encoder raises: one picture that it cannot take ends no job"""
+    try:
+        return encoder.prepare(image)
+    except AttrdbError:
+        raise
+    except Exception as error:
+        size = f"{image.width}x{image.height}"
+        reason = f"{type(error).__name__}: {error}"
+        raise InvalidValue(f"encoder {encoder.spec!r} cannot prepare the picture of {size} pixels: {reason}") from error
 
 
 def unit_features(encoder: Encoder, batch: np.ndarray) -> tuple[np.ndarray, list[InvalidValue | None]]:
@@ -128,9 +140,9 @@ def unit_features(encoder: Encoder, batch: np.ndarray) -> tuple[np.ndarray, list
     return features / np.where(usable, norms, 1)[:, None], errors
 
 
-def _encoded(one: Encoded, results: list[tuple[np.ndarray, list]], row: int) -> Encoded:
+def _encoded(item: Encoded, results: list[tuple[np.ndarray, list]], row: int) -> Encoded:
     error = next((errors[row] for _, errors in results if errors[row]), None)
-    return replace(one, error=error, features=() if error else tuple(features[row] for features, _ in results))
+    return replace(item, error=error, features=() if error else tuple(features[row] for features, _ in results))
 
 
 def _blocks(items: Iterable[Item], size: int) -> Iterator[list[Item]]:

@@ -25,10 +25,10 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
 
-            found = load_file(path)
+            loaded = load_file(path)
         else:
             with warnings.catch_warnings(category=UserWarning, action="ignore"):  # of TorchScript: an error follows
-                found = torch.load(path, map_location="cpu", weights_only=True)
+                loaded = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # both readers raise many kinds for broken files
         if "TorchScript" in str(error):
             raise InvalidValue(f"{path} is a TorchScript archive; name it as torchscript:{path}") from error
@@ -37,10 +37,10 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
             "save its state dict as .safetensors"
         ) from error
     for holder in HOLDERS:
-        if isinstance(found, dict) and isinstance(found.get(holder), dict):
-            found = found[holder]
+        if isinstance(loaded, dict) and isinstance(loaded.get(holder), dict):
+            loaded = loaded[holder]
             break
-    weights = {k: v for k, v in found.items() if torch.is_tensor(v)} if isinstance(found, dict) else {}
+    weights = {k: v for k, v in loaded.items() if torch.is_tensor(v)} if isinstance(loaded, dict) else {}
     if not weights:
         raise InvalidValue(f"checkpoint {path} has no state dict; save the weights as .safetensors")
     for prefix in PREFIXES:
@@ -64,18 +64,20 @@ def fill(network: torch.nn.Module, weights: dict[str, torch.Tensor], what: str) 
             [_shapes(n, weights[n], v) for n, v in expected.items() if _differs(weights.get(n), v)],
         ),
     ]
-    said = [f"{verb} {', '.join(names[:3])}{_more(names[3:])}" for verb, names in odd if names]
-    if said:
-        raise InvalidValue(f"{what} does not fit: it {'; it '.join(said)}; name the architecture that it was made for")
+    differences = [f"{verb} {', '.join(names[:3])}{_more(names[3:])}" for verb, names in odd if names]
+    if differences:
+        raise InvalidValue(
+            f"{what} does not fit: it {'; it '.join(differences)}; name the architecture that it was made for"
+        )
     network.load_state_dict(weights)
 
 
-def _differs(found: torch.Tensor | None, expected: torch.Tensor) -> bool:
-    return found is not None and found.shape != expected.shape
+def _differs(value: torch.Tensor | None, expected: torch.Tensor) -> bool:
+    return value is not None and value.shape != expected.shape
 
 
-def _shapes(name: str, found: torch.Tensor, expected: torch.Tensor) -> str:
-    return f"{name} ({_shape(found)} for {_shape(expected)})"
+def _shapes(name: str, value: torch.Tensor, expected: torch.Tensor) -> str:
+    return f"{name} ({_shape(value)} for {_shape(expected)})"
 
 
 def _shape(tensor: torch.Tensor) -> str:

@@ -20,7 +20,7 @@ from PIL import Image
 
 from attrdb.database import Database
 from attrdb.errors import InvalidValue, NotFound
-from attrdb.ingest.customize.base_model import BaseModel, base_model_folder, load_base_model, weights_hash
+from attrdb.ingest.customize.base_model import BaseModel, base_model_folder, is_made_from, load_base_model, weights_hash
 from attrdb.ingest.customize.customize import Regularization, apply_delta, check_prompts, load_delta
 from attrdb.ingest.customize.regularization import choose_names, generate, read_corpus
 from attrdb.ingest.customize.synthesize import SamplePlan, plan_samples, synthesize, use_fast_solver
@@ -189,7 +189,7 @@ def regenerate(
         )
     record, weights = json.loads(row["settings"]), stored_file(db.path, row["weights_path"])
     name = base_model or row["base_model"]
-    if weights_hash(base_model_folder(name)) != row["base_model_hash"]:
+    if not is_made_from(_folder_of(name, model_id, base_model), row["base_model_hash"]):
         raise InvalidValue(f"base model {name!r} is not the one that model {model_id!r} was made from; name that one")
     delta = load_delta(weights, row["method"])
     if hashlib.sha256(weights.read_bytes()).hexdigest() != row["weights_hash"]:
@@ -220,6 +220,21 @@ def regenerate(
         base.restore()
 
 
+def _folder_of(name: str, model_id: str, base_model: str | None) -> Path:
+    """The folder of a stored model's base model.
+
+    raises: NotFound, with the option that says where it is now
+    """
+    try:
+        return base_model_folder(name)
+    except NotFound as error:
+        if base_model:
+            raise
+        raise NotFound(
+            f"{error}. Model {model_id!r} was made from it; say where it is now with --base-model"
+        ) from error
+
+
 def _stored_result(
     db: Database, model_id: str, record: dict, encoders: Sequence[Encoder], job: JobFolder
 ) -> ModelResult | None:
@@ -231,7 +246,10 @@ def _stored_result(
     stored = db.sql("SELECT * FROM models WHERE model_id = $id", {"id": model_id}).to_pylist()
     if not stored:
         return None
-    check_same(model_id, json.loads(stored[0]["settings"]), record, f"in {db.path}")
+    settings = json.loads(stored[0]["settings"])
+    if is_made_from(base_model_folder(record["base_model"]), settings["base_model_hash"]):
+        record |= {"base_model_hash": settings["base_model_hash"]}
+    check_same(model_id, settings, record, f"in {db.path}")
     register(db, encoders)
     job.remove()
     return ModelResult(model_id, stored[0]["n_exemplars"], stored[0]["n_samples"], False, db.version)

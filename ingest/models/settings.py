@@ -21,7 +21,10 @@ from attrdb.ingest.options import (
     options_of,
 )
 from attrdb.ingest.prompts import BANKS, TOKEN, Prompt, choose_prompts, paper_counts
-from attrdb.ingest.read.pictures import Picture, image_files, read_picture_file, read_text
+from attrdb.ingest.read.formats import READ
+from attrdb.ingest.read.pictures import Picture, read_picture_file
+from attrdb.ingest.read.text import MAX_TEXT, read_text
+from attrdb.ingest.read.walk import Skipped, caption_beside, picture_files
 from attrdb.store.ids import LONGEST, check_id
 
 
@@ -31,22 +34,28 @@ class Exemplar:
     fields: dict = field(default_factory=dict)  # source, creator, license, uri, prompt ... where known
 
 
-def read_exemplars(folder: Path) -> list[Exemplar]:
+def read_exemplars(folder: Path, skipped: Skipped | None = None) -> list[Exemplar]:
     """The images of a folder, in the order of their names; a `.txt` of the same name is the caption.
 
-    raises: NotFound if there is no such folder, InvalidValue if it has no image, or one that cannot be used
+    skipped: what of the folder is not read is added
+    raises:  NotFound if there is no such folder, InvalidValue if it has no image, or one that cannot be used
     """
-    files = list(image_files(folder))
+    skipped = Skipped() if skipped is None else skipped
+    files = list(picture_files(folder, skipped))
     if not files:
-        raise InvalidValue(f"exemplar folder {folder} has no image; put PNG, JPEG, WebP, BMP or GIF files into it")
-    return [read_exemplar(path, folder.name) for path in files]
+        aside = f". Not read: {'; '.join(skipped.lines())}" if skipped.counts else ""
+        raise InvalidValue(f"exemplar folder {folder} has no image; put {READ} files into it{aside}")
+    return [_exemplar(file.path, file.caption, folder.name) for file in files]
 
 
 def read_exemplar(path: Path, source: str) -> Exemplar:
     """raises: InvalidValue for an image, or a caption beside it, that cannot be used"""
-    caption = path.with_suffix(".txt")
+    return _exemplar(path, caption_beside(path), source)
+
+
+def _exemplar(path: Path, caption: Path | None, source: str) -> Exemplar:
     fields = {"source": source, "uri": path.resolve().as_uri()}
-    if caption.is_file() and (text := " ".join(read_text(caption).split())):
+    if caption and (text := " ".join(read_text(caption, MAX_TEXT).split())):
         fields["prompt"] = text
     return Exemplar(read_picture_file(path), fields)
 
@@ -80,7 +89,9 @@ def settings_for(
     def values_of(settings: type) -> dict:
         return {declared.name: values[declared.name] for declared in fields(settings) if declared.name in values}
 
-    named = {"kind": kind, "category": category, "base_model": base_model, "split": split}
+    # A folder is stored with its whole path, so that it is found from any other folder.
+    path = str(Path(base_model).resolve()) if Path(base_model).is_dir() else base_model
+    named = {"kind": kind, "category": category, "base_model": path, "split": split}
     settings = ModelSettings(
         **values_of(ModelSettings) | named,
         customize=CustomizeSettings(**values_of(CustomizeSettings)),
@@ -144,7 +155,7 @@ def _plain_prompts(path: Path) -> list[Prompt]:
     """The lines of a file of prompts without a modifier token."""
     if not path.is_file():
         raise NotFound(f"no prompt file {path}; name a text file with one prompt per line")
-    lines = [line.strip() for line in read_text(path).removeprefix("\ufeff").splitlines()]
+    lines = [line.strip() for line in read_text(path).splitlines()]
     for number, line in enumerate(lines, 1):
         if TOKEN in line:
             raise InvalidValue(f"{path} line {number} has {TOKEN}, and models of kind 'mixed' have no token: {line!r}")

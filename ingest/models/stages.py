@@ -95,7 +95,7 @@ def open_job(job: JobFolder, record: dict) -> dict:
     recorded = job.read_settings()
     if recorded is not None:
         if (job.path / "figures.json").exists():
-            where = f"half done in {job.path} (delete that folder to begin anew)"
+            where = f"half done in {job.path} (delete that folder to start again)"
             check_same(job.path.name, recorded, record, where)
         if comparable_settings(recorded) == comparable_settings(record):
             record |= {name: recorded[name] for name in RECORDED_ONLY if name in recorded}

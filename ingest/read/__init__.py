@@ -1,1 +1,1 @@
-"""Reading what others made: picture folders, WebDataset shards, embeddings, the AbC release."""
+"""Reading what others made: folders of pictures, tables, webdataset shards, embeddings, the AbC release."""

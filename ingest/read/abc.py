@@ -1,8 +1,8 @@
 """The AbC release (Wang et al. 2023): models that others have customized, with their exemplars and samples as files.
 
-A release file is a JSON list, one entry a model:
+A release file is a JSON list with one entry per model:
     {"exemplar": [path], "synth": {"gpt": [path], "object" or "media": [path]}, "class_id": text, "category": text or null}
-Its name says the data set and the split, such as test_bamfg.json. Paths are relative to the release's root, the folder
+Its name gives the data set and the split, such as test_bamfg.json. Paths are relative to the release's root, the folder
 that has `dataset` in it.
 """
 
@@ -25,6 +25,7 @@ from attrdb.ingest.encode import Encoder
 from attrdb.ingest.prompts import TOKEN, train_prompt
 from attrdb.ingest.read.corpus import image_rows, register
 from attrdb.ingest.read.pictures import Picture, read_picture_file
+from attrdb.ingest.read.text import decode
 from attrdb.progress import Progress, no_progress
 from attrdb.store import jobs
 from attrdb.store.jobs import JobResult
@@ -52,9 +53,9 @@ class ReleasedModel:
 
     @property
     def settings_hash(self) -> str:
-        """Of all that the release says about the model."""
-        said = [self.class_id, self.category, self.split, self.exemplars, self.samples]
-        return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+        """Of everything that the release holds about the model."""
+        entry = [self.class_id, self.category, self.split, self.exemplars, self.samples]
+        return hashlib.sha256(json.dumps(entry, sort_keys=True).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -78,19 +79,19 @@ def read_release(json_path: Path, root: Path) -> Release:
     raises: NotFound for the file or the root, InvalidValue, with the entry's number (from 0), for an entry that is not as
             above or has a path that leads out of the root
     """
-    named = FILE_NAME.fullmatch(json_path.name)
-    if not named:
+    name = FILE_NAME.fullmatch(json_path.name)
+    if not name:
         raise InvalidValue(
-            f"release file {json_path} has a name that does not say split and data set; it must be such as "
+            f"release file {json_path} has a name without split and data set; it must be a name such as "
             "test_artchive.json, val_bamfg.json, test_observed_imagenet.json or test_unobserved_imagenet.json"
         )
     if not json_path.is_file():
         raise NotFound(f"no release file {json_path}")
     if not root.is_dir():
         raise NotFound(f"no release root folder {root}")
-    split = f"{named[1]}_unseen" if named[2] == "unobserved" else named[1]
+    split = f"{name[1]}_unseen" if name[2] == "unobserved" else name[1]
     try:
-        entries = json.loads(json_path.read_text(encoding="utf-8"))
+        entries = json.loads(decode(json_path.read_bytes(), str(json_path)))
     except (OSError, ValueError, RecursionError) as error:
         raise InvalidValue(f"release file {json_path} is not JSON: {error}") from error
     if not isinstance(entries, list) or not entries:
@@ -100,7 +101,7 @@ def read_release(json_path: Path, root: Path) -> Release:
     numbers: dict[str, int] = {}
     for number, entry in enumerate(entries):
         try:
-            model = _released_model(entry, named[3], split, exists)
+            model = _released_model(entry, name[3], split, exists)
         except InvalidValue as error:
             raise InvalidValue(f"{json_path} entry {number}: {error}") from error
         if numbers.setdefault(model.model_id, number) != number:
@@ -111,19 +112,19 @@ def read_release(json_path: Path, root: Path) -> Release:
 
 def _released_model(entry: object, source: str, split: str, exists: Callable[[str], bool]) -> ReleasedModel:
     if not isinstance(entry, dict) or entry.keys() != KEYS:
-        found = sorted(entry) if isinstance(entry, dict) else type(entry).__name__
-        raise InvalidValue(f"the keys must be {', '.join(sorted(KEYS))}; found {found}")
+        keys = sorted(entry) if isinstance(entry, dict) else type(entry).__name__
+        raise InvalidValue(f"the keys must be {', '.join(sorted(KEYS))}; found {keys}")
     class_id, category, synth = entry["class_id"], entry["category"], entry["synth"]
     if not isinstance(class_id, str) or not class_id.strip():
         raise InvalidValue(f"class_id must be text, found {class_id!r}")
     if category is not None and not isinstance(category, str):
         raise InvalidValue(f"category must be text or null, found {category!r}")
     if not isinstance(synth, dict) or not synth or synth.keys() - SCHEMES.keys():
-        found = sorted(synth) if isinstance(synth, dict) else type(synth).__name__
-        raise InvalidValue(f"synth must have lists under {', '.join(SCHEMES)}; found {found}")
+        keys = sorted(synth) if isinstance(synth, dict) else type(synth).__name__
+        raise InvalidValue(f"synth must have lists under {', '.join(SCHEMES)}; found {keys}")
     exemplars = _paths("exemplar", entry["exemplar"], "exemplar", source)
     samples = {word: _paths(f"synth {word}", paths, "synth", source) for word, paths in sorted(synth.items())}
-    everything = [*exemplars, *(path for paths in samples.values() for path in paths)]
+    all_paths = [*exemplars, *(path for paths in samples.values() for path in paths)]
     name = re.sub(r"[^A-Za-z0-9_.-]+", "-", class_id)
     return ReleasedModel(
         f"{source}-{name}-{hashlib.sha256(json.dumps(exemplars).encode()).hexdigest()[:8]}",
@@ -134,30 +135,30 @@ def _released_model(entry: object, source: str, split: str, exists: Callable[[st
         split,
         exemplars,
         samples,
-        tuple(path for path in everything if not exists(path)),
+        tuple(path for path in all_paths if not exists(path)),
     )
 
 
-def _paths(what: str, paths: object, folder: str, source: str) -> tuple[str, ...]:
-    """The paths of a list, none twice, all of the data set where they say of which they are."""
+def _paths(key: str, paths: object, folder: str, source: str) -> tuple[str, ...]:
+    """The paths of a list under a key, checked: none twice, none of another data set."""
     if not isinstance(paths, list) or not paths or not all(isinstance(path, str) and path for path in paths):
-        raise InvalidValue(f"{what} must be a list of paths with at least one in it, found {str(paths)[:100]}")
+        raise InvalidValue(f"{key} must be a list of paths with at least one in it, found {str(paths)[:100]}")
     if len(set(paths)) < len(paths):
         repeated = next(path for number, path in enumerate(paths) if path in paths[:number])
-        raise InvalidValue(f"{what} has {repeated!r} twice")
+        raise InvalidValue(f"{key} has {repeated!r} twice")
     for path in paths:
         parts = PurePosixPath(path).parts
         at = parts.index(folder) + 1 if folder in parts else len(parts)
         if at < len(parts) - 1 and parts[at] in KIND_OF and parts[at] != source:
-            raise InvalidValue(f"{what} path {path!r} is of {parts[at]}, the file's name says {source}")
+            raise InvalidValue(f"{key} path {path!r} belongs to {parts[at]}, and the file's name to {source}")
     return tuple(paths)
 
 
 def _finder(root: Path) -> Callable[[str], bool]:
-    """Says whether there is a file at a path inside the root; raises InvalidValue if the path leads out of it."""
+    """A function that tells whether there is a file at a path; it raises InvalidValue if the path leads out of the root."""
     real_root = root.resolve()
 
-    @lru_cache(maxsize=1024)  # samples stand together by the dozen
+    @lru_cache(maxsize=1024)  # dozens of samples lie in one folder
     def resolved(folder: Path) -> Path:
         return folder.resolve()
 
@@ -186,8 +187,8 @@ def ingest_abc(
 ) -> JobResult:
     """Append the models of a release that are not stored yet, each in one commit.
 
-    Models that lack files, or have one that is no picture, are left out and listed; given again, those whose files have
-    come are appended. Of exemplars with the same content one is kept, since their id is their content's.
+    Models with missing or unusable files are left out and listed; a rerun appends those whose files are there by then.
+    Exemplars with the same content are stored once, because their id is the hash of their content.
     raises: InvalidValue for an encoder as `register`
     """
     register(db, encoders)
@@ -199,7 +200,7 @@ def ingest_abc(
     with jobs.running(db.writer, "ingest abc", f"{release.name} in {release.root.resolve()}", {}) as job:
         for done, model in enumerate(release.models):
             report(f"ingest {release.name}", done, len(release.models))
-            if reason := _take(db, release, model, encoders, stored, job):
+            if reason := _append_unless_stored(db, release, model, encoders, stored, job):
                 job.failed({model.model_id: reason})
             else:
                 job.mended([model.model_id])
@@ -207,7 +208,7 @@ def ingest_abc(
     return job.result({model.model_id for model in release.models})
 
 
-def _take(
+def _append_unless_stored(
     db: Database,
     release: Release,
     model: ReleasedModel,
@@ -215,7 +216,7 @@ def _take(
     stored: dict[str, str],
     job: jobs.Job,
 ) -> str | None:
-    """Append a model unless it is stored; why it could not be, or None."""
+    """Append a model unless it is stored. Returns the reason if it could not be appended."""
     if model.model_id in stored:
         if stored[model.model_id] == model.settings_hash:
             job.n_stored += 1
@@ -251,11 +252,11 @@ def _append(db: Database, release: Release, model: ReleasedModel, encoders: Sequ
         add(path, {"role": "exemplar", "source": model.source})
     n_exemplars = len(rows)
     for word, paths in model.samples.items():
-        scheme, said = SCHEMES[word], json.dumps({"release_scheme": word})
+        scheme, metadata = SCHEMES[word], json.dumps({"release_scheme": word})
         for path in paths:
             image_id = f"{model.model_id}/{scheme}/{PurePosixPath(path).stem}"
             row = {"image_id": image_id, "role": "sample", "source": "synthesized", "prompt_scheme": scheme}
-            add(path, row | {"metadata": said})
+            add(path, row | {"metadata": metadata})
     n_samples = len(rows) - n_exemplars
     table = image_rows(list(rows.values()), pictures, encoders)
     db.writer.append_model(table, _model_row(release, model, n_exemplars, n_samples))
@@ -268,7 +269,7 @@ def _model_row(release: Release, model: ReleasedModel, n_exemplars: int, n_sampl
         "exemplars": list(model.exemplars),
         "synth": {word: len(paths) for word, paths in model.samples.items()},
     }
-    prompted = model.kind == "style" or model.category
+    has_prompt = model.kind == "style" or model.category
     return {
         "model_id": model.model_id,
         "base_model": BASE_MODEL,
@@ -276,7 +277,7 @@ def _model_row(release: Release, model: ReleasedModel, n_exemplars: int, n_sampl
         "kind": model.kind,
         "category": model.category,
         "split": model.split,
-        "train_prompt": train_prompt(model.kind, model.category or "") if prompted else None,
+        "train_prompt": train_prompt(model.kind, model.category or "") if has_prompt else None,
         "token": TOKEN,
         "settings": json.dumps(settings, sort_keys=True),
         "settings_hash": model.settings_hash,

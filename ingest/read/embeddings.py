@@ -1,188 +1,48 @@
-"""Embeddings that others computed: clip-retrieval's folders, as LAION publishes them.
-
-    img_emb/img_emb_<NNN>.npy          float16 or float32, (rows, dimension)
-    metadata/metadata_<NNN>.parquet    one row a vector, aligned only by position
+"""Importing embeddings that others computed.
 
 Only what fits into memory at once is read: a part of a shard, which is also what is committed at once.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import BinaryIO
 
-import duckdb
-import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from fsspec.core import url_to_fs
 
 from attrdb.database import Database
-from attrdb.errors import InvalidValue, NotFound
+from attrdb.errors import InvalidValue
+from attrdb.ingest.dimensions import known_dimension
+from attrdb.ingest.read.embedding_shards import Embeddings, Shard
+from attrdb.ingest.read.text_columns import clean_column, json_column, valid_text
 from attrdb.progress import Progress, no_progress
 from attrdb.store import jobs
 from attrdb.store.blocklist import blocklist
 from attrdb.store.ids import lock_file
 from attrdb.store.jobs import JobResult
+from attrdb.store.lance_errors import storage
 from attrdb.store.locks import exclusive_lock
+from attrdb.store.predicates import literal
 from attrdb.store.schema import IMAGES, encoder_id_of
 
 PART_ROWS = 131_072
 PART_BYTES = 256 * 2**20  # of a part's features as float32
 LISTED_FAILURES = 10_000  # a part's; beyond that the data set is not what it seems
 
-# Our columns, and what img2dataset, clip-retrieval and LAION-400M call them. The first that is there is taken.
-COLUMNS = {
-    "prompt": ("caption", "TEXT"),
-    "uri": ("url", "URL"),
-    "sha256": ("sha256",),
-    "width": ("original_width", "width", "WIDTH"),
-    "height": ("original_height", "height", "HEIGHT"),
-    "creator": ("creator", "author"),
-    "license": ("license", "LICENSE"),
-}
-ID_COLUMNS = ("key", "image_path")
-VECTORS = r"img_emb_(\d+)\.npy"
 
-
-@dataclass(frozen=True)
-class Shard:
-    """A pair of files. offset: where the vectors begin in the .npy file, in bytes."""
-
-    number: str
-    vectors: str
-    metadata: str
-    n_rows: int
-    dimension: int
-    dtype: np.dtype
-    offset: int
-    columns: tuple[str, ...]  # of the metadata
-
-
-@dataclass(frozen=True)
-class Embeddings:
-    """A folder of embeddings whose headers have been checked, and which of its columns become ours."""
-
-    root: str
-    files: fsspec.AbstractFileSystem
-    shards: tuple[Shard, ...]
-    id_column: str | None  # None: shard and position
-    columns: dict[str, str]  # ours -> theirs
-
-    @property
-    def n_rows(self) -> int:
-        return sum(shard.n_rows for shard in self.shards)
-
-    @property
-    def dimension(self) -> int:
-        return self.shards[0].dimension
-
-
-def is_embeddings(path: str) -> bool:
-    """Whether a path (local, or a URL that fsspec opens) is a folder of embeddings."""
-    files, root = _file_system(path)
-    return bool(_numbered(files, f"{root}/img_emb", VECTORS))
-
-
-def open_embeddings(path: str, id_column: str | None = None, columns: Mapping[str, str] | None = None) -> Embeddings:
-    """Read the headers of all shards, and nothing else.
-
-    columns: ours -> theirs, before the known names
-    raises:  NotFound if there is nothing at the path, InvalidValue for a shard without its other half, another number of
-             rows than its other half, a truncated file, another dtype or dimension, or a column that is not there
-    """
-    files, root = _file_system(path)
-    vectors = _numbered(files, f"{root}/img_emb", VECTORS)
-    metadata = _numbered(files, f"{root}/metadata", r"metadata_(\d+)\.parquet")
-    if not vectors:
-        raise NotFound(f"no img_emb/img_emb_<number>.npy in {path}")
-    for one, other, what in ((vectors, metadata, "metadata"), (metadata, vectors, "vectors")):
-        alone = sorted(one.keys() - other.keys())
-        if alone:
-            raise InvalidValue(
-                f"shard {alone[0]} of {path} has no {what} file; every img_emb file needs its metadata file"
-            )
-    shards = [_shard(files, number, vectors[number], metadata[number]) for number in sorted(vectors, key=int)]
-    for shard in shards[1:]:
-        if shard.dimension != shards[0].dimension:
-            raise InvalidValue(
-                f"{shard.vectors} has dimension {shard.dimension}, {shards[0].vectors} has {shards[0].dimension}; "
-                "one folder holds the features of one encoder"
-            )
-    theirs = shards[0].columns
-    chosen = _columns(list(theirs), columns or {}, shards[0].metadata)
-    id_column = id_column or next((name for name in ID_COLUMNS if name in theirs), None)
-    for shard in shards:
-        for name in [*chosen.values(), *([id_column] if id_column else [])]:
-            if name not in shard.columns:
-                raise InvalidValue(f"{shard.metadata} has no column {name!r}; it has: {', '.join(shard.columns)}")
-    return Embeddings(files.unstrip_protocol(root), files, tuple(shards), id_column, chosen)
-
-
-def _file_system(path: str) -> tuple[fsspec.AbstractFileSystem, str]:
-    try:
-        files, root = url_to_fs(path)
-    except (ValueError, ImportError) as error:
-        raise InvalidValue(f"{path} cannot be opened: {error}") from error
-    return files, root.rstrip("/")
-
-
-def _numbered(files: fsspec.AbstractFileSystem, folder: str, pattern: str) -> dict[str, str]:
-    found = {}
-    for path in files.ls(folder, detail=False) if files.exists(folder) else ():
-        if match := re.fullmatch(pattern, path.rsplit("/", 1)[-1]):
-            found[match[1]] = path
-    return found
-
-
-def _shard(files: fsspec.AbstractFileSystem, number: str, vectors: str, metadata: str) -> Shard:
-    with files.open(vectors) as file:
-        try:
-            version = np.lib.format.read_magic(file)
-            read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-            shape, fortran, dtype = read(file)
-        except (ValueError, EOFError) as error:
-            raise InvalidValue(f"{vectors} is no readable .npy file: {error}") from error
-        offset = file.tell()
-    if len(shape) != 2 or fortran or dtype not in (np.float16, np.float32):
+def check_encoder(encoder: str, embeddings: Embeddings) -> None:
+    """raises: InvalidValue if the encoder of that spec is known to make features of another dimension"""
+    dimension = known_dimension(encoder)
+    if dimension not in (None, embeddings.dimension):
         raise InvalidValue(
-            f"{vectors} holds {dtype} of shape {shape}{', in Fortran order' if fortran else ''}; "
-            "float16 or float32 of shape (rows, dimension) is needed"
+            f"the embeddings have dimension {embeddings.dimension}, and {encoder} makes features of dimension {dimension}; "
+            "name the encoder that made them"
         )
-    needed, found = offset + shape[0] * shape[1] * dtype.itemsize, files.size(vectors)
-    if found != needed:
-        raise InvalidValue(f"{vectors} has {found:,} bytes, its header says {needed:,}; fetch it again")
-    with files.open(metadata) as file:
-        try:
-            parquet = pq.ParquetFile(file)
-            n_rows, columns = parquet.metadata.num_rows, tuple(parquet.schema_arrow.names)
-        except (pa.ArrowException, OSError) as error:
-            raise InvalidValue(f"{metadata} is not a readable Parquet file: {error}") from error
-    if n_rows != shape[0]:
-        raise InvalidValue(
-            f"shard {number} has {shape[0]:,} vectors and {n_rows:,} rows of metadata; they belong together by position, "
-            "so both files are needed as they were written"
-        )
-    return Shard(number, vectors, metadata, n_rows, shape[1], dtype, offset, columns)
-
-
-def _columns(theirs: list[str], given: Mapping[str, str], where: str) -> dict[str, str]:
-    for ours, name in given.items():
-        if ours not in IMAGES.names or ours in ("image_id", "role", "model_id", "image", "metadata", "source"):
-            usable = ", ".join([*COLUMNS, "split", "category"])
-            raise InvalidValue(f"{ours!r} is no column that embeddings can fill; such are: {usable}")
-        if name not in theirs:
-            raise InvalidValue(f"{where} has no column {name!r}; it has: {', '.join(theirs)}")
-    known = {ours: next((name for name in names if name in theirs), None) for ours, names in COLUMNS.items()}
-    return {ours: name for ours, name in {**known, **given}.items() if name is not None}
-
-
-# --- import ----------------------------------------------------------------------------------------------------------
 
 
 def ingest_embeddings(
@@ -197,50 +57,49 @@ def ingest_embeddings(
     """Append the vectors that are not stored yet as pretraining images with a feature, a commit for every part.
 
     encoder: the spec of the encoder that made them, in the caller's word: vectors do not say it. Its dimension is checked
-             against the database's
+             against the database's, and against that of its architecture where it is known
     source:  name of the data set; ids are `<source>/<key>`
-    raises:  InvalidValue if the database's encoder of that spec has another dimension, Busy if another process imports the
-             same source
+    raises:  InvalidValue if the encoder has another dimension, or a row is stored already without a feature of it; Busy if
+             another process imports the same source
 
     A vector that is zero or not finite, a row without an id, and a row whose id an earlier row has, is left out and
-    recorded with its reason. Vectors are brought to unit length. Given again, the import goes on where it was.
+    recorded with its reason. Vectors are brought to unit length. Rerun, the import resumes where it was.
     """
-    encoder_id = _register(db, encoder, embeddings.dimension)
+    check_encoder(encoder, embeddings)
+    _check_stored_dimension(db, encoder, embeddings.dimension)
     settings = {"encoder": encoder, "source": source, "path": embeddings.root, "id_column": embeddings.id_column}
     with (
         exclusive_lock(lock_file(db.path, "corpus", source), f"source {source!r} is being imported"),
         jobs.running(db.writer, "ingest corpus", f"{source} from {embeddings.root}", settings) as job,
     ):
         db.refresh()
-        before, n_seen = Database(db.path, at=db.version), 0
+        work = _Import(db, Database(db.path, at=db.version), encoder, job)
+        n_seen = 0
         if retry_failed:
             # A row whose id came before was not stored, and would look as if it were.
-            job.mended([item for item, reason in job.failures.items() if not reason.endswith(_twice(embeddings))])
+            job.mended([item for item, reason in job.failures.items() if not reason.endswith(_repeated(embeddings))])
         for part in parts(embeddings, source):
             report(f"import {source}", n_seen, embeddings.n_rows)
             n_seen += len(part.metadata)
-            _import_part(db, before, part, encoder_id, job)
+            work.add(part)
         report(f"import {source}", n_seen, embeddings.n_rows)
     return job.result()
 
 
-def _twice(embeddings: Embeddings) -> str:
+def _repeated(embeddings: Embeddings) -> str:
     """The end of the reason of a row whose id an earlier row has."""
     named = f"column {embeddings.id_column!r}" if embeddings.id_column else "shard and position"
     return f"has the id of an earlier row ({named}); name a column that tells them apart with --id-column"
 
 
-def _register(db: Database, encoder: str, dimension: int) -> str:
+def _check_stored_dimension(db: Database, encoder: str, dimension: int) -> None:
     encoder_id = encoder_id_of(encoder)
     stored = db.encoders.get(encoder_id)
-    if stored is None:
-        return db.writer.add_encoder(encoder, dimension, {}, "")
-    if stored["dimension"] != dimension:
+    if stored and stored["dimension"] != dimension:
         raise InvalidValue(
             f"the embeddings have dimension {dimension}, encoder {encoder_id!r} of {db.path} makes {stored['dimension']}; "
             "name the encoder that made them"
         )
-    return encoder_id
 
 
 @dataclass(frozen=True)
@@ -279,13 +138,13 @@ class Part:
         }
         for ours, theirs in self.embeddings.columns.items():
             try:
-                columns[ours] = self.metadata[theirs].cast(IMAGES.field(ours).type)
+                columns[ours] = clean_column(self.metadata[theirs].cast(IMAGES.field(ours).type))
             except pa.ArrowException as error:
                 raise InvalidValue(f"column {theirs!r} of the metadata cannot become {ours!r}: {error}") from error
         taken = {*self.embeddings.columns.values(), self.embeddings.id_column}
         rest = [name for name in self.metadata.column_names if name not in taken]
         if rest:
-            columns["metadata"] = _as_json(self.metadata.select(rest))
+            columns["metadata"] = json_column(self.metadata.select(rest))
         columns[encoder_id] = pa.FixedSizeListArray.from_arrays(pa.array(features.reshape(-1)), self.shard.dimension)
         return pa.table(columns), ~np.isnan(features[:, 0])
 
@@ -300,10 +159,10 @@ def parts(embeddings: Embeddings, source: str) -> Iterator[Part]:
                 waiting.append(batch)
                 n_waiting += len(batch)
                 if n_waiting >= size:
-                    yield Part(embeddings, source, shard, first, pa.Table.from_batches(waiting))
+                    yield Part(embeddings, source, shard, first, valid_text(pa.Table.from_batches(waiting)))
                     first, waiting, n_waiting = first + n_waiting, [], 0
             if waiting:
-                yield Part(embeddings, source, shard, first, pa.Table.from_batches(waiting))
+                yield Part(embeddings, source, shard, first, valid_text(pa.Table.from_batches(waiting)))
 
 
 def _batches(file: BinaryIO, size: int, where: str) -> Iterator[pa.RecordBatch]:
@@ -313,43 +172,112 @@ def _batches(file: BinaryIO, size: int, where: str) -> Iterator[pa.RecordBatch]:
         raise InvalidValue(f"{where} cannot be read: {str(error).splitlines()[0]}; fetch it again") from error
 
 
-def _import_part(db: Database, before: Database, part: Part, encoder_id: str, job: jobs.Job) -> None:
-    """Append what is not stored of a part. before: the database as it was when the import began."""
-    has_id, first = pc.is_valid(part.ids).to_numpy(zero_copy_only=False), _first_of_each(part.ids)
-    absent = pc.fill_null(db.writer.absent(part.ids), False).to_numpy(zero_copy_only=False)
-    failed = pc.is_in(part.ids, pa.array(list(job.failures), pa.string())).to_numpy(zero_copy_only=False)
-    wanted = has_id & first & absent & ~failed
-    twice = has_id & ~first
-    known = has_id & first & ~absent
-    if known.any():
-        # Unless it was there when this import began, an earlier row of it has the id.
-        twice |= known & before.writer.absent(part.ids).to_numpy(zero_copy_only=False)
-    failures = dict.fromkeys(np.flatnonzero(~has_id), f"has no {part.embeddings.id_column}")
-    failures |= {row: _twice(part.embeddings) for row in np.flatnonzero(twice)}
-    reasons = {
-        part.positions[row].as_py(): f"{part.shard.metadata} row {part.first + row} {why}"
-        for row, why in failures.items()
-    }
-    job.n_stored += int((known & ~twice).sum())
-    if wanted.any():
-        table, sound = part.images(encoder_id)
-        for row in np.flatnonzero(~sound & wanted):
-            reasons[part.ids[row].as_py()] = f"{part.shard.vectors} row {part.first + row} is zero or not finite"
-        for number, refusal in blocklist(db.snapshot).refusals(table).items():
-            if wanted[number]:
-                reasons[part.ids[number].as_py()] = refusal
-                sound[number] = False
-        wanted &= sound
+@dataclass(frozen=True)
+class _Rows:
+    """Which rows of a part are what, (n,) bool each. repeated: an earlier row has the id; wanted: to be appended."""
+
+    without_id: np.ndarray
+    repeated: np.ndarray
+    stored: np.ndarray
+    wanted: np.ndarray
+
+
+class _Import:
+    """An import under way. before: the database as it was when the import began."""
+
+    def __init__(self, db: Database, before: Database, encoder: str, job: jobs.Job):
+        self.db = db
+        self.before = before
+        self.encoder = encoder
+        self.encoder_id = encoder_id_of(encoder)
+        self.job = job
+
+    def add(self, part: Part) -> None:
+        """Append what is not stored of a part, and record what cannot be."""
+        rows = self._sorted(part)
+        self._check_features(part, rows.stored)
+        self.job.n_stored += int(rows.stored.sum())
+        reasons = self._row_reasons(part, rows)
+        if rows.wanted.any():
+            reasons |= self._append(part, rows.wanted)
+        if len(reasons) > LISTED_FAILURES:
+            raise InvalidValue(
+                f"{len(reasons):,} of {len(part.metadata):,} rows of shard {part.shard.number} cannot be used, the first: "
+                f"{next(iter(reasons.values()))}; is this the right folder?"
+            )
+        self.job.failed({item: reason for item, reason in reasons.items() if item not in self.job.failures})
+
+    def _sorted(self, part: Part) -> _Rows:
+        has_id, first = pc.is_valid(part.ids).to_numpy(zero_copy_only=False), _first_of_each(part.ids)
+        absent = _absent(self.db, part.ids)
+        failed = pc.is_in(part.ids, pa.array(list(self.job.failures), pa.string())).to_numpy(zero_copy_only=False)
+        repeated, stored = has_id & ~first, has_id & first & ~absent
+        if stored.any():
+            # Unless it was there when this import began, an earlier row of it has the id.
+            new = stored & _absent(self.before, part.ids)
+            repeated, stored = repeated | new, stored & ~new
+        return _Rows(~has_id, repeated, stored, has_id & first & absent & ~failed)
+
+    def _check_features(self, part: Part, stored: np.ndarray) -> None:
+        """raises: InvalidValue if a row is stored without a feature of the encoder: it came from another one"""
+        if not stored.any():
+            return
+        ids = part.ids.filter(pa.array(stored))
+        if self.encoder_id in self.before.encoders:
+            if len(self.before.encoders) == 1:
+                return
+            ids = self._without_feature(ids)
+        if len(ids):
+            others = ", ".join(row["spec"] for row in self.before.encoders.values() if row["spec"] != self.encoder)
+            raise InvalidValue(
+                f"image {ids[0].as_py()!r} is stored already, without a feature of {self.encoder}, as are {len(ids) - 1:,} "
+                f"more of shard {part.shard.number}; {self.db.path} has features of {others}. Name the encoder that made "
+                "these embeddings, or import them with another --source"
+            )
+
+    def _without_feature(self, ids: pa.Array) -> pa.Array:
+        ends = pc.min_max(ids)
+        where = (
+            f"image_id >= {literal(ends['min'].as_py())} AND image_id <= {literal(ends['max'].as_py())} "
+            f"AND `{self.encoder_id}` IS NULL"
+        )
+        with storage(self.before.path):
+            lacking = self.before.snapshot.tables["images"].to_table(columns=["image_id"], filter=where)["image_id"]
+        return ids.filter(pc.is_in(ids, lacking))
+
+    def _row_reasons(self, part: Part, rows: _Rows) -> dict[str, str]:
+        """Why rows cannot be used whose vectors need not be read for that, by their position."""
+        reasons = dict.fromkeys(np.flatnonzero(rows.without_id), f"has no {part.embeddings.id_column}")
+        reasons |= dict.fromkeys(np.flatnonzero(rows.repeated), _repeated(part.embeddings))
+        return {
+            part.positions[row].as_py(): f"{part.shard.metadata} row {part.first + row} {reason}"
+            for row, reason in reasons.items()
+        }
+
+    def _append(self, part: Part, wanted: np.ndarray) -> dict[str, str]:
+        """Append rows in one commit; why some of them cannot be, by id."""
+        table, sound = part.images(self.encoder_id)
+        reasons = {
+            part.ids[row].as_py(): f"{part.shard.vectors} row {part.first + row} is zero or not finite"
+            for row in np.flatnonzero(~sound & wanted)
+        }
+        wanted = wanted & sound
+        for row, reason in blocklist(self.db.snapshot).refusals(table).items():
+            if wanted[row]:
+                reasons[part.ids[row].as_py()] = reason
+                wanted[row] = False
         if not wanted.all():
             table = table.filter(pa.array(wanted))
         if len(table):
-            job.n_done += db.writer.append_bulk(table).n_appended
-    if len(reasons) > LISTED_FAILURES:
-        raise InvalidValue(
-            f"{len(reasons):,} of {len(part.metadata):,} rows of shard {part.shard.number} cannot be used, the first: "
-            f"{next(iter(reasons.values()))}; is this the right folder?"
-        )
-    job.failed({item: reason for item, reason in reasons.items() if item not in job.failures})
+            if self.encoder_id not in self.db.encoders:  # not before there is something of it
+                self.db.writer.add_encoder(self.encoder, part.shard.dimension, {}, "")
+            self.job.n_done += self.db.writer.append_bulk(table).n_appended
+        return reasons
+
+
+def _absent(db: Database, ids: pa.Array) -> np.ndarray:
+    """(n,) bool: which ids the database does not have; False where there is no id."""
+    return pc.fill_null(db.writer.absent(ids), False).to_numpy(zero_copy_only=False)
 
 
 def _first_of_each(ids: pa.Array) -> np.ndarray:
@@ -368,20 +296,12 @@ def _unit_features(file: BinaryIO, shard: Shard, first: int, n_rows: int) -> np.
     """
     row_bytes = shard.dimension * shard.dtype.itemsize
     file.seek(shard.offset + first * row_bytes)
-    found = file.read(n_rows * row_bytes)
-    if len(found) != n_rows * row_bytes:
-        raise InvalidValue(f"{shard.vectors} ends within row {first + len(found) // row_bytes}; fetch it again")
-    features = np.frombuffer(found, shard.dtype).reshape(n_rows, shard.dimension).astype(np.float32)
+    encoded = file.read(n_rows * row_bytes)
+    if len(encoded) != n_rows * row_bytes:
+        raise InvalidValue(f"{shard.vectors} ends within row {first + len(encoded) // row_bytes}; fetch it again")
+    features = np.frombuffer(encoded, shard.dtype).reshape(n_rows, shard.dimension).astype(np.float32)
     with np.errstate(all="ignore"):
         norms = np.sqrt(np.einsum("nd,nd->n", features, features))
         norms[~np.isfinite(norms) | (norms == 0)] = np.nan
         features /= norms[:, None]
     return features
-
-
-def _as_json(table: pa.Table) -> pa.ChunkedArray:
-    """Every row as JSON text."""
-    rows = pa.table({"row": table.to_struct_array()})
-    with duckdb.connect() as connection:
-        connection.register("metadata", rows)
-        return connection.sql('SELECT to_json("row")::VARCHAR AS line FROM metadata').to_arrow_table()["line"]

@@ -1,21 +1,20 @@
-"""Image folders and Parquet files as a stream of items that are read only when needed."""
+"""What a corpus is made of: sources of one kind each, which give items that are read only when they have to be."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import NoReturn
-
-import pyarrow as pa
-import pyarrow.parquet as pq
+from typing import Any, NoReturn
 
 from attrdb.errors import InvalidValue
-from attrdb.ingest.read.pictures import Picture, image_files, read_picture, read_picture_file, read_text
+from attrdb.ingest.read.pictures import Picture, read_picture_file
+from attrdb.ingest.read.side_fields import Fields, LabelTables, columns_of, fields_of
+from attrdb.ingest.read.text import MAX_TEXT, read_text
+from attrdb.ingest.read.walk import FIELDS, File, Skipped, picture_files
 
-BATCH_ROWS = 256
-KEPT = ("source", "split", "category", "prompt", "uri", "creator", "license", "metadata")
+PICTURES, SHARDS, PARQUET, ARROW = "picture files", "tar shards", "Parquet files", "Arrow files"  # kinds of sources
 
 
 @dataclass(frozen=True)
@@ -24,87 +23,54 @@ class Item:
 
     image_id: str
     read: Callable[[], Picture]
-    fields: Callable[[], dict]
+    fields: Callable[[], dict[str, Any]]
     uri: str | None
+    kind: str = PICTURES  # of the source that it is from
 
 
-def folder_items(folder: Path, source: str) -> Iterator[Item]:
-    """Images below a folder; a `.txt` of the same name is the caption."""
-    for path in image_files(folder):
-        inside = path.relative_to(folder).as_posix()
-        shown = inside.encode("utf-8", "replace").decode("utf-8")
-        if shown != inside:
-            yield refused(f"{source}/{shown}", InvalidValue(f"{folder / shown}: its name is not UTF-8; rename it"))
-            continue
-        uri = path.resolve().as_uri()
+@dataclass(frozen=True)
+class Source:
+    """Items of one kind. files: those that hold them, none for loose pictures; n_items: None where nobody knows yet."""
 
-        def fields(path: Path = path, uri: str = uri) -> dict:
-            caption = path.with_suffix(".txt")
-            found = {"source": source, "uri": uri}
-            return found | {"prompt": read_text(caption).strip()} if caption.is_file() else found
-
-        yield Item(f"{source}/{inside}", partial(read_picture_file, path), fields, uri)
+    kind: str
+    files: tuple[Path, ...]
+    n_items: int | None
+    items: Callable[[], Iterator[Item]]
 
 
-def parquet_items(path: Path, source: str | None) -> Iterator[Item]:
-    """Rows with the columns `name` and `image` (encoded bytes), and any of KEPT; exemplars are left out.
-
-    A source that is given replaces the rows' own, and goes before their names.
-    """
-    first = 0
-    for batch in batches_of(path):
-        for number, row in enumerate(batch.to_pylist(), first):
-            if row.get("role", "pretraining") == "pretraining":
-                where = f"{path} row {number}"
-                try:
-                    yield _parquet_item(where, row, source)
-                except InvalidValue as error:
-                    yield refused(where, error)
-        first += len(batch)
-
-
-def refused(image_id: str, error: InvalidValue) -> Item:
+def refused(image_id: str, error: InvalidValue, kind: str) -> Item:
     """An item that cannot be read, and why."""
 
     def read() -> NoReturn:
         raise error
 
-    return Item(image_id, read, dict, None)
+    return Item(image_id, read, dict, None, kind)
 
 
-def _parquet_item(where: str, row: dict, source: str | None) -> Item:
-    name, encoded = row["name"], row["image"]
-    if not isinstance(name, str) or not isinstance(encoded, bytes):
-        raise InvalidValue(f"{where}: name must be text and image bytes, found {name!r} and {type(encoded).__name__}")
-    fields = {column: row[column] for column in KEPT if column in row}
-    for column, value in fields.items():
-        if not isinstance(value, str | None):
-            raise InvalidValue(f"{where}: {column} must be text, found {value!r}")
-    if source:
-        name, fields["source"] = f"{source}/{name}", source
-    return Item(name, partial(read_picture, name, encoded), lambda: fields, fields.get("uri"))
+def folder_items(folder: Path, source: str, labels: LabelTables, chosen: Mapping[str, str]) -> Iterator[Item]:
+    """Pictures below a folder. A text file of the same name is the caption, a `.json` file has further fields.
 
-
-def batches_of(path: Path) -> Iterator[pa.RecordBatch]:
-    """raises: InvalidValue for a damaged file"""
-    try:
-        yield from pq.ParquetFile(path).iter_batches(BATCH_ROWS)
-    except (pa.ArrowException, OSError) as error:
-        raise InvalidValue(f"{path} cannot be read: {str(error).splitlines()[0]}; fetch it again") from error
-
-
-def count_rows(path: Path) -> int:
-    """How many rows of a Parquet file `parquet_items` gives.
-
-    raises: InvalidValue if it is no Parquet file, or lacks a column
+    labels: fields of pictures by their path, from the tables of the folder
+    chosen: our columns -> names of fields, by the user's word
     """
-    try:
-        file = pq.ParquetFile(path)
-        names = file.schema_arrow.names
-        roles = file.read(["role"])["role"].to_pylist() if "role" in names else None
-    except pa.ArrowException as error:
-        raise InvalidValue(f"{path} is not a readable Parquet file: {error}") from error
-    missing = {"name", "image"} - set(names)
-    if missing:
-        raise InvalidValue(f"{path} has no column {' or '.join(sorted(missing))}; it has: {', '.join(names)}")
-    return file.metadata.num_rows if roles is None else roles.count("pretraining")
+    root = folder.resolve()
+    for file in picture_files(folder, Skipped()):
+        shown = file.inside.encode("utf-8", "replace").decode("utf-8")
+        if shown != file.inside:
+            error = InvalidValue(f"{folder / shown}: its name is not UTF-8; rename it")
+            yield refused(f"{source}/{shown}", error, PICTURES)
+            continue
+        uri = (file.path.resolve() if file.beside[file.path.name].is_symlink() else root / file.inside).as_uri()
+        side_file, side = file.side_file(FIELDS), labels.fields(file.inside)
+        if side_file:
+            side |= fields_of(side_file)
+        columns = {"source": source, "uri": uri, **columns_of(side, chosen=chosen)}
+        fields = partial(_with_caption, file, side, columns, chosen)
+        yield Item(f"{source}/{file.inside}", partial(read_picture_file, file.path), fields, columns["uri"])
+
+
+def _with_caption(file: File, side: Fields, columns: dict[str, Any], chosen: Mapping[str, str]) -> dict[str, Any]:
+    """The columns with the caption's file read, now that the picture is."""
+    if file.caption is None:
+        return columns
+    return columns | columns_of(side, read_text(file.caption, MAX_TEXT), chosen)

@@ -1,7 +1,8 @@
-"""Webdataset shards, as img2dataset writes them: tar files with `<key>.jpg`, `<key>.txt` and `<key>.json` side by side.
+"""Webdataset shards, such as img2dataset writes: tar files with `<key>.jpg`, `<key>.txt` and `<key>.json` side by side.
 
-A shard is walked once, header by header. Captions and fields are read on the way, a picture only when it is asked for,
-and nothing is ever extracted to disk.
+A key ends at the first point of a member's name, as in webdataset; what follows is the field's name, such as `jpg` or
+`left.png`. A shard is walked once, header by header. Captions and fields are read on the way, a picture only when it is
+asked for, and nothing is extracted to a name that the shard chooses.
 """
 
 from __future__ import annotations
@@ -9,24 +10,39 @@ from __future__ import annotations
 import json
 import sqlite3
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path, PurePosixPath
+from typing import Any
 from urllib.parse import quote
 
-from attrdb.errors import InvalidValue, NotFound
-from attrdb.ingest.read.pictures import MAX_BYTES, SUFFIXES, Picture, read_picture
-from attrdb.ingest.read.sources import Item, refused
+from attrdb.errors import InvalidValue
+from attrdb.ingest.read import shard_file
+from attrdb.ingest.read.formats import picture_suffixes
+from attrdb.ingest.read.pictures import MAX_BYTES, Picture, read_picture
+from attrdb.ingest.read.shard_file import Content, shard_stem
+from attrdb.ingest.read.side_fields import Fields, columns_of, parse_fields
+from attrdb.ingest.read.sources import SHARDS, Item, refused
+from attrdb.ingest.read.text import MAX_TEXT, clean, decode
+from attrdb.ingest.read.walk import EMPTY_SHARDS, HIDDEN, Skipped, is_hidden
 
-IMAGES = tuple(suffix.removeprefix(".") for suffix in SUFFIXES)
-TEXTS = ("txt", "json")
-MAX_TEXT = 2**20  # bytes of a caption or of a sample's fields
-# The fields that images have a column for, by their names in lower case: LAION writes URL and LICENSE.
-COLUMNS = {"url": "uri", "license": "license", "creator": "creator", "author": "creator", "caption": "prompt"}
+CAPTIONS = ("txt", "text", "caption")
+TEXTS = (*CAPTIONS, "json", "cls")
+FAILED = "failed"  # how img2dataset's word for an image that it could not fetch begins
+MAX_NAMED = 8  # members of a sample that are named in an error
 # What tarfile raises for a damaged shard, besides its own: a number or a name that is none, a size beyond the file.
-DAMAGE = (tarfile.TarError, OSError, ValueError, OverflowError, RecursionError)
+DAMAGE = (tarfile.TarError, ValueError, OverflowError, RecursionError, *shard_file.DAMAGE)
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A tar file of a data set. prefix: what goes before its keys to make ids."""
+
+    path: Path
+    source: str
+    prefix: str
 
 
 @dataclass(frozen=True)
@@ -35,18 +51,49 @@ class Member:
 
     tar: Path
     name: str
+    content: Content
     start: int
     size: int
 
 
 @dataclass
-class Sample:
-    """What a shard has under one key."""
+class Record:
+    """What a shard has under one key. images and texts: by the field's name, which is in lower case."""
 
     key: str
-    images: list[Member] = field(default_factory=list)
+    images: dict[str, Member] = field(default_factory=dict)
     texts: dict[str, bytes] = field(default_factory=dict)
+    others: list[str] = field(default_factory=list)
     problem: str | None = None  # why it cannot be used
+
+    def text(self, *names: str) -> tuple[str, bytes] | None:
+        """The first of the fields that is there: of the name itself, else the only one whose name ends so."""
+        for name in names:
+            if name in self.texts:
+                return name, self.texts[name]
+            longer = [other for other in self.texts if other.endswith(f".{name}")]
+            if len(longer) == 1:
+                return longer[0], self.texts[longer[0]]
+        return None
+
+    def image(self, chosen: str | None) -> Member:
+        """The picture that is meant; chosen: the field, by the user's word
+
+        raises: InvalidValue if there is none, or several
+        """
+        if chosen and chosen.lower() in self.images:
+            return self.images[chosen.lower()]
+        if not self.images:
+            others = f"; it has: {', '.join(self.others)}" if self.others else ""
+            raise InvalidValue(f"has no image{others}")
+        plain = [name for name in self.images if "." not in name]
+        if len(self.images) > 1 and len(plain) != 1:
+            names = ", ".join(self.images)
+            raise InvalidValue(
+                f"has several images: {names}; which is meant? Choose one with --column image={next(iter(self.images))}. If "
+                "they belong to different samples, pack them under names with one point"
+            )
+        return self.images[plain[0] if plain else next(iter(self.images))]
 
 
 @dataclass(frozen=True)
@@ -57,136 +104,115 @@ class Trouble:
     error: InvalidValue
 
 
-def shards(path: Path) -> list[Path]:
-    """The tar files of a webdataset, by name: the file itself, or those in the folder. Empty where it is none."""
-    if path.is_dir():
-        return sorted(file for file in path.glob("*.tar") if file.is_file())
-    return [path] if path.suffix == ".tar" and path.is_file() else []
+def check_shards(shards: Sequence[Shard]) -> None:
+    """raises: InvalidValue if no shard has an image: with what is wrong with the first, if it is damaged"""
+    troubles = []
+    for shard in shards:
+        for record in _records(shard.path, Skipped()):
+            if isinstance(record, Trouble):
+                troubles.append(record.error)
+            elif record.images:
+                return
+    if troubles:
+        raise troubles[0]
+    kinds = ", ".join(sorted(suffix.removeprefix(".") for suffix in picture_suffixes()))
+    raise InvalidValue(f"{shards[0].path} has no image in it; {kinds} members are read")
 
 
-def count_webdataset(path: Path) -> int | None:
-    """How many images the shards hold, by the `<shard>_stats.json` beside each; None where one has none.
-
-    raises: NotFound if there is no shard, InvalidValue if the first is damaged from the start or has no image
-    """
-    tars = shards(path)
-    if not tars:
-        raise NotFound(f"no webdataset at {path}; a .tar file, or a folder with .tar files in it, is needed")
-    for found in _samples(tars[0]):
-        if isinstance(found, Trouble):
-            raise found.error
-        if found.images:
-            break
-    else:
-        raise InvalidValue(f"{tars[0]} has no image in it; {', '.join(IMAGES)} members are read")
-    counts = [_successes(tar) for tar in tars]
+def count_images(shards: Sequence[Shard]) -> int | None:
+    """How many images the shards hold, by the `<shard>_stats.json` beside each; None where one has none."""
+    counts = [_successes(shard.path) for shard in shards]
     known = [count for count in counts if count is not None]
     return sum(known) if len(known) == len(counts) else None
 
 
 def _successes(tar: Path) -> int | None:
     try:
-        found = json.loads(tar.with_name(f"{tar.stem}_stats.json").read_bytes())["successes"]
-    except (OSError, ValueError, KeyError, TypeError):
+        count = json.loads(tar.with_name(f"{shard_stem(tar.name)}_stats.json").read_bytes())["successes"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
-    return found if isinstance(found, int) else None
+    return count if isinstance(count, int) else None
 
 
-def webdataset_items(path: Path, source: str) -> Iterator[Item]:
-    """The samples of a .tar file, or of the .tar files in a folder, `<source>/<key>` each.
+def webdataset_items(shards: Sequence[Shard], columns: Mapping[str, str], skipped: Skipped) -> Iterator[Item]:
+    """The samples of tar files, `<prefix>/<key>` each.
 
     What cannot be used is an item too, whose `read` raises the InvalidValue that says why: a sample without an image or
     that was not fetched, a key that came before, a member that points outside the shard, a shard that is cut off.
+    columns: ours -> the names of fields, by the user's word
+    skipped: hidden members are added
     """
     # A private file of sqlite's: keys of any number of shards, in constant memory.
     with closing(sqlite3.connect("", isolation_level=None, check_same_thread=False)) as keys:
         keys.execute("CREATE TABLE keys (key TEXT PRIMARY KEY, tar TEXT) WITHOUT ROWID")
-        for tar in shards(path):
-            for found in _samples(tar):
-                if isinstance(found, Sample):
-                    found = _repeated(keys, found.key, tar) or found
-                if isinstance(found, Trouble):
-                    yield refused(f"{source}/{found.where}", found.error)
+        for shard in shards:
+            n_records = 0
+            for n_records, record in enumerate(_records(shard.path, skipped), 1):  # noqa: B007
+                if isinstance(record, Record):
+                    image_id = f"{shard.prefix}/{record.key}"
+                    record = _repeated(keys, image_id, record.key, shard.path) or record
+                if isinstance(record, Trouble):
+                    yield refused(f"{shard.prefix}/{record.where}", record.error, SHARDS)
                     continue
-                image_id = f"{source}/{found.key}"
                 try:
-                    yield _item(found, tar, source, image_id)
+                    yield _item(record, shard, columns, image_id)
                 except InvalidValue as error:
-                    yield refused(image_id, error)
+                    where = f"{shard.path} sample {record.key!r}"
+                    yield refused(image_id, InvalidValue(f"{where}{_joined(str(error))}"), SHARDS)
+            if not n_records:
+                skipped.add(EMPTY_SHARDS, shard.path.name)
 
 
-def _repeated(keys: sqlite3.Connection, key: str, tar: Path) -> Trouble | None:
-    if keys.execute("INSERT OR IGNORE INTO keys VALUES (?, ?)", (key, str(tar))).rowcount:
+def _joined(problem: str) -> str:
+    """A problem after the name of what has it: as its verb, or after a colon."""
+    return f" {problem}" if problem.startswith(("has ", "was ")) else f": {problem}"
+
+
+def _repeated(keys: sqlite3.Connection, image_id: str, key: str, tar: Path) -> Trouble | None:
+    if keys.execute("INSERT OR IGNORE INTO keys VALUES (?, ?)", (image_id, str(tar))).rowcount:
         return None
-    (first,) = keys.execute("SELECT tar FROM keys WHERE key = ?", (key,)).fetchone()
-    said = f"{tar} sample {key!r}: {first} has this key already, and the first is kept"
+    (first,) = keys.execute("SELECT tar FROM keys WHERE key = ?", (image_id,)).fetchone()
     return Trouble(
         f"{tar.name}/{key}",  # not the id of the first, which is stored
-        InvalidValue(f"{said}; the members of a key must stand together, and no key may come twice"),
+        InvalidValue(
+            f"{tar} sample {key!r}: {first} has this key already, and the first is kept; the members of a key must stand "
+            "together, and no key may come twice"
+        ),
     )
 
 
 # --- a sample ---------------------------------------------------------------------------------------------------------
 
 
-def _item(sample: Sample, tar: Path, source: str, image_id: str) -> Item:
-    where = f"{tar} sample {sample.key!r}"
-    if sample.problem:
-        raise InvalidValue(f"{where}: {sample.problem}")
-    given = _fields(where, sample.texts.get("json", b"{}"))
-    status = given.get("status", "success")
-    if status != "success":
-        raise InvalidValue(f"{where} was not fetched: {status}, {given.get('error_message') or 'no reason given'}")
-    if not sample.images:
-        raise InvalidValue(f"{where} has no image; {', '.join(IMAGES)} are read")
-    member = sample.images[0]
-    row: dict[str, str | None] = {"source": source}
-    for name, value in list(given.items()):
-        column = COLUMNS.get(name.lower())
-        if column and column not in row and value:
-            row[column] = _text(f"{where} field {name!r}", value)
-            del given[name]
-    if "txt" in sample.texts:
-        caption = _decoded(where, "txt", sample.texts["txt"]).strip()
-        if row.get("prompt", caption) != caption:
-            given["caption"] = row["prompt"]  # the .txt is what a model was trained on
-        row["prompt"] = caption or None
-    row.setdefault("uri", f"{tar.resolve().as_uri()}#{quote(member.name)}")
-    row["metadata"] = json.dumps(given, sort_keys=True) if given else None
-    return Item(image_id, partial(_read, member), lambda: row, row["uri"])
+def _item(record: Record, shard: Shard, columns: Mapping[str, str], image_id: str) -> Item:
+    """raises: InvalidValue with the problem alone"""
+    if record.problem:
+        raise InvalidValue(record.problem)
+    fields = _fields(record)
+    status = fields.get("status", "success")
+    if isinstance(status, str) and (status.startswith(FAILED) or (status != "success" and not record.images)):
+        raise InvalidValue(f"was not fetched: {clean(status)}, {fields.get('error_message') or 'no reason given'}")
+    member = record.image(columns.get("image"))
+    caption = record.text(*CAPTIONS)
+    text = clean(decode(caption[1], f"its .{caption[0]}")) if caption else None
+    row: dict[str, Any] = columns_of(fields, text, {ours: name for ours, name in columns.items() if ours != "image"})
+    row = {"source": shard.source, **row}
+    row.setdefault("uri", f"{shard.path.resolve().as_uri()}#{quote(member.name)}")
+    return Item(image_id, partial(_read, member), lambda: row, row["uri"], SHARDS)
 
 
-def _fields(where: str, encoded: bytes) -> dict:
-    try:
-        # NaN is no JSON, but Python's writer puts it there; null is what it says.
-        found = json.loads(_decoded(where, "json", encoded), parse_constant=lambda _: None)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise InvalidValue(f"{where}: its .json is not JSON: {error}") from error
-    if not isinstance(found, dict):
-        raise InvalidValue(f"{where}: its .json must be an object, found {type(found).__name__}")
-    return found
-
-
-def _decoded(where: str, extension: str, encoded: bytes) -> str:
-    try:
-        return encoded.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise InvalidValue(f"{where}: its .{extension} is not UTF-8 text: {error}") from error
-
-
-def _text(where: str, value: object) -> str:
-    if not isinstance(value, str):
-        raise InvalidValue(f"{where} must be text, found {value!r}")
-    # JSON can spell half a character, which no column can hold.
-    return value.encode("utf-8", "replace").decode("utf-8").strip()
+def _fields(record: Record) -> Fields:
+    side = record.text("json")
+    fields = parse_fields(side[1], f"its .{side[0]}") if side else {}
+    if label := record.text("cls"):
+        fields.setdefault("cls", clean(decode(label[1], f"its .{label[0]}")))
+    return fields
 
 
 def _read(member: Member) -> Picture:
     where = f"{member.tar} member {member.name!r}"
     try:
-        with member.tar.open("rb") as file:
-            file.seek(member.start)
-            encoded = file.read(member.size)
+        encoded = member.content.read(member.start, member.size)
     except OSError as error:
         raise InvalidValue(f"{where} cannot be read: {error.strerror}") from error
     return read_picture(where, encoded)
@@ -195,34 +221,46 @@ def _read(member: Member) -> Picture:
 # --- a shard ----------------------------------------------------------------------------------------------------------
 
 
-def _samples(path: Path) -> Iterator[Sample | Trouble]:
+def _records(path: Path, skipped: Skipped) -> Iterator[Record | Trouble]:
     """The samples of a shard, and between them what is wrong with it. Damage drops the sample that it may fall into."""
-    sample: Sample | None = None
+    record: Record | None = None
     last = "the beginning"
     try:
-        with tarfile.open(path, "r:", encoding="utf-8", errors="surrogateescape") as tar:
+        with (
+            shard_file.opened(path) as (file, content, damage),
+            tarfile.open(fileobj=file, mode="r:", encoding="utf-8", errors="surrogateescape") as tar,
+        ):
             for info in _headers(tar):
                 if refusal := _refusal(info.name):
                     error = InvalidValue(f"{path} member {info.name!r} is refused: {refusal}; pack the shard again")
                     yield Trouble(f"{path.name}/{info.name!r}", error)
                     continue
                 inside = PurePosixPath(info.name)
-                stem, _, extension = inside.name.partition(".")
-                if info.isdir() or not stem:  # hidden files are leavings of file managers
+                if any(is_hidden(part) for part in inside.parts):
+                    if not info.isdir():
+                        skipped.add(HIDDEN, f"{path.name}/{info.name}")
+                    continue
+                stem, _, name = inside.name.partition(".")
+                if info.isdir() or not stem:
                     continue
                 key = (inside.parent / stem).as_posix()
-                if sample and sample.key != key:
-                    yield sample
-                    last = f"sample {sample.key!r}"
-                    sample = None
-                sample = sample or Sample(key)
-                _take(sample, extension.lower(), info, tar, path)
-    except DAMAGE as error:
-        said = f"{path} is damaged or cut off after {last} ({error}); what stands before is kept"
-        yield Trouble(path.name, InvalidValue(f"{said}: fetch it again, uncompressed, and give the command again"))
+                if record and record.key != key:
+                    yield record
+                    last = f"sample {record.key!r}"
+                    record = None
+                record = record or Record(key)
+                _take(record, name.lower(), info, tar, path, content)
+            if damage:
+                raise damage
+    except InvalidValue as error:
+        yield Trouble(path.name, error)
         return
-    if sample:
-        yield sample
+    except DAMAGE as error:
+        reason = f"{path} is damaged or cut off after {last} ({error}); what stands before is kept"
+        yield Trouble(path.name, InvalidValue(f"{reason}: fetch it again and rerun the command"))
+        return
+    if record:
+        yield record
 
 
 def _headers(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
@@ -252,20 +290,24 @@ def _refusal(name: str) -> str | None:
     return None
 
 
-def _take(sample: Sample, extension: str, info: tarfile.TarInfo, tar: tarfile.TarFile, path: Path) -> None:
+def _take(record: Record, name: str, info: tarfile.TarInfo, tar: tarfile.TarFile, path: Path, content: Content) -> None:
     """Note a member with its sample. Sizes are checked before anything is read."""
-    if extension not in IMAGES + TEXTS:
+    ending = name.rpartition(".")[2]
+    is_text, is_image = ending in TEXTS, f".{ending}" in picture_suffixes()
+    if not is_text and not is_image:
+        if len(record.others) < MAX_NAMED:
+            record.others.append(name)
         return
-    limit = MAX_TEXT if extension in TEXTS else MAX_BYTES
+    limit = MAX_TEXT if is_text else MAX_BYTES
     if not info.isreg() or info.issparse():
-        sample.problem = f"member {info.name!r} is a link, a device or sparse; only plain files are read"
+        record.problem = f"member {info.name!r} is a link, a device or sparse; only plain files are read"
     elif info.size > limit:
-        sample.problem = f"member {info.name!r} has {info.size:,} bytes, more than {limit:,}"
-    elif extension in sample.texts or (extension in IMAGES and sample.images):
-        sample.problem = f"member {info.name!r} is a second one of its kind under this key; which is meant?"
-    elif extension in TEXTS:
+        record.problem = f"member {info.name!r} has {info.size:,} bytes, more than {limit:,}"
+    elif name in record.texts or name in record.images:
+        record.problem = f"member {info.name!r} is a second one of its kind under this key; which is meant?"
+    elif is_text:
         opened = tar.extractfile(info)
         assert opened is not None  # a plain file
-        sample.texts[extension] = opened.read()
+        record.texts[name] = opened.read()
     else:
-        sample.images.append(Member(path, info.name, info.offset_data, info.size))
+        record.images[name] = Member(path, info.name, content, info.offset_data, info.size)

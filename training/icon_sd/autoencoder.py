@@ -11,7 +11,7 @@ from diffusers import AutoencoderKL
 
 from attrdb.ingest.devices import resolved_precision
 from attrdb.training.icon_sd.parts import IconSdSettings, new_vae
-from attrdb.training.icon_sd.runs import Stage
+from attrdb.training.icon_sd.runs import Execution, Stage
 from attrdb.training.icon_sd.scenes import Composer, Sprites, compose, pack
 from attrdb.training.icon_sd.stream import SceneBatches, draw_batch
 
@@ -21,12 +21,12 @@ HALVED = 0.25  # share of the steps that reconstruct half-size scenes from halve
 
 
 def _rate(done: float) -> float:
-    """The learning rate's factor when a share of the images is done: warm-up, level, down to zero over the last third."""
+    """The learning rate's factor after a share of the training: warm-up, level, a fall to zero in the last third."""
     return max(0.0, min(1.0, done / 0.02 + 0.01, (1 - done) / 0.34 + 0.005))
 
 
 def _loss(decoded: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """L1 and L2 in pixels, L1 of differences to the right and below, for sharp edges, and at a quarter of the size."""
+    """L1 and L2 of pixels; L1 of differences between neighbours, for sharp edges; L1 at a quarter of the size."""
     error = decoded - x
     across, down = error[..., :, 1:] - error[..., :, :-1], error[..., 1:, :] - error[..., :-1, :]
     coarse = F.avg_pool2d(decoded, 4) - F.avg_pool2d(x, 4)
@@ -42,18 +42,17 @@ def train_autoencoder(
     sprites: Sprites,
     settings: IconSdSettings,
     stage: Stage,
-    device: str,
-    workers: int = 0,
-    compiled: bool = False,
+    execution: Execution,
     minutes: float = math.inf,
 ) -> AutoencoderKL:
-    """The autoencoder after `vae_images` images, or as many as the stage has time for; its state says whether it is finished.
+    """The autoencoder after `vae_images` images, or as many as the stage has time for: see `finished` in its checkpoint.
 
-    sprites: with their pixels on the device
-    minutes: of training, over all calls, after which it is finished too; the learning rate falls in time for that
     In a quarter of the steps the latents are halved and must decode to the scene at half its size: latents that scale as
     pictures do are easier for the U-Net to learn (after Kouzelis et al. 2025, EQ-VAE).
+    sprites: with their pixels on the device
+    minutes: of training, over all calls, after which it is finished too; the learning rate falls in time for that
     """
+    device = execution.device
     torch.manual_seed(settings.seed)
     vae = new_vae(settings).to(device)
     optimizer = torch.optim.AdamW(vae.parameters(), lr=settings.vae_lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
@@ -65,12 +64,12 @@ def train_autoencoder(
         step, seconds, finished = state["step"], state["seconds"], state["finished"]
     n_steps = math.ceil(settings.vae_images / settings.vae_batch)
     report_steps = max(1, REPORT_IMAGES // settings.vae_batch)
-    encode, decode = (torch.compile(part) if compiled else part for part in (vae.encode, vae.decode))
+    encode, decode = (torch.compile(part) if execution.compiled else part for part in (vae.encode, vae.decode))
     bf16 = resolved_precision("auto", device) == "bf16"
     kind, side = torch.device(device).type, settings.size // vae_factor(settings)
     losses: list[torch.Tensor] = []
-    batches = SceneBatches(sprites, settings.vae_batch, settings.seed, step).loaded(workers) if not finished else ()
-    for packed in batches:
+    scenes = SceneBatches(sprites, settings.vae_batch, settings.seed, step)
+    for packed in scenes.loaded(execution.workers) if not finished else ():
         started = time.monotonic()
         generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + step)
         x = compose(packed, sprites.pixels, settings.size) * 2 - 1
@@ -114,7 +113,7 @@ def vae_factor(settings: IconSdSettings) -> int:
 
 @torch.no_grad()
 def reconstruction(vae: AutoencoderKL, sprites: Sprites, settings: IconSdSettings, n_scenes: int = 256) -> float:
-    """Peak signal-to-noise ratio on scenes that training never drew, in decibels, from the mean over all pixels."""
+    """Peak signal-to-noise ratio on scenes that training never drew: decibels of the mean error over all pixels."""
     scenes = draw_batch(Composer(sprites), n_scenes, HELD_OUT_SEED, 0)
     errors = []
     for start in range(0, n_scenes, 64):
@@ -126,7 +125,7 @@ def reconstruction(vae: AutoencoderKL, sprites: Sprites, settings: IconSdSetting
 
 @torch.no_grad()
 def set_scale(vae: AutoencoderKL, sprites: Sprites, settings: IconSdSettings, n_scenes: int = 1024) -> None:
-    """Set the scaling factor so that latents have a deviation of 1."""
+    """Set the scaling factor so that latents have a standard deviation of 1."""
     scenes = draw_batch(Composer(sprites), n_scenes, HELD_OUT_SEED, 1)
     parts = [
         compose(pack(scenes[start : start + 64]), sprites.pixels, settings.size) for start in range(0, n_scenes, 64)

@@ -1,15 +1,15 @@
-"""Train icon-sd, or go on training it, and export it as a pipeline folder that diffusers loads.
+"""Train icon-sd, or resume its training, and export it as a pipeline folder that diffusers loads.
 
     python -m attrdb.training.icon_sd.build --run runs/icon-sd --out icon-sd --minutes 120
 
-The stages, each resumed from its last checkpoint and finished before the next begins:
+The stages. Each resumes from its last checkpoint, and finishes before the next begins:
 
-    tokenizer     CLIP's kind, its merges learned from captions of scenes
+    tokenizer     as CLIP's, with merges learned from captions of scenes
     autoencoder   64 x 64 pixels to 8 x 8 latents (autoencoder.py)
     U-Net         with the text encoder, on latents of scenes (unet.py)
     export        fp16 safetensors, EMA weights, and `training.json` with the figures
 
-`--minutes` bounds the call: a stage that is cut by it goes on in the next one. The same command runs on a CPU and on a GPU.
+`--minutes` bounds the call; rerunning the command resumes the stage that was cut. The command runs on a CPU and on a GPU.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ from transformers import CLIPTokenizer
 from attrdb.ingest.devices import is_cpu
 from attrdb.training.icon_sd.autoencoder import reconstruction, set_scale, train_autoencoder
 from attrdb.training.icon_sd.parts import TINY, IconSdSettings, export, train_tokenizer
-from attrdb.training.icon_sd.runs import Stage, alone_in, check_settings
+from attrdb.training.icon_sd.runs import Execution, Stage, check_settings, exclusive_run
 from attrdb.training.icon_sd.scenes import Composer, Sprites
 from attrdb.training.icon_sd.unet import train_unet
 
 SPRITES = Path(__file__).resolve().parents[2] / "attrdb" / "assets" / "sprites.parquet"
-N_CAPTIONS = 40_000  # that the tokenizer is learned from
+N_CAPTIONS = 40_000  # that the tokenizer learns from
 
 
 def learned_tokenizer(sprites: Sprites, settings: IconSdSettings, folder: Path) -> CLIPTokenizer:
-    """The run's tokenizer; every name of a thing or style is read at least once, whatever is drawn."""
+    """The run's tokenizer. Its captions hold every name of a thing or style at least once, whatever is drawn."""
     if (folder / "tokenizer_config.json").exists():
         return CLIPTokenizer.from_pretrained(folder)
     composer, rng = Composer(sprites), random.Random(settings.seed)
@@ -51,7 +51,7 @@ def learned_tokenizer(sprites: Sprites, settings: IconSdSettings, folder: Path) 
 def start_from(folder: Path, run_folder: Path, settings: IconSdSettings) -> None:
     """Begin a run at an exported pipeline: its weights, which were stored in fp16, and its counts.
 
-    There is no optimizer in them: its moments build up again within some steps.
+    It holds no optimizer; the moments build up again within some steps.
     """
     if (run_folder / "unet.pt").exists():
         return
@@ -75,17 +75,18 @@ def build(
     out: Path,
     settings: IconSdSettings,
     minutes: float,
-    device: str,
+    execution: Execution,
     start: Path | None = None,
-    compiled: bool = False,
-    workers: int = 0,
     lr_end: float = 1.0,
     vae_minutes: float = math.inf,
 ) -> dict:
-    """Run the stages for so many minutes and export what there is; the figures, of `training.json`.
+    """Run the stages for so many minutes and export the pipeline as it is then; the figures, as in `training.json`.
 
     Nothing is exported before the U-Net has begun.
-    raises: InvalidValue for a run that was begun with other settings
+    start:       an exported pipeline to begin a new run at
+    lr_end:      see `train_unet`
+    vae_minutes: `minutes` of `train_autoencoder`
+    raises:      InvalidValue for a run that began with other settings
     """
     end = time.monotonic() + 60 * minutes
     check_settings(settings, run_folder)
@@ -93,9 +94,9 @@ def build(
         start_from(start, run_folder, settings)
     sprites = Sprites.read(sprites_file)
     tokenizer = learned_tokenizer(sprites, settings, run_folder / "tokenizer")
-    sprites = replace(sprites, pixels=sprites.pixels.to(device))
+    sprites = replace(sprites, pixels=sprites.pixels.to(execution.device))
     stage = Stage(run_folder, "vae", (end - time.monotonic()) / 60)
-    vae = train_autoencoder(sprites, settings, stage, device, workers, compiled, vae_minutes)
+    vae = train_autoencoder(sprites, settings, stage, execution, vae_minutes)
     vae_state = stage.load() or {}
     vae_images = vae_state["step"] * settings.vae_batch
     figures = {"vae_images": vae_images, "vae_seconds": round(vae_state["seconds"])}
@@ -104,12 +105,10 @@ def build(
     figures["decibels"] = round(reconstruction(vae, sprites, settings), 2)
     set_scale(vae, sprites, settings)
     stage = Stage(run_folder, "unet", (end - time.monotonic()) / 60)
-    unet, text_encoder, trained = train_unet(
-        vae, sprites, tokenizer, settings, stage, device, workers, compiled, lr_end
-    )
-    hardware = f"{platform.machine()} CPU" if is_cpu(device) else torch.cuda.get_device_name()
-    figures |= trained
-    if not trained["unet_steps"]:
+    unet, text_encoder, unet_figures = train_unet(vae, sprites, tokenizer, settings, stage, execution, lr_end)
+    hardware = f"{platform.machine()} CPU" if is_cpu(execution.device) else torch.cuda.get_device_name()
+    figures |= unet_figures
+    if not figures["unet_steps"]:
         return figures
     figures |= {
         "sprites": len(sprites.things),
@@ -125,20 +124,27 @@ def build(
 @click.option("--sprites", type=click.Path(exists=True, dir_okay=False, path_type=Path), default=SPRITES)
 @click.option("--run", "run_folder", type=click.Path(file_okay=False, path_type=Path), required=True)
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), required=True)
-@click.option("--minutes", type=float, default=120, show_default=True, help="What this call may take.")
+@click.option("--minutes", type=float, default=120, show_default=True, help="Time of this call.")
 @click.option("--vae-images", type=int, default=IconSdSettings.vae_images, show_default=True)
 @click.option("--vae-batch", type=int, default=IconSdSettings.vae_batch, show_default=True)
 @click.option("--vae-lr", type=float, default=IconSdSettings.vae_lr, show_default=True)
-@click.option("--vae-minutes", type=float, default=math.inf, help="After which the autoencoder is finished too.")
+@click.option(
+    "--vae-minutes", type=float, default=math.inf, help="Training time after which the autoencoder is finished too."
+)
 @click.option("--unet-batch", type=int, default=IconSdSettings.unet_batch, show_default=True)
 @click.option("--unet-lr", type=float, default=IconSdSettings.unet_lr, show_default=True)
-@click.option("--lr-end", type=float, default=1.0, show_default=True, help="Share of the rate that is left at the end.")
 @click.option(
-    "--start-from", "start", type=click.Path(exists=True, file_okay=False, path_type=Path), help="Exported pipeline."
+    "--lr-end", type=float, default=1.0, show_default=True, help="Share of the learning rate that is left at the end."
+)
+@click.option(
+    "--start-from",
+    "start",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="An exported pipeline to begin a new run at.",
 )
 @click.option("--compile/--no-compile", "compiled", default=False, show_default=True, help="By torch.compile.")
 @click.option("--workers", type=int, default=0, show_default=True, help="Processes that draw scenes ahead.")
-@click.option("--tiny", is_flag=True, help="A rehearsal: the smallest sizes that run.")
+@click.option("--tiny", is_flag=True, help="Rehearse with the smallest sizes that run.")
 @click.option("--device", default="cuda" if torch.cuda.is_available() else "cpu", show_default=True)
 def main(
     sprites: Path,
@@ -152,14 +158,13 @@ def main(
     workers: int,
     tiny: bool,
     device: str,
-    **given: Any,
+    **options: Any,
 ) -> None:
-    """Train icon-sd for some minutes, or go on training it, and export it."""
-    settings = TINY if tiny else replace(IconSdSettings(), **given)
-    with alone_in(run_folder):
-        figures = build(
-            sprites, run_folder, out, settings, minutes, device, start, compiled, workers, lr_end, vae_minutes
-        )
+    """Train icon-sd for some minutes, or resume its training, and export it."""
+    settings = TINY if tiny else replace(IconSdSettings(), **options)
+    execution = Execution(device, workers, compiled)
+    with exclusive_run(run_folder):
+        figures = build(sprites, run_folder, out, settings, minutes, execution, start, lr_end, vae_minutes)
     click.echo(json.dumps({name: value for name, value in figures.items() if name != "settings"}))
     if "settings" not in figures:
         click.echo("nothing is exported before the U-Net has begun; rerun the command", err=True)

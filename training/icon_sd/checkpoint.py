@@ -1,4 +1,4 @@
-"""Carry a run from one machine to the next: its weights in small files that git keeps, without the optimizers' state.
+"""Carry a run from one machine to another: its weights in small files that git keeps, without the state of optimizers.
 
     python -m attrdb.training.icon_sd.checkpoint restore runs/icon-sd
     python -m attrdb.training.icon_sd.build --run runs/icon-sd --out runs/icon-sd-out --minutes 120
@@ -25,16 +25,16 @@ COUNTS = {"vae": ("step", "seconds", "finished"), "unet": ("step", "images", "se
 
 
 def save(run: Path, folder: Path = FOLDER) -> list[str]:
-    """Write what a run has; the stages that were written."""
+    """Write the stages that a run has; their names."""
     folder.mkdir(parents=True, exist_ok=True)
     written = []
     for name, counts in COUNTS.items():
         state = Stage(run, name).load()
         if state is None:
             continue
-        whole = state["vae"] if name == "vae" else state["ema"]
+        tensors = state["vae"] if name == "vae" else state["ema"]
         weights = {
-            key: (value.half() if value.is_floating_point() else value).contiguous() for key, value in whole.items()
+            key: (value.half() if value.is_floating_point() else value).contiguous() for key, value in tensors.items()
         }
         save_file(weights, folder / f"{name}.safetensors")
         (folder / f"{name}.json").write_text(json.dumps({count: state[count] for count in counts}, indent=2) + "\n")
@@ -49,7 +49,7 @@ def save(run: Path, folder: Path = FOLDER) -> list[str]:
 
 
 def restore(run: Path, folder: Path = FOLDER) -> list[str]:
-    """Begin a run at what was saved; the stages that were read. A run that has a stage of its own keeps it."""
+    """Begin a new run at the stages that were saved; their names. A run that has settings already stays as it is."""
     if (run / "settings.json").exists() or not (folder / "settings.json").exists():
         return []
     run.mkdir(parents=True, exist_ok=True)
@@ -62,8 +62,8 @@ def restore(run: Path, folder: Path = FOLDER) -> list[str]:
             key: value.float() if value.dtype == torch.float16 else value for key, value in load_file(file).items()
         }
         counts = json.loads((folder / f"{name}.json").read_text())
-        held = {"vae": weights} if name == "vae" else {"weights": weights, "ema": weights}
-        Stage(run, name).save(held | counts)
+        state = {"vae": weights} if name == "vae" else {"weights": weights, "ema": weights}
+        Stage(run, name).save(state | counts)
         if (folder / f"{name}.jsonl").is_file():
             shutil.copyfile(folder / f"{name}.jsonl", run / f"{name}.jsonl")
         restored.append(name)
@@ -74,7 +74,7 @@ def restore(run: Path, folder: Path = FOLDER) -> list[str]:
 
 @click.group()
 def main() -> None:
-    """Carry a run of icon-sd from one machine to the next."""
+    """Carry a run of icon-sd from one machine to another."""
 
 
 @main.command("save")

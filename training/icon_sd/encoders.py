@@ -9,7 +9,7 @@
     icon-moco   self-supervised: a timm ConvNeXt with MoCo v3's loss on two views of a scene (Chen et al. 2021).
                 Written as `icon-moco.safetensors`; loads as timm:convnext_zepto_rms/FILE?size=64
 
-Both resume, run the same on a CPU and on a GPU, and stop when their minutes are over.
+Rerunning a command resumes it. Both run on a CPU and on a GPU, and stop after their minutes.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from safetensors.torch import save_file
 from attrdb.ingest.devices import resolved_precision
 from attrdb.training.icon_sd.build import SPRITES, learned_tokenizer
 from attrdb.training.icon_sd.parts import IconSdSettings
-from attrdb.training.icon_sd.runs import Stage, alone_in, check_settings
+from attrdb.training.icon_sd.runs import Execution, Stage, check_settings, exclusive_run
 from attrdb.training.icon_sd.scenes import Sprites, compose
 from attrdb.training.icon_sd.stream import Packed, SceneBatches
 
@@ -44,7 +44,7 @@ MOCO_ARCH = "convnext_zepto_rms"
 
 @dataclass(frozen=True)
 class EncoderSettings:
-    """What decides an encoder, but for how long it learns.
+    """All that decides an encoder, except the time that it learns.
 
     temperature, momentum: of MoCo
     scale:                 least share of a scene that a view of MoCo shows
@@ -110,32 +110,32 @@ class MocoModel(torch.nn.Module):
 
     def forward(self, pictures: torch.Tensor, _tokens: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         with torch.autocast(pictures.device.type, enabled=False):  # in bf16 a view would be off by an eighth of a pixel
-            one, other = (view(pictures, self.settings.scale, generator) * 2 - 1 for _ in range(2))
+            views = [view(pictures, self.settings.scale, generator) * 2 - 1 for _ in range(2)]
         with torch.no_grad():
-            slow_one, slow_other = (F.normalize(self.slow(x).float(), dim=1) for x in (one, other))
-        fast_one, fast_other = (F.normalize(self.predictor(self.fast(x)).float(), dim=1) for x in (one, other))
-        own = torch.arange(len(pictures), device=pictures.device)
-        heat = self.settings.temperature
-        return F.cross_entropy(fast_one @ slow_other.T / heat, own) + F.cross_entropy(
-            fast_other @ slow_one.T / heat, own
+            slow = [F.normalize(self.slow(x).float(), dim=1) for x in views]
+        fast = [F.normalize(self.predictor(self.fast(x)).float(), dim=1) for x in views]
+        scene = torch.arange(len(pictures), device=pictures.device)
+        temperature = self.settings.temperature
+        return F.cross_entropy(fast[0] @ slow[1].T / temperature, scene) + F.cross_entropy(
+            fast[1] @ slow[0].T / temperature, scene
         )
 
     @torch.no_grad()
     def stepped(self) -> None:
         fast, slow = (list(part.state_dict().values()) for part in (self.fast, self.slow))
-        for mine, theirs in zip(slow, fast, strict=True):
-            if mine.is_floating_point():
-                mine.lerp_(theirs, 1 - self.settings.momentum)
+        for average, value in zip(slow, fast, strict=True):
+            if average.is_floating_point():
+                average.lerp_(value, 1 - self.settings.momentum)
             else:
-                mine.copy_(theirs)
+                average.copy_(value)
 
     def exported(self) -> dict[str, torch.Tensor]:
         return self.fast[0].state_dict()
 
 
-def _head(given: int, hidden: int, out: int) -> torch.nn.Sequential:
+def _head(width: int, hidden: int, out: int) -> torch.nn.Sequential:
     return torch.nn.Sequential(
-        torch.nn.Linear(given, hidden, bias=False),
+        torch.nn.Linear(width, hidden, bias=False),
         torch.nn.BatchNorm1d(hidden),
         torch.nn.ReLU(),
         torch.nn.Linear(hidden, out, bias=False),
@@ -144,9 +144,10 @@ def _head(given: int, hidden: int, out: int) -> torch.nn.Sequential:
 
 
 def view(pictures: torch.Tensor, least: float, generator: torch.Generator) -> torch.Tensor:
-    """A random view of each scene: a crop of `least` to all of its area, mirrored or not, in other colours, grey in a fifth.
+    """A random view of each scene: a crop, mirrored or not, with changed colours; one in five is grey.
 
     pictures, returns: (b, 3, side, side) in [0, 1]
+    least:             share of its area that a crop shows at least
     """
     n, device = len(pictures), pictures.device
 
@@ -157,22 +158,22 @@ def view(pictures: torch.Tensor, least: float, generator: torch.Generator) -> to
     mirrored = draw(-1, 1).sign()
     x, y = draw(-1, 1) * (1 - side), draw(-1, 1) * (1 - side)
     zero = torch.zeros_like(side)
-    placed = torch.stack([torch.stack([side * mirrored, zero, x], 1), torch.stack([zero, side, y], 1)], 1)
-    grid = F.affine_grid(placed, list(pictures.shape), align_corners=False)
-    seen = F.grid_sample(pictures, grid, mode="bilinear", padding_mode="border", align_corners=False)
-    grey = seen.mean(1, keepdim=True)
+    affine = torch.stack([torch.stack([side * mirrored, zero, x], 1), torch.stack([zero, side, y], 1)], 1)
+    grid = F.affine_grid(affine, list(pictures.shape), align_corners=False)
+    crop = F.grid_sample(pictures, grid, mode="bilinear", padding_mode="border", align_corners=False)
+    grey = crop.mean(1, keepdim=True)
     strength = torch.where(draw(0, 1) < 0.2, zero, draw(0.6, 1.4)).view(-1, 1, 1, 1)
-    seen = grey + (seen - grey) * strength
+    crop = grey + (crop - grey) * strength
     tint = torch.stack([draw(0.8, 1.2) for _ in range(3)], 1).view(-1, 3, 1, 1)
     light, contrast = draw(-0.15, 0.15).view(-1, 1, 1, 1), draw(0.7, 1.3).view(-1, 1, 1, 1)
-    return ((seen * tint - 0.5) * contrast + 0.5 + light).clamp(0, 1)
+    return ((crop * tint - 0.5) * contrast + 0.5 + light).clamp(0, 1)
 
 
 def _captioned(batches: Iterator[Packed], empty: torch.Tensor) -> Iterator[Packed]:
     """The scenes of each batch that have a caption."""
     for packed in batches:
-        told = (packed["tokens"] != empty).any(dim=1)
-        yield {name: value[told] for name, value in packed.items()}
+        has_caption = (packed["tokens"] != empty).any(dim=1)
+        yield {name: value[has_caption] for name, value in packed.items()}
 
 
 def _rate(n_steps: int, spent: float) -> float:
@@ -186,14 +187,14 @@ def train_encoder(
     run_folder: Path,
     out: Path,
     minutes: float,
-    device: str,
-    workers: int = 0,
+    execution: Execution,
 ) -> dict:
-    """Train for so many minutes, from the last checkpoint, and write what there is; the figures.
+    """Train for so many minutes, from the last checkpoint, and write the encoder as it is then; the figures.
 
-    At least one step. The learning rate falls over the minutes of a call: a run that goes on in another one warms up again.
-    raises: InvalidValue for a run that was begun with other settings
+    A call takes at least one step. The learning rate falls over the minutes of a call; a resumed run warms up again.
+    raises: InvalidValue for a run that began with other settings
     """
+    device = execution.device
     check_settings(settings, run_folder)
     torch.manual_seed(settings.seed)
     stage = Stage(run_folder, settings.kind, minutes)
@@ -206,9 +207,9 @@ def train_encoder(
     }
     model = makers[settings.kind](settings).to(device)
     trained = [weight for weight in model.parameters() if weight.requires_grad]
-    decayed, free = [w for w in trained if w.ndim > 1], [w for w in trained if w.ndim <= 1]
+    matrices, vectors = [w for w in trained if w.ndim > 1], [w for w in trained if w.ndim <= 1]
     optimizer = torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": free, "weight_decay": 0.0}],
+        [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
         lr=settings.lr,
         betas=(0.9, 0.98),
         fused=True,
@@ -221,7 +222,7 @@ def train_encoder(
     kind = torch.device(device).type
     bf16 = resolved_precision("auto", device) == "bf16"
     begun, budget, first = time.monotonic(), max(1e-9, stage.deadline - time.monotonic()), step
-    batches = SceneBatches(sprites, settings.batch, settings.seed + 2, step, tokenizer).loaded(workers)
+    batches = SceneBatches(sprites, settings.batch, settings.seed + 2, step, tokenizer).loaded(execution.workers)
     empty = tokenizer("", padding="max_length", max_length=tokenizer.model_max_length, return_tensors="pt").input_ids
     losses: list[torch.Tensor] = []
     for packed in _captioned(batches, empty):
@@ -298,10 +299,10 @@ def main(
     workers: int,
     device: str,
 ) -> None:
-    """Train one of the two encoders for some minutes, or go on training it."""
+    """Train one of the two encoders for some minutes, or resume its training."""
     settings = EncoderSettings(kind, batch=batch, lr=lr)
-    with alone_in(run_folder):
-        figures = train_encoder(settings, sprites, run_folder, out, minutes, device, workers)
+    with exclusive_run(run_folder):
+        figures = train_encoder(settings, sprites, run_folder, out, minutes, Execution(device, workers))
     click.echo(json.dumps({name: value for name, value in figures.items() if name != "settings"}))
 
 

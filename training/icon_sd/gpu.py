@@ -1,12 +1,12 @@
-"""What waits for a GPU, done in order within some minutes: python3 training/icon_sd/gpu.py --minutes 9.5 --out OUT
+"""Run the tasks that need a GPU, in order, within some minutes: python3 training/icon_sd/gpu.py --minutes 9.5 --out OUT
 
-Runs on a machine that holds this folder, Python with torch, torchvision, transformers, timm, peft, safetensors, numpy,
-pyarrow and click, and perhaps nothing else: attrdb need not be installed, and what is missing is taken from the wheels in
-`.whl` (`make gpu-wheels` fetches them). It imports nothing but the standard library; every task is a process of its own.
+It runs on a machine that has this folder, Python with torch, torchvision, transformers, timm, peft, safetensors, numpy,
+pyarrow and click, and perhaps nothing else. attrdb need not be installed. Packages that are missing come from the wheels in
+`.whl` (`make gpu-wheels` fetches them). This file imports only the standard library; every task is a process of its own.
 
-A task that is done is skipped, one that has too little time left waits for the next call, one that fails or overruns does not
-stop the next. OUT gets what came of them as `results.tar.00`, `.01` ..., in parts of at most PART bytes, and a log;
-`--unpack OUT --into FOLDER` puts them together again.
+A task that is done is skipped. A task that has too little time waits for the next call. A task that fails or overruns does
+not stop the next. OUT gets a log per task and the results as `results.tar.00`, `.01` ..., in parts of at most PART bytes;
+`--unpack OUT --into FOLDER` joins them.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 PART = 15 * 2**20  # bytes
-GRACE = 40  # seconds that a task may take beyond its minutes: to start, and to write what it has
+GRACE = 40  # seconds that a task may take beyond its minutes: to start, and to write its results
 ROOMS = ("ingest", "training", "queries")
 
 
@@ -36,9 +36,9 @@ class Task:
     """A task of the queue.
 
     command: what follows the interpreter; {root}, {run}, {out}, {minutes} and {sprites} are filled in
-    share:   of the time, beside the shares of the tasks that are not done yet
-    least:   minutes without which it is not begun
-    most:    minutes that it can use
+    share:   of the time, relative to the shares of the other tasks that are not done
+    least:   minutes; with fewer it is not begun
+    most:    minutes; it uses no more
     """
 
     name: str
@@ -52,7 +52,7 @@ def _module(name: str, *words: str) -> tuple[str, ...]:
     return ("-m", f"attrdb.training.icon_sd.{name}", *words)
 
 
-KEPT = ("--run", "{run}", "--out", "{out}", "--minutes", "{minutes}")
+FOLDERS = ("--run", "{run}", "--out", "{out}", "--minutes", "{minutes}")
 AUTOENCODER = ("--vae-minutes", "1.6", "--vae-images", "8000000", "--vae-batch", "128", "--vae-lr", "6e-4")
 UNET = ("--unet-batch", "1024", "--unet-lr", "1e-3", "--lr-end", "0.1", "--workers", "12")
 LARGE = ("--batch", "1024", "--workers", "12")
@@ -70,35 +70,35 @@ TINY_STEPS = (
     "custom-diffusion",
 )
 TASKS = (
-    Task("icon-sd", _module("build", *KEPT, *AUTOENCODER, *UNET), share=5.0, least=3.0),
-    Task("icon-clip", _module("encoders", "icon-clip", *KEPT, *LARGE), share=1.0, least=0.7),
-    Task("icon-moco", _module("encoders", "icon-moco", *KEPT, *LARGE), share=1.0, least=0.7),
+    Task("icon-sd", _module("build", *FOLDERS, *AUTOENCODER, *UNET), share=5.0, least=3.0),
+    Task("icon-clip", _module("encoders", "icon-clip", *FOLDERS, *LARGE), share=1.0, least=0.7),
+    Task("icon-moco", _module("encoders", "icon-moco", *FOLDERS, *LARGE), share=1.0, least=0.7),
     Task("sd15", (*SHAPE, "sd15", "--steps", "30"), share=1.8, least=1.2, most=3.0),
 )
-# The same at sizes for which seconds on a CPU are enough.
-FEW = ("--batch", "8", "--sprites", "{sprites}")
+# The same tasks at sizes that take seconds on a CPU.
+SMALL = ("--batch", "8", "--sprites", "{sprites}")
 REHEARSAL = (
-    Task("icon-sd", _module("build", *KEPT, "--tiny", "--sprites", "{sprites}"), 1.0, most=0.25),
-    Task("icon-clip", _module("encoders", "icon-clip", *KEPT, *FEW), 1.0, most=0.1),
-    Task("icon-moco", _module("encoders", "icon-moco", *KEPT, *FEW), 1.0, most=0.1),
+    Task("icon-sd", _module("build", *FOLDERS, "--tiny", "--sprites", "{sprites}"), 1.0, most=0.25),
+    Task("icon-clip", _module("encoders", "icon-clip", *FOLDERS, *SMALL), 1.0, most=0.1),
+    Task("icon-moco", _module("encoders", "icon-moco", *FOLDERS, *SMALL), 1.0, most=0.1),
     Task("sd15", (*SHAPE, "icon-sd", *TINY_STEPS), 1.0),
 )
 
 
 def minutes_for(task: Task, waiting: tuple[Task, ...], left: float) -> float:
-    """Minutes that a task gets of those that are left, or 0 if they are not enough for it.
+    """Minutes for a task, out of those that are left; 0 if they are not enough for it.
 
-    waiting: the tasks that are not done, this one first; each is left GRACE beside its share
+    waiting: the tasks that are not done, this one first; each gets GRACE besides its share
     """
     free = left - len(waiting) * GRACE / 60
-    given = min(task.most, free * task.share / sum(one.share for one in waiting))
-    if given < task.least:  # rather this one whole than all of them too short
-        given = min(task.least, left - GRACE / 60)
-    return given if given >= task.least and given > 0 else 0.0
+    minutes = min(task.most, free * task.share / sum(other.share for other in waiting))
+    if minutes < task.least:  # better one task whole than all of them too short
+        minutes = min(task.least, left - GRACE / 60)
+    return minutes if minutes >= task.least and minutes > 0 else 0.0
 
 
 def environment(folder: Path) -> dict[str, str]:
-    """The variables with which tasks find attrdb, its rooms under their published names, and the wheels' packages."""
+    """The environment variables with which tasks find attrdb, its rooms by import name, and the packages of the wheels."""
     package = folder / "site" / "attrdb"
     package.mkdir(parents=True, exist_ok=True)
     for part in [*(ROOT / "attrdb").iterdir(), *(ROOT / room for room in ROOMS)]:
@@ -118,12 +118,12 @@ def environment(folder: Path) -> dict[str, str]:
 
 
 def _package(wheel: Path) -> str:
-    """The name by which a wheel's package is imported."""
+    """The import name of a wheel's package."""
     return wheel.name.split("-")[0].removesuffix("_torch")
 
 
 def run(tasks: tuple[Task, ...], minutes: float, runs: Path, out: Path, sprites: Path | None) -> list[dict]:
-    """What became of each task: done, skipped, no time, failed (with its exit code)."""
+    """The state of each task: done, done before, no time, or failed with its exit code."""
     end = time.monotonic() + 60 * minutes
     runs, out = runs.resolve(), out.resolve()
     runs.mkdir(parents=True, exist_ok=True)
@@ -134,7 +134,7 @@ def run(tasks: tuple[Task, ...], minutes: float, runs: Path, out: Path, sprites:
     for number, task in enumerate(tasks):
         done, results = runs / f"{task.name}.done", runs / "results" / task.name
         left = (end - time.monotonic()) / 60
-        waiting = tuple(one for one in tasks[number:] if not (runs / f"{one.name}.done").exists())
+        waiting = tuple(other for other in tasks[number:] if not (runs / f"{other.name}.done").exists())
         if done.exists():
             states.append({"task": task.name, "state": "done before"})
         elif not (planned := minutes_for(task, waiting, left)):
@@ -151,14 +151,14 @@ def run(tasks: tuple[Task, ...], minutes: float, runs: Path, out: Path, sprites:
                 done.touch()
             states.append({"task": task.name, "state": state, "seconds": round(time.monotonic() - started)})
         print(json.dumps(states[-1]), flush=True)
-        pack(runs / "results", out)  # after each task: the machine may be taken back at any time
+        pack(runs / "results", out)  # after each task, since the machine may be taken away at any time
     return states
 
 
 def _run(command: list[str], folder: Path, log: io.BufferedWriter, variables: dict[str, str], seconds: float) -> str:
-    """Run a command, and end it with all that it has started when its time is over.
+    """Run a command; when its time is over, kill it and all processes that it started.
 
-    folder: to run in, an empty one: Python would look for the package in a folder `attrdb`, a base model in one `icon-sd`
+    folder: working directory; empty, because a folder `attrdb` or `icon-sd` in it would be taken for the package or a model
     """
     process = subprocess.Popen(
         command, cwd=folder, env=variables, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
@@ -176,10 +176,10 @@ def pack(results: Path, out: Path) -> list[Path]:
     """The results as parts of one tar."""
     if not results.is_dir():
         return []
-    whole = io.BytesIO()
-    with tarfile.open(fileobj=whole, mode="w") as tar:
+    archive = io.BytesIO()
+    with tarfile.open(fileobj=archive, mode="w") as tar:
         tar.add(results, arcname=".")
-    content = whole.getvalue()
+    content = archive.getvalue()
     parts = []
     for number, start in enumerate(range(0, len(content), PART)):
         parts.append(out / f"results.tar.{number:02d}")
@@ -188,26 +188,27 @@ def pack(results: Path, out: Path) -> list[Path]:
 
 
 def unpack(parts: Path, into: Path) -> None:
-    """What `pack` has made of a folder, in a folder again."""
+    """Write the files that `pack` packed into a folder."""
     content = b"".join(part.read_bytes() for part in sorted(parts.glob("results.tar.*")))
     with tarfile.open(fileobj=io.BytesIO(content)) as tar:
         tar.extractall(into, filter="data")
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Run what waits for a GPU, within some minutes.")
+    parser = argparse.ArgumentParser(description="Run the tasks that need a GPU, within some minutes.")
     parser.add_argument("--minutes", type=float, default=9.5)
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "gpu", help="Checkpoints; kept between calls.")
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "gpu-out", help="Results, in parts, and logs.")
     parser.add_argument("--rehearse", type=Path, metavar="SPRITES", help="Tiny sizes, with the sprites of this file.")
-    parser.add_argument("--unpack", type=Path, metavar="OUT", help="Put the parts in OUT together instead.")
+    parser.add_argument("--unpack", type=Path, metavar="OUT", help="Join the parts in OUT instead.")
     parser.add_argument("--into", type=Path, default=Path("results"), help="Where --unpack puts them.")
-    given = parser.parse_args()
-    if given.unpack:
-        unpack(given.unpack, given.into)
+    options = parser.parse_args()
+    if options.unpack:
+        unpack(options.unpack, options.into)
         return 0
-    states = run(REHEARSAL if given.rehearse else TASKS, given.minutes, given.runs, given.out, given.rehearse)
-    return 0 if all(one["state"].startswith("done") for one in states) else 1
+    tasks = REHEARSAL if options.rehearse else TASKS
+    states = run(tasks, options.minutes, options.runs, options.out, options.rehearse)
+    return 0 if all(state["state"].startswith("done") for state in states) else 1
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""What icon-sd draws, on one picture: things by styles, things by media, and scenes of one and two things.
+"""One picture of what icon-sd draws: things by styles, things by media, and scenes of one and two things.
 
     python -m attrdb.training.icon_sd.grid icon-sd --out docs/icon-sd.png
 
-Everything is chosen by seed and nothing by hand. A red frame marks what training never saw: a thing in a style that has no
-sprite of it, a thing in a medium that is held out.
+A seed chooses everything. A red frame marks what training never saw: a thing in a style that has no sprite of it, or a
+thing in a medium that is held out for it.
 """
 
 from __future__ import annotations
@@ -22,16 +22,17 @@ from attrdb.ingest.options import SynthesizeSettings
 from attrdb.ingest.prompts import Prompt
 from attrdb.training.icon_sd import media
 from attrdb.training.icon_sd.build import SPRITES
-from attrdb.training.icon_sd.scenes import COLOURS, PLACES, RELATIONS, SPOTS, Sprites, with_article
+from attrdb.training.icon_sd.scenes import Sprites
+from attrdb.training.icon_sd.words import COLOURS, PLACES, RELATIONS, SPOTS, with_article
 
 CELL, LABEL, LEFT = 68, 16, 92  # pixels
 N_THINGS, N_STYLES, N_MEDIA, N_SCENES = 8, 10, 10, 24
-KNOWN_STYLES = 12  # a thing of the grid has sprites in so many styles
+KNOWN_STYLES = 12  # a thing of the grid has sprites in at least so many styles
 
 
 @dataclass(frozen=True)
 class Cell:
-    """A prompt, and whether training never saw what it asks for."""
+    """A prompt, and whether it asks for something that training never saw."""
 
     prompt: str
     unseen: bool = False
@@ -59,13 +60,13 @@ def panels(sprites: Sprites, seed: int) -> tuple[list[str], list[str], list[str]
     ]
     scenes = []
     for number in range(N_SCENES):
-        one, other = rng.sample(known, 2)
+        first, second = rng.sample(known, 2)
         colour, ground = rng.sample(list(COLOURS), 2)
         place = rng.choice([f"on {with_article(ground)} ground", rng.choice(list(PLACES))])
         if number % 2:
-            words = f"{with_article(one)} {rng.choice(list(RELATIONS))} {with_article(other)}"
+            words = f"{with_article(first)} {rng.choice(list(RELATIONS))} {with_article(second)}"
         else:
-            words = f"a small {colour} {one} {rng.choice(list(SPOTS))}"
+            words = f"a small {colour} {first} {rng.choice(list(SPOTS))}"
         scenes.append(Cell(f"{words}, {place}"))
     return things, styles, chosen, [by_style, by_medium, scenes]
 

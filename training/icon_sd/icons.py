@@ -67,7 +67,7 @@ CORPUS_CATEGORIES = {
     "Smileys & Emotion",
     "Travel & Places",
 }
-# Sets the base model never sees. noto-v1 is left out altogether: it repeats many drawings of noto.
+# Sets that the base model never sees. noto-v1 is in neither list: it repeats many drawings of noto.
 STYLE_SETS = (
     "fxemoji",
     "streamline-emojis",
@@ -84,7 +84,7 @@ STYLE_SETS = (
 )
 STYLE_SIZE = 8
 N_STYLE_ARTISTS = 8
-# Creators of Open Clip Art: who is nobody, and one who goes by several names.
+# Creators of Open Clip Art: names of nobody, and other spellings of a name.
 NOBODY = {"unknown", "anonymous", "c..."}
 ALSO_CALLED = {
     "Architetto Francesco Rollandin": "Rollandin Francesco",
@@ -111,7 +111,7 @@ class Drawing:
 
 
 def artist_of(creator: str) -> str:
-    """A creator's name, the same for the same one, without the address that some have given."""
+    """A creator's name, in one spelling, without an address."""
     name = re.sub(r"\s*[(\[<].*", "", creator).strip() or "unknown"
     return ALSO_CALLED.get(name, name)
 
@@ -161,9 +161,9 @@ def _rdf_text(root: ElementTree.Element, path: str) -> str:
         "dc": "http://purl.org/dc/elements/1.1/",
     }
     for prefix in ("cc", "cc2"):
-        found = root.find(path.replace("cc:", f"{prefix}:"), namespaces)
-        if found is not None and found.text and found.text.strip():
-            return html.unescape(found.text).strip()
+        element = root.find(path.replace("cc:", f"{prefix}:"), namespaces)
+        if element is not None and element.text and element.text.strip():
+            return html.unescape(element.text).strip()
     return ""
 
 
@@ -194,7 +194,7 @@ def openclipart_drawings(folder: Path) -> Iterator[Drawing]:
 
 
 def render(drawing: Drawing) -> dict | None:
-    """The icon's row, or None for one that is blank, broken or carries a raster picture inside."""
+    """The icon's row; None for an icon that is blank, broken, or contains a raster picture."""
     import resvg_py
     from PIL import Image
 
@@ -217,7 +217,7 @@ def render(drawing: Drawing) -> dict | None:
     square = Image.new("RGB", (side, side), "white")
     square.paste(picture, ((side - picture.width) // 2, (side - picture.height) // 2))
     small = square.resize((SIZE, SIZE), Image.Resampling.LANCZOS)
-    bands: Any = small.getextrema()  # the least and the greatest value of each
+    bands: Any = small.getextrema()  # the least and greatest value of each
     if all(high - low < 32 for low, high in bands):
         return None
     thumbnail = small.resize((16, 16), Image.Resampling.BOX).quantize(32).convert("RGB").point(lambda v: v >> 4)
@@ -242,7 +242,7 @@ def render(drawing: Drawing) -> dict | None:
 
 
 def build(drawings: Iterator[Drawing], out: Path, workers: int) -> Counter:
-    """Write the Parquet file; return counts of what was written and what was dropped, and why."""
+    """Write the Parquet file; the numbers of icons that were written, and dropped by reason."""
     from rich.progress import Progress
 
     counts: Counter = Counter()
@@ -279,11 +279,10 @@ def build(drawings: Iterator[Drawing], out: Path, workers: int) -> Counter:
 
 
 def curate(rows: list[dict], seed: int = 0) -> list[dict]:
-    """The bundled rows: the corpus (`pretraining`) and, from sets and artists outside it, exemplars.
+    """The bundled rows: the corpus (`pretraining`), and exemplars from sets and artists outside it.
 
-    Exemplars come in two kinds, told apart by `metadata`: an `object` is one image of a category that the corpus names,
-    drawn in a style that the corpus lacks; a `style` is STYLE_SIZE images of one family or artist. `metadata.concept`
-    names the object or style that an exemplar belongs to.
+    `metadata.kind` of an exemplar is `object`, one image of a category of the corpus in a style that the corpus lacks; or
+    `style`, one of STYLE_SIZE images of a family or artist. `metadata.concept` names the object or style.
     """
     from PIL import Image
 
@@ -377,8 +376,8 @@ def build_command(iconify: Path, openclipart: Path | None, sets: str | None, out
         if openclipart:
             yield from openclipart_drawings(openclipart)
 
-    for what, count in build(drawings(), out, workers).items():
-        click.echo(f"{what}: {count}")
+    for outcome, count in build(drawings(), out, workers).items():
+        click.echo(f"{outcome}: {count}")
 
 
 @main.command("curate")

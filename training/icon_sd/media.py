@@ -1,7 +1,7 @@
 """Media: filters that redraw a scene as a captioned medium, such as a pencil drawing or a mosaic.
 
-A filter takes `Layers` of b scenes and gives (b, 3, side, side) in [0, 1]. All are plain tensor operations without
-parameters, so that they run on whatever device the scenes are composed on.
+A filter takes `Layers` of b scenes and returns (b, 3, side, side) in [0, 1]. Filters are tensor operations without
+parameters, so they run on the device that composes the scenes.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from functools import lru_cache
 import torch
 import torch.nn.functional as F
 
-HELD_OUT_SHARE = 8  # one of so many pairs of thing and medium is never drawn
+HELD_OUT_SHARE = 8  # one in so many pairs of thing and medium is never drawn
 
 
 @dataclass(frozen=True)
@@ -30,13 +30,13 @@ class Layers:
 
 
 def held_out(thing: str, medium: str) -> bool:
-    """Whether this thing is never drawn in this medium, which leaves combinations to test with."""
+    """Whether this thing is never drawn in this medium, so that tests have unseen combinations."""
     return zlib.crc32(f"{thing}/{medium}".encode()) % HELD_OUT_SHARE == 0
 
 
 @lru_cache(maxsize=8)
 def _grain(side: int, coarse: int, device: torch.device) -> torch.Tensor:
-    """(1, 1, side, side): a fixed texture around 0, of deviation 1, with spots of about `coarse` pixels."""
+    """(1, 1, side, side): a fixed texture with mean 0, standard deviation 1 and spots of about `coarse` pixels."""
     noise = torch.randn(1, 1, -(-side // coarse), -(-side // coarse), generator=torch.Generator().manual_seed(coarse))
     spread = F.interpolate(noise, size=(side, side), mode="bilinear", align_corners=False)
     return ((spread - spread.mean()) / spread.std()).to(device)
@@ -209,7 +209,7 @@ MEDIA: dict[str, tuple[str, Callable[[Layers], torch.Tensor]]] = {
     "embroidery": ("embroidery", embroidery),
 }
 NAMES = tuple(MEDIA)
-# What cannot be seen in a medium is not named in the caption either.
+# Media that do not show grounds or colours, so captions do not name them.
 WITHOUT_GROUND = {"pencil", "outline", "blueprint", "neon", "chalk", "woodcut", "sepia", "halftone", "negative"}
 WITHOUT_COLOUR = {"pencil", "outline", "blueprint", "chalk", "woodcut", "silhouette", "sepia", "halftone", "negative"}
 
@@ -223,7 +223,7 @@ def apply(layers: Layers, medium: torch.Tensor) -> torch.Tensor:
     drawn = layers.picture.clone()
     for number in medium.unique().tolist():
         if number >= 0:
-            own = (medium == number).nonzero().flatten().to(drawn.device)
-            filtered = MEDIA[NAMES[number]][1](Layers(layers.picture[own], layers.cover[own]))
-            drawn[own] = filtered.to(drawn.dtype)
+            rows = (medium == number).nonzero().flatten().to(drawn.device)
+            filtered = MEDIA[NAMES[number]][1](Layers(layers.picture[rows], layers.cover[rows]))
+            drawn[rows] = filtered.to(drawn.dtype)
     return drawn

@@ -1,4 +1,4 @@
-"""What icon-sd is made of: the parts of Stable Diffusion, only smaller.
+"""The parts of icon-sd: those of Stable Diffusion, only smaller.
 
 A CLIP tokenizer and text model, AutoencoderKL, UNet2DConditionModel and a DPM-Solver++ scheduler with v-prediction. The
 classes are those of Stable Diffusion, so whatever customizes icon-sd customizes SD 1.x and 2.x.
@@ -23,7 +23,7 @@ START, END = "<|startoftext|>", "<|endoftext|>"
 
 @dataclass(frozen=True)
 class IconSdSettings:
-    """What decides the weights. `device` and `minutes` do not: they belong to a call, not to the model."""
+    """All that decides the weights. `device` and `minutes` do not: they belong to a call, not to the model."""
 
     size: int = 64  # pixels
     latent_channels: int = 16
@@ -43,7 +43,7 @@ class IconSdSettings:
     seed: int = 0
 
 
-# For tests and rehearsals: seconds on a CPU are enough.
+# For tests and rehearsals: a CPU trains it in seconds.
 TINY = IconSdSettings(
     size=32,
     latent_channels=4,
@@ -95,9 +95,9 @@ def train_tokenizer(captions: list[str], settings: IconSdSettings, folder: Path)
 def new_vae(settings: IconSdSettings) -> AutoencoderKL:
     """An autoencoder that begins near a linear one.
 
-    Its residual blocks begin at nothing, and its latents nearly without noise: after 3,600 scenes it reconstructs at 15.4
-    decibels, where one as diffusers makes it reaches 13.4. One group per norm: with eight over 16 channels, the last norm
-    leaves of a plain picture's colour no more than signs.
+    Its residual blocks begin at zero, and its latents have nearly no noise: after 3,600 scenes it reconstructs at 15.4
+    decibels; one that starts as diffusers makes it reaches 13.4. Each norm has one group: with eight groups over 16 channels,
+    the last norm leaves only the signs of a plain picture's colour.
     """
     levels = len(settings.vae_channels)
     vae = AutoencoderKL(
@@ -165,7 +165,7 @@ def new_scheduler() -> DPMSolverMultistepScheduler:
 
 
 def noise_levels() -> tuple[torch.Tensor, torch.Tensor]:
-    """What a time step leaves of the signal, and how much noise it adds: (1000,) float32 each; squares sum to 1."""
+    """The factors of signal and of noise by time step: (1000,) float32 each; their squares sum to 1."""
     alphas = new_scheduler().alphas_cumprod
     return alphas.sqrt(), (1 - alphas).sqrt()
 
@@ -178,7 +178,7 @@ def export(
     figures: dict,
     out: Path,
 ) -> None:
-    """Write the pipeline folder in fp16, and `training.json` beside it; the parts that are given end as fp16 too."""
+    """Write the pipeline folder in fp16, and the figures as `training.json` in it; converts the parts to fp16 in place."""
     pipeline = StableDiffusionPipeline(
         vae=vae,
         text_encoder=text_encoder,

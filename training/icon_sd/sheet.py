@@ -16,7 +16,7 @@ SIDE, LETTERS, LINES, LINE = 112, 20, 5, 11  # of a scene in pixels, of a captio
 
 
 def sheet(sprites: Sprites, columns: int, rows: int, seed: int) -> Image.Image:
-    """Scenes as training draws them, unpicked, each over its caption."""
+    """The first scenes of a seed, as training draws them, each above its caption."""
     scenes = draw_batch(Composer(sprites), columns * rows, seed, 0)
     height = SIDE + LINES * LINE + 8
     canvas = Image.new("RGB", (columns * (SIDE + 8), rows * height), "white")

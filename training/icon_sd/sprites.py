@@ -1,12 +1,12 @@
-"""Sprites: the things that IconScenes are composed of, one small picture with transparency per thing and style.
+"""Sprites: the things of IconScenes, one small picture with transparency per thing and style.
 
     python -m attrdb.training.icon_sd.sprites --iconify package/ --openclipart usr/share/openclipart/ --out sprites.parquet
 
 reads the npm package `@iconify/json` and Debian's `openclipart-svg`, both unpacked, and chooses, renders and packs the
 sprites that ship with attrdb. The same input and seed give the same sprites.
 
-A sprite is cut to the square that its ink fills and is then SIZE pixels a side. Sprites of a colour style keep their colours.
-Sprites of a mono style store their coverage alone; a scene gives them a named colour.
+A sprite is cut to the square that its ink fills, and scaled to SIZE pixels per side. Sprites of a colour style keep their
+colours. Sprites of a mono style store only their coverage; a scene gives them a named colour.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ SCHEMA = pa.schema(
         ("thing", pa.string()),  # what is shown, in lower-case words
         ("style", pa.string()),  # words that captions name the style by
         ("source", pa.string()),  # the set
-        ("mono", pa.bool_()),  # the image is coverage alone
+        ("mono", pa.bool_()),  # the image is only coverage
         ("creator", pa.string()),
         ("license", pa.string()),  # SPDX
         ("image", pa.binary()),  # WebP: RGBA, or grey coverage where mono
@@ -50,9 +50,9 @@ SCHEMA = pa.schema(
 class Style:
     """A drawing style: icons of one set whose names match a pattern.
 
-    name:  the words by which captions name it
-    icons: what the end of an icon's name must match; the match is cut from the name
-    most:  how many sprites are kept
+    name:  its name in captions
+    icons: pattern that the end of an icon's name must match; the match is cut from the name
+    most:  number of sprites that are kept
     """
 
     name: str
@@ -119,7 +119,7 @@ MONO_STYLES = (
 )
 STYLES = (*COLOUR_STYLES, *MONO_STYLES)
 
-# Sets that nothing here is made from: the benchmark's exemplars come from these, from whole families.
+# Sets that no sprite comes from. The exemplars of the benchmark come from them, by whole families.
 HELD_OUT = re.compile(
     r"fxemoji|streamline-(emojis|kameleon|freehand|cyber|stickies|plump).*|flat-color-icons|icon-park.*|meteocons|glyphs.*"
     r"|circle-flags|flat-ui|duo-icons|ri|bi|uil|uis|vaadin|majesticons|lets-icons|iconamoon|lucide|lineicons"
@@ -137,7 +137,7 @@ DRAWABLE = {
     "Travel & Places",
 }
 EMOJI = ("noto", "twemoji", "fluent-emoji-flat", "emojione")
-# Sets of trademarks and flags: what bears a name of theirs is left out.
+# Sets of trademarks and flags, whose names are left out.
 MARKS = (
     "simple-icons",
     "logos",
@@ -180,7 +180,7 @@ NOT_CLIPART = ("geography", "signs_and_symbols", "logos", "shapes", "buttons", "
 
 
 def thing_of(icon: str) -> str | None:
-    """What an icon shows, from the words of its name; None for a name that is of no thing."""
+    """The thing that an icon shows, by the words of its name; None if the name is not of a thing."""
     name = SUFFIX.sub("", icon)
     words = name.split()
     if not 1 <= len(words) <= MOST_WORDS or any(len(word) < 2 for word in words) or not name.replace(" ", "").isalpha():
@@ -189,7 +189,7 @@ def thing_of(icon: str) -> str | None:
 
 
 def vocabulary(icons_of: dict[str, set[str]], emoji_groups: dict[str, str | None], least: int = 3) -> set[str]:
-    """Names of things: drawable emoji, and names that several sets draw and no trademark or flag bears.
+    """Names of things: drawable emoji, and names that at least `least` sets have, without trademarks and flags.
 
     icons_of: by set, the names of its icons in words
     """
@@ -201,7 +201,7 @@ def vocabulary(icons_of: dict[str, set[str]], emoji_groups: dict[str, str | None
 
 
 def render(drawing: Drawing, mono: bool) -> tuple[bytes, str] | None:
-    """A sprite as WebP and the hash of its pixels, or None for a drawing that is blank, thin, broken or holds a picture."""
+    """A sprite as WebP and the hash of its pixels; None for a drawing that is blank, thin, broken, or contains a picture."""
     import resvg_py
 
     if "<image" in drawing.svg:
@@ -236,10 +236,10 @@ def render(drawing: Drawing, mono: bool) -> tuple[bytes, str] | None:
 
 
 def chosen(drawings: Iterable[Drawing], things: set[str], marks: set[str], seed: int) -> dict[Style, list[Drawing]]:
-    """Drawings by style, in the order in which they should be taken: names that many styles draw come first.
+    """Drawings by style, best first: names that many styles have come first.
 
-    things: names that any style may show; game icons show others too, of two words at most, and clip art what ends in one
-    marks:  words of which none is in a name of clip art
+    things: names that any style may show. Game icons may show any of at most two words; names of clip art may end in one
+    marks:  words that no name of clip art may have
     """
     by_source = defaultdict(list)
     for drawing in drawings:
@@ -249,7 +249,7 @@ def chosen(drawings: Iterable[Drawing], things: set[str], marks: set[str], seed:
         end = re.compile(f"({style.icons})$")
         others = [other.icons for other in STYLES if other.source == style.source and other.icons and not style.icons]
         named: dict[str, Drawing] = {}
-        for drawing in sorted(by_source[style.source], key=lambda one: (len(one.name), one.name)):
+        for drawing in sorted(by_source[style.source], key=lambda icon: (len(icon.name), icon.name)):
             if not end.search(drawing.name) or any(re.search(f"({other})$", drawing.name) for other in others):
                 continue
             if style.source == "openclipart":
@@ -265,15 +265,15 @@ def chosen(drawings: Iterable[Drawing], things: set[str], marks: set[str], seed:
                 if thing not in things and not rare:
                     continue
             if style in MONO_STYLES and COLOUR_WORDS.search(thing or ""):
-                continue  # a scene gives it a colour of its own
+                continue  # a scene would give it another colour than it names
             if thing and thing not in named:
                 named[thing] = replace(drawing, category=thing)
         fits[style] = list(named.values())
-    n_styles = Counter(drawing.category for found in fits.values() for drawing in found)
+    n_styles = Counter(drawing.category for of_style in fits.values() for drawing in of_style)
     rng = random.Random(seed)
-    for found in fits.values():
-        keys = {drawing.name: (-min(n_styles[drawing.category], 6) + 3 * rng.random()) for drawing in found}
-        found.sort(key=lambda drawing: (keys[drawing.name], drawing.name))
+    for of_style in fits.values():
+        keys = {drawing.name: (-min(n_styles[drawing.category], 6) + 3 * rng.random()) for drawing in of_style}
+        of_style.sort(key=lambda drawing: (keys[drawing.name], drawing.name))
     return fits
 
 
@@ -291,7 +291,7 @@ def _icon_names(iconify: Path) -> tuple[dict[str, set[str]], dict[str, str | Non
 
 
 def prolific(drawings: list[Drawing], least: int = 8) -> set[str]:
-    """Artists with as many works as a style of the benchmark takes: they may be one, so none of them is in the corpus."""
+    """Artists with enough works for a style of the benchmark, which no sprite may come from."""
     works = Counter(artist_of(drawing.creator) for drawing in drawings)
     return {artist for artist, count in works.items() if count >= least and artist not in NOBODY}
 
@@ -304,16 +304,17 @@ def build(iconify: Path, openclipart: Path, seed: int, workers: int) -> list[dic
     marks = {word for source in MARKS for name in icons_of.get(source, ()) for word in name.split() if len(word) > 3}
     marks -= things
     clipart = list(openclipart_drawings(openclipart))
-    held = prolific(clipart)
-    drawings = [*iconify_drawings(iconify, sources), *(one for one in clipart if artist_of(one.creator) not in held)]
+    held_out = prolific(clipart)
+    allowed = [drawing for drawing in clipart if artist_of(drawing.creator) not in held_out]
+    drawings = [*iconify_drawings(iconify, sources), *allowed]
     rows: list[dict[str, Any]] = []
     seen: set[str] = set()
     with ProcessPoolExecutor(workers) as pool:
-        for style, found in chosen(drawings, things, marks, seed).items():
+        for style, fitting in chosen(drawings, things, marks, seed).items():
             mono = style in MONO_STYLES
-            spare = found[: int(style.most * 1.4)]
+            tried = fitting[: int(style.most * 1.4)]  # more than are kept: some cannot be rendered
             n_rows = len(rows)
-            for drawing, sprite in zip(spare, pool.map(render, spare, [mono] * len(spare), chunksize=16), strict=True):
+            for drawing, sprite in zip(tried, pool.map(render, tried, [mono] * len(tried), chunksize=16), strict=True):
                 if sprite is None or sprite[1] in seen or len(rows) - n_rows >= style.most:
                     continue
                 seen.add(sprite[1])
@@ -323,7 +324,7 @@ def build(iconify: Path, openclipart: Path, seed: int, workers: int) -> list[dic
                 rows.append(row)
             size = sum(len(row["image"]) for row in rows[n_rows:])
             click.echo(
-                f"{style.name}: {len(rows) - n_rows} sprites of {len(found)} things, {size / 1e6:.2f} MB", err=True
+                f"{style.name}: {len(rows) - n_rows} sprites of {len(fitting)} things, {size / 1e6:.2f} MB", err=True
             )
     return rows
 

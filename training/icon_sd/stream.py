@@ -1,4 +1,4 @@
-"""Batches of scenes for training: drawn on the CPU, by worker processes where there are cores, composed on the device."""
+"""Batches of scenes for training: drawn on the CPU, if wanted by worker processes; the device composes them."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ Packed = dict[str, torch.Tensor]  # see `scenes.pack`; with `tokens` (b, max_tok
 
 
 def draw_batch(composer: Composer, size: int, seed: int, step: int) -> list[Scene]:
-    """The scenes of a step; the same seed and step give the same ones."""
+    """The scenes of a step; seed and step decide them."""
     rng = random.Random(seed * 1_000_003 + step)
     return [composer.draw(rng) for _ in range(size)]
 
 
 class SceneBatches(IterableDataset):
-    """The packed batches of the steps from `first` on, without end."""
+    """The packed batches of all steps from `first` on; they never end."""
 
     def __init__(self, sprites: Sprites, size: int, seed: int, first: int, tokenizer: CLIPTokenizer | None = None):
         self.composer, self.tokenizer = Composer(sprites), tokenizer
@@ -40,7 +40,7 @@ class SceneBatches(IterableDataset):
             step += stride
 
     def loaded(self, workers: int) -> Iterator[Packed]:
-        """The batches in their order, drawn ahead by so many processes; none: in this one."""
+        """The batches in their order, drawn ahead by so many processes; with 0, by this one."""
         ahead = {}
         if workers:
             context = multiprocessing.get_context("forkserver")
@@ -50,7 +50,7 @@ class SceneBatches(IterableDataset):
 
 
 def tokens_of(tokenizer: CLIPTokenizer, captions: list[str]) -> torch.Tensor:
-    """(n, max_tokens) int64, padded or cut."""
+    """(n, max_tokens) int64: the tokens of captions, padded or cut."""
     return tokenizer(
         captions, padding="max_length", truncation=True, max_length=tokenizer.model_max_length, return_tensors="pt"
     ).input_ids

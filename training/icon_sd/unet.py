@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
@@ -17,22 +19,26 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from attrdb.ingest.devices import is_cpu, resolved_precision
 from attrdb.training.icon_sd.parts import IconSdSettings, new_text_encoder, new_unet, noise_levels
-from attrdb.training.icon_sd.runs import Stage
+from attrdb.training.icon_sd.runs import Execution, Stage
 from attrdb.training.icon_sd.scenes import Sprites, compose
 from attrdb.training.icon_sd.stream import Packed, SceneBatches
 
 REPORT_IMAGES = 12_800
-FIRST_BATCHES = 32  # of new scenes, with which a pool begins
+FIRST_BATCHES = 32  # of new scenes, which fill a pool at first
 POOL = 24_576  # scenes whose latents a CPU keeps
-WARM_UP = 300  # steps of each call: the optimizer may begin anew in it
-RENEWED = 4  # on a CPU one scene of so many in a batch is new, the others are out of the pool
+WARM_UP = 300  # steps of each call, since its optimizer may be new
+RENEWED = 4  # on a CPU one scene in so many of a batch is new; the others come from the pool
 
 
 class Latents:
-    """Batches of latents (b, channels, 8, 8) float32, scaled, with their captions' tokens (b, max_tokens).
+    """Batches of latents (b, channels, 8, 8) float32, scaled, with the tokens of their captions (b, max_tokens).
 
-    Composing and encoding a scene takes a CPU a good third of what learning from it takes. So a CPU keeps a pool of scenes
-    and renews one scene of RENEWED in each batch; a scene is seen about RENEWED times. Without a pool every scene is new.
+    On a CPU, composing and encoding a scene takes a good third of the time of learning from it. So a CPU keeps a pool of
+    scenes, and one scene in RENEWED of each batch is new: a scene is seen about RENEWED times. Without a pool every scene
+    is new.
+
+    first: the step of the first batch, which decides its scenes
+    pool:  scenes; 0 for none
     """
 
     def __init__(
@@ -46,9 +52,9 @@ class Latents:
         pool: int,
     ):
         self.vae, self.sprites, self.settings, self.pool = vae, sprites, settings, pool
-        self.new = settings.unet_batch // RENEWED if pool else settings.unet_batch
-        self.batches = SceneBatches(sprites, self.new, settings.seed + 1, first, tokenizer).loaded(workers)
-        self.latents: Any = None  # tensors, once the first are added
+        n_new = settings.unet_batch // RENEWED if pool else settings.unet_batch
+        self.batches = SceneBatches(sprites, n_new, settings.seed + 1, first, tokenizer).loaded(workers)
+        self.latents: Any = None  # tensors, made when the first scenes are added
         self.tokens: Any = None
         self.n_added = 0
         self.generator = torch.Generator().manual_seed(settings.seed + first)
@@ -80,87 +86,136 @@ class Latents:
         return torch.cat([latents, self.latents[picks]]), torch.cat([tokens, self.tokens[picks]])
 
 
+@dataclass
+class Counts:
+    """The training of a run so far, over all calls. seconds: of its steps; loss: the mean of the last report"""
+
+    step: int = 0
+    images: int = 0
+    seconds: float = 0.0
+    loss: float = math.nan
+
+
+class Learner:
+    """U-Net and text encoder, the moving average (EMA) of their weights, their optimizer, and the counts."""
+
+    def __init__(self, tokenizer: CLIPTokenizer, settings: IconSdSettings, execution: Execution):
+        self.settings, self.device = settings, execution.device
+        torch.manual_seed(settings.seed)
+        self.unet = new_unet(settings).to(self.device)
+        self.text_encoder = new_text_encoder(tokenizer, settings).to(self.device)
+        self.attention: Callable[[], AbstractContextManager] = nullcontext
+        if is_cpu(self.device):
+            # Over 64 positions, the backward pass of fused attention takes a third of a step: 67 images/s, 118 without it.
+            self.unet.set_attn_processor(AttnProcessor())
+            self.attention = partial(sdpa_kernel, SDPBackend.MATH)
+        bf16 = resolved_precision("auto", self.device) == "bf16"
+        self.autocast = partial(torch.autocast, torch.device(self.device).type, torch.bfloat16, enabled=bf16)
+        self.predict = torch.compile(self.unet) if execution.compiled else self.unet
+        self.signals, self.sigmas = (level.to(self.device) for level in noise_levels())
+
+        self.models = torch.nn.ModuleDict({"unet": self.unet, "text_encoder": self.text_encoder})
+        self.optimizer = torch.optim.AdamW(
+            self.models.parameters(), lr=settings.unet_lr, weight_decay=0.01, betas=(0.9, 0.99), fused=True
+        )
+        weights = self.models.state_dict()
+        self.ema = {name: value.detach().clone() for name, value in weights.items()}
+        averaged = [name for name, value in weights.items() if value.is_floating_point()]
+        self._averages, self._weights = [self.ema[name] for name in averaged], [weights[name] for name in averaged]
+        self.counts = Counts()
+
+    def state(self) -> dict[str, Any]:
+        """The checkpoint of the stage."""
+        tensors = {"weights": self.models.state_dict(), "ema": self.ema, "optimizer": self.optimizer.state_dict()}
+        return {**tensors, **asdict(self.counts)}
+
+    @torch.no_grad()
+    def load(self, state: dict[str, Any]) -> None:
+        """Go on from a checkpoint. One that was carried between machines has no optimizer; its moments build up again."""
+        self.models.load_state_dict(state["weights"])
+        if "optimizer" in state:
+            self.optimizer.load_state_dict(state["optimizer"])
+        for name, average in self.ema.items():
+            average.copy_(state["ema"][name])
+        self.counts = Counts(**{name: state[name] for name in asdict(self.counts)})
+
+    def learn(self, latents: torch.Tensor, tokens: torch.Tensor, lr: float) -> torch.Tensor:
+        """Take one step; its loss, a scalar."""
+        loss = self._loss(latents, tokens)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.models.parameters(), 1.0)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self._average()
+        self.counts.step += 1
+        self.counts.images += len(latents)
+        return loss.detach()
+
+    def _loss(self, latents: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        """The mean squared error of v, at a random time step per latent; the step decides time steps and noise."""
+        generator = torch.Generator(self.device).manual_seed(self.settings.seed * 1_000_003 + self.counts.step)
+        t = torch.randint(len(self.signals), (len(latents),), generator=generator, device=self.device)
+        noise = torch.randn(latents.shape, generator=generator, device=self.device)
+        signal, sigma = self.signals[t].view(-1, 1, 1, 1), self.sigmas[t].view(-1, 1, 1, 1)
+        with self.autocast(), self.attention():
+            states = self.text_encoder(tokens).last_hidden_state
+            v = self.predict(signal * latents + sigma * noise, t, states).sample.float()
+        return F.mse_loss(v, signal * noise - sigma * latents)
+
+    @torch.no_grad()
+    def _average(self) -> None:
+        decay = min(self.settings.ema, (self.counts.step + 1) / (self.counts.step + 10))
+        torch._foreach_lerp_(self._averages, self._weights, 1 - decay)
+
+
+def _learning_rate(settings: IconSdSettings, n_steps: int, spent: float, lr_end: float) -> float:
+    """The rate after n_steps of a call and a share of its time: it warms up, and falls evenly to lr_end of itself."""
+    return settings.unet_lr * min(1.0, (n_steps + 1) / WARM_UP) * (1 - (1 - lr_end) * spent)
+
+
 def train_unet(
     vae: AutoencoderKL,
     sprites: Sprites,
     tokenizer: CLIPTokenizer,
     settings: IconSdSettings,
     stage: Stage,
-    device: str,
-    workers: int = 0,
-    compiled: bool = False,
+    execution: Execution,
     lr_end: float = 1.0,
 ) -> tuple[UNet2DConditionModel, CLIPTextModel, dict]:
-    """The EMA weights of U-Net and text encoder when the stage's time is over, with the figures so far.
+    """Train until the stage's time is over; U-Net and text encoder with their EMA weights, and the figures of the run.
 
-    compiled: by torch.compile; on a CPU that multiplies float32 only, 105 images/s instead of 66 (two cores, batch 128)
-    lr_end:   the learning rate falls to this share of itself, evenly over the stage's time; 1: it stays
+    sprites: with their pixels on the device
+    lr_end:  share of the learning rate that is left at the end of the stage's time; it falls evenly. 1: it stays
     """
-    torch.manual_seed(settings.seed)
-    unet = new_unet(settings).to(device)
-    text_encoder = new_text_encoder(tokenizer, settings).to(device)
-    attention: Callable[[], AbstractContextManager] = nullcontext
-    if is_cpu(device):
-        # Over 64 positions the fused attention's backward pass takes a third of a step: 67 images/s with it, 118 without.
-        unet.set_attn_processor(AttnProcessor())
-        attention = partial(sdpa_kernel, SDPBackend.MATH)
-    both = torch.nn.ModuleDict({"unet": unet, "text_encoder": text_encoder})
-    optimizer = torch.optim.AdamW(
-        both.parameters(), lr=settings.unet_lr, weight_decay=0.01, betas=(0.9, 0.99), fused=True
-    )
-    ema = {name: value.detach().clone() for name, value in both.state_dict().items()}
-    step, images, seconds, loss_now = 0, 0, 0.0, float("nan")
+    learner = Learner(tokenizer, settings, execution)
     if state := stage.load():
-        both.load_state_dict(state["weights"])
-        if "optimizer" in state:
-            optimizer.load_state_dict(state["optimizer"])
-        ema = {name: value.to(device) for name, value in state["ema"].items()}
-        step, images, seconds, loss_now = state["step"], state["images"], state["seconds"], state["loss"]
-
-    current = {name: value for name, value in both.state_dict().items() if value.is_floating_point()}
-    averaged = [ema[name] for name in current]  # by name: a checkpoint may have them in another order
-    predict = torch.compile(unet) if compiled else unet
-    bf16 = resolved_precision("auto", device) == "bf16"
-    autocast = partial(torch.autocast, torch.device(device).type, torch.bfloat16, enabled=bf16)
-    signals, sigmas = (level.to(device) for level in noise_levels())
-    source = Latents(vae, sprites, tokenizer, settings, step, workers, POOL if is_cpu(device) else 0)
+        learner.load(state)
+    counts = learner.counts
+    pool = POOL if is_cpu(execution.device) else 0
+    source = Latents(vae, sprites, tokenizer, settings, counts.step, execution.workers, pool)
     report_steps = max(1, REPORT_IMAGES // settings.unet_batch)
-    begun, budget, first = time.monotonic(), stage.deadline - time.monotonic(), step
+    begun, budget, first = time.monotonic(), stage.deadline - time.monotonic(), counts.step
     losses: list[torch.Tensor] = []
     late = stage.late
     while not late:
         started = time.monotonic()
-        generator = torch.Generator(device).manual_seed(settings.seed * 1_000_003 + step)
-        x, tokens = source.next()
-        t = torch.randint(len(signals), (len(x),), generator=generator, device=device)
-        noise = torch.randn(x.shape, generator=generator, device=device)
-        signal, sigma = signals[t].view(-1, 1, 1, 1), sigmas[t].view(-1, 1, 1, 1)
-        with autocast(), attention():
-            states = text_encoder(tokens).last_hidden_state
-            v = predict(signal * x + sigma * noise, t, states).sample.float()
-        loss = F.mse_loss(v, signal * noise - sigma * x)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(both.parameters(), 1.0)
-        spent = (started - begun) / budget
-        for group in optimizer.param_groups:
-            group["lr"] = settings.unet_lr * min(1.0, (step - first + 1) / WARM_UP) * (1 - (1 - lr_end) * spent)
-        optimizer.step()
-        optimizer.zero_grad()
-        decay = min(settings.ema, (step + 1) / (step + 10))
-        with torch.no_grad():
-            torch._foreach_lerp_(averaged, list(current.values()), 1 - decay)
-        losses.append(loss.detach())
-        step += 1
-        images += len(x)
-        seconds += time.monotonic() - started
+        lr = _learning_rate(settings, counts.step - first, (started - begun) / budget, lr_end)
+        losses.append(learner.learn(*source.next(), lr))
+        counts.seconds += time.monotonic() - started
         late = stage.late
-        if step % report_steps == 0 or late:
-            loss_now = round(float(torch.stack(losses).mean()), 5)
+        if counts.step % report_steps == 0 or late:
+            counts.loss = round(float(torch.stack(losses).mean()), 5)
             losses.clear()
-            stage.log(images=images, loss=loss_now, seconds=round(seconds, 1))
+            stage.log(images=counts.images, loss=counts.loss, seconds=round(counts.seconds, 1))
         if stage.save_is_due or late:
-            figures = {"step": step, "images": images, "seconds": seconds, "loss": loss_now}
-            stage.save({"weights": both.state_dict(), "ema": ema, "optimizer": optimizer.state_dict(), **figures})
-    both.load_state_dict(ema)
-    figures = {"unet_steps": step, "unet_images": images, "unet_seconds": round(seconds), "unet_loss": loss_now}
-    return unet.eval(), text_encoder.eval(), figures
+            stage.save(learner.state())
+    learner.models.load_state_dict(learner.ema)
+    figures = {
+        "unet_steps": counts.step,
+        "unet_images": counts.images,
+        "unet_seconds": round(counts.seconds),
+        "unet_loss": counts.loss,
+    }
+    return learner.unet.eval(), learner.text_encoder.eval(), figures
