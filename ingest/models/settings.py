@@ -89,8 +89,8 @@ def settings_for(
     def values_of(settings: type) -> dict:
         return {declared.name: values[declared.name] for declared in fields(settings) if declared.name in values}
 
-    # A folder is stored with its whole path, so that it is found from any other folder.
-    path = str(Path(base_model).resolve()) if Path(base_model).is_dir() else base_model
+    # A folder is stored with its whole path, so that it is found from any other folder; a link keeps its name.
+    path = str(Path(base_model).absolute()) if Path(base_model).is_dir() else base_model
     named = {"kind": kind, "category": category, "base_model": path, "split": split}
     settings = ModelSettings(
         **values_of(ModelSettings) | named,
