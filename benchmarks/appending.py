@@ -1,9 +1,9 @@
-"""Appending models to a large database: seconds until SQL sees one, and how that and queries grow over many appends.
+"""Appending models to a large database: seconds until SQL sees a model, and how they and queries grow over many appends.
 
     python benchmarks/appending.py --rows 1000000 --models 200 --json appending.json
 
-A model is 1 exemplar and 80 samples. Two copies of the database take the same appends in turns: one is left alone, the
-other is optimized every --optimize-every appends. Each figure is of an open database, after `refresh`.
+A model is 1 exemplar and 80 samples. Two copies of the database take the same appends in turn; one of them is optimized every
+--optimize-every appends, the other never. Each figure is of an open database, after `refresh`.
 """
 
 from __future__ import annotations
@@ -18,13 +18,14 @@ from pathlib import Path
 import click
 import numpy as np
 import pyarrow as pa
-from importing import SPEC, write_shards
+from importing import ENCODER_ID, SPEC, write_shards
 from machine import describe, spread
 
 import attrdb
 from attrdb.database import Database
-from attrdb.ingest.read.embeddings import ingest_embeddings, open_embeddings
-from attrdb.store.schema import encoder_id_of, feature_array
+from attrdb.ingest.read.embedding_shards import open_embeddings
+from attrdb.ingest.read.embeddings import ingest_embeddings
+from attrdb.store.schema import feature_array
 from attrdb.upkeep import optimize
 
 N_SAMPLES = 80
@@ -45,7 +46,7 @@ def model_rows(model_id: str, dimension: int, rng: np.random.Generator) -> pa.Ta
             "role": ["exemplar"] + ["sample"] * N_SAMPLES,
             "model_id": [model_id] * len(ids),
             "prompt": [None] + [f"a picture of V* thing {seed}" for seed in range(N_SAMPLES)],
-            encoder_id_of(SPEC): feature_array(features),
+            ENCODER_ID: feature_array(features),
         }
     )
 
@@ -64,8 +65,8 @@ def append_and_ask(db: Database, number: int, dimension: int, rng: np.random.Gen
     seen = db.sql(QUERIES["visible"], {"id": model_id})["n"].to_pylist()
     assert seen == [N_SAMPLES], seen
     for name, statement in QUERIES.items():
-        given = {"id": model_id} if "$id" in statement else {}
-        seconds[name] = timed(lambda statement=statement, given=given: db.sql(statement, given))
+        parameters = {"id": model_id} if "$id" in statement else {}
+        seconds[name] = timed(lambda statement=statement, parameters=parameters: db.sql(statement, parameters))
     return seconds
 
 
@@ -88,25 +89,25 @@ def main(rows: int, dimension: int, models: int, optimize_every: int, seed: int,
         databases = dict(
             zip(figures, (attrdb.open(folder / "0.attrdb"), attrdb.open(folder / "1.attrdb")), strict=True)
         )
-        # Indices of the ids and roles, made once: appends go on without building them again.
+        # Build the indices of ids and roles once; appends do not rebuild them.
         for db in databases.values():
             rounds.append(optimized(db, 0))
         for number in range(models):
-            for which, db in databases.items():
+            for copy, db in databases.items():
                 rng = np.random.default_rng((seed, number))
-                figures[which].append(append_and_ask(db, number, dimension, rng))
+                figures[copy].append(append_and_ask(db, number, dimension, rng))
             if (number + 1) % optimize_every == 0:
                 rounds.append(optimized(databases["optimized"], number + 1))
                 click.echo(f"{number + 1} appends: " + json.dumps({w: round_all(f[-1]) for w, f in figures.items()}))
-        tables = {which: db.status()["tables"]["images"] for which, db in databases.items()}
+        tables = {copy: db.status()["tables"]["images"] for copy, db in databases.items()}
     tenth = max(1, models // 10)
     result = {
         "machine": describe("pylance", "duckdb", "pyarrow"),
         "sizes": {"rows": rows, "dimension": dimension, "models": models, "images_a_model": N_SAMPLES + 1},
         "optimize_every": optimize_every,
         "seed": seed,
-        "first_tenth": {which: summed(runs[:tenth]) for which, runs in figures.items()},
-        "last_tenth": {which: summed(runs[-tenth:]) for which, runs in figures.items()},
+        "first_tenth": {copy: summed(runs[:tenth]) for copy, runs in figures.items()},
+        "last_tenth": {copy: summed(runs[-tenth:]) for copy, runs in figures.items()},
         "optimize_rounds": rounds[1:],
         "tables": tables,
     }
@@ -117,14 +118,14 @@ def main(rows: int, dimension: int, models: int, optimize_every: int, seed: int,
 
 def optimized(db: Database, after: int) -> dict:
     start = time.perf_counter()
-    found = optimize.optimize(db.writer)
-    states = (found.before, found.after)
+    result = optimize.optimize(db.writer)
+    states = (result.before, result.after)
     return {
         "after_appends": after,
         "seconds": time.perf_counter() - start,
         "fragments": [state["tables"]["images"]["fragments"] for state in states],
         "bytes": [state["tables"]["images"]["bytes"] for state in states],
-        "n_unindexed": [max((one["n_unindexed"] for one in state["indices"]), default=None) for state in states],
+        "n_unindexed": [max((index["n_unindexed"] for index in state["indices"]), default=None) for state in states],
     }
 
 

@@ -1,9 +1,9 @@
-"""Synthetic features for timing searches: clustered, with the directions inside a cluster unequal, as real features are.
+"""Synthetic features for timing searches. Like real ones they form clusters, whose spread differs between directions.
 
 x = c + 0.46 B z + 0.5 e, made unit length. c is one of 4,096 centres, standard normal / sqrt(dimension), the i-th with weight
 1 / sqrt(i); B holds 64 random directions whose lengths fall as 1 / sqrt(i), z and e are standard normal, e / sqrt(dimension).
-A query is a stored feature moved by 0.7 e / sqrt(dimension), as a sample is not its exemplar. At these numbers an index of
-1 M features finds 0.95 of the first ten in a tenth of its cells; of IconAbC's EfficientNet features in an eighth.
+A query is a stored feature moved by 0.7 e / sqrt(dimension), since a sample is not its exemplar. With these numbers an index
+of 1 M features finds 0.95 of the first ten in a tenth of its partitions; with IconAbC's EfficientNet features, in an eighth.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ AT_ONCE = 125_000  # rows, as `ingest embeddings` commits them
 
 
 def features(n: int, dimension: int, seed: int = 0) -> Iterator[np.ndarray]:
-    """n unit vectors in blocks, float32; the centres are those of the dimension, whatever the seed."""
+    """n unit vectors in blocks, float32; the centres depend on the dimension only, not on the seed."""
     fixed, rng = np.random.default_rng(0), np.random.default_rng(seed)
     centres = fixed.standard_normal((N_CENTRES, dimension), np.float32) / np.float32(np.sqrt(dimension))
     lengths = 1 / np.sqrt(1 + np.arange(RANK, dtype=np.float32))
@@ -48,7 +48,7 @@ def unit(x: np.ndarray) -> np.ndarray:
 
 
 def database(path: Path, n: int, dimension: int, roles: tuple[str, ...] = ("pretraining",)) -> Database:
-    """A database of so many features; the i-th image has the id `f/<i>`, and the roles in turn."""
+    """A database of n features; the i-th image has the id `f/<i>`, and the roles in turn."""
     db = attrdb.create(path)
     encoder_id = db.writer.add_encoder(f"clustered:{dimension}", dimension, {}, "none")
     append(db, features(n, dimension), encoder_id, 0, roles)

@@ -1,10 +1,10 @@
 """Customizing and sampling a model, beside a plain training loop that does the same work: python benchmarks/customize.py
 
-One concept, 100 steps of batch 8, 16 samples, features, one append; rounds in turn, every run a process of its own, the base
-model loaded before the clock starts. The peer is written as public training scripts are, with diffusers as it comes: in every
-step pictures are resized, prompts are tokenized, and the autoencoder and the text encoder run on the whole batch; samples are
-drawn by the pipeline, one prompt at a time. Both train K and V and one new token, and draw with the same solver, steps,
-guidance and sizes.
+One concept, 100 steps of batch 8, 16 samples, features, one append. The ways run in turn, each in a process of its own, and
+the base model is loaded before the clock starts. The peer resembles public training scripts and uses diffusers with its
+defaults: every step resizes pictures, tokenizes prompts, and runs the autoencoder and the text encoder on the whole batch.
+The pipeline draws samples one prompt at a time. Both ways train K and V and one new token, and draw with the same solver,
+steps, guidance and sizes.
 """
 
 from __future__ import annotations
@@ -75,14 +75,14 @@ def plain_pipeline() -> StableDiffusionPipeline:
 
 
 def peer(pipeline: StableDiffusionPipeline, settings: ModelSettings, path: Path) -> dict:
-    """The straightforward way, in float32; nothing of attrdb but its data set, its encoder and its append.
+    """The plain way, in float32, with attrdb's data set, encoder and append only.
 
-    A data set that resizes the picture and tokenizes the prompt of every item, then in every step: autoencoder, text encoder,
-    U-Net, gradients clipped, all other tokens put back.
+    Every item resizes its picture and tokenizes its prompt. Every step runs autoencoder, text encoder and U-Net, clips the
+    gradients, and restores all other tokens.
     """
     exemplars, _, category = bundled_exemplars(CONCEPT)
     db, encoder = attrdb.create(path), load_encoder(ENCODER)
-    given, device = settings.customize, pipeline.device
+    options, device = settings.customize, pipeline.device
     started = time.perf_counter()
     register(db, [encoder])
     tokenizer, text = pipeline.tokenizer, pipeline.text_encoder
@@ -109,15 +109,15 @@ def peer(pipeline: StableDiffusionPipeline, settings: ModelSettings, path: Path)
         return torch.from_numpy(pixels).permute(2, 0, 1).float() / 127.5 - 1, ids
 
     noise_scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
-    optimizer = torch.optim.AdamW([table, *trained], lr=given.lr, weight_decay=0.01)
-    torch.manual_seed(given.seed)
-    for _ in range(given.steps):
-        items = [item(number) for number in torch.randint(len(exemplars), (given.batch,)).tolist()]
+    optimizer = torch.optim.AdamW([table, *trained], lr=options.lr, weight_decay=0.01)
+    torch.manual_seed(options.seed)
+    for _ in range(options.steps):
+        items = [item(number) for number in torch.randint(len(exemplars), (options.batch,)).tolist()]
         batch, ids = (torch.stack(part).to(device) for part in zip(*items, strict=True))
         with torch.no_grad():
             latents = pipeline.vae.encode(batch).latent_dist.sample() * pipeline.vae.config.scaling_factor
         noise = torch.randn_like(latents)
-        times = torch.randint(noise_scheduler.config.num_train_timesteps, (given.batch,), device=device)
+        times = torch.randint(noise_scheduler.config.num_train_timesteps, (options.batch,), device=device)
         noisy = noise_scheduler.add_noise(latents, noise, times)
         is_v = noise_scheduler.config.prediction_type == "v_prediction"
         target = noise_scheduler.get_velocity(latents, noise, times) if is_v else noise
@@ -126,7 +126,7 @@ def peer(pipeline: StableDiffusionPipeline, settings: ModelSettings, path: Path)
         torch.nn.utils.clip_grad_norm_([table, *trained], 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        with torch.no_grad():  # all other tokens stay as they were
+        with torch.no_grad():  # restore all other tokens
             others = torch.arange(len(table), device=device) != token_id
             table[others] = before[others]
         loss.item()
@@ -134,21 +134,23 @@ def peer(pipeline: StableDiffusionPipeline, settings: ModelSettings, path: Path)
     pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
     sampling, pictures, rows = settings.synthesize, [], []
     plans = [plan for batch in plan_samples("m", prompts_of(settings, exemplars), sampling) for plan in batch]
-    for asked in dict.fromkeys(plan.prompt for plan in plans):
-        own = [plan for plan in plans if plan.prompt == asked]
-        found = pipeline(
-            asked.text,
-            num_images_per_prompt=len(own),
-            generator=[torch.Generator().manual_seed(plan.seed) for plan in own],
+    for sample_prompt in dict.fromkeys(plan.prompt for plan in plans):
+        of_prompt = [plan for plan in plans if plan.prompt == sample_prompt]
+        images = pipeline(
+            sample_prompt.text,
+            num_images_per_prompt=len(of_prompt),
+            generator=[torch.Generator().manual_seed(plan.seed) for plan in of_prompt],
             num_inference_steps=sampling.solver_steps,
             guidance_scale=sampling.guidance,
         ).images
-        rows += [{"image_id": plan.image_id, "role": "sample", "model_id": "m", "seed": plan.seed} for plan in own]
-        pictures += [read_picture(plan.image_id, webp(image)) for plan, image in zip(own, found, strict=True)]
+        rows += [
+            {"image_id": plan.image_id, "role": "sample", "model_id": "m", "seed": plan.seed} for plan in of_prompt
+        ]
+        pictures += [read_picture(plan.image_id, webp(image)) for plan, image in zip(of_prompt, images, strict=True)]
     sampled_at = time.perf_counter()
     rows += [{"image_id": f"m/{n}", "role": "exemplar", "model_id": "m"} for n, _ in enumerate(exemplars)]
     db.writer.append_model(
-        image_rows(rows, pictures + [one.picture for one in exemplars], [encoder]), {"model_id": "m"}
+        image_rows(rows, pictures + [exemplar.picture for exemplar in exemplars], [encoder]), {"model_id": "m"}
     )
     return {
         "seconds": time.perf_counter() - started,
@@ -164,10 +166,10 @@ def one_run(way: str, steps: int, batch: int) -> dict:
     loaded, run = (plain_pipeline(), peer) if way == "peer" else (load_base_model("icon-sd"), ours)
     before = time.process_time()
     with tempfile.TemporaryDirectory() as folder:
-        found = run(loaded, settings, Path(folder) / "some.attrdb")
-    # Of all threads: where other work shares the machine it says more than the clock.
+        figures = run(loaded, settings, Path(folder) / "some.attrdb")
+    # Of all threads. It varies less than the clock if other work shares the machine.
     used = time.process_time() - before
-    return found | {"processor_seconds": used, "peak_gib": peak(default_device())}
+    return figures | {"processor_seconds": used, "peak_gib": peak(default_device())}
 
 
 @click.command()
@@ -178,11 +180,11 @@ def one_run(way: str, steps: int, batch: int) -> dict:
 @click.option("--solver-steps", type=click.IntRange(1), default=20, show_default=True)
 @click.option("--json", "out", type=click.Path(path_type=Path))
 def main(rounds: int, steps: int, batch: int, sample_batch: int, solver_steps: int, out: Path | None) -> None:
-    """Compare, then look closely at every method, with and without gradient checkpointing (see shapes.py)."""
-    found: dict = {"machine": describe("torch", "diffusers", "peft"), "device": default_device(), "shape": "icon-sd"}
-    if not is_cpu(found["device"]):
-        found["device"] = torch.cuda.get_device_name(found["device"])
-    found |= {"steps": steps, "batch": batch, "threads": torch.get_num_threads()}
+    """Compare, then measure every method in detail (see shapes.py)."""
+    result: dict = {"machine": describe("torch", "diffusers", "peft"), "device": default_device(), "shape": "icon-sd"}
+    if not is_cpu(result["device"]):
+        result["device"] = torch.cuda.get_device_name(result["device"])
+    result |= {"steps": steps, "batch": batch, "threads": torch.get_num_threads()}
     runs: dict[str, list[dict]] = {way: [] for way in WAYS}
     context = multiprocessing.get_context("spawn")
     for number in range(rounds):
@@ -192,17 +194,17 @@ def main(rounds: int, steps: int, batch: int, sample_batch: int, solver_steps: i
             click.echo(f"round {number + 1}  {way:16} " + json.dumps(runs[way][-1]))
     if runs["peer"]:
         for way in WAYS:
-            found[way] = {name: spread([run[name] for run in runs[way]]) for name in runs[way][0]}
+            result[way] = {name: spread([run[name] for run in runs[way]]) for name in runs[way][0]}
         for way in WAYS[:2]:
             pairs = list(zip(runs["peer"], runs[way], strict=True))
-            for what in ("seconds", "processor_seconds"):
-                ratio = spread([theirs[what] / own[what] for theirs, own in pairs])
-                found[f"{what}, peer / {way}"] = ratio
-                click.echo(f"{what}, peer / {way}: {ratio}")
-    given = (steps, batch, sample_batch, solver_steps, BUILT_IN)
-    found["methods"], found["kept_gib_a_picture"] = measured("icon-sd", *given)
+            for measure in ("seconds", "processor_seconds"):
+                ratio = spread([theirs[measure] / ours[measure] for theirs, ours in pairs])
+                result[f"{measure}, peer / {way}"] = ratio
+                click.echo(f"{measure}, peer / {way}: {ratio}")
+    sizes = (steps, batch, sample_batch, solver_steps, BUILT_IN)
+    result["methods"], result["kept_gib_a_picture"] = measured("icon-sd", *sizes)
     if out:
-        out.write_text(json.dumps(found, indent=1) + "\n")
+        out.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""How fast pictures become features: from encoded bytes through the stream, against the bare network on preloaded batches.
+"""The rate of encoding: from encoded bytes through the stream, against the bare network on preloaded batches.
 
     python benchmarks/encoding.py --images 512 --json encoding.json
 
-Weights are random where none come in a package: the time does not depend on them. Each round runs every way once, so that
-what else the machine does falls on all of them.
+Weights are random where no package has them; the time does not depend on them. Each round runs every way once, so that other
+work on the machine affects all of them.
 """
 
 from __future__ import annotations
@@ -46,9 +46,9 @@ def icons(n: int, seed: int) -> list[bytes]:
 
 
 def photos(n: int, seed: int) -> list[bytes]:
-    """JPEGs of 512 x 512 pixels, icons drawn large on a noisy ground so that they take as many bytes as photos do."""
+    """JPEGs of 512 x 512 pixels: enlarged icons with noise, so that they have as many bytes as photos."""
     rng = np.random.default_rng(seed)
-    made = []
+    pictures = []
     for encoded in icons(n, seed):
         large = np.asarray(
             read_picture("icon", encoded).image.resize((JPEG_SIDE, JPEG_SIDE), Image.BICUBIC), np.float32
@@ -56,12 +56,12 @@ def photos(n: int, seed: int) -> list[bytes]:
         noise = rng.normal(0, 12, (JPEG_SIDE // 2, JPEG_SIDE // 2, 3)).repeat(2, axis=0).repeat(2, axis=1)
         file = io.BytesIO()
         Image.fromarray((large + noise).clip(0, 255).astype(np.uint8)).save(file, "JPEG", quality=85)
-        made.append(file.getvalue())
-    return made
+        pictures.append(file.getvalue())
+    return pictures
 
 
 def load(name: str, folder: Path) -> Encoder:
-    """The encoder, with random weights from a checkpoint made for it where a name has none of its own."""
+    """The encoder; with random weights if no package has its weights."""
     kind, _, arch = name.partition(":")
     if not arch:
         return load_encoder(name)
@@ -79,14 +79,14 @@ def load(name: str, folder: Path) -> Encoder:
 
 
 def read(encoded: bytes) -> tuple[str, Image.Image]:
-    """What ingestion keeps of a picture, and the picture."""
+    """The digest that ingestion stores, and the picture."""
     picture = read_picture("picture", encoded)
     return picture.sha256, picture.image
 
 
 def ways(encoder: Encoder, pictures: list[bytes]) -> dict[str, Callable[[], int]]:
-    """The bare network, run in the two ways that torch offers, and the whole stream; each returns how many it encoded."""
-    prepared = np.stack([encoder.prepare(read(one)[1]) for one in pictures])
+    """The bare network, in the two ways that torch can run it, and the whole stream; each returns the number of images."""
+    prepared = np.stack([encoder.prepare(read(picture)[1]) for picture in pictures])
     small = [prepared[start : start + SMALL_BATCH] for start in range(0, len(prepared), SMALL_BATCH)]
     threads = torch.get_num_threads()
 
@@ -100,15 +100,15 @@ def ways(encoder: Encoder, pictures: list[bytes]) -> dict[str, Callable[[], int]
         return len(encoder.features(prepared[:LARGE_BATCH]))
 
     def stream() -> int:
-        return sum(one.error is None for one in encode_stream([encoder], pictures, read))
+        return sum(item.error is None for item in encode_stream([encoder], pictures, read))
 
     return {"bare": bare_a_batch_a_thread, "bare_one_batch": bare_one_batch, "stream": stream}
 
 
 def measure(name: str, encoder: Encoder, pictures: list[bytes], rounds: int) -> dict:
-    """Images a second of every way, its processor time, and what a picture costs before the network.
+    """Images per second of every way, its processor time, and the processor time of a picture before the network.
 
-    Processor time leaves out what other processes take, so on a busy machine it is the steadier figure.
+    Processor time excludes other processes, so it varies less on a busy machine.
     """
     each = ways(encoder, pictures)
     rates: dict[str, list[float]] = {way: [] for way in each}
@@ -121,21 +121,21 @@ def measure(name: str, encoder: Encoder, pictures: list[bytes], rounds: int) -> 
                 rates[way].append(encoded / (time.perf_counter() - start))
                 used[way].append(1000 * (time.process_time() - start_used) / encoded)
     start_used = time.process_time()
-    for one in pictures:
-        encoder.prepare(read(one)[1])
+    for picture in pictures:
+        encoder.prepare(read(picture)[1])
     before = 1000 * (time.process_time() - start_used) / len(pictures)
-    found = {way: {"min": min(r), "median": median(r), "max": max(r)} for way, r in rates.items()}
+    spreads = {way: {"min": min(r), "median": median(r), "max": max(r)} for way, r in rates.items()}
     ratios = [s / b for s, b in zip(rates["stream"], rates["bare"], strict=True)]
     processor = {way: median(values) for way, values in used.items()}
     return {
         "encoder": name,
         "images": len(pictures),
         "bytes_a_picture": sum(map(len, pictures)) / len(pictures),
-        "images_a_second": found,
+        "images_a_second": spreads,
         "ratio": {"min": min(ratios), "median": median(ratios), "max": max(ratios)},
         "processor_ms_a_picture": {**processor, "before_the_network": before},
         "processor_ratio": processor["bare"] / processor["stream"],
-        # On a CPU reading and the network share the cores: no order of them is faster than doing both.
+        # On a CPU, reading and the network share the cores, so no schedule is faster than the sum of both.
         "bound_on_cpu": processor["bare"] / (processor["bare"] + before),
     }
 

@@ -2,8 +2,8 @@
 
     python benchmarks/importing.py --rows 1000000 --json importing.json
 
-Every run is a process of its own, so that its peak memory is its own. Both read and convert the same shards; attrdb also
-checks ids and features, commits every part for itself, and keeps a job. `read` only reads and converts.
+Every run is a process of its own, so that peak memory is that of the run. Both read and convert the same shards; attrdb also
+checks ids and features, commits part by part, and keeps a job. `read` only reads and converts.
 """
 
 from __future__ import annotations
@@ -26,9 +26,10 @@ from machine import describe, peak_gib, spread
 import attrdb
 from attrdb.ingest.read.embedding_shards import open_embeddings
 from attrdb.ingest.read.embeddings import ingest_embeddings, parts
+from attrdb.store.schema import encoder_id_of
 
-SPEC = "open_clip:ViT-B-32/openai"
-ENCODER_ID = "open_clip_vit_b_32_openai"
+SPEC = "random:directions"  # of no known encoder, so that it can have any dimension
+ENCODER_ID = encoder_id_of(SPEC)
 
 
 def write_shards(folder: Path, rows: int, dimension: int, shards: int, seed: int) -> None:
@@ -113,14 +114,14 @@ def main(
                 done = subprocess.run(words, check=True, capture_output=True, text=True)
                 figures[way].append(json.loads(done.stdout))
                 click.echo(f"{way:7} {figures[way][-1]['seconds']:7.2f} s  {figures[way][-1]['peak_gib']:.2f} GiB")
-    seconds = {way: [one["seconds"] for one in runs] for way, runs in figures.items()}
+    seconds = {way: [run["seconds"] for run in runs] for way, runs in figures.items()}
     result = {
         "machine": describe("pylance", "pyarrow", "numpy"),
         "sizes": {"rows": rows, "dimension": dimension, "shards": shards},
         "seed": seed,
         "seconds": {way: spread(values) for way, values in seconds.items()},
         "ratio": spread([ours / theirs for ours, theirs in zip(seconds["attrdb"], seconds["lance"], strict=True)]),
-        "peak_gib": {way: max(one["peak_gib"] for one in runs) for way, runs in figures.items()},
+        "peak_gib": {way: max(run["peak_gib"] for run in runs) for way, runs in figures.items()},
     }
     click.echo(f"attrdb / lance: {result['ratio']}")
     if out:

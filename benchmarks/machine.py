@@ -1,4 +1,4 @@
-"""What a figure was measured on, and how a series of figures is summed up."""
+"""The machine that a figure was measured on, and the spread of a series of figures."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def _lines(path: str) -> list[str]:
 
 
 def peak_gib() -> float:
-    """Peak memory of this process. Not `ru_maxrss`: that begins with what the parent process had."""
+    """Peak memory of this process. Not `ru_maxrss`, which begins at the parent's."""
     [line] = [line for line in _lines("/proc/self/status") if line.startswith("VmHWM")]
     return int(line.split()[1]) / 2**20
 

@@ -1,9 +1,9 @@
 """How often a customized model draws its own exemplar: python benchmarks/quality.py DB
 
-For the customized models of a database: the share of samples whose nearest exemplar, among those of all its models, is one
-of their own model's, by EfficientNet features. Beside it the same of the base model, without customization, for the same
-prompts with the token left out and the same seeds. A model counts as one: the interval is a bootstrap over models. What
---json has of the same database is kept, so a run that was stopped goes on.
+For the customized models of a database: the share of samples whose nearest exemplar, among those of all models, belongs to
+their own model, by EfficientNet features. Beside it the same figure of the base model, for the same prompts without the token
+and the same seeds. Intervals are a bootstrap over models. Figures of the base model that the file of --json has of the same
+database are kept, so rerunning the command resumes it.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ ENCODER = "efficientnet-lite0"
 def pictures(db: Database, where: str) -> tuple[list[Image.Image], np.ndarray]:
     """The images that a predicate keeps, by id, and their models."""
     rows = db.images(f"model_id IS NOT NULL AND ({where})", ["image_id", "model_id", "image"]).sort_by("image_id")
-    found = [read_picture(row["image_id"], row["image"]).image for row in rows.to_pylist()]
-    return found, rows["model_id"].to_numpy()
+    images = [read_picture(row["image_id"], row["image"]).image for row in rows.to_pylist()]
+    return images, rows["model_id"].to_numpy()
 
 
-def drawn_by_base(base: BaseModel, model: dict) -> list[Image.Image]:
-    """What the base model draws in a customized model's place."""
+def base_samples(base: BaseModel, model: dict) -> list[Image.Image]:
+    """Images of the base model for the prompts and seeds of a customized model."""
     record = json.loads(model["settings"])
     base.precision = record["computed_in"]
     settings = SynthesizeSettings(**record["synthesize"])
@@ -45,40 +45,40 @@ def drawn_by_base(base: BaseModel, model: dict) -> list[Image.Image]:
     return [image for batch in batches for image in synthesize(base, batch, settings)]
 
 
-def summary(found: list[dict], n_gallery: int) -> dict:
-    """Means over models, and 95 % of what such means are when models are drawn again."""
-    picks = np.random.default_rng(0).integers(len(found), size=(10_000, len(found)))
-    shares = {what: np.array([one[what] for one in found]) for what in ("customized", "base")}
+def summary(models: list[dict], n_gallery: int) -> dict:
+    """Means over models, with 95 % intervals of a bootstrap over models."""
+    picks = np.random.default_rng(0).integers(len(models), size=(10_000, len(models)))
+    shares = {of: np.array([model[of] for model in models]) for of in ("customized", "base")}
     shares["difference"] = shares["customized"] - shares["base"]
     means = {
-        what: {
+        name: {
             "mean": float(values.mean()),
             "interval": np.quantile(values[picks].mean(axis=1), (0.025, 0.975)).tolist(),
         }
-        for what, values in shares.items()
+        for name, values in shares.items()
     }
-    chance = float(np.mean([one["n_exemplars"] for one in found])) / n_gallery
-    n_samples = sum(one["n_samples"] for one in found)
-    return {"n_models": len(found), "n_samples": n_samples, "n_gallery": n_gallery, "chance": chance, **means}
+    chance = float(np.mean([model["n_exemplars"] for model in models])) / n_gallery
+    n_samples = sum(model["n_samples"] for model in models)
+    return {"n_models": len(models), "n_samples": n_samples, "n_gallery": n_gallery, "chance": chance, **means}
 
 
-def kept(out: Path | None, same: dict) -> dict[str, float]:
+def stored_shares(out: Path | None, same: dict) -> dict[str, float]:
     """By model, the base model's shares of an earlier run on the same exemplars."""
     if out is None or not out.exists():
         return {}
     earlier = json.loads(out.read_text())
-    if any(earlier.get(what) != value for what, value in same.items()):
+    if any(earlier.get(name) != value for name, value in same.items()):
         return {}
-    return {one["model_id"]: one["base"] for kind in earlier["kinds"].values() for one in kind["models"]}
+    return {model["model_id"]: model["base"] for kind in earlier["kinds"].values() for model in kind["models"]}
 
 
 @click.command()
 @click.argument("db", type=click.Path(exists=True, file_okay=False, path_type=Path))
-@click.option("--models", "n_models", type=click.IntRange(1), help="How many of a kind, by id; all when left out.")
+@click.option("--models", "n_models", type=click.IntRange(1), help="Of each kind, by id; default: all.")
 @click.option("--base-model", default="icon-sd", show_default=True)
 @click.option("--json", "out", type=click.Path(path_type=Path))
 def main(db: Path, n_models: int | None, base_model: str, out: Path | None) -> None:
-    """Compare; the last line of a kind sums up."""
+    """Compare; the last line of a kind is its summary."""
     database, encoder, base = attrdb.open(db, read_only=True), load_encoder(ENCODER), load_base_model(base_model)
     images, owner = pictures(database, "role = 'exemplar'")
     gallery = encode(encoder, images)
@@ -89,26 +89,28 @@ def main(db: Path, n_models: int | None, base_model: str, out: Path | None) -> N
         "settings": json.loads(models[0]["settings"])["customize"],
         "n_gallery": len(owner),
     }
-    found: dict = {"machine": describe("torch", "diffusers"), **same, "kinds": {}}
-    earlier = kept(out, same)
+    result: dict = {"machine": describe("torch", "diffusers"), **same, "kinds": {}}
+    earlier = stored_shares(out, same)
 
-    def own_share(of_model: str, drawn: list[Image.Image]) -> float:
-        """The share of pictures whose nearest exemplar is the model's; the first of equal ones counts."""
-        return float((owner[(encode(encoder, drawn) @ gallery.T).argmax(axis=1)] == of_model).mean())
+    def own_share(model_id: str, images: list[Image.Image]) -> float:
+        """The share of images whose nearest exemplar is the model's; the first of equally near ones counts."""
+        return float((owner[(encode(encoder, images) @ gallery.T).argmax(axis=1)] == model_id).mean())
 
     for kind in ("object", "style"):
         done = []
         for model in [model for model in models if model["kind"] == kind][:n_models]:
             model_id = model["model_id"]
             samples, _ = pictures(database, f"role = 'sample' AND model_id = '{model_id}'")
-            one = {"model_id": model_id, "n_exemplars": int((owner == model_id).sum()), "n_samples": len(samples)}
-            one["customized"] = own_share(model_id, samples)
-            one["base"] = earlier[model_id] if model_id in earlier else own_share(model_id, drawn_by_base(base, model))
-            click.echo(json.dumps(one))
-            done.append(one)
-            found["kinds"][kind] = summary(done, len(owner)) | {"models": done}
+            shares = {"model_id": model_id, "n_exemplars": int((owner == model_id).sum()), "n_samples": len(samples)}
+            shares["customized"] = own_share(model_id, samples)
+            shares["base"] = (
+                earlier[model_id] if model_id in earlier else own_share(model_id, base_samples(base, model))
+            )
+            click.echo(json.dumps(shares))
+            done.append(shares)
+            result["kinds"][kind] = summary(done, len(owner)) | {"models": done}
             if out:
-                out.write_text(json.dumps(found, indent=1) + "\n")
+                out.write_text(json.dumps(result, indent=1) + "\n")
         click.echo(f"{kind}: {json.dumps(summary(done, len(owner)))}")
 
 

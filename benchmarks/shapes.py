@@ -1,7 +1,7 @@
-"""One shape of base model, closely: python benchmarks/shapes.py --shape sd15 --json sd15.json
+"""One shape of base model in detail: python benchmarks/shapes.py --shape sd15 --json sd15.json
 
-What a training step and a sample of each method take, their share of the device's matrix products, and memory. Needs torch,
-diffusers and peft alone, no database, so that it runs on a machine that was lent for a quarter of an hour.
+The time of a training step and of a sample for each method, their share of the device's rate of matrix products, and memory.
+It needs only torch, diffusers and peft, and no database, so that it runs on a machine that is at hand for a few minutes.
 """
 
 from __future__ import annotations
@@ -97,10 +97,9 @@ def sd15() -> BaseModel:
 def closely(
     shape: str, method: str, steps: int, batch: int, sample_batch: int, solver_steps: int, checkpointing: bool
 ) -> dict:
-    """One method at one shape: what a step and a sample take, their share of the device's matrix products, and memory.
+    """One method at one shape: the time of a step and of a sample, their share of the rate of matrix products, and memory.
 
-    Operations are those of torch's own count, divided by the seconds that they take. Memory is that of training, which
-    comes first.
+    Rates are operations as torch counts them, per second. Memory is that of training, which is first.
     """
     base = sd15() if shape == "sd15" else load_base_model("icon-sd")
     profile = read_profile(base_model_folder("icon-sd"))
@@ -140,12 +139,12 @@ def closely(
         sample_batch=sample_batch,
     )
     prompts = choose_prompts(KIND, CATEGORY, profile["prompts"], profile["prompts_per_scheme"], 0)
-    [some, *_] = plan_samples("m", prompts, settings)
+    [plans, *_] = plan_samples("m", prompts, settings)
     encoded: dict[str, torch.Tensor] = {}
     with FlopCounterMode(display=False) as counter:
-        synthesize(base, some, settings, encoded=encoded)  # warms up, too
+        synthesize(base, plans, settings, encoded=encoded)  # also warms up
     started = time.perf_counter()
-    synthesize(base, some, settings, encoded=encoded)
+    synthesize(base, plans, settings, encoded=encoded)
     sample_seconds = time.perf_counter() - started
     rate = matrix_products(base.device, base.precision)
     return {
@@ -153,25 +152,25 @@ def closely(
         "gradient_checkpointing": checkpointing,
         "precision": base.precision,
         "batch": batch,
-        "sample_batch": len(some),
+        "sample_batch": len(plans),
         "solver_steps": settings.solver_steps,
         "guidance": settings.guidance,
         "resolution": base.resolution,
         "steps": steps,
         "steps_a_second": steps / seconds,
         "customize_seconds": seconds_in_all,
-        "samples_a_second": len(some) / sample_seconds,
+        "samples_a_second": len(plans) / sample_seconds,
         "peak_gflops": rate / 1e9,
         "training_share": (counts[1] - counts[0]) * steps / seconds / rate,
         "sampling_share": counter.get_total_flops() / sample_seconds / rate,
         "memory_gib": memory,
         "memory_before_gib": before,
-        "delta_mb": sum(one.numel() * one.element_size() for one in delta.values()) / 1e6,
+        "delta_mb": sum(tensor.numel() * tensor.element_size() for tensor in delta.values()) / 1e6,
     }
 
 
 def kept_for_backward(shape: str) -> dict:
-    """GiB that a training step of custom-diffusion keeps of each picture until the backward pass."""
+    """GiB per picture that a training step of custom-diffusion keeps until the backward pass."""
     base = sd15() if shape == "sd15" else load_base_model("icon-sd")
     base.precision = resolved_precision("auto", base.device)
     unet = base.pipeline.unet
@@ -181,26 +180,26 @@ def kept_for_backward(shape: str) -> dict:
     side, text = unet.config.sample_size, base.pipeline.text_encoder.config
     noisy = torch.randn(1, unet.config.in_channels, side, side, device=base.device)
     states = torch.randn(1, text.max_position_embeddings, text.hidden_size, device=base.device, requires_grad=True)
-    found = {"precision": base.precision}
-    for how in ("plain", "gradient checkpointing"):
-        if how != "plain":
+    kept_gib = {"precision": base.precision}
+    for way in ("plain", "gradient checkpointing"):
+        if way != "plain":
             unet.enable_gradient_checkpointing()
         kept: dict[int, tuple[int, torch.Tensor]] = {}
 
         def keep(tensor: torch.Tensor, kept: dict = kept) -> torch.Tensor:
             storage = tensor.untyped_storage()
             if storage.data_ptr() not in weights:
-                kept[storage.data_ptr()] = storage.nbytes(), tensor  # alive, so that no other takes its place
+                kept[storage.data_ptr()] = storage.nbytes(), tensor  # alive, so that its address is not used again
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             base.predict(noisy, torch.tensor([500], device=base.device), states)
-        found[how] = sum(n_bytes for n_bytes, _ in kept.values()) / 2**30
-    return found
+        kept_gib[way] = sum(n_bytes for n_bytes, _ in kept.values()) / 2**30
+    return kept_gib
 
 
 def matrix_products(device: str, precision: str) -> float:
-    """Operations a second of large square matrix products, the best of five."""
+    """Operations per second of large square matrix products, the best of six."""
     side = 2048 if is_cpu(device) else 8192
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
@@ -216,17 +215,17 @@ def matrix_products(device: str, precision: str) -> float:
 def measured(
     shape: str, steps: int, batch: int, sample_batch: int, solver_steps: int, methods: Sequence[str]
 ) -> tuple[list[dict], dict]:
-    """`closely` of every method, one of them with gradient checkpointing too, and `kept_for_backward`."""
+    """`closely` for every method, and for one also with gradient checkpointing; and `kept_for_backward`."""
     context = multiprocessing.get_context("spawn")
-    found = []
+    results = []
     for method, checkpointing in [(method, False) for method in methods] + [(DEFAULT_METHOD, True)]:
         with context.Pool(1) as pool:
-            given = (shape, method, steps, batch, sample_batch, solver_steps, checkpointing)
-            found.append(pool.apply(closely, given))
-        click.echo(json.dumps(found[-1]))
+            arguments = (shape, method, steps, batch, sample_batch, solver_steps, checkpointing)
+            results.append(pool.apply(closely, arguments))
+        click.echo(json.dumps(results[-1]))
     kept = kept_for_backward(shape)
     click.echo(json.dumps(kept))
-    return found, kept
+    return results, kept
 
 
 @click.command()
@@ -246,15 +245,15 @@ def main(
     methods: tuple[str, ...],
     out: Path | None,
 ) -> None:
-    """Look closely at one shape: every method at icon-sd's, the default one at Stable Diffusion's."""
+    """Measure one shape: every method at icon-sd's, the default method at Stable Diffusion's."""
     device = default_device()
-    found: dict = {"machine": describe("torch", "diffusers", "peft"), "shape": shape, "steps": steps, "batch": batch}
-    found |= {"device": device if is_cpu(device) else torch.cuda.get_device_name(device)}
-    found |= {"threads": torch.get_num_threads()}
+    result: dict = {"machine": describe("torch", "diffusers", "peft"), "shape": shape, "steps": steps, "batch": batch}
+    result |= {"device": device if is_cpu(device) else torch.cuda.get_device_name(device)}
+    result |= {"threads": torch.get_num_threads()}
     methods = methods or (BUILT_IN if shape == "icon-sd" else (DEFAULT_METHOD,))
-    found["methods"], found["kept_gib_a_picture"] = measured(shape, steps, batch, sample_batch, solver_steps, methods)
+    result["methods"], result["kept_gib_a_picture"] = measured(shape, steps, batch, sample_batch, solver_steps, methods)
     if out:
-        out.write_text(json.dumps(found, indent=1) + "\n")
+        out.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

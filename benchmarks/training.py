@@ -1,7 +1,7 @@
 """Does reading pairs keep up with training? python benchmarks/training.py --json FILE
 
-A database of N pairs of random features. Measured, in turn: the loader alone (the query of an epoch's pairs, its features
-gathered), the step alone (on one preloaded batch) and both together, each over whole epochs, as pairs a second.
+On a database of pairs of random features, it measures in turn, in pairs per second over whole epochs: the loader alone (the
+query of an epoch's pairs, and gathering their features), the step alone (on one preloaded batch), and both together.
 """
 
 from __future__ import annotations
@@ -72,13 +72,13 @@ class Step:
 
 @click.command()
 @click.option("--models", "n_models", type=click.IntRange(2), default=10_000, show_default=True)
-@click.option("--samples", "n_samples", type=click.IntRange(1), default=100, show_default=True, help="A model.")
+@click.option("--samples", "n_samples", type=click.IntRange(1), default=100, show_default=True, help="Per model.")
 @click.option("--dimension", type=click.IntRange(2), default=512, show_default=True)
 @click.option("--batch", type=click.IntRange(2), default=1024, show_default=True)
 @click.option("--rounds", type=click.IntRange(1), default=3, show_default=True)
 @click.option("--json", "out", type=click.Path(path_type=Path))
 def main(n_models: int, n_samples: int, dimension: int, batch: int, rounds: int, out: Path | None) -> None:
-    """Measure pairs a second."""
+    """Measure pairs per second."""
     folder = Path(tempfile.mkdtemp(prefix="attrdb-"))
     try:
         db = build(folder / "pairs.attrdb", n_models, n_samples, dimension, 0)
@@ -106,21 +106,21 @@ def main(n_models: int, n_samples: int, dimension: int, batch: int, rounds: int,
                 step(exemplars, samples)
                 n += len(exemplars)
             rates["together"].append(n / (time.perf_counter() - started))
-            click.echo(json.dumps({what: round(values[-1]) for what, values in rates.items()}))
+            click.echo(json.dumps({way: round(values[-1]) for way, values in rates.items()}))
         ratios = [c / min(a, b) for a, b, c in zip(*rates.values(), strict=True)]
-        found = {
+        result = {
             "machine": describe("torch", "duckdb", "pylance"),
             "sizes": {"pairs": pairs.n_pairs, "dimension": dimension, "batch": batch, "models": n_models},
             "seconds": {"prepare": prepare, "query": query},
-            "rates": {what: spread(values) for what, values in rates.items()},
+            "rates": {way: spread(values) for way, values in rates.items()},
             "ratio": spread(ratios),
             "peak_gib": peak_gib(),
         }
     finally:
         shutil.rmtree(folder)
-    click.echo(json.dumps(found["ratio"]))
+    click.echo(json.dumps(result["ratio"]))
     if out:
-        out.write_text(json.dumps(found, indent=1) + "\n")
+        out.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

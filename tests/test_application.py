@@ -92,7 +92,7 @@ WRITES = {
     "upsert": lambda db: db.writer.upsert("models", [{"model_id": "n"}]),
     "delete": lambda db: db.writer.delete("models", "true"),
     "delete_matching": lambda db: db.writer.delete_matching("models", pa.table({"model_id": ["m"]})),
-    "alone": lambda db: db.writer.alone().__enter__(),
+    "exclusive": lambda db: db.writer.exclusive().__enter__(),
     "remove": lambda db: db.remove(where="true"),
     "writing": lambda db: db.writer.writing().__enter__(),
     "commit": lambda db: db.writer.commit(lambda: None),

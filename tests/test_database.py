@@ -101,7 +101,7 @@ def test_bad_features_are_refused_with_the_row_named(toy, feature, says):
 
 def test_other_bad_rows_are_refused(toy):
     one = rows([("x", "sample", "m", 1)])
-    with pytest.raises(InvalidValue, match="'x' stands more than once in one batch"):
+    with pytest.raises(InvalidValue, match="'x' appears more than once in the batch"):
         toy.writer.append_images(pa.concat_tables([one, one]))
     with pytest.raises(InvalidValue, match="role 'guess'; a role is one of exemplar, sample, pretraining"):
         toy.writer.append_images(rows([("x", "guess", None, 1)]))

@@ -101,7 +101,7 @@ def test_a_moment_whose_rows_were_dropped_is_not_made_up(toy):
     moment = datetime.now(UTC)
     toy.writer.upsert("failures", [{"failure_id": "x", "job_id": "j", "item": "i", "reason": "r"}])
     lance.dataset(str(toy.path / "failures.lance")).cleanup_old_versions(older_than=timedelta(0))
-    with pytest.raises(NotFound, match="has dropped what failures held then; its oldest version is of"):
+    with pytest.raises(NotFound, match="has deleted the version of failures of that time; its oldest version is of"):
         attrdb.open(toy.path, at=moment)
 
 

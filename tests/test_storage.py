@@ -21,7 +21,7 @@ from attrdb.upkeep import health, optimize
 
 N_PICTURES = 40
 N_VECTORS = 400
-FULL = "the disk of .* is full; what was committed before is kept: free some space, then give the command again"
+FULL = "the disk of .* is full; what was committed before is kept: free some space, then rerun the command"
 READ_ONLY = "cannot be written: .*; open it with read_only=True to read it"
 
 

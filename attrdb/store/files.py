@@ -1,4 +1,4 @@
-"""Files of a job, which a killed process leaves whole or not at all."""
+"""Files of a job, which a killed process leaves either whole or absent."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from attrdb.errors import StorageError
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Write a file that appears whole or not at all.
+    """Write a file so that it is either whole or absent.
 
-    write:  writes to the path that it is given, beside the file
-    raises: StorageError if it cannot be written; what was there stays
+    write:  called with a path beside the file, which it writes to
+    raises: StorageError if it cannot be written; the old file stays
     """
     part = path.with_suffix(".part")
     try:

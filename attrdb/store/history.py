@@ -1,4 +1,4 @@
-"""Older moments of a database: which version of each table belongs to a version of images, or to a time."""
+"""Older moments of a database: the version of each table at a version of images, or at a time."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import lance
 from attrdb.errors import InvalidValue, NotFound
 from attrdb.store.tables import open_table
 
-History = dict[str, list[tuple[int, datetime]]]  # of each table: its versions that are kept, oldest first
+History = dict[str, list[tuple[int, datetime]]]  # by table, the versions that are kept, oldest first
 
 
 def tables_at(
@@ -20,8 +20,8 @@ def tables_at(
     """The tables as they were at an older moment.
 
     at:     a version of images, with the other tables as they were until the next one; or a time, as datetime or ISO 8601
-            text (UTC where it names no zone)
-    raises: NotFound if that moment is not kept, InvalidValue for a time that is not understood
+            text (UTC if it names no zone)
+    raises: NotFound if that moment is not kept, InvalidValue for a text that is no time
     """
     history = {
         name: [(version["version"], _utc(cast(datetime, version["timestamp"]))) for version in table.versions()]
@@ -55,11 +55,11 @@ def _at_time(path: Path, history: History, moment: datetime) -> dict[str, int]:
 
 
 def _last_versions(path: Path, history: History, before: dict[str, list[int]]) -> dict[str, int]:
-    """The newest of the versions before a moment; a table that is younger than the moment was empty then, as its first is."""
+    """The newest version before a moment; for a table that is younger, its first version, which is empty."""
     for name, kept in history.items():
         if not before[name] and kept[0][0] > 1:
             oldest = kept[0][1].isoformat()
-            raise NotFound(f"{path} has dropped what {name} held then; its oldest version is of {oldest}")
+            raise NotFound(f"{path} has deleted the version of {name} of that time; its oldest version is of {oldest}")
     return {name: max(versions, default=1) for name, versions in before.items()}
 
 

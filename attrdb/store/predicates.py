@@ -1,11 +1,11 @@
-"""SQL predicates on the columns of images: how values are written in them, and when a text from outside is one."""
+"""SQL predicates on the columns of images: to write values in them, and to check a text from outside."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
-# Candidates are exemplars and pretraining images. Lance tests rows against this in three quarters of the time that a list
-# of the two roles takes.
+# Candidates are exemplars and pretraining images. Lance tests rows against this in three quarters of the time of a list of
+# the two roles.
 CANDIDATES = "role <> 'sample'"
 
 
@@ -21,7 +21,7 @@ def among(column: str, values: Iterable[str]) -> str:
 
 
 def is_closed(predicate: str) -> bool:
-    """Whether brackets and quotes of an SQL text are closed in it: Lance ignores what comes after a bracket too many."""
+    """Whether an SQL text closes its brackets and quotes, and has no comment: Lance ignores all after a surplus bracket."""
     depth, quote = 0, ""
     for at, character in enumerate(predicate):
         if quote:

@@ -149,7 +149,7 @@ DICTIONARY = {
             Column(
                 "kl",
                 FLOAT64,
-                "mean divergence of the exemplars' shares from influence, in nats, with softplus in the place of ReLU",
+                "mean divergence of the exemplars' shares from influence, in nats, with a softplus in place of ReLU",
             ),
             Column(
                 "kl_before",
@@ -208,7 +208,7 @@ DICTIONARY = {
         ),
     ),
     "indices": TableSchema(
-        "one row per encoder whose features have an index that attrdb built, and how well it answers",
+        "one row per encoder whose features have an index that attrdb built, with its settings and recall",
         (
             key_column("encoder_id", "the encoder; the index is on its column of images"),
             Column("kind", TEXT, "of the index, in Lance's words", required=True),
@@ -216,44 +216,51 @@ DICTIONARY = {
             Column("n_probes", INT32, "partitions that a query looks into", required=True),
             Column("oversampling", INT32, "hits per answer that are compared exactly", required=True),
             Column("recall", FLOAT64, "recall@10 against an exact scan, with these settings", required=True),
-            Column("n_queries", INT32, "that recall was measured with"),
-            Column("queries", TEXT, "what they were: `samples`, or `candidates` where there are no samples"),
-            Column("n_rows", INT64, "features when its partitions were chosen; with many more of them, build it again"),
-            Column("device", TEXT, "that it was built on"),
-            Column("seconds", FLOAT64, "that dividing and building took, without measuring recall"),
+            Column("n_queries", INT32, "number of queries that recall was measured with"),
+            Column(
+                "queries", TEXT, "kind of these queries: `samples`, or `candidates` if there are hardly any samples"
+            ),
+            Column("n_rows", INT64, "features when its partitions were chosen; with many more of them, rebuild it"),
+            Column("device", TEXT, "device that built it"),
+            Column("seconds", FLOAT64, "seconds of the build, without measuring recall"),
             Column("images_version", INT64, "version of images that recall was measured on"),
             Column("created_at", TIMESTAMP, "when its row was written"),
         ),
     ),
     "mapper_searches": TableSchema(
-        "one row per mapper that was folded into queries of its encoder's index, and how well that answers",
+        "one row per mapper that was folded into queries of its encoder's index, with the settings and their recall",
         (
             key_column("mapper_id", "the mapper"),
-            Column("encoder_id", TEXT, "whose index is asked", required=True),
-            Column("used", pa.bool_(), "whether searches do so; otherwise they compare all candidates", required=True),
+            Column("encoder_id", TEXT, "the encoder whose index is searched", required=True),
+            Column(
+                "used",
+                pa.bool_(),
+                "whether searches use the index; otherwise they compare all candidates",
+                required=True,
+            ),
             Column("n_probes", INT32, "partitions that a query looks into", required=True),
             Column("oversampling", INT32, "hits per answer that are compared exactly", required=True),
             Column(
                 "norm_correction",
                 pa.list_(pa.float32()),
-                "what is taken from the folded query, see attrdb/search/ivf.py",
+                "subtracted from the folded query, see attrdb/search/ivf.py",
                 required=True,
             ),
             Column("recall", FLOAT64, "recall@10 against an exact scan, with these settings", required=True),
-            Column("n_queries", INT32, "that recall was measured with"),
+            Column("n_queries", INT32, "number of queries that recall was measured with"),
             Column("images_version", INT64, "version of images that recall was measured on"),
             Column("created_at", TIMESTAMP, "when its row was written"),
         ),
     ),
     "jobs": TableSchema(
-        "one row per job; given again, a job goes on under its id",
+        "one row per job; a job that is rerun keeps its id",
         (
             key_column("job_id", "`<command>/<what it works on>`"),
             Column("command", TEXT, "such as `ingest corpus` or `encode`", required=True),
             Column("settings", TEXT, "JSON text: what it was started with"),
             Column("state", TEXT, "`running`, `done`, `incomplete` (some items failed) or `failed`", required=True),
             Column("n_done", INT64, "items finished by the last run"),
-            Column("n_failed", INT64, "items that failed and were not mended, see failures"),
+            Column("n_failed", INT64, "items that failed and are not done yet, see failures"),
             Column("message", TEXT, "why it failed"),
             Column("host", TEXT, "machine of the last run"),
             Column("pid", INT64, "process of the last run; `running` without that process: it was killed"),
@@ -262,7 +269,7 @@ DICTIONARY = {
         ),
     ),
     "failures": TableSchema(
-        "one row per item that a job could not do; it goes when a later run mends it",
+        "one row per item that a job could not do; a later run that can do it deletes the row",
         (
             key_column("failure_id", "`<job_id> <item>`"),
             Column("job_id", TEXT, "the job", required=True),
@@ -331,7 +338,7 @@ CHECKPOINT_SUFFIXES = (".safetensors", ".torchscript", ".pt", ".pth", ".bin", ".
 
 
 def encoder_name(spec: str) -> str:
-    """The spec without the folder and the ending of a checkpoint: a file that has moved is the same encoder."""
+    """The spec without folder and suffix of a checkpoint: an encoder whose file has moved is the same encoder."""
     kind, colon, argument = spec.partition(":")
     name, mark, settings = argument.partition("?")
     start, slash, path = name.partition("/")
@@ -344,9 +351,9 @@ def encoder_name(spec: str) -> str:
 
 
 def encoder_id_of(spec: str) -> str:
-    """The column name that an encoder's spec gives: the lower-case words of its name, joined by underscores.
+    """The encoder_id of a spec, which is a column name: the lower-case words of its name, joined by underscores.
 
-    raises: InvalidValue if that is no name: empty, beginning with a digit, or a column that images has
+    raises: InvalidValue if that is empty, begins with a digit, or is a column of images
     """
     name = re.sub(r"[^a-z0-9]+", "_", encoder_name(spec).lower()).strip("_")
     if not re.match(r"[a-z]", name):
@@ -376,7 +383,7 @@ def feature_array(features: np.ndarray) -> pa.FixedSizeListArray:
 
 
 def feature_matrix(column: pa.Array | pa.ChunkedArray) -> np.ndarray:
-    """A vector column without nulls as (n, dimension) float32; no copy where Arrow holds it in one piece."""
+    """A vector column without nulls as (n, dimension) float32; not copied if it is one Arrow chunk."""
     if isinstance(column, pa.ChunkedArray):
         column = column.combine_chunks() if column.num_chunks != 1 else column.chunk(0)
     values: np.ndarray = column.flatten().to_numpy(zero_copy_only=False)

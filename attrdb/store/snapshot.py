@@ -30,8 +30,8 @@ Derived = TypeVar("Derived")
 class Snapshot:
     """The tables of a database as they were at one moment.
 
-    A customized model is shown once its row in `models` exists: images that were appended before that, by a job that still
-    runs or was killed, are hidden.
+    A customized model is valid only once its row in `models` exists. Images that a job appended before that, and whether it
+    still runs or was killed, are hidden.
     """
 
     def __init__(self, path: Path, tables: dict[str, lance.LanceDataset]):
@@ -52,7 +52,7 @@ class Snapshot:
         return bool(removals.latest_version != removals.version)
 
     def once(self, derive: Callable[[Snapshot], Derived]) -> Derived:
-        """derive(snapshot), computed when it is first asked for: what other rooms derive from a snapshot is kept with it."""
+        """derive(snapshot), computed on the first call and kept with the snapshot; for values that other rooms derive."""
         with self._lock:
             if derive not in self._derived:
                 self._derived[derive] = derive(self)
@@ -72,7 +72,7 @@ class Snapshot:
         with storage(self.path):
             models = self.tables["models"].to_table(columns=["model_id", "n_exemplars", "n_samples"]).to_pylist()
             counted = sum((row["n_exemplars"] or 0) + (row["n_samples"] or 0) for row in models)
-            # The usual case, no such model, is told from a count: the ids of all samples need not be read.
+            # In the usual case there is no such model. A count shows that without reading the ids of all samples.
             if self.tables["images"].count_rows("role <> 'pretraining'") == counted:
                 return ()
             scan = self.tables["images"].to_batches(columns=["model_id"], filter="role <> 'pretraining'")
@@ -86,21 +86,22 @@ class Snapshot:
         return f"({where}) AND (model_id IS NULL OR model_id NOT IN ({', '.join(map(literal, self.hidden_models))}))"
 
     def check_predicate(self, name: str, predicate: str) -> None:
-        """See that a text from outside is a predicate by itself, before it becomes part of a longer one.
+        """Check that a text from outside is a complete predicate, before it becomes part of a longer one.
 
-        raises: InvalidValue, with the name of the parameter that it was given as
+        name:   of the parameter, for the error
+        raises: InvalidValue
         """
         try:
             if not is_closed(predicate):
                 raise ValueError("a bracket or quote that is not closed, or a comment")
             self.tables["images"].scanner(columns=["image_id"], filter=f"({predicate})").explain_plan()
-        except Exception as error:  # Lance has many words for it
+        except Exception as error:  # Lance raises many kinds
             raise InvalidValue(
                 f"{name} is {predicate!r}; it must be an SQL predicate on the columns of images: {words_of(error)}"
             ) from error
 
     def rows(self, table: str, where: str | None = None, columns: list[str] | None = None) -> list[Row]:
-        """The rows of one of the small tables that a predicate keeps; all for None."""
+        """The rows of a small table that a predicate keeps; None for all."""
         with storage(self.path):
             rows: list[Row] = self.tables[table].to_table(columns=columns, filter=where).to_pylist()
         return rows
@@ -111,7 +112,7 @@ class Snapshot:
             return self.tables["images"].to_table(columns=columns, filter=self.visible(where))
 
     def count(self, where: str) -> int:
-        """How many images a predicate keeps; remembered, since every search through an index asks it."""
+        """The number of images that a predicate keeps; remembered, since every search of an index needs it."""
         n = self._counts.get(where)
         if n is None:
             with storage(self.path):
@@ -139,7 +140,7 @@ class Snapshot:
             yield from features.stream(self.tables["images"], encoder_id, self.visible(where))
 
     def encoder_id(self, encoder_id: str | None = None) -> str:
-        """The given encoder's id, or the first one's.
+        """The encoder_id, if there is such an encoder; the first encoder's for None.
 
         raises: NotFound if this database has no such encoder, or none at all
         """
@@ -155,12 +156,12 @@ def open_snapshot(path: Path, at: int | str | datetime | None = None) -> Snapsho
     """The newest versions of all tables, or those of an older moment.
 
     at:     see `history.tables_at`
-    raises: NotFound if there is no database, or no such version, InvalidValue for a schema version that is not read here
-            or a time that is not understood
+    raises: NotFound if there is no database, or no such version, InvalidValue for another schema version or a text that is
+            no time
     """
     if not (path / "images.lance").is_dir():
-        what = "is not an attrdb database (no images.lance in it)" if path.exists() else "does not exist"
-        raise NotFound(f"{path} {what}; make one with: attrdb init {path}")
+        problem = "is not an attrdb database (no images.lance in it)" if path.exists() else "does not exist"
+        raise NotFound(f"{path} {problem}; make one with: attrdb init {path}")
     check_schema_version(path, schema_version(open_table(path, "images")))
     tables = pinned_tables(path, TABLES)
     return Snapshot(path, tables if at is None else tables_at(path, tables, at))

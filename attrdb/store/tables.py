@@ -1,4 +1,4 @@
-"""Single tables of a database directory: made, stamped with their schema version, opened at a version."""
+"""Single tables of a database directory: create them, stamp them with a schema version, open them at a version."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def schema_version(dataset: lance.LanceDataset) -> int:
 
 
 def table_exists(table: Path) -> bool:
-    """Whether a table is there, whole or damaged; one whose making was killed has neither a version nor data."""
+    """Whether a table exists, whole or damaged; a table whose creation was killed has neither a version nor data."""
     return any(next(table.glob(files), None) for files in ("_versions/*.manifest", "data/*"))
 
 
@@ -43,7 +43,7 @@ def open_table(path: Path, name: str, **options: Any) -> lance.LanceDataset:
     except BaseException as error:
         if not (isinstance(error, ValueError) or by_lance(error)):
             raise
-        # Lance counts the names of its manifests down.
+        # Lance numbers its manifests downwards.
         newest = min((path / f"{name}.lance" / "_versions").glob("*.manifest"), default=None)
         cure = f"; restore {newest} from a copy of the directory" if newest else ""
         raise NotFound(
@@ -52,7 +52,7 @@ def open_table(path: Path, name: str, **options: Any) -> lance.LanceDataset:
 
 
 def create_table(path: Path, name: str) -> None:
-    """An empty table of the schema, unless it is there."""
+    """Create an empty table of the schema, unless it exists."""
     table = path / f"{name}.lance"
     if table_exists(table):
         return
@@ -61,5 +61,5 @@ def create_table(path: Path, name: str) -> None:
         with storage(path):
             lance.write_dataset(stamped.empty_table(), str(table))
     except StorageError:
-        if not table_exists(table):  # by another process, meanwhile
+        if not table_exists(table):  # another process may have created it meanwhile
             raise

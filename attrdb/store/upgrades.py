@@ -1,6 +1,6 @@
-"""Upgrade steps: from every schema version to the next. A step is never edited once it has been released.
+"""Upgrade steps: from every schema version to the next. A released step is never edited.
 
-A step makes tables by the columns that they had then, written out here, so that later changes of schema.py do not reach it.
+A step states the columns of the tables at its time, so that later changes of schema.py do not change it.
 """
 
 from __future__ import annotations
@@ -109,30 +109,30 @@ def _create(path: Path, name: str, columns: str, version: int) -> None:
 
 
 def _to_2(path: Path) -> None:
-    """Jobs and their failures are kept."""
+    """Tables of jobs and their failures."""
     _create(path, "jobs", JOBS_2, 2)
     _create(path, "failures", FAILURES_2, 2)
 
 
 def _to_3(path: Path) -> None:
-    """Mappers and calibrations are kept."""
+    """Tables of mappers and calibrations."""
     _create(path, "mappers", MAPPERS_3, 3)
     _create(path, "calibrations", CALIBRATIONS_3, 3)
 
 
 def _to_4(path: Path) -> None:
-    """Stored attributions and the indices of features are kept."""
+    """Tables of stored attributions and of the indices of features."""
     _create(path, "attributions", ATTRIBUTIONS_4, 4)
     _create(path, "indices", INDICES_4, 4)
 
 
 def _to_5(path: Path) -> None:
-    """How mappers are searched for is kept."""
+    """A table of how mappers search an index."""
     _create(path, "mapper_searches", MAPPER_SEARCHES_5, 5)
 
 
 def _to_6(path: Path) -> None:
-    """Results belong to a method, and have a score, in the place of an encoder, a mapper and a similarity."""
+    """Results have a method and a score instead of an encoder, a mapper and a similarity."""
     _create(path, "methods", METHODS_6, 6)
     _create(path, "scores", SCORES_6, 6)
     pairs = [
@@ -181,9 +181,9 @@ def _method_6(old: pa.RecordBatch) -> pa.Array:
 
 
 def _rewrite(path: Path, name: str, columns: str, changed: Callable[[pa.RecordBatch], dict[str, pa.Array]]) -> None:
-    """Write a table anew in other columns, as its next version, unless that is done; rows are streamed.
+    """Rewrite a table with other columns, as its next version, unless that is done; rows are streamed.
 
-    changed: the columns that an old batch does not have as they are
+    changed: makes the columns that an old batch lacks
     """
     old, schema = open_table(path, name), _columns(columns)
     if old.schema.names == schema.names:
@@ -226,7 +226,7 @@ MADE_IN = {  # the version that made a table, where it was not the first
 def upgrade(path: str | Path) -> tuple[int, int]:
     """Bring a database to the schema version of this attrdb; the versions before and after.
 
-    A call that is interrupted is completed by the next: every step may be run again.
+    The next call completes one that was interrupted: every step may be repeated.
     raises: NotFound if there is no database, InvalidValue if a newer attrdb made it
     """
     path = Path(path)

@@ -1,4 +1,4 @@
-"""What images must satisfy before they are appended; refused with the row named."""
+"""Rules for images, which are checked before they are appended; an error names the row."""
 
 from __future__ import annotations
 
@@ -42,11 +42,11 @@ def conform_images(table: pa.Table, stored: pa.Schema) -> pa.Table:
 
 
 def check_ids(ids: pa.ChunkedArray | pa.Array) -> None:
-    """raises: InvalidValue if an id stands more than once"""
+    """raises: InvalidValue if an id appears more than once"""
     if pc.count_distinct(ids).as_py() < len(ids):
         counts = pc.value_counts(ids)
         repeated = counts.field("values").filter(pc.greater(counts.field("counts"), 1))[0].as_py()
-        raise InvalidValue(f"image {repeated!r} stands more than once in one batch; give every image an id of its own")
+        raise InvalidValue(f"image {repeated!r} appears more than once in the batch; give every image an id of its own")
 
 
 def _check_roles(table: pa.Table) -> None:
@@ -69,22 +69,22 @@ def _check_roles(table: pa.Table) -> None:
 
 
 def _check_features(ids: pa.ChunkedArray, column: pa.ChunkedArray, encoder_id: str, dimension: int) -> None:
-    found = getattr(column.type, "list_size", None)
-    if found != dimension:
+    length = getattr(column.type, "list_size", None)
+    if length != dimension:
         raise InvalidValue(
-            f"image {ids[0].as_py()!r} has a feature of length {found}, encoder {encoder_id!r} makes {dimension}; "
+            f"image {ids[0].as_py()!r} has a feature of length {length}, encoder {encoder_id!r} makes {dimension}; "
             "encode it with that encoder or open another database"
             if len(ids)
-            else f"features of length {found} for encoder {encoder_id!r}, which makes {dimension}"
+            else f"features of length {length} for encoder {encoder_id!r}, which makes {dimension}"
         )
-    given = column if not column.null_count else column.drop_null()
-    norms = np.sqrt(np.concatenate([_squared_norms(chunk) for chunk in given.chunks] or [np.empty(0)]))
+    features = column if not column.null_count else column.drop_null()
+    norms = np.sqrt(np.concatenate([_squared_norms(chunk) for chunk in features.chunks] or [np.empty(0)]))
     wrong = np.flatnonzero(~(np.abs(norms - 1) <= FEATURE_NORM_TOLERANCE))
     if len(wrong):
         row, norm = pc.indices_nonzero(pc.is_valid(column))[int(wrong[0])].as_py(), norms[wrong[0]]
-        what = "NaN or infinity in it" if not np.isfinite(norm) else f"length {norm:.4g}"
+        fault = "NaN or infinity in it" if not np.isfinite(norm) else f"length {norm:.4g}"
         raise InvalidValue(
-            f"image {ids[row].as_py()!r} has a {encoder_id!r} feature with {what}; features are stored at unit length"
+            f"image {ids[row].as_py()!r} has a {encoder_id!r} feature with {fault}; features are stored at unit length"
         )
 
 

@@ -1,4 +1,4 @@
-"""The writer: everything that changes a database goes through it, checked, and in atomic commits."""
+"""The writer: all changes of a database go through it. It checks them and makes atomic commits."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ LONGEST_ENCODER_ID = 80  # characters of a new one: files are named after it
 
 @dataclass(frozen=True)
 class Appended:
-    """What an append did. version: of the images table afterwards."""
+    """The result of an append. version: of the images table afterwards"""
 
     n_appended: int
     n_skipped: int
@@ -54,11 +54,11 @@ class Writer:
         self.path = path
         self.read_only = read_only or at is not None
         self._at = at
-        self._is_alone = False
+        self._is_exclusive = False
         self.snapshot = open_snapshot(path, at)
 
     def refresh(self) -> None:
-        """Move on to the newest version of every table; a database opened at an older moment stays there.
+        """Read the newest version of every table from now on; a database opened at an older moment stays there.
 
         raises: NotFound if a table is gone
         """
@@ -66,9 +66,9 @@ class Writer:
             self.snapshot = open_snapshot(self.path)
 
     def check_encoder(self, spec: str, dimension: int, preprocessing: dict[str, Any], weights_fingerprint: str) -> bool:
-        """Whether the encoder is registered; where its checkpoint lies does not matter.
+        """Whether the encoder is registered; the folder of its checkpoint does not matter.
 
-        Of features that were imported only name and dimension are known, so only those are compared.
+        Of an encoder whose features were imported, only name and dimension are known and compared.
         raises: InvalidValue if the registered encoder of that id differs in name, dimension, preprocessing or weights
         """
         row = _encoder_row(spec, dimension, preprocessing, weights_fingerprint)
@@ -78,21 +78,21 @@ class Writer:
         known = ["spec", "dimension"]
         if stored["weights_fingerprint"]:
             known += ["preprocessing", "weights_fingerprint"]
-        for what in known:
-            ours, theirs = (encoder_name(one[what]) if what == "spec" else one[what] for one in (row, stored))
+        for column in known:
+            ours, theirs = (encoder_name(of[column]) if column == "spec" else of[column] for of in (row, stored))
             if ours != theirs:
                 raise InvalidValue(
-                    f"encoder {row['encoder_id']!r} has {what.replace('_', ' ')} {row[what]!r}, its stored features were "
-                    f"made with {stored[what]!r}; use that encoder or open another database"
+                    f"encoder {row['encoder_id']!r} has {column.replace('_', ' ')} {row[column]!r}, its stored features "
+                    f"were made with {stored[column]!r}; use that encoder or open another database"
                 )
         return True
 
     def add_encoder(self, spec: str, dimension: int, preprocessing: dict[str, Any], weights_fingerprint: str) -> str:
-        """Register an encoder and add its column to images, null so far; the id of the encoder.
+        """Register an encoder and add its column to images, null at first; its encoder_id.
 
-        One that is registered already is checked instead, and what is new about it is noted: where its checkpoint lies
-        now, and the preprocessing and weights behind features that were imported, which are checked from then on.
-        raises: as `check_encoder`; InvalidValue for a new one with a long name
+        An encoder that is registered already is checked instead. Its row takes what is new: the folder of its checkpoint,
+        and for imported features preprocessing and weights, which are checked from then on.
+        raises: as `check_encoder`; InvalidValue for a new encoder with a long name
         """
         row = _encoder_row(spec, dimension, preprocessing, weights_fingerprint)
         encoder_id: str = row["encoder_id"]
@@ -132,9 +132,9 @@ class Writer:
             stored = self.snapshot.stored(table["image_id"].to_pylist())
             n_appended = 0
             if len(stored) < len(table):
-                # merge_insert and not append: what another process stored since the look-up is skipped too.
-                # Without the index on image_id: with it Lance (pylance 14.0) commits no keys, and two writers that have not
-                # seen each other's rows both insert an id (tests/test_concurrency.py).
+                # merge_insert and not append, to skip also what another process stored since the look-up. Without the index
+                # on image_id: with it Lance (pylance 14.0) commits no keys, so two writers that have not read each other's
+                # rows can insert the same id (tests/test_concurrency.py).
                 insert = images.merge_insert("image_id").when_not_matched_insert_all().use_index(False)
                 insert = insert.conflict_retries(CONFLICT_RETRIES)
                 n_appended = self.commit(lambda: insert.execute(table))["num_inserted_rows"]
@@ -147,9 +147,9 @@ class Writer:
         return conform_images(rows, self.snapshot.tables["images"].schema)
 
     def absent(self, ids: pa.Array) -> pa.BooleanArray:
-        """Which of the ids images does not have yet; quick for thousands of ids that lie close together.
+        """(n,) whether each id is missing from images; fast for thousands of ids that are close to each other.
 
-        Where the ids are indexed only those between the first and the last are read.
+        If ids are indexed, only those between the smallest and the largest are read.
         """
         self.refresh()
         images = self.snapshot.tables["images"]
@@ -162,9 +162,9 @@ class Writer:
         return pc.invert(pc.is_in(ids, stored))
 
     def append_bulk(self, rows: pa.Table) -> Appended:
-        """Append images in one commit, at the speed of a plain append: none of their ids is looked up.
+        """Append images in one commit, as fast as a plain append, because their ids are not looked up.
 
-        The caller has found them `absent`, and sees to it that no other process makes the same ids meanwhile.
+        The caller must know that they are `absent`, and that no other process adds the same ids meanwhile.
         raises: as `append_images`
         """
         with self.writing():
@@ -176,32 +176,32 @@ class Writer:
     def append_model(self, rows: pa.Table, model: Row) -> Appended:
         """Append a customized model: its exemplars and samples in one commit, then its row in `models`.
 
-        Both steps skip what is stored, so a call that was interrupted between them is completed by the next; until then
-        nothing of the model is shown.
+        Both steps skip stored rows, so the next call completes one that was interrupted between them. Until then the model
+        is not visible.
         raises: InvalidValue for a refused image, or if a row does not belong to the model
         """
-        strangers = set(rows["model_id"].to_pylist()) - {model["model_id"]}
-        if strangers:
-            raise InvalidValue(f"images of model {strangers.pop()!r} among those of model {model['model_id']!r}")
+        others = set(rows["model_id"].to_pylist()) - {model["model_id"]}
+        if others:
+            raise InvalidValue(f"images of model {others.pop()!r} among those of model {model['model_id']!r}")
         roles = rows["role"].to_pylist()
-        counted = {"n_exemplars": roles.count("exemplar"), "n_samples": roles.count("sample")}
+        counts = {"n_exemplars": roles.count("exemplar"), "n_samples": roles.count("sample")}
         with self.writing():  # a removal in between would take the images for those of an abandoned model
             self._drop_abandoned(rows, model["model_id"])
             appended = self.append_images(rows)
-            self.upsert("models", [{**model, **counted}], update=False)
+            self.upsert("models", [{**model, **counts}], update=False)
         return appended
 
     def _drop_abandoned(self, rows: pa.Table, model_id: str) -> None:
-        """Take out what an earlier attempt at a model left that never got its row, unless it is what is given now."""
+        """Delete the images of an earlier attempt at a model that has no row, unless they equal the new ones."""
         self.refresh()
         if model_id not in self.snapshot.hidden_models:
             return
-        said = ["image_id", "sha256", "prompt", "seed"]
+        compared = ["image_id", "sha256", "prompt", "seed"]
         where = f"model_id = {literal(model_id)}"
         with storage(self.path):
-            stored = self.snapshot.tables["images"].to_table(columns=said, filter=where)
-        given = conform_images(rows, self.snapshot.tables["images"].schema).select(said)
-        if {tuple(row.values()) for row in stored.to_pylist()} != {tuple(row.values()) for row in given.to_pylist()}:
+            stored = self.snapshot.tables["images"].to_table(columns=compared, filter=where)
+        new = conform_images(rows, self.snapshot.tables["images"].schema).select(compared)
+        if {tuple(row.values()) for row in stored.to_pylist()} != {tuple(row.values()) for row in new.to_pylist()}:
             self.delete("images", where)
 
     def add_method(self, method: Row) -> None:
@@ -209,7 +209,7 @@ class Writer:
         self.upsert("methods", [method | {"created_at": datetime.now(UTC)}])
 
     def add_mapper(self, mapper: Row) -> None:
-        """Store a mapper and its method; one that is stored already stays as it is."""
+        """Store a mapper and its method; a stored one is not changed."""
         self.upsert("methods", [similarity_row(mapper["encoder_id"], mapper["mapper_id"])], update=False)
         self.upsert("mappers", [mapper], update=False)
 
@@ -246,7 +246,7 @@ class Writer:
             self.commit(lambda: lance.write_dataset(conformed, self._path(table), mode="append"))
 
     def upsert(self, table: str, rows: list[Row], *, update: bool = True) -> None:
-        """Store rows of one of the small tables by their key; with update=False what is stored stays as it is.
+        """Store rows of a small table by their key; with update=False stored rows are not changed.
 
         raises: InvalidValue for a table without a key, for images, an unknown column or a required one without a value
         """
@@ -268,10 +268,10 @@ class Writer:
         self.commit(lambda: self._dataset(table).delete(where))
 
     def delete_matching(self, table: str, keys: pa.Table) -> int:
-        """Delete the rows of a table whose values in some columns are those of a row of keys, in one commit; how many.
+        """Delete, in one commit, the rows of a table that have the values of a row of keys; the number of rows.
 
-        Unlike a predicate, what is deleted is not written into the log of the table.
-        keys: one or more of the table's columns, no row twice
+        Unlike a predicate, the keys are not written into the log of the table.
+        keys: one or more of the table's columns, with distinct rows
         """
         names: Sequence[str] = keys.column_names
         source = keys.cast(pa.schema([TABLES[table].field(name) for name in names]))
@@ -294,27 +294,27 @@ class Writer:
 
     @contextmanager
     def writing(self) -> Iterator[None]:
-        """Every write happens inside; waits for a writer that is `alone`."""
+        """Every write happens inside this block, which waits for a writer that is `exclusive`."""
         self._check_writable()
-        if self._is_alone:
+        if self._is_exclusive:
             yield
         else:
             with waiting_lock(self.path / WRITERS_LOCK, exclusive=False):
                 yield
 
     @contextmanager
-    def alone(self) -> Iterator[None]:
-        """Waits until nobody is writing, and keeps others from it inside the block."""
+    def exclusive(self) -> Iterator[None]:
+        """Wait until no process writes, and let no other write inside the block."""
         self._check_writable()
         with waiting_lock(self.path / WRITERS_LOCK, exclusive=True):
-            self._is_alone = True
+            self._is_exclusive = True
             try:
                 yield
             finally:
-                self._is_alone = False
+                self._is_exclusive = False
 
     def commit(self, write: Callable[[], Any]) -> Any:
-        """Run a write and move on to what it made; once more where another writer came first.
+        """Run a write and read its version from now on; the write is repeated if another writer was first.
 
         raises: InvalidValue if the database was opened read-only, StorageError for a full or read-only disk
         """
@@ -324,7 +324,7 @@ class Writer:
                     result = write()
                     break
                 except OSError as error:  # CommitConflictError is one
-                    # merge_insert gives up with words of its own after its retries.
+                    # After its retries, merge_insert raises an error with a text of its own.
                     if not isinstance(error, CommitConflictError) and "concurrent" not in str(error).lower():
                         raise
                     if attempt == CONFLICT_RETRIES - 1:
@@ -349,8 +349,8 @@ def _conformed(table: str, rows: pa.Table | list[Row]) -> pa.Table:
     """
     schema = TABLES[table]
     names = set(rows.column_names) if isinstance(rows, pa.Table) else {name for row in rows for name in row}
-    if strange := names - set(schema.names):
-        raise InvalidValue(f"table {table} has no column {min(strange)!r}; it has: {', '.join(schema.names)}")
+    if unknown := names - set(schema.names):
+        raise InvalidValue(f"table {table} has no column {min(unknown)!r}; it has: {', '.join(schema.names)}")
     if isinstance(rows, pa.Table):
         columns = [
             rows[field.name].cast(field.type) if field.name in names else pa.nulls(len(rows), field.type)

@@ -1,4 +1,4 @@
-"""Health: what a database holds, and whether it holds together."""
+"""Health: the contents of a database, and whether they are consistent."""
 
 from __future__ import annotations
 
@@ -28,22 +28,22 @@ from attrdb.store.predicates import CANDIDATES, literal
 from attrdb.store.schema import SCHEMA_VERSION, Row, feature_columns, feature_matrix
 from attrdb.store.snapshot import Snapshot
 
-PROBES = 20  # ids and features that the index self-test asks for
-GROWN = 2.0
-BEHIND = 0.2  # share of the rows that come after an index
-RECALL_NEEDED = 0.9  # recall@10 of a vector index against an exact scan below which it is reported
+PROBES = 20  # ids and features that the index self-test searches for
+GROWN = 2.0  # times the features that an index was built for, from which on it is outgrown
+BEHIND = 0.2  # share of the rows that an index lacks, from which on it is behind
+RECALL_NEEDED = 0.9  # recall@10 of a vector index against an exact scan; less is reported
 
 
 # --- status ----------------------------------------------------------------------------------------------------------
 
 
 def status(snapshot: Snapshot) -> dict[str, Any]:
-    """What the database holds, as plain values that JSON can take.
+    """The contents of the database, as plain values that JSON can take.
 
-    Rows by role, models by kind, every encoder with how many images it has encoded and how many it still could, mappers,
-    calibrations and how many pretraining images they were made for, which of these were fitted with images that are
-    gone, removals that are not done, indices with their segments and the rows they do not cover yet, fragments, versions and
-    bytes of every table, jobs that are not done, models that are being made and how far they are.
+    Images by role and models by kind; every encoder with the numbers of images that have its feature and that lack it;
+    mappers; calibrations with the number of pretraining images that they were fitted with; mappers and calibrations that
+    were fitted with images that are gone; removals that are not done; indices with their segments and the rows that they do
+    not cover; fragments, versions and bytes of every table; jobs that are not done; models in progress.
     """
     with storage(snapshot.path), sql.connect(snapshot) as connection:
         roles, kinds, jobs, mappers, calibrations, removals, before_removals = (
@@ -73,7 +73,7 @@ def status(snapshot: Snapshot) -> dict[str, Any]:
             "calibrations": calibrations,
             "fitted_before_removals": before_removals,
             "unfinished_removals": removals,
-            "indices": [_index(snapshot.tables["images"], one) for one in _indices(snapshot)],
+            "indices": [_index(snapshot.tables["images"], index) for index in _indices(snapshot)],
             "tables": {name: _table(snapshot, name) for name in snapshot.tables},
             "open_jobs": [_job(row) for row in jobs],
             "in_progress": _in_progress(snapshot.path),
@@ -82,29 +82,29 @@ def status(snapshot: Snapshot) -> dict[str, Any]:
 
 
 def _index_state(snapshot: Snapshot, encoder_id: str, n_encoded: int) -> dict[str, Any]:
-    """How an encoder's features are searched: state, and the row of `indices` where attrdb built an index.
+    """How an encoder's features are searched: state, and figures of the row of `indices` if attrdb built an index.
 
     state: none        every search is exact
-           ready       searches look into the index
-           behind      so many rows came after it that `optimize` would make searches quicker
-           outgrown    there are GROWN times the features its cells were chosen for: build it again
-           dropped     attrdb built one and it is gone: every search is exact
-           unknown     another client built one, which attrdb does not ask: every search is exact
+           ready       searches use the index
+           behind      `optimize` would make searches faster: the index lacks many rows
+           outgrown    the index should be rebuilt: there are GROWN times the features that its partitions were chosen for
+           dropped     attrdb built an index that no longer exists: every search is exact
+           unknown     another client built an index, which attrdb does not use: every search is exact
     """
     images = snapshot.tables["images"]
-    there = {one.name: one for one in _indices(snapshot) if one.field_names[0] == encoder_id}
+    on_column = {index.name: index for index in _indices(snapshot) if index.field_names[0] == encoder_id}
     if encoder_id not in planner.indices(snapshot):
-        known = snapshot.tables["indices"].count_rows(f"encoder_id = {literal(encoder_id)}")
-        return {"state": "unknown" if there else "dropped" if known else "none"}
+        n_built = snapshot.tables["indices"].count_rows(f"encoder_id = {literal(encoder_id)}")
+        return {"state": "unknown" if on_column else "dropped" if n_built else "none"}
     [row] = snapshot.tables["indices"].to_table(filter=f"encoder_id = {literal(encoder_id)}").to_pylist()
-    one = there[planner.indices(snapshot)[encoder_id].name]
-    n_images, n_indexed = images.count_rows(), one.num_rows_indexed
-    said = {name: row[name] for name in ("recall", "n_queries", "queries", "n_probes", "n_partitions", "oversampling")}
+    n_images = images.count_rows()
+    n_indexed = on_column[planner.indices(snapshot)[encoder_id].name].num_rows_indexed
+    figures = ("recall", "n_queries", "queries", "n_probes", "n_partitions", "oversampling")
     if n_encoded > GROWN * row["n_rows"]:
         state = "outgrown"
     else:
         state = "behind" if n_images - n_indexed > BEHIND * n_images else "ready"
-    return {"state": state, **said}
+    return {"state": state, **{name: row[name] for name in figures}}
 
 
 def _encoder(snapshot: Snapshot, encoder_id: str, n_images: int) -> dict[str, Any]:
@@ -115,28 +115,28 @@ def _encoder(snapshot: Snapshot, encoder_id: str, n_images: int) -> dict[str, An
         "spec": row["spec"],
         "dimension": row["dimension"],
         "n_encoded": n_encoded,
-        "n_to_encode": n_left,  # images whose bytes are stored and that have no feature yet
+        "n_to_encode": n_left,  # images that have their bytes stored and no feature
         "index": _index_state(snapshot, encoder_id, n_encoded),
     }
 
 
 def _indices(snapshot: Snapshot) -> list[Any]:
-    return sorted(snapshot.tables["images"].describe_indices(), key=lambda one: one.name)
+    return sorted(snapshot.tables["images"].describe_indices(), key=lambda index: index.name)
 
 
 def _mapper(snapshot: Snapshot, row: dict[str, Any]) -> dict[str, Any]:
-    """A mapper's row, with by_index: whether searches with it look into its encoder's index; None where that is not known."""
+    """A mapper's row; by_index says whether its searches use its encoder's index, None that it is not known."""
     return row if row["encoder_id"] in planner.indices(snapshot) else row | {"by_index": None, "recall": None}
 
 
-def _index(images: lance.LanceDataset, one: Any) -> dict[str, Any]:
+def _index(images: lance.LanceDataset, index: Any) -> dict[str, Any]:
     return {
-        "name": one.name,
-        "column": one.field_names[0],
-        "type": one.index_type,
-        "segments": len(one.segments),
-        "n_unindexed": max(0, images.count_rows() - one.num_rows_indexed),
-        "bytes": one.total_size_bytes,
+        "name": index.name,
+        "column": index.field_names[0],
+        "type": index.index_type,
+        "segments": len(index.segments),
+        "n_unindexed": max(0, images.count_rows() - index.num_rows_indexed),
+        "bytes": index.total_size_bytes,
     }
 
 
@@ -154,11 +154,11 @@ def _table(snapshot: Snapshot, name: str) -> dict[str, Any]:
 def _in_progress(path: Path) -> list[dict[str, Any]]:
     files = sorted((path / "jobs").glob(".*.lock"))
     held = ((file.name[1:].removesuffix(".lock"), holder(file)) for file in files)
-    return [{"model_id": model_id, **who} for model_id, who in held if who]
+    return [{"model_id": model_id, **process} for model_id, process in held if process]
 
 
 def _job(row: dict[str, Any]) -> dict[str, Any]:
-    """A job's row; one that says it runs and whose process is gone was killed."""
+    """A job's row; a running job whose process is gone was killed."""
     if row["state"] == "running" and row["host"] == socket.gethostname() and not alive(row["pid"]):
         row = row | {"state": "killed"}
     return row
@@ -166,11 +166,11 @@ def _job(row: dict[str, Any]) -> dict[str, Any]:
 
 def _bytes(folder: Any) -> int:
     total = 0
-    for where, _, names in os.walk(folder):
+    for parent, _, names in os.walk(folder):
         for name in names:
             try:
-                total += os.stat(os.path.join(where, name)).st_size
-            except FileNotFoundError:  # another process tidied up meanwhile
+                total += os.stat(os.path.join(parent, name)).st_size
+            except FileNotFoundError:  # another process deleted it meanwhile
                 continue
     return total
 
@@ -180,7 +180,7 @@ def _bytes(folder: Any) -> int:
 
 @dataclass(frozen=True)
 class Finding:
-    """What a check found: its name, what it means, and the offending rows."""
+    """A problem: the check that found it, its meaning, and the offending rows."""
 
     check: str
     meaning: str
@@ -188,46 +188,46 @@ class Finding:
 
 
 def check(snapshot: Snapshot, report: Progress = no_progress) -> list[Finding]:
-    """What does not hold together: damaged files, rows that contradict each other, indices that answer wrongly.
+    """Damaged files, rows that contradict each other, and indices that answer wrongly; an empty list if there are none.
 
-    Every stored byte is read, and images and weights are compared with their sha256; then every query of the group
-    `checks` runs, and the indices are asked for things whose answers are known. An empty list: nothing was found.
+    Every stored byte is read, and images and weights are compared with their sha256. Then every query of the group
+    `checks` runs, and the indices are tested with queries whose answers are known.
     """
     damaged, changed = _read_everything(snapshot, report)
     if damaged:  # queries over damaged files only fail
         rows = pa.Table.from_pylist(damaged)
         return [Finding("damaged_files", "Files that cannot be read; restore them from a copy of the directory.", rows)]
-    found = []
+    findings = []
     if changed:
         meaning = "Stored images and weights whose bytes are not those that were written; restore them from a copy."
-        found.append(Finding("changed_bytes", meaning, pa.Table.from_pylist(changed)))
+        findings.append(Finding("changed_bytes", meaning, pa.Table.from_pylist(changed)))
     checks = [query for query in queries.all_queries().values() if query.group == "checks"]
     with storage(snapshot.path), sql.connect(snapshot) as connection:
         for number, query in enumerate(checks):
             report("queries", number, len(checks))
             rows = sql.run(connection, query.sql, query.bind({}))
             if len(rows):
-                found.append(Finding(query.name, query.summary, rows))
+                findings.append(Finding(query.name, query.summary, rows))
         report("queries", len(checks), len(checks))
     wrong = list(index_self_test(snapshot))
     if wrong:
         meaning = (
-            "Index answers that an exact scan contradicts; build a feature's index again (attrdb index), drop another."
+            "Index answers that an exact scan contradicts; rebuild an index of features (attrdb index), drop any other."
         )
-        found.append(Finding("index_self_test", meaning, pa.Table.from_pylist(wrong)))
-    return found
+        findings.append(Finding("index_self_test", meaning, pa.Table.from_pylist(wrong)))
+    return findings
 
 
 def _read_everything(snapshot: Snapshot, report: Progress) -> tuple[list[Row], list[Row]]:
-    """The files that cannot be read, and the images and weights whose bytes do not have their sha256."""
+    """The files that cannot be read, and the images and weights whose bytes do not match their sha256."""
     damaged: list[Row] = []
     changed: list[Row] = []
     for name, table in snapshot.tables.items():
         try:
             table.versions()
-        except Exception as error:  # names the manifest of an older version
+        except Exception as error:  # its text names the manifest of an older version
             damaged.append({"table": name, "files": f"{name}.lance/_versions", "error": words_of(error)})
-    fragments = [(name, one) for name, table in snapshot.tables.items() for one in table.get_fragments()]
+    fragments = [(name, fragment) for name, table in snapshot.tables.items() for fragment in table.get_fragments()]
     for number, (name, fragment) in enumerate(fragments):
         report("files", number, len(fragments))
         try:
@@ -237,16 +237,16 @@ def _read_everything(snapshot: Snapshot, report: Progress) -> tuple[list[Row], l
                 elif name == "models":
                     changed += _changed_weights(snapshot, batch)
         except Exception as error:  # a damaged file makes Lance raise many kinds, down to ValueError
-            files = ", ".join(one.path for one in fragment.data_files())
+            files = ", ".join(file.path for file in fragment.data_files())
             damaged.append({"table": name, "files": files, "error": words_of(error)})
     report("files", len(fragments), len(fragments))
     return damaged, changed
 
 
 def _changed_images(batch: pa.RecordBatch) -> Iterator[Row]:
-    for image_id, wanted, image in zip(batch["image_id"], batch["sha256"], batch["image"], strict=True):
-        if wanted.is_valid and image.is_valid and hashlib.sha256(image.as_buffer()).hexdigest() != wanted.as_py():
-            yield {"table": "images", "id": image_id.as_py(), "needed": wanted.as_py()}
+    for image_id, sha256, image in zip(batch["image_id"], batch["sha256"], batch["image"], strict=True):
+        if sha256.is_valid and image.is_valid and hashlib.sha256(image.as_buffer()).hexdigest() != sha256.as_py():
+            yield {"table": "images", "id": image_id.as_py(), "needed": sha256.as_py()}
 
 
 def _changed_weights(snapshot: Snapshot, batch: pa.RecordBatch) -> Iterator[Row]:
@@ -262,21 +262,21 @@ def _changed_weights(snapshot: Snapshot, batch: pa.RecordBatch) -> Iterator[Row]
 
 
 def index_self_test(snapshot: Snapshot) -> Iterator[Row]:
-    """One row for every index that does not answer as an exact scan does: of a few ids, roles and features."""
+    """One row per index that answers otherwise than an exact scan, for a few ids, roles and features."""
     images = snapshot.tables["images"]
     n = images.count_rows()
     if not n:
         return
     chosen = np.linspace(0, n - 1, min(PROBES, n)).astype(int)
-    for one in _indices(snapshot):
-        column = one.field_names[0]
+    for index in _indices(snapshot):
+        column = index.field_names[0]
         if column in feature_columns(images.schema):
-            if column not in planner.indices(snapshot) or one.name != planner.indices(snapshot)[column].name:
-                continue  # of another client, and not asked
+            if column not in planner.indices(snapshot) or index.name != planner.indices(snapshot)[column].name:
+                continue  # of another client, and not used
             recall = _recall(snapshot, column, chosen)
             if recall < RECALL_NEEDED:
-                said = f"recall@10 against an exact scan is {recall:.3f} over {len(chosen)} features"
-                yield {"index": one.name, "column": column, "found": said, "needed": f"at least {RECALL_NEEDED}"}
+                found = f"recall@10 against an exact scan is {recall:.3f} over {len(chosen)} features"
+                yield {"index": index.name, "column": column, "found": found, "needed": f"at least {RECALL_NEEDED}"}
             continue
         values = sorted(
             {value for value in images.take(chosen, columns=[column])[column].to_pylist() if value is not None}
@@ -288,7 +288,8 @@ def index_self_test(snapshot: Snapshot) -> Iterator[Row]:
                 for use in (True, False)
             )
             if indexed != scanned:
-                yield {"index": one.name, "column": column, "found": f"{where}: {indexed} rows", "needed": f"{scanned}"}
+                found = f"{where}: {indexed} rows"
+                yield {"index": index.name, "column": column, "found": found, "needed": f"{scanned}"}
 
 
 def _recall(snapshot: Snapshot, encoder_id: str, chosen: np.ndarray) -> float:
@@ -300,5 +301,5 @@ def _recall(snapshot: Snapshot, encoder_id: str, chosen: np.ndarray) -> float:
         return 1.0
     queries, where = feature_matrix(rows[encoder_id]), snapshot.visible(CANDIDATES)
     exact = exact_search.top_k(stream(images, encoder_id, where), queries, 11)
-    found = ivf.top_k(images, planner.indices(snapshot)[encoder_id], where, planner.count(snapshot), queries, 11)
-    return exact_search.recall(found, exact, 10, rows["image_id"].to_pylist())
+    hits = ivf.top_k(images, planner.indices(snapshot)[encoder_id], where, planner.count(snapshot), queries, 11)
+    return exact_search.recall(hits, exact, 10, rows["image_id"].to_pylist())

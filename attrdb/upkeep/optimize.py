@@ -1,4 +1,4 @@
-"""Maintenance: keeps a database quick that is appended to for years."""
+"""Maintenance: keeps a database fast that grows for years."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from attrdb.store.predicates import literal
 from attrdb.store.writer import Writer
 from attrdb.upkeep import health
 
-# Of a fragment. Appends are merged into fragments of this size, and an encoder that is added later writes its features
-# fragment by fragment, so this also bounds how much of them is in memory.
+# Appends are merged into fragments of this size. An encoder that is added later writes its features fragment by fragment, so
+# this also bounds the features in memory.
 FRAGMENT_ROWS = 131_072
-SMALL_ROWS = 4_096  # of a fragment that is always merged
+SMALL_ROWS = 4_096  # a fragment of at most so many rows is always merged
 
 
 @dataclass(frozen=True)
@@ -40,10 +40,9 @@ def optimize(
 ) -> Optimized:
     """Index what is not indexed, merge index segments, merge small fragments, then check the indices.
 
-    drop_older_than: also forget versions of that age, and free the disk they take; `at` cannot go back to them
+    Readers and writers go on meanwhile. After a kill, rerunning it resumes.
+    drop_older_than: also delete versions of that age, and free their disk space; `at` cannot go back to them
     raises:          Busy if maintenance runs already, AttrdbError if an index answers wrongly afterwards
-
-    Readers and writers go on meanwhile. Killed and given again, it goes on from what was done.
     """
     with exclusive_lock(writer.path / ".maintenance.lock", f"{writer.path} is being maintained"), storage(writer.path):
         writer.refresh()
@@ -51,7 +50,7 @@ def optimize(
         steps: list[tuple[str, Callable[[], Any]]] = []
         if writer.snapshot.tables["images"].count_rows():
             steps.append(("index", lambda: _index(writer)))
-        # Segments before fragments: appending and optimizing in turns otherwise leaves one segment a round.
+        # Segments before fragments; otherwise every round of appending and optimizing leaves one more segment.
         steps += [(f"compact {name}", partial(_compact, writer, name)) for name in writer.snapshot.tables]
         if drop_older_than is not None:
             steps.append(("drop old versions", lambda: _drop(writer, drop_older_than)))
@@ -63,9 +62,9 @@ def optimize(
         _measure(writer, before, report)
         wrong = list(health.index_self_test(writer.snapshot))
         if wrong:
-            cure = "drop it with a Lance client and give the command again"
+            cure = "drop it with a Lance client and rerun the command"
             if wrong[0]["column"] in writer.snapshot.encoders:
-                cure = f"build it again: attrdb index {writer.path} --encoder {wrong[0]['column']}"
+                cure = f"rebuild it: attrdb index {writer.path} --encoder {wrong[0]['column']}"
             raise AttrdbError(
                 f"index {wrong[0]['index']!r} of {writer.path} answers wrongly ({wrong[0]['found']}, needed "
                 f"{wrong[0]['needed']}); {cure}"
@@ -74,8 +73,8 @@ def optimize(
 
 
 def _measure(writer: Writer, before: dict[str, Any], report: Progress) -> None:
-    """Measure the indices again that have taken in many rows, and mappers that are not measured yet."""
-    behind = {one["column"] for one in before["indices"] if one["n_unindexed"] > health.BEHIND * before["n_images"]}
+    """Measure again the indices that have taken in many rows, and the mappers that are not measured yet."""
+    behind = {row["column"] for row in before["indices"] if row["n_unindexed"] > health.BEHIND * before["n_images"]}
     for encoder_id in planner.indices(writer.snapshot):
         if encoder_id in behind:
             [row] = writer.snapshot.tables["indices"].to_table(filter=f"encoder_id = {literal(encoder_id)}").to_pylist()
@@ -85,23 +84,23 @@ def _measure(writer: Writer, before: dict[str, Any], report: Progress) -> None:
 
 def _index(writer: Writer) -> None:
     index_build.cover_columns(writer)
-    for one in _images(writer).describe_indices():
-        index_build.cover(writer, one)
+    for index in _images(writer).describe_indices():
+        index_build.cover(writer, index)
 
 
 def _compact(writer: Writer, name: str) -> None:
     def compact() -> None:
         table = _table(writer, name)
-        large = large_fragments({one.fragment_id: one.physical_rows for one in table.get_fragments()})
+        large = large_fragments({part.fragment_id: part.physical_rows for part in table.get_fragments()})
         table.optimize.compact_files(target_rows_per_fragment=FRAGMENT_ROWS, excluded_fragment_ids=large)
 
     writer.commit(compact)
 
 
 def large_fragments(rows: dict[int, int]) -> list[int]:
-    """Fragments that are left as they are: larger than all smaller ones together, twice over.
+    """Fragments that are left as they are: those of more than twice the rows of all smaller ones together.
 
-    So a row is rewritten a logarithmic number of times over the years, and not whenever something is appended after it.
+    So a row is rewritten a logarithmic number of times over the years, and not after every append.
     rows: fragment id -> rows
     """
     smaller = 0

@@ -1,10 +1,10 @@
-"""IconAbC as files: freeze what was made, and load it into a database anywhere.
+"""IconAbC as files: freeze the models that were made, and load them into any database.
 
-    python benchmarks/iconabc/frozen.py freeze DB PLAN       # PLAN: the folder that plan.py has written
-    python benchmarks/iconabc/frozen.py load DB ICONS        # ICONS: what `attrdb.training.icon_sd.icons build` has rendered
+    python benchmarks/iconabc/frozen.py freeze DB PLAN       # PLAN: the folder that plan.py wrote
+    python benchmarks/iconabc/frozen.py load DB ICONS        # ICONS: the file of `attrdb.training.icon_sd.icons build`
 
-The frozen files lie beside this script: models.parquet, images.parquet (exemplars and samples), candidates.parquet (names of
-the gallery's icons and hashes of their pixels; the pictures are rendered again from the packages they come from).
+The frozen files are in this script's folder: models.parquet, images.parquet (exemplars and samples), candidates.parquet
+(names of the gallery's icons and hashes of their pixels; the pictures are rendered from the packages that they come from).
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ AT_MOST = 40 * 2**20  # bytes of the frozen files
 
 
 def pixel_hash(encoded: bytes) -> bytes:
-    """Of the decoded picture: encoders of pictures differ from release to release."""
+    """The hash of the decoded picture; encoded bytes differ between releases of an encoder."""
     return hashlib.sha256(Image.open(io.BytesIO(encoded)).convert("RGB").tobytes()).digest()[:8]
 
 
 def freeze(db: Database, plan: Path, out: Path = HERE) -> dict[str, int]:
-    """Write the frozen files; how many models, images and candidates they hold.
+    """Write the frozen files; the numbers of their models, images and candidates.
 
     raises: click.ClickException if models of the plan are missing, or the files are too large
     """
@@ -49,7 +49,7 @@ def freeze(db: Database, plan: Path, out: Path = HERE) -> dict[str, int]:
     models = {row["model_id"]: row for row in db.sql("SELECT * FROM models").to_pylist()}
     if missing := [model_id for model_id in wanted if model_id not in models]:
         raise click.ClickException(
-            f"{len(missing)} of {len(wanted)} models are not made yet, the first is {missing[0]}; go on with: "
+            f"{len(missing)} of {len(wanted)} models are not made yet, the first is {missing[0]}; make them with: "
             f"attrdb ingest models {db.path} {plan / 'models.jsonl'} --base-model icon-sd"
         )
     origin = {}
@@ -62,8 +62,8 @@ def freeze(db: Database, plan: Path, out: Path = HERE) -> dict[str, int]:
         if row["role"] == "exemplar":
             if (row["model_id"], row["sha256"]) not in origin:
                 raise click.ClickException(
-                    f"model {row['model_id']} was customized on {row['image_id']}, which is not in {plan}; it is of another "
-                    "plan: remove it from the database and make it again"
+                    f"model {row['model_id']} was customized on {row['image_id']}, which is not in {plan}; it is from "
+                    "another plan: remove it from the database and make it with this one"
                 )
             row |= origin[row["model_id"], row["sha256"]]
         del row["sha256"], row["width"], row["height"]  # of the picture, which has them
@@ -90,33 +90,33 @@ def freeze(db: Database, plan: Path, out: Path = HERE) -> dict[str, int]:
 def gallery(icons: Path, out: Path, frozen: Path = HERE) -> dict[str, int]:
     """Write the candidates' pictures as one Parquet file for `attrdb ingest corpus`: the corpus, and the frozen names.
 
-    It takes some minutes; what is there is not made again.
-    returns: how many there are, and how many are missing or look otherwise than when they were frozen
+    It takes some minutes; files that exist are kept.
+    returns: the number of candidates, and of those that are missing or look otherwise than when they were frozen
     """
-    told, part = out.with_suffix(".json"), out.with_suffix(".part")
-    if out.exists() and told.exists():
-        return json.loads(told.read_text())
+    counts_file, part = out.with_suffix(".json"), out.with_suffix(".part")
+    if out.exists() and counts_file.exists():
+        return json.loads(counts_file.read_text())
     wanted = {row["name"]: row["pixels"] for row in pq.read_table(frozen / "candidates.parquet").to_pylist()}
     corpus = pq.read_table(bundled_icons(), filters=[("role", "=", "pretraining")])
-    found, otherwise = 0, 0
+    n_rendered, otherwise = 0, 0
     with pq.ParquetWriter(part, SCHEMA) as writer:
         writer.write_table(corpus.cast(SCHEMA))
         for batch in pq.ParquetFile(icons).iter_batches(4096):
             rows = [{**row, "role": "pretraining"} for row in batch.to_pylist() if row["name"] in wanted]
             otherwise += sum(pixel_hash(row["image"]) != wanted[row["name"]] for row in rows)
-            found += len(rows)
-            for row in rows:  # as exemplars and corpus are stored: what is lossless would be told apart by that alone
+            n_rendered += len(rows)
+            for row in rows:  # as exemplars and corpus are stored; lossless pictures would be recognized by that alone
                 row["image"] = lossy(row["image"])
             writer.write_table(pa.Table.from_pylist(rows, SCHEMA))
-    counts = {"candidates": corpus.num_rows + found, "missing": len(wanted) - found, "otherwise": otherwise}
+    counts = {"candidates": corpus.num_rows + n_rendered, "missing": len(wanted) - n_rendered, "otherwise": otherwise}
     if not counts["missing"]:
         part.replace(out)
-        told.write_text(json.dumps(counts))
+        counts_file.write_text(json.dumps(counts))
     return counts
 
 
 def load_models(db: Database, frozen: Path = HERE) -> int:
-    """Append the frozen models that the database lacks, each in one commit; how many."""
+    """Append the frozen models that the database lacks, each in one commit; their number."""
     stored = set(db.sql("SELECT model_id FROM models")["model_id"].to_pylist())
     by_model = defaultdict(list)
     for row in pq.read_table(frozen / "images.parquet").to_pylist():
@@ -151,17 +151,17 @@ def main() -> None:
 @click.argument("plan", type=click.Path(exists=True, file_okay=False, path_type=Path))
 def freeze_command(db: Path, plan: Path) -> None:
     """Write models.parquet, images.parquet and candidates.parquet beside this script."""
-    for what, count in freeze(attrdb.open(db, read_only=True), plan).items():
-        click.echo(f"{what}: {count}")
+    for name, count in freeze(attrdb.open(db, read_only=True), plan).items():
+        click.echo(f"{name}: {count}")
 
 
 @main.command("load")
 @click.argument("db", type=click.Path(file_okay=False, path_type=Path))
 @click.argument("icons", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 def load_command(db: Path, icons: Path) -> None:
-    """Put gallery, exemplars and samples into a database, without features; given again, it goes on."""
-    for what, count in load(open_or_create(db), icons).items():
-        click.echo(f"{what}: {count}")
+    """Put gallery, exemplars and samples into a database, without features; rerunning the command resumes it."""
+    for name, count in load(open_or_create(db), icons).items():
+        click.echo(f"{name}: {count}")
 
 
 if __name__ == "__main__":

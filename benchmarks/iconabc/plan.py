@@ -1,12 +1,12 @@
-"""Choose what IconAbC is made of: python benchmarks/iconabc/plan.py ICONS --out FOLDER
+"""Choose the images and models of IconAbC: python benchmarks/iconabc/plan.py ICONS --out FOLDER
 
-ICONS is what `python -m attrdb.training.icon_sd.icons build` has rendered. FOLDER gets
+ICONS is the file that `python -m attrdb.training.icon_sd.icons build` wrote. FOLDER gets
 
-    candidates.parquet   the gallery: the corpus of icon-sd, and further icons, N_CANDIDATES in all
-    exemplars.parquet    a row an exemplar of a model, with its creator and licence
-    models.jsonl         a line a model for `attrdb ingest models`, and the exemplars' files that it names
+    candidates.parquet   the gallery: the corpus of icon-sd and other icons, N_CANDIDATES together
+    exemplars.parquet    one row per exemplar of a model, with its creator and licence
+    models.jsonl         one line per model for `attrdb ingest models`, and the files of exemplars that it names
 
-Everything is drawn by seed from sorted lists: the same icons make the same benchmark.
+Everything is drawn by seed from sorted lists, so the same icons give the same benchmark.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from attrdb.training.icon_sd.icons import NOBODY, SCHEMA, SIGNS, artist_of, loss
 
 N_CANDIDATES = 100_000
 
-# Objects: a category that the corpus has, as a set that the corpus lacks draws it.
+# Objects: categories of the corpus, as drawn by sets that are not in the corpus.
 OBJECT_SOURCES = ("fxemoji", "streamline-emojis", "openclipart")
 N_OBJECTS = {"train": 70, "val": 12, "test": 32, "test_unseen": 36}
 
@@ -68,15 +68,15 @@ STYLE_SETS = {
     ),
 }
 MODELS_A_SET = {"train": 3, "val": 2, "test": 2}
-N_ARTISTS = 22  # of Open Clip Art: a source of styles that nothing was learned from
+N_ARTISTS = 22  # of Open Clip Art, a source of styles that no mapper learns from
 
 # Unrelated captioned images, for general attribution (Wang et al. 2023, Fig. 10).
 MIXED_SIZES = (1, 10, 100)
 N_MIXED = 4
 MIXED_PROMPTS = {1: 1, 10: 8, 100: 16}
 MIXED_SAMPLES = {1: 16, 10: 2, 100: 1}
-# The gallery beside the corpus: sets that no model has seen, nor another set of the same drawings; and Open Clip Art by
-# artists that no model has seen.
+# The gallery besides the corpus: sets that no model has seen in any redrawing, and Open Clip Art by artists that no model
+# has seen.
 GALLERY_SETS = (
     "bi",
     "carbon",
@@ -110,8 +110,9 @@ GALLERY_SETS = (
 
 
 def icon_sets() -> set[str]:
-    """The iconify sets that the benchmark is made of, beside the corpus that attrdb ships."""
-    return {*GALLERY_SETS, *(one for sets in STYLE_SETS.values() for one in sets), *OBJECT_SOURCES} - {"openclipart"}
+    """The iconify sets of the benchmark, besides the corpus that ships with attrdb."""
+    style_sets = {name for names in STYLE_SETS.values() for name in names}
+    return {*GALLERY_SETS, *style_sets, *OBJECT_SOURCES} - {"openclipart"}
 
 
 @dataclass
@@ -126,7 +127,7 @@ class Model:
 
     def spec(self) -> dict:
         """The model's line for `attrdb ingest models`."""
-        said = {
+        line = {
             "model_id": self.model_id,
             "exemplars": f"exemplars/{self.model_id}",
             "category": self.category,
@@ -134,8 +135,8 @@ class Model:
             "split": self.split,
         }
         if self.prompts:
-            said |= {"prompts": f"prompts/{self.model_id}.txt", "samples_per_prompt": self.samples_per_prompt}
-        return said
+            line |= {"prompts": f"prompts/{self.model_id}.txt", "samples_per_prompt": self.samples_per_prompt}
+        return line
 
 
 def slug(text: str) -> str:
@@ -143,7 +144,7 @@ def slug(text: str) -> str:
 
 
 def inked(row: dict) -> bool:
-    """Whether enough is drawn to be seen at 32 x 32 pixels."""
+    """Whether an icon has enough ink to be seen at 32 x 32 pixels."""
     picture = Image.open(io.BytesIO(row["image"])).convert("L")
     return sum(picture.histogram()[:250]) > 0.15 * picture.width * picture.height
 
@@ -151,7 +152,8 @@ def inked(row: dict) -> bool:
 def plan(icons: list[dict], corpus: list[dict], seed: int = 0) -> tuple[list[dict], list[Model]]:
     """The candidates and the models.
 
-    icons:  rows of SCHEMA; corpus: those that the base model was trained on, and are candidates all
+    icons:  rows of SCHEMA
+    corpus: those that the base model was trained on; all are candidates
     """
     by_source = defaultdict(list)
     icons = sorted(({**row, "creator": artist_of(row["creator"])} for row in icons), key=lambda row: row["name"])
@@ -163,20 +165,20 @@ def plan(icons: list[dict], corpus: list[dict], seed: int = 0) -> tuple[list[dic
     artists = _artists(by_source["openclipart"], used, random.Random(f"{seed}/artists"))
     mixed = _mixed(spare, random.Random(f"{seed}/mixed"))
     models = objects + styles + artists + mixed
-    random.Random(f"{seed}/order").shuffle(models)  # the first of them, made, are a fair part of all
+    random.Random(f"{seed}/order").shuffle(models)  # so that the first models are a fair sample of all
     return _candidates(icons, corpus, models, random.Random(f"{seed}/candidates")), models
 
 
 def _objects(by_source: dict, known: set[str], rng: random.Random) -> tuple[list[Model], list[dict]]:
     """The object models, and the drawings that no model has."""
-    drawings: dict[str, list[dict]] = defaultdict(list)  # by category, one a source
+    drawings: dict[str, list[dict]] = defaultdict(list)  # by category, one per source
     for source in OBJECT_SOURCES:
-        found: dict[str, dict] = {}
+        of_source: dict[str, dict] = {}
         for row in by_source[source]:
             category = re.sub(r" \d+$", "", row["category"])
             if category in known and inked(row):
-                found.setdefault(category, {**row, "category": category})
-        for category, row in found.items():
+                of_source.setdefault(category, {**row, "category": category})
+        for category, row in of_source.items():
             drawings[category].append(row)
     repeated = sorted(category for category, rows in drawings.items() if len(rows) > 1)
     single = sorted(category for category, rows in drawings.items() if len(rows) == 1)
@@ -185,8 +187,8 @@ def _objects(by_source: dict, known: set[str], rng: random.Random) -> tuple[list
     n_seen = N_OBJECTS["val"] + N_OBJECTS["test"]  # seen: in training as another source draws it
     chosen: list[tuple[str, dict]] = []
     for number, category in enumerate(repeated[:n_seen]):
-        one, other = rng.sample(drawings[category], 2)
-        chosen += [("train", one), ("val" if number < N_OBJECTS["val"] else "test", other)]
+        in_training, held_out = rng.sample(drawings[category], 2)
+        chosen += [("train", in_training), ("val" if number < N_OBJECTS["val"] else "test", held_out)]
     rest = repeated[n_seen:] + single
     rng.shuffle(rest)
     unseen, more = rest[: N_OBJECTS["test_unseen"]], rest[N_OBJECTS["test_unseen"] :]
@@ -228,7 +230,7 @@ def _mixed(spare: list[dict], rng: random.Random) -> list[Model]:
     models = []
     for size in MIXED_SIZES:
         for number in range(N_MIXED):
-            # One drawing a category, so that a caption names one exemplar.
+            # One drawing per category, so that a caption names one exemplar.
             one_each = list({row["category"]: row for row in rng.sample(spare, len(spare))}.values())
             rows = sorted(rng.sample(one_each, size), key=lambda row: row["name"])
             prompts = [row["category"] for row in rng.sample(rows, MIXED_PROMPTS[size])]
@@ -265,8 +267,8 @@ def write(folder: Path, candidates: list[dict], models: list[Model]) -> None:
             (at / f"{number:03d}.webp").write_bytes(image)
             if model.kind == "mixed":
                 (at / f"{number:03d}.txt").write_text(row["category"])
-            said = json.dumps({"model_id": model.model_id})
-            rows.append({**row, "role": "exemplar", "split": model.split, "image": image, "metadata": said})
+            metadata = json.dumps({"model_id": model.model_id})
+            rows.append({**row, "role": "exemplar", "split": model.split, "image": image, "metadata": metadata})
         if model.prompts:
             prompts = folder / "prompts" / f"{model.model_id}.txt"
             prompts.parent.mkdir(exist_ok=True)
@@ -279,7 +281,7 @@ def write(folder: Path, candidates: list[dict], models: list[Model]) -> None:
 @click.argument("icons", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), required=True)
 def main(icons: Path, out: Path) -> None:
-    """Choose candidates, exemplars and models, and write what the next steps read."""
+    """Choose candidates, exemplars and models, and write the files of the next steps."""
     corpus = pq.read_table(bundled_icons(), filters=[("role", "=", "pretraining")]).to_pylist()
     candidates, models = plan(pq.read_table(icons).to_pylist(), corpus)
     write(out, candidates, models)

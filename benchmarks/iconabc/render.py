@@ -1,8 +1,7 @@
 """Fetch and render the icons of IconAbC: python benchmarks/iconabc/render.py FOLDER
 
-The drawings come from two packages: `@iconify/json` of npm and Debian's `openclipart-svg`. Both are fetched into FOLDER
-unless they lie there, unpacked, as FOLDER/package and FOLDER/clipart; the result is FOLDER/icons.parquet. What is there
-is not made again.
+The drawings come from two packages: `@iconify/json` of npm and Debian's `openclipart-svg`. Both are fetched and unpacked into
+FOLDER/package and FOLDER/clipart; the result is FOLDER/icons.parquet. Folders and files that exist are kept.
 """
 
 from __future__ import annotations
@@ -24,7 +23,10 @@ WORKERS = 2
 
 
 def fetch(folder: Path) -> tuple[Path, Path]:
-    """The unpacked packages; raises: click.ClickException if one is neither there nor to be had."""
+    """The unpacked packages.
+
+    raises: click.ClickException if one is missing and cannot be downloaded
+    """
     icons, clipart = folder / "package", folder / "clipart"
     if not icons.exists():
         _run(folder, "npm", "pack", f"@iconify/json@{ICONIFY}")
@@ -58,8 +60,8 @@ def rendered(folder: Path) -> Path:
         yield from openclipart_drawings(clipart)
 
     part = out.with_suffix(".part")
-    for what, count in build(drawings(), part, WORKERS).items():
-        click.echo(f"{what}: {count}")
+    for outcome, count in build(drawings(), part, WORKERS).items():
+        click.echo(f"{outcome}: {count}")
     part.replace(out)
     return out
 

@@ -6,8 +6,8 @@
         calibration on validation models, ranks of all models
     figures -> FILE, the page -> WORK/report.html
 
-Every step is skipped where its result is stored, so a run that was stopped goes on. All that is chosen is chosen before test
-models are looked at.
+A step is skipped if its result is stored, so rerunning the command resumes it. All choices are made before test models are
+used.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ ENCODERS = ("efficientnet-lite0", "pixels:8", "vgg-gram")
 TEMPERATURES = (1.0, 0.3, 0.1, 0.03)
 RATES = (1e-4, 1e-3)
 ABLATED = "efficientnet-lite0"
-# What differs from the chosen mapper on both kinds.
+# Differences from the chosen mapper on both kinds.
 ABLATIONS = {
     "no-regularizer": {"lambda_reg": 0.0},
     "gain": {"form": "gain"},
@@ -52,7 +52,7 @@ console = Console(stderr=True)
 
 
 def digest() -> str:
-    """Of the frozen files, so that what was measured on others is not taken for theirs."""
+    """The digest of the frozen files, so that results on other files are not taken for theirs."""
     files = [HERE / f"{name}.parquet" for name in ("models", "images", "candidates")]
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:8]
 
@@ -63,14 +63,14 @@ def on_both(encoder_id: str, temperature: float, lr: float) -> str:
 
 
 def chosen_settings(db: Database, encoder_id: str) -> tuple[dict, list[dict]]:
-    """The temperature and learning rate with the best validation recall, and what all of them had."""
+    """Temperature and learning rate with the lowest mean log rank in validation, and the results of all that were tried."""
     tried = []
     for temperature, lr in itertools.product(TEMPERATURES, RATES):
         settings = {"temperature": temperature, "lr": lr}
-        found = trained(db, on_both(encoder_id, **settings), encoder_id, **settings)
-        tried.append({"encoder_id": encoder_id, **settings, "recall": found.recall, "before": found.recall_before})
-        tried[-1] |= {"mean_log_rank": found.mean_log_rank}
-    best = min(tried, key=lambda one: one["mean_log_rank"])
+        result = trained(db, on_both(encoder_id, **settings), encoder_id, **settings)
+        tried.append({"encoder_id": encoder_id, **settings, "recall": result.recall, "before": result.recall_before})
+        tried[-1] |= {"mean_log_rank": result.mean_log_rank}
+    best = min(tried, key=lambda row: row["mean_log_rank"])
     return {name: best[name] for name in ("temperature", "lr")}, tried
 
 
@@ -80,11 +80,10 @@ def trained(db: Database, mapper_id: str, encoder_id: str, **settings):
         def report(stage: str, done: int, total: int | None, note: str = "") -> None:
             status.update(f"train {mapper_id}: epoch {done} of {total} at most, {note}")
 
-        found = train(db, encoder_id, TrainSettings(**settings), mapper_id, report)
-    console.log(
-        f"{mapper_id}: validation recall@10 {found.recall_before:.3f} -> {found.recall:.3f}, epoch {found.best_epoch}"
-    )
-    return found
+        result = train(db, encoder_id, TrainSettings(**settings), mapper_id, report)
+    recalls = f"{result.recall_before:.3f} -> {result.recall:.3f}"
+    console.log(f"{mapper_id}: validation recall@10 {recalls}, epoch {result.best_epoch}")
+    return result
 
 
 def measured(db: Database, encoder_id: str, mapper_id: str | None) -> None:
@@ -105,7 +104,7 @@ def measured(db: Database, encoder_id: str, mapper_id: str | None) -> None:
 @click.option("--encoder", "specs", multiple=True, default=ENCODERS, show_default=True, help="Repeatable.")
 @click.option("--json", "out", type=click.Path(path_type=Path))
 def main(work: Path, specs: tuple[str, ...], out: Path | None) -> None:
-    """Repeat the experiments; nothing that is stored is done again."""
+    """Run the experiments; stored results are kept."""
     started = time.monotonic()
     icons = rendered(work)
     db = open_or_create(work / f"iconabc-{digest()}.attrdb")
@@ -117,7 +116,7 @@ def main(work: Path, specs: tuple[str, ...], out: Path | None) -> None:
         encoder_id = encoder_id_of(spec)
         best, of_encoder = chosen_settings(db, encoder_id)
         tried += of_encoder
-        paper = min((one for one in of_encoder if one["temperature"] == 1), key=lambda one: one["mean_log_rank"])
+        paper = min((row for row in of_encoder if row["temperature"] == 1), key=lambda row: row["mean_log_rank"])
         mappers = dict.fromkeys([on_both(encoder_id, **best), on_both(encoder_id, 1.0, paper["lr"])])
         for kind in ("object", "style"):
             trained(db, f"{encoder_id}-{kind}", encoder_id, kind=kind, **best)
@@ -128,13 +127,13 @@ def main(work: Path, specs: tuple[str, ...], out: Path | None) -> None:
         for mapper_id in (None, *mappers):
             measured(db, encoder_id, mapper_id)
         console.log(f"{spec}: done after {(time.monotonic() - started) / 60:.0f} minutes")
-    told = figures(db)
-    found = {"machine": describe("torch", "lancedb", "duckdb"), "counts": counts, "tried": tried, **told}
-    found["seconds"] = time.monotonic() - started
+    results = figures(db)
+    stored = {"machine": describe("torch", "lancedb", "duckdb"), "counts": counts, "tried": tried, **results}
+    stored["seconds"] = time.monotonic() - started
     if out:
-        lines = (f"{json.dumps(name)}: {json.dumps(value)}" for name, value in found.items())
+        lines = (f"{json.dumps(name)}: {json.dumps(value)}" for name, value in stored.items())
         out.write_text("{\n" + ",\n".join(lines) + "\n}\n")
-    (work / "report.html").write_text(render(db, told), encoding="utf-8")
+    (work / "report.html").write_text(render(db, results), encoding="utf-8")
     console.log(f"wrote {work / 'report.html'}")
 
 

@@ -119,7 +119,7 @@ def drop_index(path: Path, name: str) -> None:
 
 
 def _drop_versions(writer: Writer) -> None:
-    with writer.alone():
+    with writer.exclusive():
         for name in TABLES:
             table: lance.LanceDataset = open_table(writer.path, name)
             made_by = table.read_transaction(table.version)

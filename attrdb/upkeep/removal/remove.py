@@ -110,7 +110,7 @@ def remove(
                 return _told(interrupted, resumed=True)
         writer.refresh()
         _settle(writer)
-        with writer.alone(), ExitStack() as held:
+        with writer.exclusive(), ExitStack() as held:
             writer.refresh()
             plan = plans.make_plan(writer.snapshot, request, report)
             if not plan.is_empty:
@@ -128,7 +128,7 @@ def _finish(writer: Writer, plan: Plan, report: Progress) -> None:
     """Finish a removal that was interrupted: every step is run again."""
     if plan.request.purge:
         purge.check_purgeable(writer.path, plan.request.drop_tags)
-    with writer.alone(), ExitStack() as held:
+    with writer.exclusive(), ExitStack() as held:
         for lock in _locks(writer.path, plan):
             held.enter_context(lock)
         _delete(writer, plan, report)
