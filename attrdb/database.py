@@ -259,7 +259,7 @@ class Database:
         drop_tags: bool = False,
         block: bool = False,
         dry_run: bool = False,
-        report: Progress | None = None,
+        report: Progress = no_progress,
     ) -> Removal:
         """Take images out, with their features and all results that they were part of; what was, or would be, taken out.
 
@@ -271,7 +271,7 @@ class Database:
             raise InvalidValue(f"ids is the text {ids!r}; give a list of image ids, addresses or sha256")
         named = None if ids is None else tuple(dict.fromkeys(ids))
         request = RemovalRequest(where, creator, named, reason, models, purge, drop_tags, block)
-        return remove(self.writer, request, dry_run=dry_run, report=report or no_progress)
+        return remove(self.writer, request, dry_run=dry_run, report=report)
 
     def status(self) -> dict[str, Any]:
         """What the database holds and how well it is kept, see `health.status`."""

@@ -316,7 +316,7 @@ def test_weights_that_cannot_be_downloaded(monkeypatch):
         raise OSError("no route to host")
 
     monkeypatch.setattr(open_clip, "create_model", refuse)
-    says = r"of open_clip:ViT-B-32/openai .*no route to host.* give the file as open_clip:ViT-B-32/FILE"
+    says = r"of open_clip:ViT-B-32/openai .*no route to host.* name the file: open_clip:ViT-B-32/FILE"
     with pytest.raises(InvalidValue, match=says):
         load_encoder("open_clip:ViT-B-32/openai")
     # OpenAI's weights mean nothing under another activation than QuickGELU.
@@ -325,7 +325,7 @@ def test_weights_that_cannot_be_downloaded(monkeypatch):
         load_encoder("open_clip:ViT-B-32/laion2b_s34b_b79k")
     assert asked["force_quick_gelu"] is False
     monkeypatch.setattr(timm, "create_model", refuse)
-    with pytest.raises(InvalidValue, match=r"no route to host.* as timm:vit_base_patch16_224\.dino/FILE"):
+    with pytest.raises(InvalidValue, match=r"no route to host.* name the file: timm:vit_base_patch16_224\.dino/FILE"):
         load_encoder("timm:vit_base_patch16_224.dino")
 
 

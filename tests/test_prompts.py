@@ -206,7 +206,7 @@ def test_a_file_is_used_whole_whatever_the_split(tmp_path):
         (b"A V* cat\n\nA cat\n", r"own\.txt line 3 lacks the modifier token V\*: 'A cat'"),
         (b"\n \n", r"own\.txt has no prompt in it; write one a line, each with the modifier token V\*"),
         (b"", r"own\.txt has no prompt in it"),
-        (b"A V* caf\xe9\n", r"own\.txt is not UTF-8 text"),
+        (b"A V* caf\x81\n", r"own\.txt is not UTF-8 text"),
     ],
 )
 def test_a_file_that_cannot_be_used(tmp_path, content, says):

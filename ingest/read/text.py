@@ -6,6 +6,7 @@ import codecs
 import json
 import math
 import re
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -46,9 +47,10 @@ def decode(encoded: bytes, where: str) -> str:
         return encoded.decode("utf-8")
     except UnicodeDecodeError:
         n_foreign = sum(byte >= 0x80 for byte in encoded)
-        if n_foreign > MAX_FOREIGN * len(encoded):
-            raise InvalidValue(f"{where} is not UTF-8 text; save it as UTF-8") from None
-        return _decoded(encoded, "cp1252", where)
+        if n_foreign <= MAX_FOREIGN * len(encoded):
+            with suppress(UnicodeDecodeError):
+                return encoded.decode("cp1252")
+        raise InvalidValue(f"{where} is not UTF-8 text; save it as UTF-8") from None
 
 
 def _decoded(encoded: bytes, encoding: str, where: str) -> str:
