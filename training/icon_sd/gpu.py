@@ -78,7 +78,7 @@ TASKS = (
 # The same tasks at sizes that take seconds on a CPU.
 SMALL = ("--batch", "8", "--sprites", "{sprites}")
 REHEARSAL = (
-    Task("icon-sd", _module("build", *FOLDERS, "--tiny", "--sprites", "{sprites}"), 1.0, most=0.25),
+    Task("icon-sd", _module("build", *FOLDERS, "--tiny", "--sprites", "{sprites}"), 1.0, most=0.4),
     Task("icon-clip", _module("encoders", "icon-clip", *FOLDERS, *SMALL), 1.0, most=0.1),
     Task("icon-moco", _module("encoders", "icon-moco", *FOLDERS, *SMALL), 1.0, most=0.1),
     Task("sd15", (*SHAPE, "icon-sd", *TINY_STEPS), 1.0),
