@@ -37,16 +37,22 @@ def processor_seconds() -> float:
     return spent.ru_utime + spent.ru_stime
 
 
+def processor_seconds_of(*arguments: str) -> tuple[float, str]:
+    """Processor seconds and output of one run of Python."""
+    before = processor_seconds()
+    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, check=True)
+    return processor_seconds() - before, done.stdout
+
+
 def test_help_is_quick_and_imports_nothing_heavy():
-    seconds = []
+    """In units of what Python with click alone takes (0.09 s here), so that a slow machine is no failure: 1.9."""
+    click_alone, help_page = [], []
     for _ in range(5):
-        before = processor_seconds()
-        done = subprocess.run(
-            [sys.executable, "-m", "attrdb.cli", "--help"], capture_output=True, text=True, check=True
-        )
-        seconds.append(processor_seconds() - before)
-        assert "Influence scores are estimates" in done.stdout
-    assert min(seconds) < 0.2
+        click_alone.append(processor_seconds_of("-c", "import click")[0])
+        seconds, printed = processor_seconds_of("-m", "attrdb.cli", "--help")
+        help_page.append(seconds)
+        assert "Influence scores are estimates" in printed
+    assert min(help_page) < 3 * min(click_alone)
     heavy = python(
         "import sys, click.testing, attrdb.cli as c\n"
         "click.testing.CliRunner().invoke(c.main, ['--help'])\n"
