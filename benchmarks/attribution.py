@@ -12,8 +12,8 @@ from attrdb.pages.report import CUT_OFFS, render_plots
 
 PLOTS = Path(__file__).parent / "plots"
 DISCUSSION = Path(__file__).parent / "iconabc" / "discussion.md"
-# Of the paper; no package that we found carries their weights. The spec is what adds each of them.
-NOT_HAD = {
+# Of the paper; no package that we results carries their weights. The spec is what adds each of them.
+UNAVAILABLE = {
     "CLIP": "open_clip:ViT-B-32/openai",
     "DINO": "timm:vit_base_patch16_224.dino",
     "MoCo v3": "timm:vit_base_patch16_224/vit-b-300ep.pth.tar?mean=imagenet&std=imagenet&crop=0.875",
@@ -27,7 +27,7 @@ CASES = {
     ("style", "test"): "Styles of icon sets",
     ("style", "test_artists"): "Styles of Open Clip Art artists, another source",
 }
-SAYS = {
+CAPTIONS = {
     "curves": "Recall@K against K, averaged over prompt schemes",
     "gains": "Gains of mappers in Recall@10 over the encoder's own features, 95 % intervals, paired bootstrap over models",
     "reliability": "Influence against the true share of candidates with that influence, on validation models",
@@ -35,10 +35,10 @@ SAYS = {
 }
 
 
-def labels(found: dict) -> dict[str, str]:
+def labels(results: dict) -> dict[str, str]:
     """What a mapper is called in the tables, by its id."""
     names = {}
-    for mapper in found["mappers"]:
+    for mapper in results["mappers"]:
         settings, encoder_id = mapper["settings"], mapper["encoder_id"]
         rest = mapper["mapper_id"].removeprefix(f"{encoder_id}-")
         names[mapper["mapper_id"]] = {"object": "objects", "style": "styles"}.get(rest, rest)
@@ -51,13 +51,13 @@ def value(three: list[float]) -> str:
     return f"{three[0]:.3f} ({three[1]:.3f} to {three[2]:.3f})"
 
 
-def retrieval(found: dict, name_of: dict[str, str]) -> str:
+def retrieval(results: dict, name_of: dict[str, str]) -> str:
     parts = []
     for (kind, split), title in CASES.items():
         for scheme in ("gpt", "procedural"):
             rows = [
                 row
-                for row in found["cases"]
+                for row in results["cases"]
                 if (row["kind"], row["split"], row["prompt_scheme"]) == (kind, split, scheme)
             ]
             if not rows:
@@ -84,21 +84,21 @@ def _bounds(row: dict) -> list[list[str]]:
     ]
 
 
-def gains(found: dict, name_of: dict[str, str]) -> str:
+def gains(results: dict, name_of: dict[str, str]) -> str:
     """The gain in recall of every mapper and test case, with a star where its interval excludes 0."""
     by_mapper: dict[str, dict[tuple, dict]] = defaultdict(dict)
-    for row in found["gains"]:
+    for row in results["gains"]:
         by_mapper[row["mapper_id"]][row["kind"], row["split"], row["prompt_scheme"]] = row
     cases = [(*case, scheme) for case in CASES for scheme in ("gpt", "procedural")]
 
     def cell(row: dict | None) -> str:
         if row is None:
             return ""
-        told = row["n_models"] >= 5 and (row["recall_low"] > 0 or row["recall_high"] < 0)
-        mark = " *" if told else ""
+        is_clear = row["n_models"] >= 5 and (row["recall_low"] > 0 or row["recall_high"] < 0)
+        mark = " *" if is_clear else ""
         return f"{row['recall_gain']:+.3f} ({row['recall_low']:+.3f} to {row['recall_high']:+.3f}){mark}"
 
-    of_mapper = {one["mapper_id"]: one["encoder_id"] for one in found["mappers"]}
+    of_mapper = {row["mapper_id"]: row["encoder_id"] for row in results["mappers"]}
     head = ["features", "tuned on", *(f"{kind} {split}, {scheme}" for kind, split, scheme in cases)]
     lines = [
         [of_mapper[mapper_id], name_of[mapper_id], *(cell(rows.get(case)) for case in cases)]
@@ -116,19 +116,19 @@ def part(title: str, says: str, rest: str) -> str:
     return f"### {title}\n\n{says}\n\n{rest}"
 
 
-def section(found: dict) -> str:
-    name_of = labels(found)
-    counts = ", ".join(f"{row['n']} {row['kind']} {row['split']}" for row in found["models"])
+def section(results: dict) -> str:
+    name_of = labels(results)
+    counts = ", ".join(f"{row['n']} {row['kind']} {row['split']}" for row in results["models"])
     head = (
-        f"## Attribution on IconAbC\n\n{found['images']['pretraining']:,} candidates in addition to the model's own "
-        f"exemplars. Models: {counts}. {found['counts']['otherwise']} candidates look different from when they were frozen. "
-        f"Values have 95 % intervals of a bootstrap over models. {machine(found['machine'])}"
+        f"## Attribution on IconAbC\n\n{results['images']['pretraining']:,} candidates in addition to the model's own "
+        f"exemplars. Models: {counts}. {results['counts']['otherwise']} candidates look different from when they were "
+        f"frozen. Values have 95 % intervals of a bootstrap over models. {machine(results['machine'])}"
     )
     discussion = DISCUSSION.read_text() if DISCUSSION.exists() else ""
-    return "\n".join([head, discussion, retrieval(found, name_of), gains(found, name_of), *rest(found, name_of)])
+    return "\n".join([head, discussion, retrieval(results, name_of), gains(results, name_of), *rest(results, name_of)])
 
 
-def rest(found: dict, name_of: dict[str, str]) -> Iterator[str]:
+def rest(results: dict, name_of: dict[str, str]) -> Iterator[str]:
     """The choice of settings, the mappers, calibration, general attribution, plots, and what could not be had."""
 
     def features(row: dict) -> list[str]:
@@ -136,7 +136,7 @@ def rest(found: dict, name_of: dict[str, str]) -> Iterator[str]:
 
     tried = [
         [row["encoder_id"], f"{row['temperature']:g}", f"{row['lr']:g}", f"{row['before']:.3f}", f"{row['recall']:.3f}"]
-        for row in found["tried"]
+        for row in results["tried"]
     ]
     yield part(
         "Chosen on validation models",
@@ -150,7 +150,7 @@ def rest(found: dict, name_of: dict[str, str]) -> Iterator[str]:
             f"{row['metrics']['recall_before']:.3f}",
             f"{row['metrics']['recall']:.3f}",
         ]
-        for row in found["mappers"]
+        for row in results["mappers"]
     ]
     yield part(
         "All mappers",
@@ -160,7 +160,7 @@ def rest(found: dict, name_of: dict[str, str]) -> Iterator[str]:
     )
     calibrations = [
         [*features(row), f"{row['tau']:.4f}", f"{row['lam']:.4f}", f"{row['kl_before']:.2f}", f"{row['kl']:.2f}"]
-        for row in found["calibrations"]
+        for row in results["calibrations"]
     ]
     yield part(
         "Calibration",
@@ -170,7 +170,7 @@ def rest(found: dict, name_of: dict[str, str]) -> Iterator[str]:
     )
     general = [
         [*features(row), str(row["n_exemplars"]), f"{row['recall_at_size']:.3f}", f"{row['chance']:.2g}"]
-        for row in found["general"]
+        for row in results["general"]
     ]
     yield part(
         "General attribution",
@@ -186,7 +186,7 @@ def rest(found: dict, name_of: dict[str, str]) -> Iterator[str]:
             str(row["n_encoders"]),
             "" if row["of_encoders"] is None else f"{row['of_encoders']:.2f}",
         ]
-        for row in found["correlations"]
+        for row in results["correlations"]
         if row["correlation"] is not None
     ]
     yield "Pearson correlation with Recall@10 on exemplars, over all features above, and over encoders without a mapper:\n"
@@ -194,16 +194,16 @@ def rest(found: dict, name_of: dict[str, str]) -> Iterator[str]:
     yield part(
         "Plots",
         "",
-        "\n".join(f"![{SAYS[name]}](plots/{name}.svg)\n\n*{SAYS[name]}.*\n" for name in render_plots(found)),
+        "\n".join(f"![{CAPTIONS[name]}](plots/{name}.svg)\n\n*{CAPTIONS[name]}.*\n" for name in render_plots(results)),
     )
     yield part(
         "Weights not available to this run",
         "`attrdb encode DB --encoder SPEC` adds the paper's encoders; then run the commands of docs/training.md.",
-        table(["encoder of the paper", "spec"], [[name, f"`{spec}`"] for name, spec in NOT_HAD.items()]),
+        table(["encoder of the paper", "spec"], [[name, f"`{spec}`"] for name, spec in UNAVAILABLE.items()]),
     )
 
 
-def write_plots(found: dict) -> None:
+def write_plots(results: dict) -> None:
     PLOTS.mkdir(exist_ok=True)
-    for name, text in render_plots(found).items():
+    for name, text in render_plots(results).items():
         (PLOTS / f"{name}.svg").write_text(text, encoding="utf-8")

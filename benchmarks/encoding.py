@@ -159,10 +159,10 @@ def main(images: int, rounds: int, seed: int, names: tuple[str, ...], out: Path 
             results.append(result)
             rates = result["images_a_second"]
             for way, rate in rates.items():
-                click.echo(f"{name:28} {way:16} " + "  ".join(f"{what} {value:7.1f}" for what, value in rate.items()))
-            ratio = "  ".join(f"{what} {value:7.3f}" for what, value in result["ratio"].items())
+                click.echo(f"{name:28} {way:16} " + "  ".join(f"{name} {value:7.1f}" for name, value in rate.items()))
+            ratio = "  ".join(f"{name} {value:7.3f}" for name, value in result["ratio"].items())
             click.echo(f"{name:28} {'ratio':16} {ratio}")
-            times = "  ".join(f"{what} {value:.2f}" for what, value in result["processor_ms_a_picture"].items())
+            times = "  ".join(f"{name} {value:.2f}" for name, value in result["processor_ms_a_picture"].items())
             shares = f"ratio {result['processor_ratio']:.3f}  bound {result['bound_on_cpu']:.3f}"
             click.echo(f"{name:28} {'processor ms':16} {times}  {shares}")
     machine = describe("torch", "timm", "open_clip_torch")

@@ -8,13 +8,13 @@ def table(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
-def shown(found: dict, digits: int = 2, scale: float = 1) -> str:
+def shown(spread: dict, digits: int = 2, scale: float = 1) -> str:
     """median (least to greatest)"""
-    low, middle, high = (f"{scale * found[what]:,.{digits}f}" for what in ("min", "median", "max"))
+    low, middle, high = (f"{scale * spread[name]:,.{digits}f}" for name in ("min", "median", "max"))
     return f"{middle} ({low} to {high})"
 
 
-def machine(found: dict) -> str:
-    packages = ", ".join(f"{name} {version}" for name, version in found["packages"].items())
-    where = f"{found['cores']} cores, {found['memory_gib']} GiB"
-    return f"{found['processor']}, {where}; Python {found['python']}, {packages}. Load before: {found['load']}.\n"
+def machine(described: dict) -> str:
+    packages = ", ".join(f"{name} {version}" for name, version in described["packages"].items())
+    size = f"{described['cores']} cores, {described['memory_gib']} GiB"
+    return f"{described['processor']}, {size}; Python {described['python']}, {packages}. Load before: {described['load']}.\n"

@@ -13,25 +13,26 @@ HERE = Path(__file__).parent
 RESULTS = HERE / "results"
 
 
-def importing(found: dict) -> str:
-    sizes = found["sizes"]
+def importing(results: dict) -> str:
+    sizes = results["sizes"]
     says = {
         "lance": "`lance.write_dataset` on the same Arrow stream",
         "attrdb": "`attrdb ingest corpus`",
         "again": "the same command again, with nothing left to do",
         "read": "only reading and converting (part of the first two)",
     }
-    rows = [[says[way], shown(found["seconds"][way]), f"{found['peak_gib'][way]:.2f}"] for way in says]
+    rows = [[says[way], shown(results["seconds"][way]), f"{results['peak_gib'][way]:.2f}"] for way in says]
     return (
         f"## Importing embeddings\n\n{sizes['rows']:,} x {sizes['dimension']}, float16, {sizes['shards']} shards; "
-        f"seed {found['seed']}, {found['ratio']['n']} rounds, each run in its own process. {machine(found['machine'])}\n"
+        f"seed {results['seed']}, {results['ratio']['n']} rounds, each run in its own process. "
+        f"{machine(results['machine'])}\n"
         + table(["what", "seconds, median (range)", "peak memory, GiB"], rows)
-        + f"\nRatio attrdb / lance per round: **{shown(found['ratio'])}**. Required: at most 1.5, and less than 1.5 GiB.\n"
+        + f"\nRatio attrdb / lance per round: **{shown(results['ratio'])}**. Required: at most 1.5, and less than 1.5 GiB.\n"
     )
 
 
-def appending(found: dict) -> str:
-    sizes, every = found["sizes"], found["optimize_every"]
+def appending(results: dict) -> str:
+    sizes, every = results["sizes"], results["optimize_every"]
     head = [
         "milliseconds, median (range)",
         "first tenth",
@@ -41,28 +42,28 @@ def appending(found: dict) -> str:
     rows = [
         [
             name,
-            shown(found["first_tenth"]["left alone"][name], 0, 1000),
-            shown(found["last_tenth"]["left alone"][name], 0, 1000),
-            shown(found["last_tenth"]["optimized"][name], 0, 1000),
+            shown(results["first_tenth"]["left alone"][name], 0, 1000),
+            shown(results["last_tenth"]["left alone"][name], 0, 1000),
+            shown(results["last_tenth"]["optimized"][name], 0, 1000),
         ]
-        for name in found["first_tenth"]["left alone"]
+        for name in results["first_tenth"]["left alone"]
     ]
     rounds = [
         [
-            str(one["after_appends"]),
-            f"{one['seconds']:.1f}",
-            " -> ".join(f"{n:,}" for n in one["fragments"]),
-            " -> ".join(f"{n:,}" for n in one["n_unindexed"]),
-            " -> ".join(f"{n / 2**20:,.0f}" for n in one["bytes"]),
+            str(row["after_appends"]),
+            f"{row['seconds']:.1f}",
+            " -> ".join(f"{n:,}" for n in row["fragments"]),
+            " -> ".join(f"{n:,}" for n in row["n_unindexed"]),
+            " -> ".join(f"{n / 2**20:,.0f}" for n in row["bytes"]),
         ]
-        for one in found["optimize_rounds"]
-        if one["after_appends"]
+        for row in results["optimize_rounds"]
+        if row["after_appends"]
     ]
-    left = found["tables"]["left alone"]
+    left = results["tables"]["left alone"]
     return (
         f"## Appending models\n\n{sizes['models']} models of {sizes['images_a_model']} images each, appended to "
-        f"{sizes['rows']:,} x {sizes['dimension']}; seed {found['seed']}. The next SQL statement sees a new model, "
-        f"and no index is rebuilt. {machine(found['machine'])}\n"
+        f"{sizes['rows']:,} x {sizes['dimension']}; seed {results['seed']}. The next SQL statement sees a new model, "
+        f"and no index is rebuilt. {machine(results['machine'])}\n"
         + table(head, rows)
         + f"\nWithout optimize, the table images has {left['fragments']:,} fragments and {left['versions_kept']:,} versions "
         + "at the end.\n\n"
@@ -72,18 +73,18 @@ def appending(found: dict) -> str:
     )
 
 
-def encoding(found: dict) -> str:
+def encoding(results: dict) -> str:
     rows = [
         [
-            f"`{one['encoder']}`",
-            f"{one['images']} x {one['bytes_a_picture'] / 1024:.1f} KiB",
-            shown(one["images_a_second"]["bare"], 1),
-            shown(one["images_a_second"]["stream"], 1),
-            shown(one["ratio"]),
-            f"{one['processor_ratio']:.2f}",
-            f"{one['bound_on_cpu']:.2f}",
+            f"`{row['encoder']}`",
+            f"{row['images']} x {row['bytes_a_picture'] / 1024:.1f} KiB",
+            shown(row["images_a_second"]["bare"], 1),
+            shown(row["images_a_second"]["stream"], 1),
+            shown(row["ratio"]),
+            f"{row['processor_ratio']:.2f}",
+            f"{row['bound_on_cpu']:.2f}",
         ]
-        for one in found["results"]
+        for row in results["results"]
     ]
     head = [
         "encoder",
@@ -96,13 +97,13 @@ def encoding(found: dict) -> str:
     ]
     return (
         f"## Encoding\n\nFrom encoded bytes to features, compared with the network alone on preloaded batches; "
-        f"{found['rounds']} rounds, seed {found['seed']}. The bound is the highest possible ratio if reading and network "
+        f"{results['rounds']} rounds, seed {results['seed']}. The bound is the highest possible ratio if reading and network "
         "share the cores. "
-        f"{machine(found['machine'])}\n" + table(head, rows)
+        f"{machine(results['machine'])}\n" + table(head, rows)
     )
 
 
-def customizing(found: dict) -> str:
+def customizing(results: dict) -> str:
     ways = {
         "attrdb": "`attrdb ingest model`, precision auto",
         "attrdb, float32": "the same, float32",
@@ -110,45 +111,45 @@ def customizing(found: dict) -> str:
     }
     seconds = ("seconds", "customize_seconds", "synthesize_seconds", "processor_seconds")
     runs = [
-        [says, *(shown(found[way][what], 1) for what in seconds), f"{found[way]['peak_gib']['max']:.2f}"]
+        [says, *(shown(results[way][what], 1) for what in seconds), f"{results[way]['peak_gib']['max']:.2f}"]
         for way, says in ways.items()
     ]
     ratios = [
-        [ways[way], *(shown(found[f"{what}, peer / {way}"]) for what in ("seconds", "processor_seconds"))]
+        [ways[way], *(shown(results[f"{what}, peer / {way}"]) for what in ("seconds", "processor_seconds"))]
         for way in list(ways)[:2]
     ]
-    n_samples = round(found["attrdb"]["n_samples"]["median"])
+    n_samples = round(results["attrdb"]["n_samples"]["median"])
     return (
-        f"## Customizing\n\nOne model of icon-sd: {found['steps']} steps of batch {found['batch']}, {n_samples} samples, "
-        f"features, one append; {found['attrdb']['seconds']['n']} rounds, each run in its own process, seed 0. The plain "
+        f"## Customizing\n\nOne model of icon-sd: {results['steps']} steps of batch {results['batch']}, {n_samples} samples, "
+        f"features, one append; {results['attrdb']['seconds']['n']} rounds, each run in its own process, seed 0. The plain "
         "loop is written like public training scripts, with unmodified diffusers: data set, autoencoder and text encoder "
-        f"run in every step, and samples are generated one prompt at a time. {found['threads']} threads. "
-        f"{machine(found['machine'])}\n"
+        f"run in every step, and samples are generated one prompt at a time. {results['threads']} threads. "
+        f"{machine(results['machine'])}\n"
         + table(["what", "seconds", "training", "sampling", "processor seconds", "peak memory, GiB"], runs)
         + "\n"
         + table(["plain loop / attrdb per round; required: at least 1.5", "seconds", "processor seconds"], ratios)
         + "\n"
-        + closely(found)
+        + closely(results)
     )
 
 
-def closely(found: dict) -> str:
+def closely(results: dict) -> str:
     """What a step and a sample take, per method."""
     rows = [
         [
-            f"`{one['method']}`" + (", gradient checkpointing" if one["gradient_checkpointing"] else ""),
-            one["precision"],
-            f"{one['steps_a_second']:.3g}",
-            f"{one['customize_seconds']:.1f}",
-            f"{one['training_share']:.2f}",
-            f"{one['samples_a_second']:.3g}",
-            f"{one['sampling_share']:.2f}",
-            f"{one['memory_before_gib']:.2f} -> {one['memory_gib']:.2f}",
-            f"{one['delta_mb']:.1f}",
+            f"`{row['method']}`" + (", gradient checkpointing" if row["gradient_checkpointing"] else ""),
+            row["precision"],
+            f"{row['steps_a_second']:.3g}",
+            f"{row['customize_seconds']:.1f}",
+            f"{row['training_share']:.2f}",
+            f"{row['samples_a_second']:.3g}",
+            f"{row['sampling_share']:.2f}",
+            f"{row['memory_before_gib']:.2f} -> {row['memory_gib']:.2f}",
+            f"{row['delta_mb']:.1f}",
         ]
-        for one in found["methods"]
+        for row in results["methods"]
     ]
-    one, kept = found["methods"][0], found["kept_gib_a_picture"]
+    first, kept = results["methods"][0], results["kept_gib_a_picture"]
     head = [
         "method",
         "precision",
@@ -161,9 +162,10 @@ def closely(found: dict) -> str:
         "delta, MB",
     ]
     return (
-        f"{one['steps']} steps of batch {one['batch']}, and {one['sample_batch']} samples of {one['solver_steps']} solver "
-        f"steps with guidance, {one['resolution']} pixels per side, on {found['device']}. Shares are relative to the rate of "
-        f"large matrix products there in the same precision, {one['peak_gflops']:,.0f} GFLOP/s in the first row. Memory is "
+        f"{first['steps']} steps of batch {first['batch']}, and {first['sample_batch']} samples of {first['solver_steps']} "
+        f"solver steps with guidance, {first['resolution']} pixels per side, on {results['device']}. Shares are relative to "
+        f"the rate of large matrix products there in the same precision, {first['peak_gflops']:,.0f} GFLOP/s in the first "
+        "row. Memory is "
         "that of the process, after loading and at the peak of training.\n\n"
         + table(head, rows)
         + f"\nA training step keeps {kept['plain']:.2g} GiB per image for the backward pass in {kept['precision']}, and "
@@ -171,49 +173,49 @@ def closely(found: dict) -> str:
     )
 
 
-def sd15(found: dict) -> str:
+def sd15(results: dict) -> str:
     return (
         "## Stable Diffusion 1.5's shape\n\nThe architecture of SD 1.5 with random weights, to measure time and memory only. "
         "No accelerator was available: these figures are for a CPU, at a smaller batch, and do not apply to a GPU. "
-        f"{machine(found['machine'])}\n{closely(found)}"
+        f"{machine(results['machine'])}\n{closely(results)}"
     )
 
 
-def quality(found: dict) -> str:
-    def with_interval(one: dict) -> str:
-        return f"{one['mean']:.3f} ({one['interval'][0]:.3f} to {one['interval'][1]:.3f})"
+def quality(results: dict) -> str:
+    def with_interval(figure: dict) -> str:
+        return f"{figure['mean']:.3f} ({figure['interval'][0]:.3f} to {figure['interval'][1]:.3f})"
 
     rows = [
         [kind, str(of_kind["n_models"]), f"{of_kind['n_samples']:,}"]
         + [with_interval(of_kind[what]) for what in ("customized", "base", "difference")]
         + [f"{of_kind['chance']:.3f}"]
-        for kind, of_kind in found["kinds"].items()
+        for kind, of_kind in results["kinds"].items()
     ]
-    n_gallery = found["n_gallery"]
+    n_gallery = results["n_gallery"]
     head = ["kind", "models", "samples", "customized", "base model, same prompts", "difference", "chance"]
     return (
         "## Quality of customization\n\nThe share of samples whose nearest exemplar belongs to their own model, among the "
-        f"{n_gallery} exemplars of all models, by {found['encoder']}. icon-sd with the settings of its profile, on the "
+        f"{n_gallery} exemplars of all models, by {results['encoder']}. icon-sd with the settings of its profile, on the "
         "models of IconAbC. Mean over models, with the 95 % interval of a bootstrap over models. The base model used the "
-        f"same prompts without the token, and the same seeds. {machine(found['machine'])}\n" + table(head, rows)
+        f"same prompts without the token, and the same seeds. {machine(results['machine'])}\n" + table(head, rows)
     )
 
 
-def training(found: dict) -> str:
-    sizes, seconds = found["sizes"], found["seconds"]
+def training(results: dict) -> str:
+    sizes, seconds = results["sizes"], results["seconds"]
     says = {
         "loader": "only the loader: the query of an epoch's pairs, and gathering their features",
         "step": "only the step, on one preloaded batch",
         "together": "together, as `attrdb train` does it",
     }
-    rows = [[says[way], shown(of, 0)] for way, of in found["rates"].items()]
+    rows = [[says[way], shown(of, 0)] for way, of in results["rates"].items()]
     return (
         f"## Reading pairs for training\n\n{sizes['pairs']:,} pairs of {sizes['models']:,} models, {sizes['dimension']}-d, "
         f"batches of {sizes['batch']:,}. Once per run, features are gathered into one file ({seconds['prepare']:.1f} s). "
-        f"One query draws and orders the pairs of an epoch ({seconds['query']:.1f} s). {machine(found['machine'])}\n"
+        f"One query draws and orders the pairs of an epoch ({seconds['query']:.1f} s). {machine(results['machine'])}\n"
         + table(["what", "pairs per second, median (range)"], rows)
-        + f"\nTogether / the slower of the two, per round: **{shown(found['ratio'])}**. Required: 0.8. Peak memory "
-        f"{found['peak_gib']:.2f} GiB.\n"
+        + f"\nTogether / the slower of the two, per round: **{shown(results['ratio'])}**. Required: 0.8. Peak memory "
+        f"{results['peak_gib']:.2f} GiB.\n"
     )
 
 

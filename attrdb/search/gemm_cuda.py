@@ -242,14 +242,14 @@ def _count(
         ours, theirs = queries.load([first_query, at]), candidates.load([first_candidate, at])
         scores = tl.dot(ours, tl.trans(theirs), scores, input_precision="tf32")
     scores = tl.where((candidate < n_candidates)[None, :], scores, float("-inf"))
-    there = query < n_queries
-    reached = scores >= tl.load(least + query, mask=there, other=float("inf"))[:, None]
+    exists = query < n_queries
+    reached = scores >= tl.load(least + query, mask=exists, other=float("inf"))[:, None]
     if tl.max(tl.max(reached.to(tl.int32), 1), 0) > 0:
         for column in tl.range(n_columns, num_stages=1):
             place = query * n_columns + column
-            lowest = tl.load(low + place, mask=there, other=float("inf"))[:, None]
-            highest = tl.load(high + place, mask=there, other=float("inf"))[:, None]
-            tl.atomic_add(above + place, tl.sum((scores > highest).to(tl.int32), 1), mask=there)
+            lowest = tl.load(low + place, mask=exists, other=float("inf"))[:, None]
+            highest = tl.load(high + place, mask=exists, other=float("inf"))[:, None]
+            tl.atomic_add(above + place, tl.sum((scores > highest).to(tl.int32), 1), mask=exists)
             near = (scores >= lowest) & (scores <= highest)
             if tl.max(tl.max(near.to(tl.int32), 1), 0) > 0:
                 every = tl.zeros((OF_QUERIES, OF_CANDIDATES), tl.int32)
@@ -265,20 +265,20 @@ def _similarity(
     candidates,
     query,
     candidate,
-    found,
+    similarity,
     n,
     DIMENSION: tl.constexpr,
     PAIRS: tl.constexpr,
     ELEMENTS: tl.constexpr,
 ):
     pair = tl.program_id(0) * PAIRS + tl.arange(0, PAIRS)
-    there = pair < n
-    ours = queries + tl.load(query + pair, mask=there, other=0).to(tl.int64)[:, None] * DIMENSION
-    theirs = candidates + tl.load(candidate + pair, mask=there, other=0).to(tl.int64)[:, None] * DIMENSION
+    exists = pair < n
+    ours = queries + tl.load(query + pair, mask=exists, other=0).to(tl.int64)[:, None] * DIMENSION
+    theirs = candidates + tl.load(candidate + pair, mask=exists, other=0).to(tl.int64)[:, None] * DIMENSION
     total = tl.zeros((PAIRS,), tl.float64)
     for first in range(0, DIMENSION, ELEMENTS):
         element = (first + tl.arange(0, ELEMENTS))[None, :]
-        inside = there[:, None] & (element < DIMENSION)
-        one = tl.load(ours + element, mask=inside, other=0.0).to(tl.float64)
-        total += tl.sum(one * tl.load(theirs + element, mask=inside, other=0.0).to(tl.float64), 1)
-    tl.store(found + pair, total, mask=there)
+        inside = exists[:, None] & (element < DIMENSION)
+        factor = tl.load(ours + element, mask=inside, other=0.0).to(tl.float64)
+        total += tl.sum(factor * tl.load(theirs + element, mask=inside, other=0.0).to(tl.float64), 1)
+    tl.store(similarity + pair, total, mask=exists)

@@ -27,10 +27,10 @@ class Blocklist:
         """Why a picture is not to be stored; None if it may be."""
         if not self.removals:
             return None
-        for what, digest in (("picture", sha256), ("address", address_digest(uri))):
+        for noun, digest in (("picture", sha256), ("address", address_digest(uri))):
             if digest in self.removals:
                 return (
-                    f"image {name}: its {what} was taken out of this database for good by removal "
+                    f"image {name}: its {noun} was taken out of this database for good by removal "
                     f"{self.removals[digest]}; leave it out"
                 )
         return None
@@ -48,11 +48,11 @@ class Blocklist:
             images[name].to_pylist() if name in images.column_names else [None] * len(images)
             for name in ("role", "image_id", "sha256", "uri")
         ]
-        found = {}
+        refusals = {}
         for row, (role, *described) in enumerate(zip(*columns, strict=True)):
             if role != "sample" and (refusal := self.refusal(*described)):
-                found[row] = refusal
-        return found
+                refusals[row] = refusal
+        return refusals
 
 
 def blocklist(snapshot: Snapshot) -> Blocklist:

@@ -24,16 +24,17 @@ def table_exists(table: Path) -> bool:
     return any(next(table.glob(files), None) for files in ("_versions/*.manifest", "data/*"))
 
 
-def check_schema_version(path: Path, found: int) -> None:
-    if found > SCHEMA_VERSION:
+def check_schema_version(path: Path, version: int) -> None:
+    if version > SCHEMA_VERSION:
         raise InvalidValue(
-            f"{path} has schema version {found}, this attrdb reads {SCHEMA_VERSION}; install a newer attrdb"
+            f"{path} has schema version {version}, this attrdb reads {SCHEMA_VERSION}; install a newer attrdb"
         )
-    if found == 0:
+    if version == 0:
         raise NotFound(f"{path} has an images table that attrdb did not make; make a database with: attrdb init PATH")
-    if found < SCHEMA_VERSION:
+    if version < SCHEMA_VERSION:
         raise InvalidValue(
-            f"{path} has schema version {found}, this attrdb reads {SCHEMA_VERSION}; bring it up with: attrdb upgrade {path}"
+            f"{path} has schema version {version}, this attrdb reads {SCHEMA_VERSION}; bring it up with: "
+            f"attrdb upgrade {path}"
         )
 
 

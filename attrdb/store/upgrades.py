@@ -239,8 +239,8 @@ def upgrade(path: str | Path) -> tuple[int, int]:
         for version in range(before + 1, SCHEMA_VERSION + 1):
             STEPS[version](path)
             # 'images' is stamped last: it says which version the directory has.
-            made = [name for name in TABLES if MADE_IN.get(name, 1) <= version]
-            for name in sorted(made, key=lambda name: name == "images"):
+            names = [name for name in TABLES if MADE_IN.get(name, 1) <= version]
+            for name in sorted(names, key=lambda name: name == "images"):
                 table = open_table(path, name)
                 if schema_version(table) != version:
                     table.update_schema_metadata({STAMP.decode(): str(version)})
