@@ -47,6 +47,7 @@ LIGHT = (
     "test_shell",
     "test_site",
     "test_sql",
+    "test_sql_limits",
     "test_sql_page",
     "test_upgrades",
     "test_user_queries",
