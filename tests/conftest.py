@@ -43,6 +43,7 @@ LIGHT = (
     "test_maintenance",
     "test_node",
     "test_purge",
+    "test_predicates",
     "test_pylance_quirks",
     "test_remove",
     "test_remove_beside",

@@ -12,6 +12,8 @@ from lance.commit import CommitConflictError
 
 from attrdb.errors import StorageError
 
+SHOWN = 200  # characters of the beginning and of the end of a long error
+
 
 def by_lance(error: BaseException) -> bool:
     """Whether it may be Lance's error about a disk or a file. A panic of Lance is no Exception and has no public class."""
@@ -19,9 +21,10 @@ def by_lance(error: BaseException) -> bool:
 
 
 def words_of(error: BaseException) -> str:
-    """The first line of an error's text, without lines of Lance's source."""
+    """The first line of an error's text, without lines of Lance's source; the middle of a long one is left out."""
     lines = re.sub(r",? /\S+\.rs:\d+(:\d+)?", "", str(error)).splitlines()
-    return lines[0] if lines else type(error).__name__
+    words = lines[0] if lines else type(error).__name__
+    return words if len(words) <= 2 * SHOWN else f"{words[:SHOWN]} ... {words[-SHOWN:]}"
 
 
 @contextmanager
