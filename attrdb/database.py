@@ -22,7 +22,7 @@ from attrdb.store.lance_errors import storage
 from attrdb.store.predicates import among
 from attrdb.store.schema import TABLES, Row
 from attrdb.store.snapshot import Snapshot
-from attrdb.store.tables import create_table, table_exists
+from attrdb.store.tables import create_table, database_path, table_exists
 from attrdb.store.writer import Writer
 from attrdb.upkeep import health
 from attrdb.upkeep.removal.choose import RemovalRequest
@@ -37,7 +37,7 @@ def create(path: str | Path) -> Database:
 
     raises: InvalidValue if there is something else at the path
     """
-    path = Path(path)
+    path = database_path(path)
     ours = {f"{name}.lance" for name in TABLES}
     if table_exists(path / "images.lance"):
         raise InvalidValue(f"{path} is an attrdb database already; open it")
@@ -58,7 +58,7 @@ def open_or_create(path: str | Path) -> Database:
     try:
         return create(path)
     except InvalidValue:
-        if not table_exists(Path(path) / "images.lance"):
+        if not table_exists(database_path(path) / "images.lance"):
             raise
         return Database(path)
 
@@ -80,7 +80,7 @@ class Database:
         at: int | str | datetime | None = None,
         query_folders: Sequence[str | Path] = (),
     ):
-        self.path = Path(path)
+        self.path = database_path(path)
         self.query_folders = tuple(query_folders)
         self.writer = Writer(self.path, read_only, at)
 

@@ -18,9 +18,19 @@ import click
 import attrdb
 from attrdb.errors import AttrdbError, InvalidValue, MissingExtra
 from attrdb.store.ids import check_id
-from attrdb.text import visible
+from attrdb.text import check_text, visible
 
-DB = click.argument("db", type=click.Path(path_type=Path))
+
+class DatabasePath(click.Path):
+    """The path of a database, see `tables.database_path`."""
+
+    def convert(self, value: Any, param: click.Parameter | None, context: click.Context | None) -> Path:
+        from attrdb.store.tables import database_path
+
+        return database_path(str(super().convert(value, param, context)))
+
+
+DB = click.argument("db", type=DatabasePath())
 
 
 class Id(click.ParamType):  # type: ignore[type-arg]  # generic, but not in the oldest click that attrdb takes
@@ -72,6 +82,14 @@ class Commands(click.Group):
         self.sections[title] = [command.name for command in commands if command.name]
         for command in commands:
             self.add_command(command)
+
+    def parse_args(self, context: click.Context, args: list[str]) -> list[str]:
+        for number, text in enumerate(args, 1):
+            try:
+                check_text(f"argument {number}", text)
+            except InvalidValue as error:
+                raise click.UsageError(str(error), context) from error
+        return super().parse_args(context, args)
 
     def invoke(self, context: click.Context) -> Any:
         settle_streams()

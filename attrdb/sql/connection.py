@@ -19,10 +19,12 @@ from attrdb.attribution.query import Attribution, AttributionRequest, attribute_
 from attrdb.attribution.similarity import unit_features
 from attrdb.errors import AttrdbError, QueryRefused
 from attrdb.search import planner
+from attrdb.sql.arrow_types import exact
 from attrdb.sql.limits import UNLIMITED, Limits, any_left_behind, default_memory, limited, needs_more
 from attrdb.sql.relations import STORED, Relation, features_view, older_view, relations
 from attrdb.store.schema import TABLES, Row
 from attrdb.store.snapshot import Snapshot
+from attrdb.text import check_text
 
 _HIT = pa.struct([("rank", pa.int64()), ("image_id", pa.string()), ("similarity", pa.float64())])
 _SHARE = pa.struct(
@@ -45,9 +47,9 @@ def connect(snapshot: Snapshot, memory: int | None = None) -> Iterator[duckdb.Du
     Views, macros and functions are made once for a snapshot, which takes some 20 ms, and shared by its connections.
     memory: bytes that all its connections with this limit may use together, see `Limits`
     """
-    connection = snapshot.once(_Catalog(_memory(snapshot, memory))).cursor()
+    connection = limited(None, lambda: snapshot.once(_Catalog(_memory(snapshot, memory))).cursor())
     try:
-        _register(connection, snapshot)  # what is registered is a connection's own
+        limited(connection, lambda: _register(connection, snapshot))  # what is registered is a connection's own
         yield connection
     finally:
         if not any_left_behind():  # closing one that still computes would wait for it
@@ -249,7 +251,7 @@ def run(
     """
 
     def result() -> pa.Table:
-        relation = _asked(connection, statement, parameters)
+        relation = exact(_asked(connection, statement, parameters))
         return (relation if limits.rows is None else relation.limit(limits.rows)).to_arrow_table()
 
     with _refused(connection):
@@ -270,6 +272,7 @@ def stream(
 def _asked(
     connection: duckdb.DuckDBPyConnection, statement: str, parameters: Mapping[str, Any] | None
 ) -> duckdb.DuckDBPyRelation:
+    check_text("statement", statement)
     parsed = connection.extract_statements(statement)
     if len(parsed) != 1 or parsed[0].type != duckdb.StatementType.SELECT:
         found = ", ".join(one.type.name for one in parsed) or "nothing"

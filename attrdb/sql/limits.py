@@ -20,6 +20,7 @@ from attrdb.search.memory import free_memory
 
 FREE_SHARE = 0.5  # of the free memory, which a statement may use by default
 LEAST_MEMORY = 16 * 2**20
+MOST = 2**60  # bytes or rows, from which on a limit is a mistake
 SCAN_MEMORY = 2**30  # bytes by which the process may grow beyond the limit: Lance reads ahead
 GRACE = 2.0  # seconds that DuckDB has to end a statement; it ends none within a call of one function
 TICK = 0.1  # seconds between two looks at the memory of the process
@@ -46,10 +47,10 @@ class Limits:
     def __post_init__(self) -> None:
         if self.seconds is not None and not 0 < self.seconds < threading.TIMEOUT_MAX:
             raise InvalidValue(f"timeout is {self.seconds}; it must be a number of seconds above 0, or none")
-        if self.memory is not None and self.memory < LEAST_MEMORY:
+        if self.memory is not None and not LEAST_MEMORY <= self.memory < MOST:
             raise InvalidValue(f"memory is {size_text(self.memory)}; it must be at least {size_text(LEAST_MEMORY)}")
-        if self.rows is not None and self.rows < 0:
-            raise InvalidValue(f"rows is {self.rows}; it must be 0 or more")
+        if self.rows is not None and not 0 <= self.rows < MOST:
+            raise InvalidValue(f"rows is {self.rows}; it must be a count from 0 on")
 
 
 UNLIMITED = Limits()
@@ -92,11 +93,14 @@ def takes_longer(seconds: float) -> QueryRefused:
     )
 
 
-def limited(connection: duckdb.DuckDBPyConnection, work: Callable[[], Result], limits: Limits = UNLIMITED) -> Result:
-    """The result of some work on a connection, ended by Ctrl-C, by its time or by the memory that the process takes.
+def limited(
+    connection: duckdb.DuckDBPyConnection | None, work: Callable[[], Result], limits: Limits = UNLIMITED
+) -> Result:
+    """The result of some work, ended by Ctrl-C, by its time or by the memory that the process takes.
 
     DuckDB counts most of the memory of a statement itself, but neither long texts that a function makes nor the result. So
     the memory of the process is looked at too, if a limit is given.
+    connection: that the work is on; None where the work makes it
     The work runs in a thread of its own. Python handles Ctrl-C in the main thread only, and not while DuckDB has it.
     raises: KeyboardInterrupt, QueryRefused for its time, OutOfMemory; what the work raises
     """
@@ -140,14 +144,14 @@ def _watch(outcome: Future[Result], limits: Limits) -> Exception | None:
 _left_behind: list[Future] = []  # type: ignore[type-arg]  # of any result
 
 
-def _end(connection: duckdb.DuckDBPyConnection, outcome: Future[Result]) -> None:
+def _end(connection: duckdb.DuckDBPyConnection | None, outcome: Future[Result]) -> None:
     """Interrupt the work, and leave its thread behind if it does not end soon. A second Ctrl-C leaves it behind at once."""
     _left_behind[:] = [other for other in _left_behind if not other.done()] + [outcome]
-    connection.interrupt()
     until = time.monotonic() + GRACE
     while not outcome.done() and time.monotonic() < until:
+        if connection is not None:
+            connection.interrupt()
         time.sleep(0.01)
-        connection.interrupt()
 
 
 def any_left_behind() -> bool:

@@ -5,13 +5,19 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
+from attrdb.text import check_text
+
 # Candidates are exemplars and pretraining images. Lance tests rows against this in three quarters of the time of a list of
 # the two roles.
 CANDIDATES = "role <> 'sample'"
 
 
 def literal(text: str) -> str:
-    """The text as an SQL string."""
+    """The text as an SQL string.
+
+    raises: InvalidValue for a text that is not UTF-8
+    """
+    check_text("text", text)
     return "'" + text.replace("'", "''") + "'"
 
 

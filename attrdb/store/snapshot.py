@@ -121,7 +121,9 @@ class Snapshot:
         n = self._counts.get(where)
         if n is None:
             with storage(self.path):
-                n = self.tables["images"].count_rows(self.visible(where))
+                # count_rows of the table does not heed Ctrl-C
+                scan = self.tables["images"].scanner(columns=[], filter=self.visible(where), with_row_id=True)
+                n = scan.count_rows()
             if len(self._counts) >= COUNTS:
                 self._counts.clear()
             self._counts[where] = n
