@@ -188,7 +188,7 @@ def test_a_bad_exemplar_is_named_and_nothing_is_written(tmp_path, exemplar_folde
 def test_json_of_what_json_cannot_hold(toy):
     statement = "SELECT 'nan'::DOUBLE AS a, [TIMESTAMP '2026-01-02'] AS b, {'x': 'inf'::DOUBLE} AS c"
     [row] = json.loads(run("sql", toy.path, statement, "--json").stdout)
-    assert row == {"a": None, "b": ["2026-01-02 00:00:00"], "c": {"x": None}}
+    assert row == {"a": "NaN", "b": ["2026-01-02 00:00:00"], "c": {"x": "Infinity"}}
 
 
 MODEL = ["ingest", "model", "x.attrdb", "--category", "a", "--kind", "object", "--base-model", "b"]
