@@ -13,6 +13,15 @@ from attrdb.errors import InvalidValue
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 
+def size_text(n_bytes: int) -> str:
+    """Bytes for reading, such as 1.5 GiB; never 0 where there are some."""
+    size, units = float(n_bytes), ["bytes", "KiB", "MiB", "GiB", "TiB"]
+    while size >= 1024 and len(units) > 1:
+        size /= 1024
+        units.pop(0)
+    return f"{size:,.0f} {units[0]}" if units[0] == "bytes" else f"{size:,.2f} {units[0]}"
+
+
 def check_text(name: str, text: str) -> None:
     """Check that a text from outside is one that can be stored and sent: UTF-8, without half characters.
 

@@ -69,7 +69,7 @@ def test_too_little_memory_says_what_to_do(toy, statement, in_main_thread):
 def test_memory_that_duckdb_does_not_count_is_limited_too(toy, statement):
     """In a process of its own, which ends although the statement may still compute."""
     result = attrdb_run("sql", toy.path, statement, "--memory", "100MB")
-    assert "needs more than the 95MiB of memory" in result.stderr
+    assert "needs more than the 95.37 MiB of memory" in result.stderr
     assert result.returncode == 1
 
 
@@ -102,7 +102,7 @@ def test_a_named_query_has_limits_too(toy):
         ({"timeout": -1}, "timeout is -1"),
         ({"timeout": float("nan")}, "timeout is nan"),
         ({"timeout": float("inf")}, "timeout is inf"),
-        ({"memory": 1000}, "at least 16MiB"),
+        ({"memory": 1000}, r"at least 16\.00 MiB"),
         ({"memory": "much"}, "'much' is no size"),
         ({"rows": -1}, "rows is -1"),
     ],

@@ -17,6 +17,7 @@ import duckdb
 
 from attrdb.errors import InvalidValue, OutOfMemory, QueryRefused
 from attrdb.search.memory import free_memory
+from attrdb.text import size_text
 
 FREE_SHARE = 0.5  # of the free memory, which a statement may use by default
 LEAST_MEMORY = 16 * 2**20
@@ -65,11 +66,6 @@ def parse_size(text: str) -> int:
     if not number or len(number[1]) > 18:
         raise InvalidValue(f"{text!r} is no size; write a number and a unit, such as 512MB or 4GB")
     return int(float(number[1]) * _UNITS[(number[2] or "").lower()])
-
-
-def size_text(n_bytes: int) -> str:
-    """Bytes for reading, in words that `parse_size` takes."""
-    return f"{n_bytes / 2**30:.1f}GiB" if n_bytes >= 2**30 else f"{n_bytes / 2**20:.0f}MiB"
 
 
 def default_memory() -> int:
