@@ -301,16 +301,3 @@ def test_queries_list_is_grouped_and_narrow():
     [row] = [row for row in json.loads(run("queries", "list", "--json").stdout) if row["name"] == "recall_at_k"]
     assert row.keys() == {"name", "group", "parameters", "summary"}
     assert row["summary"].endswith("Without ranks there is no row.")
-
-
-@pytest.mark.parametrize("form", ["csv", "parquet", "xlsx"])
-def test_what_is_no_file_is_written_to_and_not_replaced(toy, tmp_path, form):
-    """A pipe here; so are /dev/stdout and /dev/null, which the whole machine would lose."""
-    pipe = tmp_path / "pipe"
-    os.mkfifo(pipe)
-    reader = subprocess.Popen(["cat", pipe], stdout=subprocess.PIPE)
-    done = run("sql", toy.path, "SELECT 1 AS one", "--format", form, "--output", pipe)
-    assert done.exit_code == 0, done.output
-    beginning = {"csv": b"one", "parquet": b"PAR1", "xlsx": b"PK"}[form]
-    assert reader.communicate(timeout=60)[0].startswith(beginning)
-    assert pipe.is_fifo()

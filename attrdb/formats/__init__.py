@@ -126,29 +126,9 @@ def _write_text(table: pa.Table, form: str, put: Callable[[str], Any], *, termin
 def replacing(file: Path) -> Iterator[IO[bytes]]:
     """A new file beside `file` that takes its place at the end, and is gone if an error comes first.
 
-    A device or a pipe, such as /dev/null or /dev/stdout, is written to.
-
     raises: StorageError if it cannot be written
     """
-    try:
-        if file.exists() and not (file.is_file() or file.is_dir()):
-            with file.open("wb") as stream:
-                yield stream
-        else:
-            with _new_beside(file.resolve()) as stream:  # what a link points to is replaced, not the link
-                yield stream
-    except BrokenPipeError:
-        raise  # the reader of a pipe has gone: the command ends quietly
-    except OSError as error:
-        if isinstance(error, AttrdbError):
-            raise
-        raise StorageError(
-            f"{file} could not be written, and is as it was before: {error.strerror or error}"
-        ) from error
-
-
-@contextmanager
-def _new_beside(target: Path) -> Iterator[IO[bytes]]:
+    target = file.resolve()  # what a link points to is replaced, not the link
     part = target.with_name(f".{target.name[:100]}.{secrets.token_hex(4)}.part")
     try:
         with open(part, "xb") as stream:
@@ -156,6 +136,12 @@ def _new_beside(target: Path) -> Iterator[IO[bytes]]:
                 os.chmod(part, target.stat().st_mode & 0o777)
             yield stream
         os.replace(part, target)
+    except OSError as error:
+        if isinstance(error, AttrdbError):
+            raise
+        raise StorageError(
+            f"{file} could not be written, and is as it was before: {error.strerror or error}"
+        ) from error
     finally:
         part.unlink(missing_ok=True)
 
