@@ -122,8 +122,8 @@ def commands(group: click.Group = main, path: tuple[str, ...] = ()) -> Iterator[
 
 def odd_words(command: Command, chance: Random, db: Path, inputs: Path) -> list[str]:
     """A command with a database that is mostly there, and options with odd values."""
-    places = [str(inputs / name) for name in ("photos", "vase", "vectors", "opt-out.txt", "nope")]
-    places += [str(beside(db, "target")), str(db), str(db / "images.lance")]
+    places = [str(inputs / name) for name in ("photos", "vase", "vectors", "opt-out.txt")]
+    places += [str(beside(db, "target")), str(db.parent / "nope"), str(db), str(db / "images.lance")]
 
     def value() -> str:
         return chance.choice(places) if chance.random() < 0.3 else chance.choice(ODD)
