@@ -231,14 +231,12 @@ def torture(results: dict) -> str:
         rows.append(
             [name, part["not_run"] or trials, f"{n:,}", str(part["n_wrong"]), f"{part['seconds']:,}", str(part["seed"])]
         )
-        problems = (problem.strip().splitlines()[-1] for trial in part["wrong"] for problem in trial["problems"][:1])
-        wrong += [
-            f"- {name}, {trial['group']}: `{trial['what'].strip()}`: {problem[:200]}"
-            for trial, problem in zip(part["wrong"], problems, strict=True)
-        ]
+        for trial in part["wrong"]:
+            problem = trial["problems"][0].strip().splitlines()[-1]
+            wrong.append(f"- {name}, {trial['group']}: `{trial['what'].strip()}`: {problem[:200]}")
     return (
-        "## The campaign\n\nEvery command is disturbed, given again, and compared with an undisturbed run: rows lost or doubled, "
-        "half a model shown, tracebacks, wrong answers. Seconds are of a machine that did other things too. "
+        "## The campaign\n\nEvery command is disturbed, given again, and compared with an undisturbed run: rows lost or "
+        "doubled, half a model shown, tracebacks, wrong answers. Seconds are of a machine that did other things too. "
         f"{machine(results['machine'])}\n"
         + table(["part", "trials", "in all", "with problems", "seconds", "seed"], rows)
         + ("\nWhat was wrong:\n\n" + "\n".join(wrong) + "\n" if wrong else "")

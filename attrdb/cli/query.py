@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from attrdb.cli.common import (
     Id,
     asked_encoder_option,
     at_option,
+    limit_options,
     method_option,
     ml,
     queries_option,
@@ -153,6 +155,15 @@ def methods(db: Path, at: str | None, output: Output) -> None:
     output.write(pa.Table.from_pylist(rows, pa.schema(columns)))
 
 
+def rows_option(command: Any) -> Any:
+    return click.option(
+        "--rows",
+        type=click.IntRange(0),
+        metavar="N",
+        help="Write the first N rows. Default: 100 on a terminal, else all.",
+    )(command)
+
+
 @click.command("sql", short_help="Run one SELECT over the tables and views.")
 @DB
 @click.argument("statement")
@@ -160,13 +171,43 @@ def methods(db: Path, at: str | None, output: Output) -> None:
     "-p", "--param", "params", multiple=True, metavar="NAME=VALUE", help="Value of $NAME, as text; repeatable."
 )
 @at_option
+@rows_option
+@limit_options
 @output_options
-def run_sql(db: Path, statement: str, params: tuple[str, ...], at: str | None, output: Output) -> None:
+def run_sql(
+    db: Path,
+    statement: str,
+    params: tuple[str, ...],
+    at: str | None,
+    rows: int | None,
+    limits: Any,
+    output: Output,
+) -> None:
     """Run one SELECT over the database's tables and views."""
     from attrdb.queries import parameters_of
 
     use_the_machine()
-    output.write(attrdb.open(db, read_only=True, at=at).sql(statement, parameters_of(params)))
+    _write_rows(attrdb.open(db, read_only=True, at=at), statement, parameters_of(params), rows, limits, output)
+
+
+def _write_rows(
+    database: Any, statement: str, parameters: dict[str, Any], rows: int | None, limits: Any, output: Output
+) -> None:
+    """Write the result of a statement: on a screen the first rows, elsewhere all, unless a number is given."""
+    from attrdb.shell.session import ROWS_ON_SCREEN
+
+    if rows is None and output == Output() and sys.stdout.isatty():
+        rows = ROWS_ON_SCREEN
+    table = database.sql(
+        statement,
+        parameters,
+        timeout=limits.seconds,
+        memory=limits.memory,
+        rows=None if rows is None else rows + 1,
+    )
+    output.write(table if rows is None else table.slice(0, rows))
+    if rows is not None and len(table) > rows:
+        click.echo(f"the first {rows:,} rows; --rows N writes more, --output FILE all of them", err=True)
 
 
 def complete_query(context: click.Context, parameter: click.Parameter, typed: str) -> list[str]:
@@ -188,6 +229,8 @@ def complete_query(context: click.Context, parameter: click.Parameter, typed: st
 )
 @queries_option
 @at_option
+@rows_option
+@limit_options
 @output_options
 def run_query(
     db: Path,
@@ -195,6 +238,8 @@ def run_query(
     params: tuple[str, ...],
     query_folders: tuple[Path, ...],
     at: str | None,
+    rows: int | None,
+    limits: Any,
     output: Output,
 ) -> None:
     """Run a named query."""
@@ -202,7 +247,8 @@ def run_query(
 
     use_the_machine()
     database = attrdb.open(db, read_only=True, at=at, query_folders=query_folders)
-    output.write(database.query(name, **parameters_of(params)))
+    statement, parameters = database.bound_query(name, **parameters_of(params))
+    _write_rows(database, statement, parameters, rows, limits, output)
 
 
 @click.group(short_help="List the named queries, or show the SQL of one.")

@@ -5,10 +5,11 @@ from __future__ import annotations
 import io
 import sys
 from pathlib import Path
+from typing import Any
 
 import click
 
-from attrdb.cli.common import DB, at_option, queries_option
+from attrdb.cli.common import DB, at_option, limit_options, queries_option
 from attrdb.cli.rows import format_options
 from attrdb.errors import MissingExtra
 from attrdb.search.memory import use_the_machine
@@ -18,8 +19,9 @@ from attrdb.search.memory import use_the_machine
 @DB
 @queries_option
 @at_option
+@limit_options
 @format_options
-def shell(db: Path, query_folders: tuple[Path, ...], at: str | None, form: str | None) -> None:
+def shell(db: Path, query_folders: tuple[Path, ...], at: str | None, limits: Any, form: str | None) -> None:
     """Ask in SQL at a prompt with history and completion. The database is only read.
 
     A statement is one SELECT, ended by a semicolon. `.help` lists the other commands: tables, named queries, formats, files,
@@ -41,7 +43,7 @@ def shell(db: Path, query_folders: tuple[Path, ...], at: str | None, form: str |
                 "statements on standard input"
             ) from error
     on_screen = at_prompt and sys.stdout.isatty()
-    session = Shell(db, at=at, query_folders=query_folders, form=form or "table", on_screen=on_screen)
+    session = Shell(db, at=at, query_folders=query_folders, form=form or "table", on_screen=on_screen, limits=limits)
     if at_prompt:
         run_prompt(session)
     else:

@@ -1,5 +1,6 @@
 """SQL over one snapshot, read-only and closed in."""
 
-from attrdb.sql.connection import connect, run, stream
+from attrdb.sql.connection import connect, run, select, stream
+from attrdb.sql.limits import Limits
 
-__all__ = ["connect", "run", "stream"]
+__all__ = ["Limits", "connect", "run", "select", "stream"]
