@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -120,27 +120,42 @@ class Database:
 
     # --- SQL ---------------------------------------------------------------------------------------------------------
 
-    def sql(self, statement: str, parameters: dict[str, Any] | None = None) -> pa.Table:
+    def sql(
+        self,
+        statement: str,
+        parameters: dict[str, Any] | None = None,
+        relations: Mapping[str, Any] | None = None,
+    ) -> pa.Table:
         """The result of one SELECT over the pinned tables; its schema metadata names the images version.
 
-        raises: QueryRefused with DuckDB's words, or if the statement is not one SELECT or asks for files or the network,
-                StorageError for a damaged file
+        relations: tables of your own that the statement may name: name -> Arrow table, data frame or path of a file, see
+                   `sql.load_tables`
+        raises:    QueryRefused with DuckDB's words, or if the statement is not one SELECT or asks for files or the network,
+                   StorageError for a damaged file, and as `sql.load_tables`
         """
-        return self._select(self.snapshot, statement, parameters)
+        return self._select(self.snapshot, statement, parameters, relations)
 
-    def _select(self, snapshot: Snapshot, statement: str, parameters: dict[str, Any] | None) -> pa.Table:
-        with storage(self.path), sql.connect(snapshot) as connection:
+    def _select(
+        self,
+        snapshot: Snapshot,
+        statement: str,
+        parameters: dict[str, Any] | None,
+        relations: Mapping[str, Any] | None,
+    ) -> pa.Table:
+        tables = sql.load_tables(relations)
+        with storage(self.path), sql.connect(snapshot, tables) as connection:
             return _versioned(sql.run(connection, statement, parameters), snapshot)
 
-    def query(self, name: str, **parameters: Any) -> pa.Table:
+    def query(self, name: str, *, relations: Mapping[str, Any] | None = None, **parameters: Any) -> pa.Table:
         """The result of a named query, such as `db.query("recall_at_k", k=10)`.
 
         A query's `method` may be given as encoder_id and mapper_id too; without any it is similarity of the first encoder.
+        relations: as of `sql`
         raises: NotFound for an unknown query, encoder or image, InvalidValue for a wrong parameter
         """
         snapshot = self.snapshot
         query, given = self._named(snapshot, name, parameters)
-        return self._select(snapshot, query.sql, given)
+        return self._select(snapshot, query.sql, given, relations)
 
     def bound_query(self, name: str, **parameters: Any) -> tuple[str, dict[str, Any]]:
         """The SQL of a named query and all its parameters, for a caller that runs it itself; raises as `query`."""

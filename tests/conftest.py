@@ -50,6 +50,7 @@ LIGHT = (
     "test_sql_page",
     "test_upgrades",
     "test_user_queries",
+    "test_user_tables",
     "test_version",
 )
 NEEDS = dict.fromkeys(LIGHT, "lance") | {"test_shell": "prompt_toolkit"}

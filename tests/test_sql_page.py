@@ -62,6 +62,7 @@ def test_what_the_examples_find(ranked):
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_command_runs(ranked, command, monkeypatch, tmp_path):
     (tmp_path / "DIR").mkdir()
+    (tmp_path / "contracts.csv").write_text("model_id,rate\nm,0.5\n")
     monkeypatch.chdir(tmp_path)
     words = shlex.split(command.replace("my.attrdb", str(ranked.path)).replace("--at 12", "--at 3"))[1:]
     if "2026-11-01" in command:  # a time at which this database was not there yet

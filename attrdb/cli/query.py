@@ -19,6 +19,7 @@ from attrdb.cli.common import (
     quiet_option,
     renamed,
     stored_encoder_id,
+    with_option,
 )
 from attrdb.cli.rows import Output, output_options
 from attrdb.errors import AttrdbError, InvalidValue, NotFound
@@ -159,14 +160,20 @@ def methods(db: Path, at: str | None, output: Output) -> None:
 @click.option(
     "-p", "--param", "params", multiple=True, metavar="NAME=VALUE", help="Value of $NAME, as text; repeatable."
 )
+@with_option
 @at_option
 @output_options
-def run_sql(db: Path, statement: str, params: tuple[str, ...], at: str | None, output: Output) -> None:
-    """Run one SELECT over the database's tables and views."""
+def run_sql(
+    db: Path, statement: str, params: tuple[str, ...], relations: dict[str, Path], at: str | None, output: Output
+) -> None:
+    """Run one SELECT over the database's tables and views.
+
+    A table of your own joins in with --with contracts=contracts.csv: it is loaded before the statement runs.
+    """
     from attrdb.queries import parameters_of
 
     use_the_machine()
-    output.write(attrdb.open(db, read_only=True, at=at).sql(statement, parameters_of(params)))
+    output.write(attrdb.open(db, read_only=True, at=at).sql(statement, parameters_of(params), relations))
 
 
 def complete_query(context: click.Context, parameter: click.Parameter, typed: str) -> list[str]:
@@ -187,6 +194,7 @@ def complete_query(context: click.Context, parameter: click.Parameter, typed: st
     "-p", "--param", "params", multiple=True, metavar="NAME=VALUE", help="A parameter of the query; repeatable."
 )
 @queries_option
+@with_option
 @at_option
 @output_options
 def run_query(
@@ -194,6 +202,7 @@ def run_query(
     name: str,
     params: tuple[str, ...],
     query_folders: tuple[Path, ...],
+    relations: dict[str, Path],
     at: str | None,
     output: Output,
 ) -> None:
@@ -202,7 +211,7 @@ def run_query(
 
     use_the_machine()
     database = attrdb.open(db, read_only=True, at=at, query_folders=query_folders)
-    output.write(database.query(name, **parameters_of(params)))
+    output.write(database.query(name, relations=relations, **parameters_of(params)))
 
 
 @click.group(short_help="List the named queries, or show the SQL of one.")

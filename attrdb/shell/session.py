@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import shlex
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from functools import cached_property
 from pathlib import Path
@@ -48,8 +48,9 @@ class Quit(Exception):
 class Shell:
     """What the user has set: the database and its version, the format, and the file of the next result.
 
-    on_screen: results for reading are cut off after ROWS_ON_SCREEN rows, with a note
-    raises:    as `attrdb.open`
+    user_tables: the user's own tables, loaded here, see `sql.load_tables`
+    on_screen:   results for reading are cut off after ROWS_ON_SCREEN rows, with a note
+    raises:      as `attrdb.open`, `sql.load_tables` and `sql.connect`
     """
 
     def __init__(
@@ -58,6 +59,7 @@ class Shell:
         *,
         at: str | None = None,
         query_folders: Sequence[Path] = (),
+        user_tables: Mapping[str, Any] | None = None,
         form: str = "table",
         on_screen: bool = False,
     ):
@@ -65,13 +67,15 @@ class Shell:
         self.form, self.on_screen = form, on_screen
         self.file: Path | None = None  # of the next result
         self.db = attrdb.open(path, read_only=True, at=at, query_folders=query_folders)
+        self.user_tables = sql.load_tables(user_tables)
+        sql.connect(self.db.snapshot, self.user_tables).close()  # refuses a name that is taken
         self._relations: tuple[Snapshot, dict[str, Described]] | None = None
 
     @property
     def relations(self) -> dict[str, Described]:
         """Everything that can stand in FROM, at the version that is being read."""
         if self._relations is None or self._relations[0] is not self.db.snapshot:
-            self._relations = (self.db.snapshot, relations(self.db.snapshot))
+            self._relations = (self.db.snapshot, relations(self.db.snapshot, self.user_tables))
         return self._relations[1]
 
     @cached_property
@@ -115,7 +119,7 @@ class Shell:
             note(f"the first {ROWS_ON_SCREEN} rows; .output FILE before the statement writes all of them")
 
     def _rows(self, text: str, parameters: dict[str, Any] | None, most: int | None) -> pa.Table:
-        with storage(self.path), sql.connect(self.db.snapshot) as connection:
+        with storage(self.path), sql.connect(self.db.snapshot, self.user_tables) as connection:
             return interruptible(connection, lambda: sql.run(connection, text, parameters, most))
 
     def _tables(self, words: list[str]) -> None:

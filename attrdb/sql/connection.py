@@ -18,6 +18,7 @@ from attrdb.attribution.query import Attribution, AttributionRequest, attribute_
 from attrdb.attribution.similarity import unit_features
 from attrdb.errors import QueryRefused
 from attrdb.search import planner
+from attrdb.sql import user_tables
 from attrdb.sql.relations import STORED, Relation, features_view, older_view, relations
 from attrdb.store.schema import TABLES, Row
 from attrdb.store.snapshot import Snapshot
@@ -36,13 +37,17 @@ _SHARE = pa.struct(
 )
 
 
-def connect(snapshot: Snapshot) -> duckdb.DuckDBPyConnection:
+def connect(snapshot: Snapshot, tables: Mapping[str, pa.Table] | None = None) -> duckdb.DuckDBPyConnection:
     """A connection that sees the tables of the snapshot, its views and macros, and no file, network or setting.
 
     Views, macros and functions are made once for a snapshot, which takes some 20 ms, and shared by its connections.
+    tables: tables of the caller's own, see `user_tables`
+    raises: InvalidValue for a table that has a name of the database
     """
     connection = snapshot.once(_catalog).cursor()
     _register(connection, snapshot)  # what is registered is a connection's own
+    if tables:
+        user_tables.register(connection, tables)
     return connection
 
 
@@ -241,7 +246,8 @@ def _refused() -> Iterator[None]:
         yield
     except duckdb.PermissionException as error:
         raise QueryRefused(
-            f"SQL in attrdb reads the database's own tables, not files or the network: {_first_line(error)}"
+            f"SQL in attrdb reads the database's own tables, not files or the network: {_first_line(error)}; a file of yours "
+            "is read if the command names it: --with NAME=FILE, in Python relations={'NAME': 'FILE'}"
         ) from error
     except duckdb.Error as error:
         if damaged := re.search(r"reading the stream registered as '_?(\w+)' failed: (.*)", str(error)):
