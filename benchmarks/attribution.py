@@ -12,7 +12,7 @@ from attrdb.pages.report import CUT_OFFS, render_plots
 
 PLOTS = Path(__file__).parent / "plots"
 DISCUSSION = Path(__file__).parent / "iconabc" / "discussion.md"
-# Of the paper; no package that we results carries their weights. The spec is what adds each of them.
+# Of the paper; no package that we found carries their weights. The spec is what adds each of them.
 UNAVAILABLE = {
     "CLIP": "open_clip:ViT-B-32/openai",
     "DINO": "timm:vit_base_patch16_224.dino",

@@ -55,6 +55,7 @@ ROOM_OF = {
     "attrdb.progress": "base",
     "attrdb.text": "base",
     "attrdb.demo": "cli",
+    "attrdb.__main__": "cli",
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 from dataclasses import replace
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
@@ -10,6 +11,7 @@ from pathlib import Path
 from types import ModuleType
 
 import duckdb
+import lance
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -99,10 +101,31 @@ def rows(entries: list[tuple[str, str, str | None, float]], **columns: list) -> 
     )
 
 
+def add_index(database: Path, encoder_id: str, **options) -> None:
+    """A vector index of two partitions, with its row in `indices`."""
+    images = lance.dataset(str(database / "images.lance"))
+    images.create_index(encoder_id, "IVF_FLAT", metric="cosine", num_partitions=2, **options)
+    search = {"n_partitions": 2, "n_probes": 2, "oversampling": 1, "recall": 1.0, "n_rows": images.count_rows()}
+    attrdb.open(database).writer.upsert("indices", [{"encoder_id": encoder_id, "kind": "IVF_FLAT", **search}])
+
+
 @pytest.fixture(scope="session")
 def learnable(tmp_path_factory):
     """Only to be read, or copied."""
     return build(tmp_path_factory.mktemp("learnable") / "some.attrdb")
+
+
+@pytest.fixture(scope="session")
+def removable_database(tmp_path_factory):
+    """Only to be read, or copied."""
+    from removable import build  # which imports this module
+
+    return build(tmp_path_factory.mktemp("removable") / "full.attrdb")
+
+
+@pytest.fixture
+def full(removable_database, tmp_path):
+    return attrdb.open(shutil.copytree(removable_database, tmp_path / "full.attrdb"))
 
 
 @pytest.fixture

@@ -22,10 +22,10 @@ from pathlib import Path
 from random import Random
 
 import click
-import lance
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from conftest import add_index
 from PIL import Image
 
 import attrdb
@@ -144,10 +144,7 @@ def much_stored(db: Path, inputs: Path) -> None:
     """A corpus, models and features that others made, in many fragments, with a vector index."""
     ingest_corpus(db, inputs)
     append_models(db, inputs)
-    images = lance.dataset(str(db / "images.lance"))
-    images.create_index("pixels_2", "IVF_FLAT", metric="cosine", num_partitions=2)
-    asked = {"kind": "IVF_FLAT", "n_partitions": 2, "n_probes": 2, "oversampling": 1, "recall": 1.0, "n_rows": 1}
-    attrdb.open(db).writer.upsert("indices", [{"encoder_id": "pixels_2", **asked}])
+    add_index(db, "pixels_2")
     attrdb.open(db).writer.append_model(*model("late", 99))
 
 

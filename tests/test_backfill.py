@@ -13,7 +13,7 @@ from attrdb.ingest.encode import add_encoder as module
 from attrdb.ingest.encode.add_encoder import backfill
 from attrdb.ingest.read import corpus
 from attrdb.ingest.read.pictures import read_picture_file
-from attrdb.store.ids import encode_job
+from attrdb.store.job_folders import encode_job
 from attrdb.store.locks import exclusive_lock
 from attrdb.upkeep import optimize
 

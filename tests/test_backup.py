@@ -8,11 +8,10 @@ import time
 import zipfile
 from pathlib import Path
 
-import lance
 import pytest
 from click.testing import CliRunner
-from conftest import rows
-from removable import build, files
+from conftest import add_index, rows
+from removable import files
 
 import attrdb
 from attrdb.cli import main
@@ -40,27 +39,13 @@ def answers(db):
     return tables, [db.attribute(sample, k=4).to_pylist() for sample in samples], db.version
 
 
-@pytest.fixture(scope="module")
-def built(tmp_path_factory):
-    return build(tmp_path_factory.mktemp("built") / "full.attrdb")
-
-
 @pytest.fixture
-def full(built, tmp_path):
+def full(full):
     """With weights, an index, deleted rows, older versions, and a job that is half done."""
-    db = attrdb.open(shutil.copytree(built, tmp_path / "full.attrdb"))
+    db = full
     entries = [(f"c{n:03d}", "pretraining", None, 100 + n / 5) for n in range(300)]
     db.writer.append_images(rows(entries))
-    lance.dataset(str(db.path / "images.lance")).create_index("toy_2", "IVF_FLAT", metric="cosine", num_partitions=2)
-    row = {
-        "encoder_id": "toy_2",
-        "kind": "IVF_FLAT",
-        "n_partitions": 2,
-        "n_probes": 2,
-        "oversampling": 1,
-        "recall": 1.0,
-    }
-    db.writer.upsert("indices", [row | {"n_rows": 300}])
+    add_index(db.path, "toy_2")
     db.writer.delete("images", "image_id = 'c007'")
     (db.path / "weights").mkdir()
     for name in ("m.safetensors", "m.json", "half.safetensors"):

@@ -12,7 +12,7 @@ from attrdb.cli import main
 from attrdb.errors import InvalidValue
 from attrdb.ingest.models.settings import default_model_id, read_exemplars, settings_for
 from attrdb.models import training_record
-from attrdb.store import ids, writer
+from attrdb.store import ids, job_folders, writer
 from attrdb.training.train import TrainSettings, train
 
 HOSTILE = ["/../../../precious", "../precious", "/../../images.lance", "a/b", "a\\b", ".", "..", ".hidden", "-x", "a b"]
@@ -40,12 +40,12 @@ def test_ids_that_can_be_used(good):
 
 @pytest.mark.parametrize("bad", HOSTILE + NOT_GIVEN)
 def test_ids_that_cannot_be_used(bad, tmp_path):
-    for make in (ids.model_job, ids.train_job, ids.weights_file):
+    for make in (job_folders.model_job, job_folders.train_job, ids.weights_file):
         with pytest.raises(
             InvalidValue, match=r"id '.*' \(\d+ characters\) cannot be used; an id has 1 to 120 letters"
         ):
             make(tmp_path, bad)
-    for made in (ids.lock_file(tmp_path, "attribute", bad), ids.encode_job(tmp_path, bad).path):
+    for made in (ids.lock_file(tmp_path, "attribute", bad), job_folders.encode_job(tmp_path, bad).path):
         assert made.parent == tmp_path / "jobs"
         assert len(made.name) < 100
 
@@ -122,16 +122,16 @@ def test_training_deletes_its_own_folder_and_no_other(db, tmp_path):
     settings = TrainSettings(lr=0.01, batch=8, epochs=1)
     with pytest.raises(InvalidValue, match="cannot be used"):
         train(db, settings=settings, mapper_id="/../../../precious")
-    model_job = ids.model_job(db.path, "train-mine").make()
+    model_job = job_folders.model_job(db.path, "train-mine").make()
     (model_job / "half.safetensors").write_text("made")
     train(db, settings=settings, mapper_id="mine")
     assert (model_job / "half.safetensors").exists()
-    assert not ids.train_job(db.path, "mine").path.exists()
+    assert not job_folders.train_job(db.path, "mine").path.exists()
     assert (tmp_path / "precious" / "work.txt").read_text() == "years of it"
 
 
 def test_a_link_in_the_place_of_a_job_is_not_followed(db, tmp_path):
-    job = ids.model_job(db.path, "vase")
+    job = job_folders.model_job(db.path, "vase")
     job.path.parent.mkdir(exist_ok=True)
     job.path.symlink_to(tmp_path / "precious")
     job.remove()
@@ -168,14 +168,14 @@ def test_an_old_database_with_an_encoder_of_a_long_name_is_used_on(empty, monkey
     monkeypatch.undo()
     assert empty.writer.check_encoder(spec, 2, {}, "")
     assert empty.writer.add_encoder(spec, 2, {}, "") == encoder_id
-    assert ids.encode_job(empty.path, encoder_id).path.parent == empty.path / "jobs"
+    assert job_folders.encode_job(empty.path, encoder_id).path.parent == empty.path / "jobs"
 
 
 # --- the settings of a half-done job ----------------------------------------------------------------------------------
 
 
 def test_a_job_keeps_its_settings(tmp_path):
-    job = ids.model_job(tmp_path, "vase")
+    job = job_folders.model_job(tmp_path, "vase")
     assert job.read_settings() is None
     job.make()
     job.write_settings({"steps": 3, "name": "väse"})
@@ -185,7 +185,7 @@ def test_a_job_keeps_its_settings(tmp_path):
 
 @pytest.mark.parametrize("content", [b"", b'{"steps": ', b"[1, 2]", b"\xff\xfe", b"null"])
 def test_damaged_settings_are_named(tmp_path, content):
-    job = ids.model_job(tmp_path, "vase")
+    job = job_folders.model_job(tmp_path, "vase")
     job.make()
     job.settings_file.write_bytes(content)
     with pytest.raises(InvalidValue, match=re.escape(f"settings.json is damaged; delete {job.path} to start again")):
@@ -193,6 +193,6 @@ def test_damaged_settings_are_named(tmp_path, content):
 
 
 def test_settings_that_differ_are_named_with_both_values():
-    ids.check_same_settings("mapper", "a", {"lr": 1}, {"lr": 1}, "in my.attrdb")
+    job_folders.check_same_settings("mapper", "a", {"lr": 1}, {"lr": 1}, "in my.attrdb")
     with pytest.raises(InvalidValue, match=r"mapper 'a' is in my.attrdb with lr = 1, now it is None; .*--mapper-id"):
-        ids.check_same_settings("mapper", "a", {"lr": 1}, {}, "in my.attrdb")
+        job_folders.check_same_settings("mapper", "a", {"lr": 1}, {}, "in my.attrdb")

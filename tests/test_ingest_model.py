@@ -20,7 +20,7 @@ from attrdb.ingest.models import ingest_one, stages
 from attrdb.ingest.models.settings import default_model_id, read_exemplars, settings_for
 from attrdb.ingest.prompts import Prompt
 from attrdb.ingest.read.pictures import webp
-from attrdb.store import ids
+from attrdb.store import job_folders
 
 
 def ingest(db, folder, base, encoder, **given):
@@ -185,7 +185,7 @@ def test_killed_outright_and_rerun_is_run_once(tmp_path, exemplar_folder, tiny_b
 
 def test_two_processes_do_not_make_the_same_model(empty, exemplar_folder, tiny_base, toy_encoder):
     with (
-        stages.leased_job(ids.model_job(empty.path, "vase-1")),
+        stages.leased_job(job_folders.model_job(empty.path, "vase-1")),
         pytest.raises(Busy, match=r"'vase-1' is being made by another process \(\d+ on .*\); wait for it"),
     ):
         ingest(empty, exemplar_folder, tiny_base, toy_encoder)

@@ -27,7 +27,7 @@ from attrdb.ingest.models.specs import read_specs
 from attrdb.ingest.models.stages import leased_job
 from attrdb.ingest.options import QueueSettings
 from attrdb.progress import no_progress
-from attrdb.store.ids import model_job
+from attrdb.store.job_folders import model_job
 from attrdb.store.leases import holder
 
 ENCODERS = ("pixels:2",)
@@ -305,7 +305,7 @@ def test_of_two_that_begin_at_once_one_goes_on(tmp_path, monkeypatch):
 def test_what_a_killed_process_held_is_free(tmp_path):
     job = model_job(tmp_path, "red")
     program = (
-        "import os, sys; from pathlib import Path; from attrdb.store.ids import model_job\n"
+        "import os, sys; from pathlib import Path; from attrdb.store.job_folders import model_job\n"
         "from attrdb.ingest.models.stages import leased_job\n"
         "with leased_job(model_job(Path(sys.argv[1]), 'red')): os._exit(9)"
     )

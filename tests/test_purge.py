@@ -9,28 +9,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner
-from conftest import angle
-from removable import EVERYTHING, build, consistent, content, described, files, needles, places, sha
+from conftest import add_index, angle
+from removable import EVERYTHING, consistent, content, described, files, needles, places, sha
 
 import attrdb
 from attrdb.cli import main
 from attrdb.errors import InvalidValue
 from attrdb.search import index_build, planner
-from attrdb.store.ids import encode_job, model_job, train_job
+from attrdb.store.job_folders import encode_job, model_job, train_job
 from attrdb.store.schema import TABLES, feature_array
 from attrdb.store.writer import Writer
 from attrdb.upkeep import health
-
-
-@pytest.fixture(scope="module")
-def built(tmp_path_factory):
-    return build(tmp_path_factory.mktemp("built") / "full.attrdb")
-
-
-@pytest.fixture
-def full(built, tmp_path):
-    return attrdb.open(shutil.copytree(built, tmp_path / "full.attrdb"))
-
 
 # --- nothing on the disk ---------------------------------------------------------------------------------------------
 
@@ -102,17 +91,7 @@ def test_an_index_holds_no_removed_feature(full, monkeypatch, whole_fragment):
     full.writer.append_images(described(more))
     full.writer.append_images(described([("late", "pretraining", None, 95), ("next", "pretraining", None, 97)]))
     index_build.cover_columns(full.writer)
-    images = lance.dataset(str(full.path / "images.lance"))
-    images.create_index("toy_2", "IVF_FLAT", metric="cosine", num_partitions=2)
-    row = {
-        "encoder_id": "toy_2",
-        "kind": "IVF_FLAT",
-        "n_partitions": 2,
-        "n_probes": 2,
-        "oversampling": 1,
-        "recall": 1.0,
-    }
-    full.writer.upsert("indices", [row | {"n_rows": 600}])
+    add_index(full.path, "toy_2")
     before = places(full.path, "late", 95)
     assert set(before) == EVERYTHING
     assert any(file.startswith("images.lance/_indices/") for file in before["feature"])
@@ -127,18 +106,7 @@ def test_an_index_holds_no_removed_feature(full, monkeypatch, whole_fragment):
 
 def test_an_index_whose_centroid_is_the_feature_is_dropped(full):
     full.writer.append_images(described([(f"c{n:04d}", "pretraining", None, 180 + n / 100) for n in range(600)]))
-    images = lance.dataset(str(full.path / "images.lance"))
-    centroids = np.array([angle(90), angle(183)], np.float32)
-    images.create_index("toy_2", "IVF_FLAT", metric="cosine", num_partitions=2, ivf_centroids=centroids)
-    row = {
-        "encoder_id": "toy_2",
-        "kind": "IVF_FLAT",
-        "n_partitions": 2,
-        "n_probes": 2,
-        "oversampling": 1,
-        "recall": 1.0,
-    }
-    full.writer.upsert("indices", [row | {"n_rows": 600}])
+    add_index(full.path, "toy_2", ivf_centroids=np.array([angle(90), angle(183)], np.float32))
     assert full.remove(ids=["p20"], purge=True).dropped_indices == []
     assert any("/_indices/" in file for file in places(full.path, "p90", 90)["feature"])
     assert full.remove(ids=["p90"], purge=True).dropped_indices == ["toy_2"]
@@ -221,7 +189,9 @@ class Killed(BaseException):
 
 
 @pytest.mark.parametrize(("models", "first"), [("mark", 0), ("remove", 1)])
-def test_interrupted_before_any_commit_it_is_finished_by_a_rerun(built, tmp_path, monkeypatch, models, first):
+def test_interrupted_before_any_commit_it_is_finished_by_a_rerun(
+    removable_database, tmp_path, monkeypatch, models, first
+):
     """Before every other of the first commits, and some of those of the purge."""
     commit, n_commits, last = Writer.commit, 0, None
 
@@ -234,12 +204,12 @@ def test_interrupted_before_any_commit_it_is_finished_by_a_rerun(built, tmp_path
 
     monkeypatch.setattr(Writer, "commit", counting)
     options = OPTIONS | {"models": models}
-    whole = attrdb.open(shutil.copytree(built, tmp_path / "whole.attrdb"))
+    whole = attrdb.open(shutil.copytree(removable_database, tmp_path / "whole.attrdb"))
     whole.remove(**options)
     wanted, n_needed = state(whole), n_commits
     assert n_needed > 24
     for point in [*range(first, 14, 2), 20, n_needed - 2 + first]:
-        db = attrdb.open(shutil.copytree(built, tmp_path / f"{point}.attrdb"))
+        db = attrdb.open(shutil.copytree(removable_database, tmp_path / f"{point}.attrdb"))
         n_commits, last = 0, point
         with pytest.raises(Killed):
             db.remove(**options)

@@ -8,10 +8,12 @@ import shutil
 
 import click
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner
 from conftest import ROOT, TOY, rows
-from removable import build, files, settings, sha
+from removable import files, settings, sha
 
 import attrdb
 from attrdb.attribution.batch import attribute_samples
@@ -34,16 +36,6 @@ def ids(db, table="images", column="image_id"):
 
 def count(db, table):
     return db.sql(f"SELECT count(*) AS n FROM {table}")["n"][0].as_py()
-
-
-@pytest.fixture(scope="module")
-def built(tmp_path_factory):
-    return build(tmp_path_factory.mktemp("built") / "full.attrdb")
-
-
-@pytest.fixture
-def full(built, tmp_path):
-    return attrdb.open(shutil.copytree(built, tmp_path / "full.attrdb"))
 
 
 # --- rows ------------------------------------------------------------------------------------------------------------
@@ -383,3 +375,83 @@ def test_the_commands_of_the_pages_parse_and_their_sql_runs(full):
             main.commands[name].make_context(name, words, parent=click.Context(main, **main.context_settings))
         for statement in re.findall(r"```sql\n(.*?)```", text, re.DOTALL):
             assert full.sql(statement).num_rows == 0
+
+
+# --- a stranger's database -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def precious(tmp_path):
+    """A folder outside of the database, which looks like a job's."""
+    folder = tmp_path / "precious"
+    folder.mkdir()
+    (folder / "settings.json").write_text(json.dumps({"exemplars": [sha("e0")]}))
+    pq.write_table(pa.table({"image_id": ["m/e0"]}), folder / "mine.parquet")
+    return folder
+
+
+def test_an_id_in_a_row_is_no_path_that_is_deleted(full, precious):
+    """Of a model without a row, all images go, and its folder; here its id leads out of `jobs`, or to a table."""
+    for model_id in ("../../precious", str(precious), "../images.lance"):
+        full.writer.append_images(rows([(f"{model_id}/e0", "exemplar", model_id, 5)]))
+        removal = full.remove(ids=[f"{model_id}/e0"])
+        assert removal.unfinished_models == [model_id]
+    assert sorted(file.name for file in precious.iterdir()) == ["mine.parquet", "settings.json"]
+    assert health.check(full.snapshot) == []
+
+
+def test_weights_are_deleted_among_the_weights_alone(full):
+    [model] = full.snapshot.rows("models", "model_id = 'm'")
+    kept = full.path / "jobs" / "notes.txt"
+    kept.write_text("mine")
+    full.writer.upsert("models", [model | {"weights_path": "jobs/notes.txt"}])
+    full.remove(ids=["m/e0"], models="remove")
+    assert kept.exists()
+
+
+@pytest.mark.parametrize("name", ["half", ".train-half", ".encode-half"])
+def test_a_link_among_the_jobs_is_left_alone_with_what_it_points_to(full, precious, name):
+    (full.path / "jobs").mkdir(exist_ok=True)
+    (full.path / "jobs" / name).symlink_to(precious)
+    full.remove(ids=["m/e0"])
+    assert sorted(file.name for file in precious.iterdir()) == ["mine.parquet", "settings.json"]
+
+
+def test_jobs_that_are_a_link_out_of_the_database_are_refused(full, precious):
+    shutil.rmtree(full.path / "jobs", ignore_errors=True)
+    (full.path / "jobs").symlink_to(precious.parent)
+    with pytest.raises(InvalidValue, match="jobs is a link that leaves the database"):
+        full.remove(ids=["m/e0"])
+    assert precious.exists()
+
+
+def change_plan(folder, **changes):
+    file = folder / "plan.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda folder: change_plan(folder, unfinished=["../../precious"]),
+        lambda folder: change_plan(folder, unfinished=3),
+        lambda folder: change_plan(folder, more=1),
+        lambda folder: (folder / "plan.json").write_text("{"),
+        lambda folder: (folder / "plan.json").write_text("[]"),
+        lambda folder: (folder / "images.parquet").write_bytes(b"PAR1"),
+        lambda folder: (folder / "images.parquet").unlink(),
+    ],
+)
+def test_a_plan_that_was_changed_or_is_damaged_deletes_nothing_else(full, precious, monkeypatch, damage):
+    monkeypatch.setattr("attrdb.upkeep.removal.remove._delete", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        full.remove(ids=["m/e0"])
+    monkeypatch.undo()
+    damage(full.path / "jobs" / ".remove")
+    done = CliRunner().invoke(main, ["remove", str(full.path), "--where", "image_id = 'm/e0'"])
+    assert precious.exists()
+    if done.exit_code:
+        assert "is damaged" in done.output
+        assert "Traceback" not in done.output
+        shutil.rmtree(full.path / "jobs" / ".remove")
+        assert full.remove(ids=["m/e0"]).n_images == 1

@@ -2,13 +2,12 @@
 
 import json
 import multiprocessing
-import shutil
 import threading
 import time
 
 import pytest
 from conftest import rows
-from removable import build, consistent, places, sha
+from removable import consistent, places, sha
 
 import attrdb
 from attrdb.attribution import batch
@@ -16,7 +15,7 @@ from attrdb.attribution.batch import attribute_samples
 from attrdb.attribution.query import AttributionRequest
 from attrdb.errors import Busy, InvalidValue, NotFound
 from attrdb.store import snapshot as snapshots
-from attrdb.store.ids import encode_job, model_job, train_job
+from attrdb.store.job_folders import encode_job, model_job, train_job
 from attrdb.store.leases import leased
 from attrdb.store.locks import exclusive_lock
 from attrdb.store.schema import TABLES
@@ -24,16 +23,6 @@ from attrdb.store.writer import Writer
 from attrdb.training import evaluate as evaluation
 from attrdb.training.evaluate import evaluate
 from attrdb.upkeep import health
-
-
-@pytest.fixture(scope="module")
-def built(tmp_path_factory):
-    return build(tmp_path_factory.mktemp("built") / "full.attrdb")
-
-
-@pytest.fixture
-def full(built, tmp_path):
-    return attrdb.open(shutil.copytree(built, tmp_path / "full.attrdb"))
 
 
 def test_attributions_that_were_computed_with_the_image_are_refused(full, monkeypatch):

@@ -24,7 +24,7 @@ from attrdb.ingest.encode import encode, load_encoder
 from attrdb.ingest.read.corpus import image_rows, register
 from attrdb.ingest.read.pictures import read_picture, webp
 from attrdb.search.mapper import Mapper
-from attrdb.store.ids import train_job
+from attrdb.store.job_folders import train_job
 from attrdb.training import augment as augment_module
 from attrdb.training import pairs as pairs_module
 from attrdb.training.evaluate import evaluate

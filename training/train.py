@@ -31,7 +31,7 @@ from attrdb.search import index_tuning
 from attrdb.search.mapper import Mapper
 from attrdb.store import jobs
 from attrdb.store.files import write_whole
-from attrdb.store.ids import JobFolder, check_same_settings, train_job
+from attrdb.store.job_folders import JobFolder, check_same_settings, train_job
 from attrdb.store.locks import exclusive_lock
 from attrdb.store.predicates import among
 from attrdb.training.evaluate import features_by_model, ranks

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from threading import get_ident
 from typing import Any
 
 import lance
@@ -54,7 +55,7 @@ class Writer:
         self.path = path
         self.read_only = read_only or at is not None
         self._at = at
-        self._is_exclusive = False
+        self._exclusive_thread: int | None = None
         self.snapshot = open_snapshot(path, at)
 
     def refresh(self) -> None:
@@ -296,7 +297,7 @@ class Writer:
     def writing(self) -> Iterator[None]:
         """Every write happens inside this block, which waits for a writer that is `exclusive`."""
         self._check_writable()
-        if self._is_exclusive:
+        if self._exclusive_thread == get_ident():
             yield
         else:
             with waiting_lock(self.path / WRITERS_LOCK, exclusive=False):
@@ -304,14 +305,14 @@ class Writer:
 
     @contextmanager
     def exclusive(self) -> Iterator[None]:
-        """Wait until no process writes, and let no other write inside the block."""
+        """Wait until no process writes, and let no other process or thread write inside the block."""
         self._check_writable()
         with waiting_lock(self.path / WRITERS_LOCK, exclusive=True):
-            self._is_exclusive = True
+            self._exclusive_thread = get_ident()
             try:
                 yield
             finally:
-                self._is_exclusive = False
+                self._exclusive_thread = None
 
     def commit(self, write: Callable[[], Any]) -> Any:
         """Run a write and read its version from now on; the write is repeated if another writer was first.

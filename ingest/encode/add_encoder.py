@@ -30,7 +30,7 @@ from attrdb.ingest.read.pictures import read_picture
 from attrdb.progress import Progress, counted, no_progress
 from attrdb.store import jobs
 from attrdb.store.files import write_whole
-from attrdb.store.ids import encode_job
+from attrdb.store.job_folders import encode_job
 from attrdb.store.jobs import JobResult
 from attrdb.store.lance_errors import storage
 from attrdb.store.locks import exclusive_lock

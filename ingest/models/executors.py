@@ -28,7 +28,7 @@ from attrdb.ingest.encode import Encoder, load_encoder
 from attrdb.ingest.models.ingest_one import ingest_model
 from attrdb.ingest.models.specs import ModelSpec
 from attrdb.progress import Progress
-from attrdb.store.ids import model_job
+from attrdb.store.job_folders import model_job
 from attrdb.store.leases import LEASE_MINUTES, holder
 
 BUSY_SECONDS = 0.5  # pause after a model that another process is making

@@ -42,7 +42,8 @@ from attrdb.ingest.prompts import TOKEN, Prompt, train_prompt
 from attrdb.ingest.read.corpus import image_rows, register
 from attrdb.progress import Progress, no_progress
 from attrdb.store.blocklist import blocklist
-from attrdb.store.ids import JobFolder, model_job, stored_file, weights_file
+from attrdb.store.ids import stored_file, weights_file
+from attrdb.store.job_folders import JobFolder, model_job
 from attrdb.store.leases import LEASE_MINUTES
 
 

@@ -42,7 +42,7 @@ from attrdb.ingest.prompts import TOKEN
 from attrdb.ingest.read.pictures import Picture, read_picture, webp
 from attrdb.progress import Progress
 from attrdb.store.files import write_whole
-from attrdb.store.ids import JobFolder, check_same_settings
+from attrdb.store.job_folders import JobFolder, check_same_settings
 from attrdb.store.leases import LEASE_MINUTES, Lease, leased
 
 # Follow from the settings, the machine and the corpus at the time, and stay as the first run recorded them.

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
+import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
@@ -21,7 +22,7 @@ from attrdb.errors import InvalidValue
 from attrdb.progress import Progress
 from attrdb.store.blocklist import blocklist
 from attrdb.store.files import write_whole
-from attrdb.store.ids import JobFolder
+from attrdb.store.job_folders import model_jobs
 from attrdb.store.predicates import among
 from attrdb.store.schema import Row
 from attrdb.store.snapshot import Snapshot
@@ -232,14 +233,14 @@ def _half_done(path: Path, choice: Choice) -> list[str]:
     hashes = set(choice.images["sha256"].to_pylist()) - {None}
     ids = set(choice.ids.to_pylist())
     found = []
-    for file in sorted((path / "jobs").glob("[!.]*/settings.json")):
+    for model_id, job in model_jobs(path).items():
         try:
-            record = JobFolder(file.parent).read_settings() or {}
+            record = job.read_settings() or {}
         except InvalidValue:
             continue  # nothing can be made of a job whose settings are damaged
         used = {name for key in ("exemplars", "regularization") for name in record.get(key) or ()}
         if used & hashes or used & ids:
-            found.append(file.parent.name)
+            found.append(model_id)
     return found
 
 
@@ -309,11 +310,24 @@ def store(plan: Plan, path: Path) -> None:
 
 
 def stored(path: Path) -> Plan | None:
-    """The plan of a removal that was begun and is not done; None if there is none."""
+    """The plan of a removal that was begun and is not done; None if there is none.
+
+    raises: InvalidValue if it is damaged
+    """
     folder = path / FOLDER
     if not (folder / "plan.json").exists():
         return None
-    record = json.loads((folder / "plan.json").read_text(encoding="utf-8"))
+    try:
+        record = json.loads((folder / "plan.json").read_text(encoding="utf-8"))
+        return _read(record, pq.read_table(folder / "images.parquet"))
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        raise InvalidValue(
+            f"{folder} is damaged ({type(error).__name__}): an interrupted removal cannot be finished from it; "
+            f"delete the folder, and run the removal again"
+        ) from error
+
+
+def _read(record: dict[str, Any], images: pa.Table) -> Plan:
     request = record["request"] | {"ids": record["request"]["ids"] and tuple(record["request"]["ids"])}
     models = [AffectedModel(**row | {"left": tuple(row["left"])}) for row in record["models"]]
     reach = {name: tuple(values) for name, values in record["reach"].items()}
@@ -321,7 +335,7 @@ def stored(path: Path) -> Plan | None:
         **record
         | {
             "request": RemovalRequest(**request),
-            "choice": Choice(pq.read_table(folder / "images.parquet"), tuple(record["choice"])),
+            "choice": Choice(images, tuple(record["choice"])),
             "models": tuple(models),
             "reach": Reach(**reach),
             **{name: tuple(record[name]) for name in ("unfinished", "drop_index", "copies")},

@@ -30,7 +30,8 @@ import pyarrow.parquet as pq
 
 from attrdb.errors import InvalidValue
 from attrdb.progress import Progress, no_progress
-from attrdb.store.ids import JobFolder, stored_file
+from attrdb.store.ids import stored_file
+from attrdb.store.job_folders import JobFolder, encode_jobs, model_jobs, train_jobs
 from attrdb.store.leases import leased
 from attrdb.store.locks import exclusive_lock
 from attrdb.store.predicates import among, literal
@@ -157,27 +158,23 @@ def _purge_only(writer: Writer, plan: Plan, report: Progress) -> Removal:
 
 def _locks(path: Path, plan: Plan) -> Iterator[Any]:
     """Locks of the jobs whose folders may hold the images; raises Busy, when it is entered, if a job runs."""
-    jobs = path / "jobs"
-    for model_id in plan.unfinished:
-        folder = JobFolder(jobs / model_id)
+    for model_id, folder in _model_jobs(path, plan).items():
         yield leased(folder.lock, f"model {model_id!r}, which uses one of the images, is being made")
-    for folder in _encode_jobs(path):
+    for folder in encode_jobs(path):
         yield exclusive_lock(folder.lock, f"images are encoded ({folder.path.name})")
-    for folder in _train_jobs(path, plan):
-        yield exclusive_lock(
-            folder.lock, f"mapper {folder.path.name.removeprefix('.train-')!r} is trained on the images"
-        )
+    for mapper_id, folder in _train_jobs(path, plan).items():
+        yield exclusive_lock(folder.lock, f"mapper {mapper_id!r} is trained on the images")
 
 
-def _encode_jobs(path: Path) -> list[JobFolder]:
-    return [JobFolder(folder) for folder in sorted((path / "jobs").glob(".encode-*/"))]
+def _model_jobs(path: Path, plan: Plan) -> dict[str, JobFolder]:
+    """The folders of half-done models that are given up."""
+    listed = model_jobs(path)
+    return {model_id: listed[model_id] for model_id in plan.unfinished if model_id in listed}
 
 
-def _train_jobs(path: Path, plan: Plan) -> list[JobFolder]:
+def _train_jobs(path: Path, plan: Plan) -> dict[str, JobFolder]:
     """The half-trained mappers whose folder may hold features of the images: pairs are made of exemplars and samples."""
-    if not len(plan.choice.of_role("exemplar", "sample")):
-        return []
-    return [JobFolder(folder) for folder in sorted((path / "jobs").glob(".train-*/"))]
+    return train_jobs(path) if len(plan.choice.of_role("exemplar", "sample")) else {}
 
 
 # --- deleting --------------------------------------------------------------------------------------------------------
@@ -322,30 +319,33 @@ def _delete_files(writer: Writer, plan: Plan) -> None:
     """Delete the folders of half-done jobs and the weights that hold the images, or what was learned from them."""
     path = writer.path
     stored = {row["model_id"] for row in writer.snapshot.rows("models", columns=["model_id"])}
+    for folder in _model_jobs(path, plan).values():
+        folder.remove()
     for model_id in plan.unfinished:
-        JobFolder(path / "jobs" / model_id).remove()
         if model_id not in stored:  # else the job was killed when all but its folder was done
             _delete_weights(path, f"weights/{model_id}.safetensors")
     for model in plan.removed_models:
         if model.weights_path:
             _delete_weights(path, model.weights_path)
-    for folder in _train_jobs(path, plan):
+    for folder in _train_jobs(path, plan).values():
         folder.remove()
     ids = plan.choice.ids.combine_chunks()
-    for folder in _encode_jobs(path):
+    for folder in encode_jobs(path):
         for file in folder.path.glob("*.parquet"):
             if pc.any(pc.is_in(pq.read_table(file, columns=["image_id"])["image_id"], ids)).as_py():
                 file.unlink()
 
 
 def _delete_weights(path: Path, relative: str) -> None:
-    """Delete weights, and the record beside them, if they lie in the database."""
+    """Delete weights, and the record beside them, if they lie among the database's weights: rows may name any file."""
+    weights = (path / "weights").resolve()
     try:
         file = stored_file(path, relative)
     except InvalidValue:
         return
-    for one in (file, file.with_suffix(".json")):
-        one.unlink(missing_ok=True)
+    if file.resolve().is_relative_to(weights):
+        for kept in (file, file.with_suffix(".json")):
+            kept.unlink(missing_ok=True)
 
 
 # --- telling ---------------------------------------------------------------------------------------------------------
