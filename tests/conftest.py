@@ -38,6 +38,7 @@ LIGHT = (
     "test_general_attribution",
     "test_golden",
     "test_index",
+    "test_influence_shares",
     "test_ingest_embeddings",
     "test_intervals",
     "test_maintenance",

@@ -16,10 +16,11 @@ from duckdb.func import FunctionNullHandling, PythonUDFType
 from attrdb.attribution.methods import method_rows, resolve_method
 from attrdb.attribution.query import Attribution, AttributionRequest, attribute_stored, check_enough
 from attrdb.attribution.similarity import unit_features
-from attrdb.errors import QueryRefused
+from attrdb.errors import NotFound, QueryRefused
 from attrdb.search import planner
 from attrdb.sql import user_tables
 from attrdb.sql.relations import STORED, Relation, features_view, older_view, relations
+from attrdb.store.predicates import among
 from attrdb.store.schema import TABLES, Row
 from attrdb.store.snapshot import Snapshot
 
@@ -116,6 +117,16 @@ def _catalog(snapshot: Snapshot) -> duckdb.DuckDBPyConnection:
         type=PythonUDFType.ARROW,
         null_handling=FunctionNullHandling.SPECIAL,
     )
+    connection.create_function(
+        "_sample_ids",
+        lambda predicates: pa.array(
+            [_sample_ids(owner(), one) for one in predicates.to_pylist()], pa.list_(pa.string())
+        ),
+        ["VARCHAR"],
+        "VARCHAR[]",
+        type=PythonUDFType.ARROW,
+        null_handling=FunctionNullHandling.SPECIAL,
+    )
     for relation in (*older_views(snapshot), *relations()):
         connection.execute(relation.create)
     connection.execute("SET lock_configuration = true")
@@ -185,8 +196,24 @@ def _attribute(
     request = AttributionRequest(None, k, by, tau, lam, candidates, bool(exact))
     answers = attribute_stored(snapshot, list(dict.fromkeys(samples)), request)
     is_similarity = method_rows(snapshot)[by]["kind"] == "similarity"
+    if unanswered := set(samples) - answers.keys():
+        stored = snapshot.images(among("image_id", unanswered), ["image_id"])["image_id"].to_pylist()
+        if unknown := unanswered - set(stored):
+            raise NotFound(f"no image {min(unknown)!r} in {snapshot.path}")
     rows = {sample: _share_rows(answer, is_similarity) for sample, answer in answers.items()}
     return [rows.get(sample) for sample in samples]
+
+
+def _sample_ids(snapshot: Snapshot, predicate: str | None) -> list[str]:
+    """The samples that a predicate keeps; all for None."""
+    where = "role = 'sample'"
+    if predicate is not None:
+        snapshot.check_predicate("samples", predicate)
+        where += f" AND ({predicate})"
+    ids: list[str] = snapshot.images(where, ["image_id"])["image_id"].to_pylist()
+    if predicate is not None and not ids:
+        raise NotFound(f"no sample of {snapshot.path} fulfils {predicate!r}")
+    return ids
 
 
 def _share_rows(answer: Attribution, is_similarity: bool) -> list[Row]:
