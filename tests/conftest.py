@@ -42,6 +42,7 @@ LIGHT = (
     "test_ingest_embeddings",
     "test_intervals",
     "test_maintenance",
+    "test_models_set",
     "test_node",
     "test_purge",
     "test_pylance_quirks",

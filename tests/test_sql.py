@@ -115,11 +115,11 @@ def test_header_columns_are_those_of_an_empty_run(empty, name):
         relation = connection.sql(query.sql, params=query.bind(given))
         found = list(zip(relation.columns, map(str, relation.types), strict=True))
     assert found == [(column.name, column.type) for column in query.columns]
-    try:
+    if query.reads == ("attribute",) or name == "compare_mappers":  # an empty database does not have their ids
+        with pytest.raises(QueryRefused, match=r"no image 'm/0/1' in|no method 'toy_2/m'"):
+            empty.sql(query.sql, query.bind(given))
+    else:
         assert empty.sql(query.sql, query.bind(given)).num_rows == 0
-    except QueryRefused as error:  # of an id that an empty database does not have
-        assert re.fullmatch("no image 'm/0/1' in .*|.*no method 'toy_2/m'; list them with: FROM methods", str(error))
-        assert set(given) & set(TRIAL)
 
 
 @pytest.mark.parametrize("name", ALL)

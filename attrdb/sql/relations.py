@@ -20,6 +20,7 @@ from attrdb.store.schema import feature_columns
 
 ROLE_VIEWS = ("exemplars", "samples", "pretraining_images")
 STORED = ("exemplar_ranks", "attributions", "calibrations")  # tables that SQL sees through a view of their name
+# Each after those that it reads.
 MACROS = (
     "sample_scores",
     "bootstrap_draws",

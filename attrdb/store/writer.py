@@ -264,6 +264,11 @@ class Writer:
 
         self.commit(merge)
 
+    def update(self, table: str, where: str, values: dict[str, str]) -> None:
+        """Set text columns of the rows of a table that a predicate keeps, in one commit."""
+        assignments = {column: literal(value) for column, value in values.items()}
+        self.commit(lambda: self._dataset(table).update(assignments, where))
+
     def delete(self, table: str, where: str) -> None:
         """Delete the rows of a table that a predicate keeps."""
         self.commit(lambda: self._dataset(table).delete(where))
