@@ -55,6 +55,9 @@ def _decoded(encoded: bytes, encoding: str, where: str) -> str:
         raise InvalidValue(f"{where} is not {encoding.upper()} text: {error.reason}; save it as UTF-8") from error
 
 
+MAX_WHOLE = 1e15  # numbers from here on are shown with a power of ten
+
+
 def visible(text: str) -> str:
     """Text for a terminal: control characters are shown, such as \\x1b, and not sent."""
     return _CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
@@ -78,7 +81,8 @@ def shown(value: Any) -> str:
     if value is None:
         return "-"
     if isinstance(value, float):
-        return f"{value:.4g}"
+        rounded = f"{value:.4g}"
+        return f"{value:.0f}" if "e+" in rounded and abs(value) < MAX_WHOLE else rounded
     if isinstance(value, list) and len(value) > 8:
         return f"[{', '.join(shown(item) for item in value[:3])}, ... {len(value)}]"
     return visible(str(plain(value)))

@@ -37,6 +37,7 @@ LIGHT = (
     "test_export",
     "test_general_attribution",
     "test_golden",
+    "test_import_export",
     "test_index",
     "test_influence_shares",
     "test_ingest_embeddings",

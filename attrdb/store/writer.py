@@ -246,7 +246,7 @@ class Writer:
                 self.delete(table, stale)
             self.commit(lambda: lance.write_dataset(conformed, self._path(table), mode="append"))
 
-    def upsert(self, table: str, rows: list[Row], *, update: bool = True) -> None:
+    def upsert(self, table: str, rows: list[Row] | pa.Table, *, update: bool = True) -> None:
         """Store rows of a small table by their key; with update=False stored rows are not changed.
 
         raises: InvalidValue for a table without a key, for images, an unknown column or a required one without a value
