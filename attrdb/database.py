@@ -16,12 +16,13 @@ from attrdb.attribution.query import DEFAULT_K, AttributionRequest, attribute, c
 from attrdb.errors import InvalidValue
 from attrdb.progress import Progress, no_progress
 from attrdb.search.mapper import Mapper, stored_mapper
+from attrdb.sql.limits import UNLIMITED, Limits, parse_size
 from attrdb.store.features import Block
 from attrdb.store.lance_errors import storage
 from attrdb.store.predicates import among
 from attrdb.store.schema import TABLES, Row
 from attrdb.store.snapshot import Snapshot
-from attrdb.store.tables import create_table, table_exists
+from attrdb.store.tables import create_table, database_path, table_exists
 from attrdb.store.writer import Writer
 from attrdb.upkeep import health
 from attrdb.upkeep.removal.choose import RemovalRequest
@@ -36,7 +37,7 @@ def create(path: str | Path) -> Database:
 
     raises: InvalidValue if there is something else at the path
     """
-    path = Path(path)
+    path = database_path(path)
     ours = {f"{name}.lance" for name in TABLES}
     if table_exists(path / "images.lance"):
         raise InvalidValue(f"{path} is an attrdb database already; open it")
@@ -57,7 +58,7 @@ def open_or_create(path: str | Path) -> Database:
     try:
         return create(path)
     except InvalidValue:
-        if not table_exists(Path(path) / "images.lance"):
+        if not table_exists(database_path(path) / "images.lance"):
             raise
         return Database(path)
 
@@ -79,7 +80,7 @@ class Database:
         at: int | str | datetime | None = None,
         query_folders: Sequence[str | Path] = (),
     ):
-        self.path = Path(path)
+        self.path = database_path(path)
         self.query_folders = tuple(query_folders)
         self.writer = Writer(self.path, read_only, at)
 
@@ -125,15 +126,24 @@ class Database:
         statement: str,
         parameters: dict[str, Any] | None = None,
         relations: Mapping[str, Any] | None = None,
+        *,
+        timeout: float | None = None,
+        memory: int | str | None = None,
+        rows: int | None = None,
     ) -> pa.Table:
         """The result of one SELECT over the pinned tables; its schema metadata names the images version.
 
         relations: tables of your own that the statement may name: name -> Arrow table, data frame or path of a file, see
                    `sql.load_tables`
-        raises:    QueryRefused with DuckDB's words, or if the statement is not one SELECT or asks for files or the network,
-                   StorageError for a damaged file, and as `sql.load_tables`
+        timeout:   seconds after which the statement is ended; None for no limit
+        memory:    bytes that it may use, or a text such as "4GB"; None for half of the free memory
+        rows:      only so many of its first rows; None for all
+        raises:    QueryRefused with DuckDB's words, if the statement is not one SELECT, asks for files or the network, or
+                   takes too long; OutOfMemory, InvalidValue for a limit that is none, StorageError for a damaged file, and
+                   as `sql.load_tables`
         """
-        return self._select(self.snapshot, statement, parameters, relations)
+        limits = Limits(timeout, parse_size(memory) if isinstance(memory, str) else memory, rows)
+        return self._select(self.snapshot, statement, parameters, relations, limits)
 
     def _select(
         self,
@@ -141,10 +151,11 @@ class Database:
         statement: str,
         parameters: dict[str, Any] | None,
         relations: Mapping[str, Any] | None,
+        limits: Limits = UNLIMITED,
     ) -> pa.Table:
         tables = sql.load_tables(relations)
-        with storage(self.path), sql.connect(snapshot, tables) as connection:
-            return _versioned(sql.run(connection, statement, parameters), snapshot)
+        with storage(self.path):
+            return _versioned(sql.select(snapshot, statement, parameters, limits, tables), snapshot)
 
     def query(self, name: str, *, relations: Mapping[str, Any] | None = None, **parameters: Any) -> pa.Table:
         """The result of a named query, such as `db.query("recall_at_k", k=10)`.

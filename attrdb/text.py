@@ -58,17 +58,32 @@ def _decoded(encoded: bytes, encoding: str, where: str) -> str:
 MAX_WHOLE = 1e15  # numbers from here on are shown with a power of ten
 
 
+def check_text(name: str, text: str) -> None:
+    """Check that a text from outside is one that can be stored and sent: UTF-8, without half characters.
+
+    name:   of the value, for the error
+    raises: InvalidValue
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        around = text[max(0, error.start - 20) : error.end + 20].encode("utf-8", "backslashreplace").decode()
+        raise InvalidValue(f"{name} is not UTF-8 text: '{around}'; write it in UTF-8") from error
+
+
 def visible(text: str) -> str:
     """Text for a terminal: control characters are shown, such as \\x1b, and not sent."""
     return _CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
 def plain(value: Any) -> Any:
-    """A value as JSON can hold it: bytes only by their length, NaN and infinity as null."""
+    """A value as JSON can hold it: bytes only by their length, NaN and infinity as texts."""
     if isinstance(value, bytes):
         return f"<{len(value)} bytes>"
     if isinstance(value, float):
-        return value if math.isfinite(value) else None
+        return (
+            value if math.isfinite(value) else "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+        )
     if isinstance(value, list) or type(value) is tuple:  # a tuple: an entry of a map
         return [plain(item) for item in value]
     if isinstance(value, dict):

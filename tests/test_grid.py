@@ -87,7 +87,7 @@ def test_where_text_breaks(text, width, lines):
         ([3e-18, 2e-18], ["3e-18", "2e-18"]),  # nothing greater says that this is noise
         ([1e-13, 5000.0], ["1e-13", "5000"]),  # such as a learning rate beside seconds
         ([123456.7, 2e20, -98765.4], ["123457", "2e+20", "-98765"]),
-        ([float("nan"), float("inf"), 1e-20], ["-", "-", "1e-20"]),
+        ([float("nan"), float("inf"), 1e-20], ["NaN", "Infinity", "1e-20"]),
         ([None, -0.0], ["-", "0"]),
     ],
 )

@@ -146,7 +146,7 @@ def test_cells_of_rows_are_taken_from_one_fragment_only(write):
 
 @pytest.mark.parametrize("predicate", ["n = 1) OR (true", "n = 1 -- OR true", "n = 1) no SQL ("])
 def test_what_follows_a_bracket_too_many_is_ignored(write, predicate):
-    """store/predicates.py: `is_closed` can go, and what calls it."""
+    """store/predicates.py: `fault_of` need not look for brackets and comments."""
     assert lance.dataset(write(pa.table({"n": [1, 2, 3]}))).count_rows(predicate) == 1
 
 

@@ -8,6 +8,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable
+from functools import wraps
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -17,9 +18,19 @@ import click
 import attrdb
 from attrdb.errors import AttrdbError, InvalidValue, MissingExtra
 from attrdb.store.ids import check_id
-from attrdb.text import visible
+from attrdb.text import check_text, visible
 
-DB = click.argument("db", type=click.Path(path_type=Path))
+
+class DatabasePath(click.Path):
+    """The path of a database, see `tables.database_path`."""
+
+    def convert(self, value: Any, param: click.Parameter | None, context: click.Context | None) -> Path:
+        from attrdb.store.tables import database_path
+
+        return database_path(str(super().convert(value, param, context)))
+
+
+DB = click.argument("db", type=DatabasePath())
 
 
 class Id(click.ParamType):  # type: ignore[type-arg]  # generic, but not in the oldest click that attrdb takes
@@ -72,6 +83,14 @@ class Commands(click.Group):
         for command in commands:
             self.add_command(command)
 
+    def parse_args(self, context: click.Context, args: list[str]) -> list[str]:
+        for number, text in enumerate(args, 1):
+            try:
+                check_text(f"argument {number}", text)
+            except InvalidValue as error:
+                raise click.UsageError(str(error), context) from error
+        return super().parse_args(context, args)
+
     def invoke(self, context: click.Context) -> Any:
         settle_streams()
         # Of metadata that Pillow cannot read: the picture is read, or left out with a reason.
@@ -85,6 +104,14 @@ class Commands(click.Group):
         except KeyboardInterrupt:
             click.echo("\ninterrupted; what was finished is kept, and the same command goes on from there", err=True)
             context.exit(130)
+
+    def main(self, *args: Any, **values: Any) -> Any:
+        try:
+            return super().main(*args, **values)
+        except SystemExit as end:
+            if limits := sys.modules.get("attrdb.sql.limits"):  # a statement that was ended may compute still
+                limits.leave(end.code if isinstance(end.code, int) else 1)
+            raise
 
     def list_commands(self, context: click.Context) -> list[str]:
         return list(self.commands)
@@ -209,6 +236,48 @@ def queries_option(command: Any) -> Any:
         type=click.Path(path_type=Path),
         help="A folder of your own query files, repeatable.",
     )(command)
+
+
+class Size(click.ParamType):  # type: ignore[type-arg]  # as `Id`
+    """Bytes, written as a number and a unit."""
+
+    name = "size"
+
+    def convert(self, value: str | int, param: click.Parameter | None, context: click.Context | None) -> int:
+        from attrdb.sql.limits import parse_size
+
+        try:
+            return value if isinstance(value, int) else parse_size(value)
+        except InvalidValue as error:
+            self.fail(str(error), param, context)
+
+
+TIMEOUT = 600.0  # seconds
+
+
+def limit_options(command: Any) -> Any:
+    """--timeout and --memory of commands that run SQL; the command gets them as one `limits`."""
+
+    @wraps(command)
+    def with_limits(*args: Any, timeout: float, memory: int | None, **values: Any) -> Any:
+        from attrdb.sql.limits import Limits
+
+        return command(*args, limits=Limits(timeout or None, memory), **values)
+
+    with_limits = click.option(
+        "--memory",
+        type=Size(),
+        metavar="SIZE",
+        help="Memory that a statement may use, such as 4GB. Default: half of what is free.",
+    )(with_limits)
+    return click.option(
+        "--timeout",
+        type=float,
+        default=TIMEOUT,
+        show_default=True,
+        metavar="SECONDS",
+        help="End a statement after this time; 0 for no limit.",
+    )(with_limits)
 
 
 def method_option(command: Any) -> Any:

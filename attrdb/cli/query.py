@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from attrdb.cli.common import (
     Id,
     asked_encoder_option,
     at_option,
+    limit_options,
     method_option,
     ml,
     queries_option,
@@ -154,6 +156,15 @@ def methods(db: Path, at: str | None, output: Output) -> None:
     output.write(pa.Table.from_pylist(rows, pa.schema(columns)))
 
 
+def rows_option(command: Any) -> Any:
+    return click.option(
+        "--rows",
+        type=click.IntRange(0),
+        metavar="N",
+        help="Write the first N rows. Default: 100 on a terminal, else all.",
+    )(command)
+
+
 @click.command("sql", short_help="Run one SELECT over the tables and views.")
 @DB
 @click.argument("statement")
@@ -162,9 +173,18 @@ def methods(db: Path, at: str | None, output: Output) -> None:
 )
 @with_option
 @at_option
+@rows_option
+@limit_options
 @output_options
 def run_sql(
-    db: Path, statement: str, params: tuple[str, ...], relations: dict[str, Path], at: str | None, output: Output
+    db: Path,
+    statement: str,
+    params: tuple[str, ...],
+    relations: dict[str, Path],
+    at: str | None,
+    rows: int | None,
+    limits: Any,
+    output: Output,
 ) -> None:
     """Run one SELECT over the database's tables and views.
 
@@ -173,7 +193,35 @@ def run_sql(
     from attrdb.queries import parameters_of
 
     use_the_machine()
-    output.write(attrdb.open(db, read_only=True, at=at).sql(statement, parameters_of(params), relations))
+    database = attrdb.open(db, read_only=True, at=at)
+    _write_rows(database, statement, parameters_of(params), relations, rows, limits, output)
+
+
+def _write_rows(
+    database: Any,
+    statement: str,
+    parameters: dict[str, Any],
+    relations: dict[str, Path],
+    rows: int | None,
+    limits: Any,
+    output: Output,
+) -> None:
+    """Write the result of a statement: on a screen the first rows, elsewhere all, unless a number is given."""
+    from attrdb.shell.session import ROWS_ON_SCREEN
+
+    if rows is None and output == Output() and sys.stdout.isatty():
+        rows = ROWS_ON_SCREEN
+    table = database.sql(
+        statement,
+        parameters,
+        relations,
+        timeout=limits.seconds,
+        memory=limits.memory,
+        rows=None if rows is None else rows + 1,
+    )
+    output.write(table if rows is None else table.slice(0, rows))
+    if rows is not None and len(table) > rows:
+        click.echo(f"the first {rows:,} rows; --rows N writes more, --output FILE all of them", err=True)
 
 
 def complete_query(context: click.Context, parameter: click.Parameter, typed: str) -> list[str]:
@@ -196,6 +244,8 @@ def complete_query(context: click.Context, parameter: click.Parameter, typed: st
 @queries_option
 @with_option
 @at_option
+@rows_option
+@limit_options
 @output_options
 def run_query(
     db: Path,
@@ -204,6 +254,8 @@ def run_query(
     query_folders: tuple[Path, ...],
     relations: dict[str, Path],
     at: str | None,
+    rows: int | None,
+    limits: Any,
     output: Output,
 ) -> None:
     """Run a named query."""
@@ -211,7 +263,8 @@ def run_query(
 
     use_the_machine()
     database = attrdb.open(db, read_only=True, at=at, query_folders=query_folders)
-    output.write(database.query(name, relations=relations, **parameters_of(params)))
+    statement, parameters = database.bound_query(name, **parameters_of(params))
+    _write_rows(database, statement, parameters, relations, rows, limits, output)
 
 
 @click.group(short_help="List the named queries, or show the SQL of one.")

@@ -5,10 +5,11 @@ from __future__ import annotations
 import io
 import sys
 from pathlib import Path
+from typing import Any
 
 import click
 
-from attrdb.cli.common import DB, at_option, queries_option, with_option
+from attrdb.cli.common import DB, at_option, limit_options, queries_option, with_option
 from attrdb.cli.rows import format_options
 from attrdb.errors import MissingExtra
 from attrdb.search.memory import use_the_machine
@@ -19,9 +20,15 @@ from attrdb.search.memory import use_the_machine
 @queries_option
 @with_option
 @at_option
+@limit_options
 @format_options
 def shell(
-    db: Path, query_folders: tuple[Path, ...], relations: dict[str, Path], at: str | None, form: str | None
+    db: Path,
+    query_folders: tuple[Path, ...],
+    relations: dict[str, Path],
+    at: str | None,
+    limits: Any,
+    form: str | None,
 ) -> None:
     """Ask in SQL at a prompt with history and completion. The database is only read.
 
@@ -45,7 +52,13 @@ def shell(
             ) from error
     on_screen = at_prompt and sys.stdout.isatty()
     session = Shell(
-        db, at=at, query_folders=query_folders, user_tables=relations, form=form or "table", on_screen=on_screen
+        db,
+        at=at,
+        query_folders=query_folders,
+        user_tables=relations,
+        form=form or "table",
+        on_screen=on_screen,
+        limits=limits,
     )
     if at_prompt:
         run_prompt(session)

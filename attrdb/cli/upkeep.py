@@ -110,7 +110,7 @@ def _size(n_bytes: int) -> str:
 @DB
 @click.option(
     "--drop-older-than",
-    type=click.IntRange(0),
+    type=click.IntRange(0, 36_500),
     metavar="DAYS",
     help="Also delete versions older than this and free their disk space; --at cannot read them any more.",
 )

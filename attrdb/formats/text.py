@@ -13,6 +13,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from attrdb.formats.values import values
 from attrdb.text import plain, shown
 
 BATCH_ROWS = 1024
@@ -25,17 +26,9 @@ _MARKUP = re.compile(r"[\\`*|\[\]]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])")
 
 def rows(table: pa.Table) -> Iterator[dict[str, Any]]:
     """The rows, with values as JSON can hold them."""
-    for batch in _readable(table).to_batches(BATCH_ROWS):
-        for row in batch.to_pylist():
-            yield {name: plain(value) for name, value in row.items()}
-
-
-def _readable(table: pa.Table) -> pa.Table:
-    """Times in nanoseconds as text: Python has no type for them."""
-    for position, field in enumerate(table.schema):
-        if getattr(field.type, "unit", None) == "ns":
-            table = table.set_column(position, field.name, table[position].cast(pa.string()))
-    return table
+    for batch in table.to_batches(BATCH_ROWS):
+        for row in zip(*map(values, batch.columns), strict=True):
+            yield dict(zip(table.column_names, map(plain, row), strict=True))
 
 
 def cell(value: Any) -> Any:

@@ -58,7 +58,7 @@ def _write_cell(sheet: Worksheet, row: int, column: int, name: str, value: Any, 
         return
     if isinstance(value, bool):
         sheet.write_boolean(row, column, value)
-    elif isinstance(value, float) or (number and len(Decimal(value).as_tuple().digits) <= MAX_DIGITS):
+    elif isinstance(value, float) or (number and _fits(Decimal(value))):
         sheet.write_number(row, column, float(value))
     elif len(text := str(value)) > MAX_CHARACTERS:
         raise InvalidValue(
@@ -67,3 +67,8 @@ def _write_cell(sheet: Worksheet, row: int, column: int, name: str, value: Any, 
         )
     else:
         sheet.write_string(row, column, text)
+
+
+def _fits(value: Decimal) -> bool:
+    """Whether a number of Excel is exactly this value."""
+    return value.is_finite() and len(value.as_tuple().digits) <= MAX_DIGITS

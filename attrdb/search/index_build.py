@@ -6,7 +6,6 @@ of matrix products (docs/DECISIONS.md). Here the assignment is a matrix product,
 
 from __future__ import annotations
 
-import os
 import shutil
 import tempfile
 import time
@@ -24,6 +23,7 @@ from attrdb.errors import InvalidValue, StorageError
 from attrdb.progress import Progress, no_progress
 from attrdb.search import index_tuning, ivf, planner, sampling
 from attrdb.search.kmeans import nearest_centroids, train_centroids
+from attrdb.search.memory import free_memory
 from attrdb.search.threads import map_blocks
 from attrdb.store.features import Block, stream
 from attrdb.store.lance_errors import storage
@@ -166,22 +166,13 @@ _ASSIGNMENTS = pa.schema([("row_id", pa.uint64()), ("partition", pa.uint32())])
 
 
 def _check_room(path: Path, build_plan: Plan) -> None:
-    resources = {"memory": (build_plan.memory, _free_memory()), "disk": (build_plan.disk, shutil.disk_usage(path).free)}
+    resources = {"memory": (build_plan.memory, free_memory()), "disk": (build_plan.disk, shutil.disk_usage(path).free)}
     for name, (needed, free) in resources.items():
         if needed > free:
             raise StorageError(
                 f"an index of {build_plan.n_rows:,} features of {build_plan.encoder_id!r} needs {needed / 2**30:.1f} GiB of "
                 f"{name}, {free / 2**30:.1f} GiB are free; nothing was changed"
             )
-
-
-def _free_memory() -> int:
-    """Bytes, with the caches that the system would free, where it reports them."""
-    report = Path("/proc/meminfo")
-    lines = dict(line.split(":") for line in report.read_text().splitlines()) if report.exists() else {}
-    if "MemAvailable" in lines:
-        return int(lines["MemAvailable"].split()[0]) * 1024
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def _assigned(

@@ -1,9 +1,11 @@
-"""Settings of a process that make Lance and large arrays fast. attrdb's own commands use them; an application decides."""
+"""Memory that is free, and settings of a process that make Lance and large arrays fast, which attrdb's commands use."""
 
 from __future__ import annotations
 
 import ctypes
 import os
+from contextlib import suppress
+from pathlib import Path
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8  # of glibc's malloc.h
 
@@ -31,3 +33,22 @@ def use_the_machine() -> None:
     """
     os.environ.setdefault("LANCE_CPU_THREADS", str(os.cpu_count() or 1))
     keep_freed_memory(one_arena=True)
+
+
+def free_memory(system: Path = Path("/")) -> int:
+    """Bytes, with the caches that the system would free, where it reports them; within the limit of a container.
+
+    system: the root of the files in which Linux reports them
+    """
+    report = system / "proc/meminfo"
+    lines = dict(line.split(":") for line in report.read_text().splitlines()) if report.exists() else {}
+    if "MemAvailable" in lines:
+        free = int(lines["MemAvailable"].split()[0]) * 1024
+    else:
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    group = system / "sys/fs/cgroup"
+    with suppress(OSError, ValueError, KeyError):  # no container, or "max": it has no limit
+        limit, used = (int((group / name).read_text()) for name in ("memory.max", "memory.current"))
+        figures = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        free = min(free, limit - used + int(figures["inactive_file"]))
+    return max(0, free)

@@ -37,7 +37,7 @@ def relations(snapshot: Snapshot, user_tables: Mapping[str, pa.Table]) -> dict[s
     shown += [("features", "views", FEATURES_GRAIN, ""), ("unfinished_models", "views", UNFINISHED_GRAIN, "")]
     shown += [(name, "your tables", f"{len(table):,} rows", "") for name, table in user_tables.items()]
     described = {}
-    with sql.connect(snapshot, user_tables) as connection:
+    with sql.connect(snapshot, tables=user_tables) as connection:
         for name, kind, grain, arguments in shown:
             required = [argument for argument in arguments.split(", ") if argument and ":=" not in argument]
             call = f"{name}({', '.join('NULL' for _ in required)})" if arguments else name

@@ -5,14 +5,12 @@ from __future__ import annotations
 import difflib
 import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import click
-import duckdb
-import pyarrow as pa
 
 import attrdb
 from attrdb import formats, sql
@@ -21,6 +19,7 @@ from attrdb.formats.listing import first_sentence, listing, page_width, query_li
 from attrdb.queries import all_queries, parameters_of
 from attrdb.shell.catalog import Described, meanings, relations
 from attrdb.shell.statements import is_blank, split
+from attrdb.sql.limits import UNLIMITED, Limits
 from attrdb.store.lance_errors import storage
 from attrdb.store.snapshot import Snapshot
 
@@ -49,6 +48,7 @@ class Shell:
     """What the user has set: the database and its version, the format, and the file of the next result.
 
     user_tables: the user's own tables, loaded here, see `sql.load_tables`
+    limits:      of every statement
     on_screen:   results for reading are cut off after ROWS_ON_SCREEN rows, with a note
     raises:      as `attrdb.open`, `sql.load_tables` and `sql.connect`
     """
@@ -62,13 +62,15 @@ class Shell:
         user_tables: Mapping[str, Any] | None = None,
         form: str = "table",
         on_screen: bool = False,
+        limits: Limits = UNLIMITED,
     ):
         self.path, self.at, self.query_folders = path, at, query_folders
-        self.form, self.on_screen = form, on_screen
+        self.form, self.on_screen, self.limits = form, on_screen, limits
         self.file: Path | None = None  # of the next result
         self.db = attrdb.open(path, read_only=True, at=at, query_folders=query_folders)
         self.user_tables = sql.load_tables(user_tables)
-        sql.connect(self.db.snapshot, self.user_tables).close()  # refuses a name that is taken
+        with sql.connect(self.db.snapshot, tables=self.user_tables):
+            pass  # a name that is taken is refused
         self._relations: tuple[Snapshot, dict[str, Described]] | None = None
 
     @property
@@ -108,7 +110,9 @@ class Shell:
         else:
             formats.check_stdout(form, "give .output FILE first")
             cut = self.on_screen and form == "table"
-        table = self._rows(text, parameters, ROWS_ON_SCREEN + 1 if cut else None)
+        limits = replace(self.limits, rows=ROWS_ON_SCREEN + 1 if cut else None)
+        with storage(self.path):
+            table = sql.select(self.db.snapshot, text, parameters, limits, self.user_tables)
         if self.file is not None:
             formats.write_file(table, form, self.file)
             note(formats.written(self.file, table))
@@ -117,10 +121,6 @@ class Shell:
         formats.write_stdout(table.slice(0, ROWS_ON_SCREEN) if cut else table, form)
         if cut and len(table) > ROWS_ON_SCREEN:
             note(f"the first {ROWS_ON_SCREEN} rows; .output FILE before the statement writes all of them")
-
-    def _rows(self, text: str, parameters: dict[str, Any] | None, most: int | None) -> pa.Table:
-        with storage(self.path), sql.connect(self.db.snapshot, self.user_tables) as connection:
-            return interruptible(connection, lambda: sql.run(connection, text, parameters, most))
 
     def _tables(self, words: list[str]) -> None:
         _expect(words, 0, ".tables")
@@ -221,25 +221,6 @@ def run_script(shell: Shell, lines: Iterable[str]) -> None:
         return
     except UnicodeDecodeError as error:
         raise InvalidValue(f"the input is not UTF-8 text: {error.reason}; nothing of it was run after that") from error
-
-
-def interruptible(connection: duckdb.DuckDBPyConnection, work: Callable[[], pa.Table]) -> pa.Table:
-    """The result of some work on a connection, in a thread of its own, so that Ctrl-C can end it at once.
-
-    raises: KeyboardInterrupt once it has ended
-    """
-    interrupted = False
-    with ThreadPoolExecutor(1) as pool:
-        future = pool.submit(work)
-        while not future.done():
-            try:
-                wait([future])
-            except KeyboardInterrupt:
-                interrupted = True
-                connection.interrupt()
-    if interrupted:
-        raise KeyboardInterrupt
-    return future.result()
 
 
 def one_line(error: BaseException) -> str:

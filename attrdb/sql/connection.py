@@ -6,6 +6,7 @@ import re
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -16,13 +17,16 @@ from duckdb.func import FunctionNullHandling, PythonUDFType
 from attrdb.attribution.methods import method_rows, resolve_method
 from attrdb.attribution.query import Attribution, AttributionRequest, attribute_stored, check_enough
 from attrdb.attribution.similarity import unit_features
-from attrdb.errors import NotFound, QueryRefused
+from attrdb.errors import AttrdbError, NotFound, QueryRefused
 from attrdb.search import planner
 from attrdb.sql import user_tables
+from attrdb.sql.arrow_types import exact
+from attrdb.sql.limits import UNLIMITED, Limits, any_left_behind, default_memory, limited, needs_more
 from attrdb.sql.relations import STORED, Relation, features_view, older_view, relations
 from attrdb.store.predicates import among
 from attrdb.store.schema import TABLES, Row
 from attrdb.store.snapshot import Snapshot
+from attrdb.text import check_text
 
 _HIT = pa.struct([("rank", pa.int64()), ("image_id", pa.string()), ("similarity", pa.float64())])
 _SHARE = pa.struct(
@@ -38,18 +42,34 @@ _SHARE = pa.struct(
 )
 
 
-def connect(snapshot: Snapshot, tables: Mapping[str, pa.Table] | None = None) -> duckdb.DuckDBPyConnection:
+@contextmanager
+def connect(
+    snapshot: Snapshot, memory: int | None = None, tables: Mapping[str, pa.Table] | None = None
+) -> Iterator[duckdb.DuckDBPyConnection]:
     """A connection that sees the tables of the snapshot, its views and macros, and no file, network or setting.
 
     Views, macros and functions are made once for a snapshot, which takes some 20 ms, and shared by its connections.
+    memory: bytes that all its connections with this limit may use together, see `Limits`
     tables: tables of the caller's own, see `user_tables`
     raises: InvalidValue for a table that has a name of the database
     """
-    connection = snapshot.once(_catalog).cursor()
-    _register(connection, snapshot)  # what is registered is a connection's own
-    if tables:
-        user_tables.register(connection, tables)
-    return connection
+    connection = limited(None, lambda: snapshot.once(_Catalog(_memory(snapshot, memory))).cursor())
+    try:
+        limited(connection, lambda: _register(connection, snapshot))  # what is registered is a connection's own
+        if tables:
+            user_tables.register(connection, tables)
+        yield connection
+    finally:
+        if not any_left_behind():  # closing one that still computes would wait for it
+            connection.close()
+
+
+def _memory(snapshot: Snapshot, memory: int | None) -> int:
+    return snapshot.once(_default_memory) if memory is None else memory
+
+
+def _default_memory(snapshot: Snapshot) -> int:
+    return default_memory()
 
 
 def _register(connection: duckdb.DuckDBPyConnection, snapshot: Snapshot) -> None:
@@ -82,7 +102,17 @@ def method_table(snapshot: Snapshot) -> pa.Table:
     return pa.Table.from_pylist(list(method_rows(snapshot).values()), schema=TABLES["methods"])
 
 
-def _catalog(snapshot: Snapshot) -> duckdb.DuckDBPyConnection:
+@dataclass(frozen=True)
+class _Catalog:
+    """Makes the views, macros and functions of a snapshot, in a DuckDB of so many bytes of memory."""
+
+    memory: int
+
+    def __call__(self, snapshot: Snapshot) -> duckdb.DuckDBPyConnection:
+        return _catalog(snapshot, self.memory)
+
+
+def _catalog(snapshot: Snapshot, memory: int) -> duckdb.DuckDBPyConnection:
     # Without the last, DuckDB lets SQL read and write in its temporary folder, and a CTE may hold a COPY.
     closed: dict[str, str | bool | int | float | list[str]] = {
         "enable_external_access": "false",
@@ -129,6 +159,7 @@ def _catalog(snapshot: Snapshot) -> duckdb.DuckDBPyConnection:
     )
     for relation in (*older_views(snapshot), *relations()):
         connection.execute(relation.create)
+    connection.execute(f"SET memory_limit = '{memory}B'")
     connection.execute("SET lock_configuration = true")
     return connection
 
@@ -231,34 +262,55 @@ def _share_rows(answer: Attribution, is_similarity: bool) -> list[Row]:
     ]
 
 
+def select(
+    snapshot: Snapshot,
+    statement: str,
+    parameters: Mapping[str, Any] | None = None,
+    limits: Limits = UNLIMITED,
+    tables: Mapping[str, pa.Table] | None = None,
+) -> pa.Table:
+    """The result of one SELECT within limits, over tables of the caller's own too; raises as `connect` and `run`."""
+    limits = replace(limits, memory=_memory(snapshot, limits.memory))
+    with connect(snapshot, limits.memory, tables) as connection:
+        return run(connection, statement, parameters, limits)
+
+
 def run(
     connection: duckdb.DuckDBPyConnection,
     statement: str,
     parameters: Mapping[str, Any] | None = None,
-    most: int | None = None,
+    limits: Limits = UNLIMITED,
 ) -> pa.Table:
     """The result of one SELECT; a column name that stands twice gets a number, so that no format loses one.
 
-    most:   only that many of its first rows
-    raises: QueryRefused with DuckDB's own words, or for anything but one SELECT; OSError for a damaged file
+    limits: of time and rows, and of the memory of the process; the memory of DuckDB is that of the connection
+    raises: QueryRefused with DuckDB's own words, for anything but one SELECT, or if it takes too long; OutOfMemory;
+            OSError for a damaged file
     """
-    with _refused():
-        relation = _asked(connection, statement, parameters)
-        result = (relation if most is None else relation.limit(most)).to_arrow_table()
-    return result.rename_columns(_distinct(result.column_names))
+
+    def result() -> pa.Table:
+        relation = exact(_asked(connection, statement, parameters))
+        return (relation if limits.rows is None else relation.limit(limits.rows)).to_arrow_table()
+
+    with _refused(connection):
+        table = limited(connection, result, limits)
+    return table.rename_columns(_distinct(table.column_names))
 
 
 def stream(
     connection: duckdb.DuckDBPyConnection, statement: str, parameters: Mapping[str, Any], rows: int
 ) -> Iterator[pa.RecordBatch]:
     """The result of one SELECT in batches of some rows, in constant memory; raises as `run`."""
-    with _refused():
-        yield from _asked(connection, statement, parameters).to_arrow_reader(rows)
+    with _refused(connection):
+        reader = limited(connection, lambda: _asked(connection, statement, parameters).to_arrow_reader(rows))
+        while (batch := limited(connection, partial(next, reader, None))) is not None:
+            yield batch
 
 
 def _asked(
     connection: duckdb.DuckDBPyConnection, statement: str, parameters: Mapping[str, Any] | None
 ) -> duckdb.DuckDBPyRelation:
+    check_text("statement", statement)
     parsed = connection.extract_statements(statement)
     if len(parsed) != 1 or parsed[0].type != duckdb.StatementType.SELECT:
         found = ", ".join(one.type.name for one in parsed) or "nothing"
@@ -267,10 +319,15 @@ def _asked(
 
 
 @contextmanager
-def _refused() -> Iterator[None]:
-    """Turns what DuckDB says into QueryRefused, or OSError for a damaged file."""
+def _refused(connection: duckdb.DuckDBPyConnection) -> Iterator[None]:
+    """Turns what DuckDB says into QueryRefused or OutOfMemory, or OSError for a damaged file."""
     try:
         yield
+    except (duckdb.OutOfMemoryException, MemoryError) as error:
+        if isinstance(error, AttrdbError):
+            raise
+        [(memory,)] = connection.sql("SELECT current_setting('memory_limit')").fetchall()
+        raise needs_more(memory) from error
     except duckdb.PermissionException as error:
         raise QueryRefused(
             f"SQL in attrdb reads the database's own tables, not files or the network: {_first_line(error)}; a file of yours "

@@ -15,8 +15,8 @@ import pyarrow as pa
 from attrdb.errors import InvalidValue, NotFound
 from attrdb.store import features
 from attrdb.store.history import tables_at
-from attrdb.store.lance_errors import storage, words_of
-from attrdb.store.predicates import among, is_closed, literal
+from attrdb.store.lance_errors import by_lance, storage, words_of
+from attrdb.store.predicates import among, fault_of, literal, shortened
 from attrdb.store.schema import TABLES, Row, feature_columns
 from attrdb.store.tables import check_schema_version, open_table, schema_version
 
@@ -91,14 +91,19 @@ class Snapshot:
         name:   of the parameter, for the error
         raises: InvalidValue
         """
-        try:
-            if not is_closed(predicate):
-                raise ValueError("a bracket or quote that is not closed, or a comment")
-            self.tables["images"].scanner(columns=["image_id"], filter=f"({predicate})").explain_plan()
-        except Exception as error:  # Lance raises many kinds
+        cause: BaseException | None = None
+        fault = fault_of(predicate)
+        if fault is None:
+            try:
+                self.tables["images"].scanner(columns=["image_id"], filter=f"({predicate})").explain_plan()
+            except BaseException as error:  # Lance raises many kinds
+                if not isinstance(error, Exception) and not by_lance(error):
+                    raise
+                cause, fault = error, words_of(error)
+        if fault is not None:
             raise InvalidValue(
-                f"{name} is {predicate!r}; it must be an SQL predicate on the columns of images: {words_of(error)}"
-            ) from error
+                f"{name} is {shortened(predicate)}; it must be an SQL predicate on the columns of images: {fault}"
+            ) from cause
 
     def rows(self, table: str, where: str | None = None, columns: list[str] | None = None) -> list[Row]:
         """The rows of a small table that a predicate keeps; None for all."""
@@ -116,7 +121,9 @@ class Snapshot:
         n = self._counts.get(where)
         if n is None:
             with storage(self.path):
-                n = self.tables["images"].count_rows(self.visible(where))
+                # count_rows of the table does not heed Ctrl-C
+                scan = self.tables["images"].scanner(columns=[], filter=self.visible(where), with_row_id=True)
+                n = scan.count_rows()
             if len(self._counts) >= COUNTS:
                 self._counts.clear()
             self._counts[where] = n

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import re
 from pathlib import Path
 from typing import Any
 
 import lance
 
 from attrdb.errors import InvalidValue, NotFound, StorageError
-from attrdb.store.lance_errors import by_lance, storage, words_of
+from attrdb.store.lance_errors import by_lance, cause_of, storage, words_of
 from attrdb.store.schema import SCHEMA_VERSION, TABLES
+from attrdb.text import check_text
 
 STAMP = b"attrdb.schema_version"
 
@@ -17,6 +20,19 @@ STAMP = b"attrdb.schema_version"
 def schema_version(dataset: lance.LanceDataset) -> int:
     """The schema version a table is stamped with, 0 for none."""
     return int((dataset.schema.metadata or {}).get(STAMP, b"0"))
+
+
+def database_path(path: str | Path) -> Path:
+    """The path of a database, such that Lance takes no colon in it for the end of an address's scheme.
+
+    raises: InvalidValue for an address, such as s3://bucket/some.attrdb, and for a path that is not UTF-8
+    """
+    text = os.fspath(path)
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", text):
+        raise InvalidValue(f"{text} is an address; a database is a directory on this machine: name its path")
+    check_text("path", text)
+    path = Path(text)
+    return Path.cwd() / path if ":" in text and not path.is_absolute() else path
 
 
 def table_exists(table: Path) -> bool:
@@ -44,6 +60,8 @@ def open_table(path: Path, name: str, **options: Any) -> lance.LanceDataset:
     except BaseException as error:
         if not (isinstance(error, ValueError) or by_lance(error)):
             raise
+        if cause := cause_of(path, error):
+            raise cause from error
         # Lance numbers its manifests downwards.
         newest = min((path / f"{name}.lance" / "_versions").glob("*.manifest"), default=None)
         cure = f"; restore {newest} from a copy of the directory" if newest else ""

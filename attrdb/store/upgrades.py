@@ -16,7 +16,7 @@ import pyarrow as pa
 from attrdb.errors import NotFound
 from attrdb.store.lance_errors import storage
 from attrdb.store.schema import SCHEMA_VERSION, TABLES, Row
-from attrdb.store.tables import STAMP, check_schema_version, open_table, schema_version, table_exists
+from attrdb.store.tables import STAMP, check_schema_version, database_path, open_table, schema_version, table_exists
 
 _TYPES = {
     "text": pa.string(),
@@ -229,7 +229,7 @@ def upgrade(path: str | Path) -> tuple[int, int]:
     The next call completes one that was interrupted: every step may be repeated.
     raises: NotFound if there is no database, InvalidValue if a newer attrdb made it
     """
-    path = Path(path)
+    path = database_path(path)
     if not (path / "images.lance").is_dir():
         raise NotFound(f"{path} is not an attrdb database (no images.lance in it)")
     with storage(path):

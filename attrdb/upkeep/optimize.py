@@ -10,7 +10,7 @@ from typing import Any
 
 import lance
 
-from attrdb.errors import AttrdbError
+from attrdb.errors import AttrdbError, InvalidValue
 from attrdb.progress import Progress, no_progress
 from attrdb.search import index_build, index_tuning, planner
 from attrdb.store.lance_errors import storage
@@ -22,6 +22,7 @@ from attrdb.upkeep import health
 # Appends are merged into fragments of this size. An encoder that is added later writes its features fragment by fragment, so
 # this also bounds the features in memory.
 FRAGMENT_ROWS = 131_072
+LONGEST = timedelta(days=36_500)  # age of versions; Lance counts days in fewer bits than Python
 SMALL_ROWS = 4_096  # a fragment of at most so many rows is always merged
 
 
@@ -41,9 +42,12 @@ def optimize(
     """Index what is not indexed, merge index segments, merge small fragments, then check the indices.
 
     Readers and writers go on meanwhile. After a kill, rerunning it resumes.
-    drop_older_than: also delete versions of that age, and free their disk space; `at` cannot go back to them
-    raises:          Busy if maintenance runs already, AttrdbError if an index answers wrongly afterwards
+    drop_older_than: also delete versions of that age, at most LONGEST, and free their disk space; `at` cannot go back to them
+    raises:          InvalidValue for another age, Busy if maintenance runs already, AttrdbError if an index answers wrongly
+                     afterwards
     """
+    if drop_older_than is not None and not timedelta() <= drop_older_than <= LONGEST:
+        raise InvalidValue(f"drop_older_than is {drop_older_than.days:,} days; it must be 0 to {LONGEST.days:,}")
     with exclusive_lock(writer.path / ".maintenance.lock", f"{writer.path} is being maintained"), storage(writer.path):
         writer.refresh()
         before = health.status(writer.snapshot)

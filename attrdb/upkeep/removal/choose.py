@@ -20,6 +20,7 @@ from attrdb.store.features import stream
 from attrdb.store.lance_errors import storage
 from attrdb.store.predicates import among, literal
 from attrdb.store.snapshot import Snapshot
+from attrdb.text import check_text
 
 MODELS = ("list", "mark", "remove")
 DESCRIBED = ["image_id", "role", "model_id", "sha256", "uri", "prompt"]
@@ -65,6 +66,12 @@ class RemovalRequest:
             raise InvalidValue(f"models is {self.models!r}; it must be one of {', '.join(MODELS)}")
         if self.drop_tags and not self.purge:
             raise InvalidValue("drop_tags goes with purge: without it, older versions and their tags stay")
+        for name, text in [
+            ("creator", self.creator),
+            ("reason", self.reason),
+            *(("id", text) for text in self.ids or ()),
+        ]:
+            check_text(name, text or "")
         if self.where is not None:
             snapshot.check_predicate("where", self.where)
 
