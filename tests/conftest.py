@@ -37,10 +37,13 @@ LIGHT = (
     "test_export",
     "test_general_attribution",
     "test_golden",
+    "test_import_export",
     "test_index",
+    "test_influence_shares",
     "test_ingest_embeddings",
     "test_intervals",
     "test_maintenance",
+    "test_models_set",
     "test_node",
     "test_purge",
     "test_hostile_arguments",
@@ -56,6 +59,7 @@ LIGHT = (
     "test_sql_page",
     "test_upgrades",
     "test_user_queries",
+    "test_user_tables",
     "test_version",
 )
 NEEDS = dict.fromkeys(LIGHT, "lance") | {"test_shell": "prompt_toolkit"}

@@ -244,6 +244,30 @@ def at_option(command: Any) -> Any:
     )(command)
 
 
+def _as_relations(context: click.Context, option: click.Parameter, words: tuple[str, ...]) -> dict[str, Path]:
+    relations: dict[str, Path] = {}
+    for word in words:
+        name, equals, file = word.partition("=")
+        if not (name and equals and file):
+            raise click.BadParameter(f"{word!r} is not of the form NAME=FILE")
+        if name in relations:
+            raise click.BadParameter(f"{name!r} names two files")
+        relations[name] = Path(file)
+    return relations
+
+
+def with_option(command: Any) -> Any:
+    """--with, as the parameter `relations`: name -> file."""
+    return click.option(
+        "--with",
+        "relations",
+        multiple=True,
+        metavar="NAME=FILE",
+        callback=_as_relations,
+        help="A table of your own for SQL to read as NAME: CSV, Parquet, Arrow or JSON; repeatable.",
+    )(command)
+
+
 def queries_option(command: Any) -> Any:
     return click.option(
         "--queries",

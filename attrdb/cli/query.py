@@ -21,6 +21,7 @@ from attrdb.cli.common import (
     quiet_option,
     renamed,
     stored_encoder_id,
+    with_option,
 )
 from attrdb.cli.rows import Output, output_options
 from attrdb.errors import AttrdbError, InvalidValue, NotFound
@@ -170,6 +171,7 @@ def rows_option(command: Any) -> Any:
 @click.option(
     "-p", "--param", "params", multiple=True, metavar="NAME=VALUE", help="Value of $NAME, as text; repeatable."
 )
+@with_option
 @at_option
 @rows_option
 @limit_options
@@ -178,20 +180,31 @@ def run_sql(
     db: Path,
     statement: str,
     params: tuple[str, ...],
+    relations: dict[str, Path],
     at: str | None,
     rows: int | None,
     limits: Any,
     output: Output,
 ) -> None:
-    """Run one SELECT over the database's tables and views."""
+    """Run one SELECT over the database's tables and views.
+
+    A table of your own joins in with --with contracts=contracts.csv: it is loaded before the statement runs.
+    """
     from attrdb.queries import parameters_of
 
     use_the_machine()
-    _write_rows(attrdb.open(db, read_only=True, at=at), statement, parameters_of(params), rows, limits, output)
+    database = attrdb.open(db, read_only=True, at=at)
+    _write_rows(database, statement, parameters_of(params), relations, rows, limits, output)
 
 
 def _write_rows(
-    database: Any, statement: str, parameters: dict[str, Any], rows: int | None, limits: Any, output: Output
+    database: Any,
+    statement: str,
+    parameters: dict[str, Any],
+    relations: dict[str, Path],
+    rows: int | None,
+    limits: Any,
+    output: Output,
 ) -> None:
     """Write the result of a statement: on a screen the first rows, elsewhere all, unless a number is given."""
     from attrdb.shell.session import ROWS_ON_SCREEN
@@ -201,6 +214,7 @@ def _write_rows(
     table = database.sql(
         statement,
         parameters,
+        relations,
         timeout=limits.seconds,
         memory=limits.memory,
         rows=None if rows is None else rows + 1,
@@ -228,6 +242,7 @@ def complete_query(context: click.Context, parameter: click.Parameter, typed: st
     "-p", "--param", "params", multiple=True, metavar="NAME=VALUE", help="A parameter of the query; repeatable."
 )
 @queries_option
+@with_option
 @at_option
 @rows_option
 @limit_options
@@ -237,6 +252,7 @@ def run_query(
     name: str,
     params: tuple[str, ...],
     query_folders: tuple[Path, ...],
+    relations: dict[str, Path],
     at: str | None,
     rows: int | None,
     limits: Any,
@@ -248,7 +264,7 @@ def run_query(
     use_the_machine()
     database = attrdb.open(db, read_only=True, at=at, query_folders=query_folders)
     statement, parameters = database.bound_query(name, **parameters_of(params))
-    _write_rows(database, statement, parameters, rows, limits, output)
+    _write_rows(database, statement, parameters, relations, rows, limits, output)
 
 
 @click.group(short_help="List the named queries, or show the SQL of one.")
