@@ -257,7 +257,7 @@ def test_a_damaged_data_file_is_named(toy, table, damage):
         "models": lambda db: db.sql("SELECT * FROM models"),
         "encoders": lambda db: db.attribute("p10"),
     }[table]
-    with pytest.raises(StorageError, match=f"{toy.path} cannot be read or written: .*attrdb check {toy.path}"):
+    with pytest.raises(StorageError, match=f"{toy.path} cannot be read( or written)?: .*attrdb check {toy.path}"):
         asked(attrdb.open(toy.path))
     command = ["attribute", toy.path, "p10"] if table == "encoders" else ["sql", toy.path, f"SELECT * FROM {table}"]
     assert f"attrdb check {toy.path}" in run(*command, code=1).output
@@ -276,7 +276,9 @@ def test_damage_that_sql_meets_first(toy, table):
     assert db.snapshot.hidden_models == ()  # which has been read by now
     for file in (toy.path / f"{table}.lance" / "data").glob("*.lance"):
         cut(file)
-    with pytest.raises(StorageError, match=rf"{toy.path} cannot be read or written: .*table {table}: .*attrdb check"):
+    with pytest.raises(
+        StorageError, match=rf"{toy.path} cannot be read( or written)?: .*table {table}: .*attrdb check"
+    ):
         db.sql(f"SELECT * FROM {table}")
 
 
@@ -315,7 +317,7 @@ def test_an_older_version_that_is_damaged_is_told(toy):
     oldest = max((toy.path / "images.lance" / "_versions").glob("*.manifest"))
     cut(oldest)
     assert len(ids(toy.path)) == 7
-    with pytest.raises(StorageError, match=r"cannot be read or written: .*attrdb check"):
+    with pytest.raises(StorageError, match=r"cannot be read( or written)?: .*attrdb check"):
         toy.status()
     [finding] = health.check(attrdb.open(toy.path).snapshot)
     [row] = finding.rows.to_pylist()

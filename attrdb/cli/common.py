@@ -72,6 +72,18 @@ def settle_streams() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
+def _record_checksums() -> None:
+    """Record the files that the command wrote."""
+    checksums = sys.modules.get("attrdb.store.checksums")
+    try:
+        if checksums:
+            checksums.record_changed()
+    except (AttrdbError, OSError) as error:
+        click.echo(
+            visible(f"checksums of new files were not recorded: {error}; later: attrdb check --record"), err=True
+        )
+
+
 class Commands(click.Group):
     """Turns every AttrdbError into a click error, and shows commands in sections, in the order in which they are used."""
 
@@ -97,8 +109,12 @@ class Commands(click.Group):
         settle_streams()
         # Of metadata that Pillow cannot read: the picture is read, or left out with a reason.
         warnings.filterwarnings("ignore", module=r"PIL\.")
+        if checksums := sys.modules.get("attrdb.store.checksums"):
+            checksums.CHANGED.clear()
         try:
-            return super().invoke(context)
+            result = super().invoke(context)
+            _record_checksums()
+            return result
         except BrokenPipeError:
             raise  # the reader of a pipe has gone: click ends quietly
         except (AttrdbError, OSError) as error:  # OSError: a full disk, a file that went away

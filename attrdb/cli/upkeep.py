@@ -166,18 +166,29 @@ def index(db: Path, encoder_id: str | None, device: str, quiet: bool) -> None:
 
 @click.command(short_help="Read every file and test every row and index.")
 @DB
+@click.option("--deep", is_flag=True, help="Also compare every file with its checksum: any changed byte is found.")
+@click.option("--record", is_flag=True, help="Record the checksums of files that have none yet, before the check.")
 @output_options
 @quiet_option
-def check(db: Path, output: Output, quiet: bool) -> None:
+def check(db: Path, deep: bool, record: bool, output: Output, quiet: bool) -> None:
     """Read every file, run every query of the group `checks`, and test the indices; exit 1 if anything is wrong.
 
     With --format or --output there is one row per wrong row: check, meaning, and the row as JSON text.
     """
     from attrdb.cli.output import print_table, progress
+    from attrdb.store import checksums
     from attrdb.upkeep import health
 
+    snapshot = attrdb.open(db, read_only=True).snapshot
     with progress(quiet) as advance:
-        findings = health.check(attrdb.open(db, read_only=True).snapshot, advance)
+        if record:
+            click.echo(f"{checksums.record(db, snapshot.tables, advance):,} checksums recorded", err=True)
+        findings = health.check(snapshot, advance, deep)
+    if deep and not findings and (unknown := checksums.unrecorded(db, snapshot.tables)):
+        click.echo(
+            f"{len(unknown):,} files have no checksum yet, such as {unknown[0]}; record them: attrdb check {db} --record",
+            err=True,
+        )
     if output != Output():
         output.write(_wrong_rows(findings))
     for finding in findings if output == Output() else ():

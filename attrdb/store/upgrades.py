@@ -14,6 +14,7 @@ import lance
 import pyarrow as pa
 
 from attrdb.errors import NotFound
+from attrdb.store.checksums import CHANGED
 from attrdb.store.lance_errors import storage
 from attrdb.store.schema import SCHEMA_VERSION, TABLES, Row
 from attrdb.store.tables import STAMP, check_schema_version, database_path, open_table, schema_version, table_exists
@@ -232,6 +233,7 @@ def upgrade(path: str | Path) -> tuple[int, int]:
     path = database_path(path)
     if not (path / "images.lance").is_dir():
         raise NotFound(f"{path} is not an attrdb database (no images.lance in it)")
+    CHANGED.add(path)
     with storage(path):
         before = schema_version(open_table(path, "images"))
         if not 0 < before <= SCHEMA_VERSION:

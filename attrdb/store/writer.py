@@ -21,6 +21,7 @@ from lance.commit import CommitConflictError
 
 from attrdb.errors import Busy, InvalidValue, StorageError
 from attrdb.store.blocklist import blocklist
+from attrdb.store.checksums import CHANGED
 from attrdb.store.lance_errors import storage
 from attrdb.store.locks import waiting_lock
 from attrdb.store.methods import similarity_row
@@ -336,6 +337,7 @@ class Writer:
                     if attempt == CONFLICT_RETRIES - 1:
                         raise StorageError(f"too many others write to {self.path}; rerun the command") from error
                     time.sleep(random.uniform(0, 0.05 * (attempt + 1)))
+        CHANGED.add(self.path)
         self.refresh()
         return result
 
