@@ -63,6 +63,7 @@ def test_what_the_examples_find(ranked):
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_command_runs(ranked, command, monkeypatch, tmp_path):
     (tmp_path / "DIR").mkdir()
+    (tmp_path / "mine.sql").write_text("SELECT count(*) AS n FROM samples")
     (tmp_path / "contracts.csv").write_text("model_id,rate\nm,0.5\n")
     monkeypatch.chdir(tmp_path)
     words = shlex.split(command.replace("my.attrdb", str(ranked.path)).replace("--at 12", "--at 3"))[1:]

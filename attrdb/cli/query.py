@@ -26,6 +26,7 @@ from attrdb.cli.common import (
 from attrdb.cli.rows import Output, output_options
 from attrdb.errors import AttrdbError, InvalidValue, NotFound
 from attrdb.search.memory import use_the_machine
+from attrdb.text import decode
 
 
 @click.command(short_help="Find the images that shaped an image, with their influence.")
@@ -167,7 +168,14 @@ def rows_option(command: Any) -> Any:
 
 @click.command("sql", short_help="Run one SELECT over the tables and views.")
 @DB
-@click.argument("statement")
+@click.argument("statement", required=False)
+@click.option(
+    "--file",
+    "statement_file",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False, allow_dash=True),
+    metavar="FILE",
+    help="Read the statement from FILE, in the place of STATEMENT.",
+)
 @click.option(
     "-p", "--param", "params", multiple=True, metavar="NAME=VALUE", help="Value of $NAME, as text; repeatable."
 )
@@ -178,7 +186,8 @@ def rows_option(command: Any) -> Any:
 @output_options
 def run_sql(
     db: Path,
-    statement: str,
+    statement: str | None,
+    statement_file: Path | None,
     params: tuple[str, ...],
     relations: dict[str, Path],
     at: str | None,
@@ -186,15 +195,27 @@ def run_sql(
     limits: Any,
     output: Output,
 ) -> None:
-    """Run one SELECT over the database's tables and views.
+    """Run one SELECT over the database's tables and views. STATEMENT may be - for standard input.
 
+    PIVOT, DESCRIBE, SUMMARIZE and EXPLAIN of a SELECT work too.
     A table of your own joins in with --with contracts=contracts.csv: it is loaded before the statement runs.
     """
     from attrdb.queries import parameters_of
 
     use_the_machine()
+    if (statement is None) == (statement_file is None):
+        raise click.UsageError("give a STATEMENT (- for standard input), or --file with a file that holds one")
+    if statement is None or statement == "-":
+        statement = _read_statement(statement_file)
     database = attrdb.open(db, read_only=True, at=at)
     _write_rows(database, statement, parameters_of(params), relations, rows, limits, output)
+
+
+def _read_statement(file: Path | None) -> str:
+    """The text of a file, or of standard input for None and -."""
+    name = "standard input" if file is None or str(file) == "-" else str(file)
+    encoded = sys.stdin.buffer.read() if name == "standard input" else Path(name).read_bytes()
+    return decode(encoded, name)
 
 
 def _write_rows(

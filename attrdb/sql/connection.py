@@ -21,7 +21,9 @@ from attrdb.errors import AttrdbError, NotFound, QueryRefused
 from attrdb.search import planner
 from attrdb.sql import user_tables
 from attrdb.sql.arrow_types import exact
+from attrdb.sql.changes import changes
 from attrdb.sql.limits import UNLIMITED, Limits, any_left_behind, default_memory, limited, needs_more
+from attrdb.sql.read_only import check_read_only
 from attrdb.sql.relations import STORED, Relation, features_view, older_view, relations
 from attrdb.store.predicates import among
 from attrdb.store.schema import TABLES, Row
@@ -38,6 +40,12 @@ _SHARE = pa.struct(
         ("influence", pa.float64()),
         ("complete", pa.bool_()),
         ("missing_influence", pa.float64()),
+    ]
+)
+_CHANGE = pa.struct(
+    [
+        *((name, pa.string()) for name in ("relation", "id", "role", "model_id", "change")),
+        ("columns", pa.list_(pa.string())),
     ]
 )
 
@@ -157,6 +165,13 @@ def _catalog(snapshot: Snapshot, memory: int) -> duckdb.DuckDBPyConnection:
         type=PythonUDFType.ARROW,
         null_handling=FunctionNullHandling.SPECIAL,
     )
+    connection.create_function(
+        "_changes",
+        lambda moments: pa.array([changes(owner(), one) for one in moments.to_pylist()], pa.list_(_CHANGE)),
+        ["VARCHAR"],
+        _sql_type(_CHANGE),
+        type=PythonUDFType.ARROW,
+    )
     for relation in (*older_views(snapshot), *relations()):
         connection.execute(relation.create)
     connection.execute(f"SET memory_limit = '{memory}B'")
@@ -164,7 +179,13 @@ def _catalog(snapshot: Snapshot, memory: int) -> duckdb.DuckDBPyConnection:
     return connection
 
 
-_SQL_TYPES = {pa.int64(): "BIGINT", pa.string(): "VARCHAR", pa.float64(): "DOUBLE", pa.bool_(): "BOOLEAN"}
+_SQL_TYPES = {
+    pa.list_(pa.string()): "VARCHAR[]",
+    pa.int64(): "BIGINT",
+    pa.string(): "VARCHAR",
+    pa.float64(): "DOUBLE",
+    pa.bool_(): "BOOLEAN",
+}
 
 
 def _sql_type(item: pa.StructType) -> str:
@@ -311,10 +332,7 @@ def _asked(
     connection: duckdb.DuckDBPyConnection, statement: str, parameters: Mapping[str, Any] | None
 ) -> duckdb.DuckDBPyRelation:
     check_text("statement", statement)
-    parsed = connection.extract_statements(statement)
-    if len(parsed) != 1 or parsed[0].type != duckdb.StatementType.SELECT:
-        found = ", ".join(one.type.name for one in parsed) or "nothing"
-        raise QueryRefused(f"one SELECT is needed, found: {found}; attrdb's tables change through attrdb ingest")
+    check_read_only(connection, statement)
     return connection.sql(statement, params=dict(parameters or {}))
 
 

@@ -28,7 +28,8 @@ MACROS = (
     "nearest",
     "attribute",
     "influence_shares",
-)  # each after those it reads
+    "changes",
+)
 
 # Views of what a snapshot holds; they have no file.
 FEATURES_GRAIN = "one row per image and encoder that has encoded it; feature is a FLOAT[] of unit length"

@@ -47,7 +47,8 @@ def check_name(name: str) -> None:
             f"{name!r} cannot name a table; use letters, digits and underscores, with a letter first, such as contracts"
         )
     try:
-        duckdb.extract_statements(f"SELECT * FROM {name}")
+        with duckdb.connect() as connection:
+            connection.extract_statements(f"SELECT * FROM {name}")
     except duckdb.ParserException as error:
         raise InvalidValue(f"{name!r} cannot name a table, because it is a word of SQL; use another name") from error
 
