@@ -16,6 +16,7 @@ from conftest import ROOT
 sys.path.insert(0, str(ROOT / "benchmarks"))
 from machine import describe
 
+from torture.bit_flips import bit_flips
 from torture.command_lines import command_lines
 from torture.crowd import crowd
 from torture.disks import NotPermitted
@@ -36,6 +37,7 @@ PARTS: dict[str, Part] = {
     "full disk": lambda folder, share, seed: full_disk(folder, every=round(1 / share)),
     "shortages": lambda folder, share, seed: run_all(folder, every=round(1 / share)),
     "command lines": lambda folder, share, seed: command_lines(round(1000 * share), seed, folder),
+    "bit flips": lambda folder, share, seed: bit_flips(round(1000 * share), seed, folder),
     "pictures": lambda folder, share, seed: pictures(folder, every=round(1 / share)),
 }
 

@@ -15,20 +15,23 @@ from removable import build
 
 import attrdb
 from attrdb.errors import AttrdbError
+from attrdb.store import checksums
 from attrdb.upkeep import health
 from torture.comparing import Tables, differences, tables
 from torture.processes import ends, log_of, start
-from torture.trials import TRACES, Trial
+from torture.trials import Trial, traces_in
 
 SECONDS = 60  # that reading everything, or a check, may take
 
 
 def bit_flips(n: int, seed: int, folder: Path) -> Iterator[Trial]:
-    """A trial per flip, in turn over the kinds of file; grouped by kind."""
+    """A trial per flip, in turn over the kinds of file; grouped by kind, and whether `check --deep` finds it."""
     folder.mkdir(exist_ok=True)
     base = build(folder / "base.attrdb")
     add_index(base, "toy_2")
     (base / "weights").mkdir(exist_ok=True)
+    opened = attrdb.open(base)
+    checksums.record(base, opened.snapshot.tables)
     wanted, chance, kinds = answers(base), Random(seed), defaultdict(list)
     for file in sorted(file.relative_to(base) for file in base.rglob("*") if file.is_file() and file.stat().st_size):
         if not file.name.endswith((".lock", ".turn")):
@@ -42,8 +45,11 @@ def bit_flips(n: int, seed: int, folder: Path) -> Iterator[Trial]:
         content[bit // 8] ^= 1 << bit % 8
         (db / file).write_bytes(content)
         trial = Trial(name, f"{file} bit {bit}")
-        trial.problems += _wrong(db, wanted)
-        shutil.rmtree(db)
+        outcome, problems = _outcome(db, wanted)
+        trial.problems += problems
+        trial.group += ", found" if outcome.endswith("; found by check") else ", not found"
+        for left in folder.glob(f"{number}.*"):
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
         yield trial
 
 
@@ -58,29 +64,28 @@ def answers(db: Path) -> Tables:
     opened = attrdb.open(db, read_only=True)
     found = tables(db)
     for image_id in ("m/0/1", "m/0/2", "o/1/3"):
-        found[f"attribute {image_id}"] = {
-            row["candidate_id"]: row for row in opened.attribute(image_id, k=4).to_pylist()
-        }
+        found[f"attribute {image_id}"] = {row["image_id"]: row for row in opened.attribute(image_id, k=4).to_pylist()}
     return found
 
 
-def _wrong(db: Path, wanted: Tables) -> list[str]:
-    """A wrong answer without a word, if a check does not find the damage either; or a process that dies without a word."""
+def _outcome(db: Path, wanted: Tables) -> tuple[str, list[str]]:
+    """What reading and checking it came to, and the problems.
+
+    A problem is a wrong answer while a check finds nothing, and a process that dies of what it reads.
+    """
     said = db.with_suffix(".said")
     process, hears = start(partial(_ask, said, wanted), db, db)
+    log = log_of(db)
     if not ends(process, hears, SECONDS):
-        return [f"reading it ended with exit code {process.exitcode}: {log_of(db).read_text(errors='replace')[-300:]}"]
+        return "", [f"reading it ended with exit code {process.exitcode}: {log.read_text(errors='replace')[-300:]}"]
     outcome = said.read_text()
-    log = log_of(db).read_text(errors="replace")
-    if outcome.startswith("fault"):
-        return [outcome]
-    if outcome.startswith("differ") and not outcome.endswith("found by check"):
-        return [outcome]
-    return [f"printed {trace}" for trace in TRACES[:1] if trace in log]
+    silent = outcome.startswith("differ") and not outcome.endswith("; found by check")
+    problems = [outcome] if silent or outcome.startswith("fault") else []
+    return outcome, problems + [trace for trace in traces_in(log) if "panicked" not in trace]
 
 
 def _ask(said: Path, wanted: Tables, db: Path, inputs: Path) -> None:
-    """Runs in a process of its own: damaged files may end it."""
+    """Runs in a process of its own: damaged files may end it. A panic that Lance prints becomes an error of attrdb."""
     try:
         different = list(differences(answers(db), wanted))
         outcome = f"differ: {different[:2]}" if different else "same"
