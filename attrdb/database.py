@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -127,6 +127,7 @@ class Database:
         self,
         statement: str,
         parameters: dict[str, Any] | None = None,
+        relations: Mapping[str, Any] | None = None,
         *,
         timeout: float | None = None,
         memory: int | str | None = None,
@@ -134,34 +135,40 @@ class Database:
     ) -> pa.Table:
         """The result of one SELECT over the pinned tables; its schema metadata names the images version.
 
-        timeout: seconds after which the statement is ended; None for no limit
-        memory:  bytes that it may use, or a text such as "4GB"; None for half of the free memory
-        rows:    only so many of its first rows; None for all
-        raises:  QueryRefused with DuckDB's words, if the statement is not one SELECT, asks for files or the network, or takes
-                 too long; OutOfMemory, InvalidValue for a limit that is none, StorageError for a damaged file
+        relations: tables of your own that the statement may name: name -> Arrow table, data frame or path of a file, see
+                   `sql.load_tables`
+        timeout:   seconds after which the statement is ended; None for no limit
+        memory:    bytes that it may use, or a text such as "4GB"; None for half of the free memory
+        rows:      only so many of its first rows; None for all
+        raises:    QueryRefused with DuckDB's words, if the statement is not one SELECT, asks for files or the network, or
+                   takes too long; OutOfMemory, InvalidValue for a limit that is none, StorageError for a damaged file, and
+                   as `sql.load_tables`
         """
         limits = Limits(timeout, parse_size(memory) if isinstance(memory, str) else memory, rows)
-        return self._select(self.snapshot, statement, parameters, limits)
+        return self._select(self.snapshot, statement, parameters, relations, limits)
 
     def _select(
         self,
         snapshot: Snapshot,
         statement: str,
         parameters: dict[str, Any] | None,
+        relations: Mapping[str, Any] | None,
         limits: Limits = UNLIMITED,
     ) -> pa.Table:
+        tables = sql.load_tables(relations)
         with storage(self.path):
-            return _versioned(sql.select(snapshot, statement, parameters, limits), snapshot)
+            return _versioned(sql.select(snapshot, statement, parameters, limits, tables), snapshot)
 
-    def query(self, name: str, **parameters: Any) -> pa.Table:
+    def query(self, name: str, *, relations: Mapping[str, Any] | None = None, **parameters: Any) -> pa.Table:
         """The result of a named query, such as `db.query("recall_at_k", k=10)`.
 
         A query's `method` may be given as encoder_id and mapper_id too; without any it is similarity of the first encoder.
+        relations: as of `sql`
         raises: NotFound for an unknown query, encoder or image, InvalidValue for a wrong parameter
         """
         snapshot = self.snapshot
         query, given = self._named(snapshot, name, parameters)
-        return self._select(snapshot, query.sql, given)
+        return self._select(snapshot, query.sql, given, relations)
 
     def bound_query(self, name: str, **parameters: Any) -> tuple[str, dict[str, Any]]:
         """The SQL of a named query and all its parameters, for a caller that runs it itself; raises as `query`."""

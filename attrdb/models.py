@@ -1,18 +1,21 @@
-"""The customized models of a database: their list, and all that is known of one."""
+"""The customized models of a database: their list, all that is known of one, and their labels."""
 
 from __future__ import annotations
 
 import difflib
 import json
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any
 
 import pyarrow as pa
 
 from attrdb.database import Database
-from attrdb.errors import NotFound
+from attrdb.errors import InvalidValue, NotFound
 from attrdb.store.ids import stored_file
+from attrdb.store.predicates import among, literal
 
 LIST = """\
 SELECT
@@ -27,6 +30,7 @@ SELECT
 FROM models
 ORDER BY model_id
 """
+EXAMPLES = {"split": "train, val or test", "category": "vase"}
 SHOWN_ELSEWHERE = ("exemplars", "prompts", "captions")  # settings that `describe` has apart
 
 
@@ -100,6 +104,50 @@ def _place(sample: dict[str, Any], prompts: list[str]) -> tuple[str, int, str, s
     prompt = sample["prompt"] or ""
     number = prompts.index(prompt) if prompt in prompts else len(prompts)
     return (sample["prompt_scheme"] or "", number, prompt, sample["image_id"])
+
+
+@dataclass(frozen=True)
+class Relabelled:
+    """What `set_models` changed. fitted: mappers that were trained or stopped on a split which a model has left or joined."""
+
+    n_models: int
+    n_images: int
+    fitted: list[str]
+
+
+def set_models(
+    db: Database, model_ids: Sequence[str], *, split: str | None = None, category: str | None = None
+) -> Relabelled:
+    """Give models another split or category, with their exemplars and samples.
+
+    Models that have it already are left alone, so a rerun completes what was interrupted.
+    raises: NotFound for an id that is not there, InvalidValue for an empty value or none at all; nothing is changed then
+    """
+    values = {name: value for name, value in (("split", split), ("category", category)) if value is not None}
+    if not values:
+        raise InvalidValue("nothing to set: give --split or --category")
+    for name, value in values.items():
+        if not value.strip():
+            raise InvalidValue(f"an empty {name}; give a name, such as {EXAMPLES[name]}")
+    known = {row["model_id"]: row for row in db.sql("SELECT model_id, split, category FROM models").to_pylist()}
+    for model_id in model_ids:
+        if model_id not in known:
+            raise NotFound(_no_such_model(db, model_id))
+    differing = " OR ".join(f"{name} IS NULL OR {name} <> {literal(value)}" for name, value in values.items())
+    where = f"{among('model_id', dict.fromkeys(model_ids))} AND ({differing})"
+    n_images = db.snapshot.count(where)
+    changed = [id_ for id_ in dict.fromkeys(model_ids) if any(known[id_][name] != values[name] for name in values)]
+    moved = {split, *(known[model_id]["split"] for model_id in changed)} if split else set()
+    fitted = [
+        row["mapper_id"]
+        for row in db.sql("SELECT mapper_id, settings FROM mappers ORDER BY mapper_id").to_pylist()
+        if changed and moved & {json.loads(row["settings"] or "{}").get(name) for name in ("split", "val_split")}
+    ]
+    if n_images:
+        db.writer.update("images", where, values)
+    if changed:  # after their images, so that a model whose row has the new values is done
+        db.writer.update("models", where, values)
+    return Relabelled(len(changed), n_images, fitted)
 
 
 def _no_such_model(db: Database, model_id: str) -> str:

@@ -1,9 +1,11 @@
-"""Single values as JSON can hold them, and as a person reads them."""
+"""Bytes as text; single values as JSON can hold them, and as a person reads them."""
 
 from __future__ import annotations
 
+import codecs
 import math
 import re
+from contextlib import suppress
 from typing import Any
 
 from attrdb.errors import InvalidValue
@@ -11,6 +13,49 @@ from attrdb.errors import InvalidValue
 # What a terminal would obey instead of showing it: control characters but tab and newline, and those that turn the
 # direction of writing round.
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+# With the longer marks first: that of UTF-32 begins with that of UTF-16.
+MARKS = (
+    (codecs.BOM_UTF8, "utf-8"),
+    (codecs.BOM_UTF32_LE, "utf-32-le"),
+    (codecs.BOM_UTF32_BE, "utf-32-be"),
+    (codecs.BOM_UTF16_LE, "utf-16-le"),
+    (codecs.BOM_UTF16_BE, "utf-16-be"),
+)
+MAX_FOREIGN = 0.4  # share of letters beyond ASCII above which text is not Western European
+
+
+def decode(encoded: bytes, where: str) -> str:
+    """The text in some bytes: by its byte-order mark, else UTF-8, UTF-16 without a mark, or Windows-1252.
+
+    Windows-1252 can hold any bytes, so it is only taken where the result is mostly ASCII.
+    where:  what the bytes are, for the error
+    raises: InvalidValue if none of them fits
+    """
+    for mark, encoding in MARKS:
+        if encoded.startswith(mark):
+            return _decoded(encoded[len(mark) :], encoding, where)
+    n_nul = encoded.count(0)
+    if n_nul and len(encoded) % 2 == 0 and n_nul >= len(encoded) // 4:
+        odd = encoded[1::2].count(0)
+        return _decoded(encoded, "utf-16-le" if odd > n_nul / 2 else "utf-16-be", where)
+    try:
+        return encoded.decode("utf-8")
+    except UnicodeDecodeError:
+        n_foreign = sum(byte >= 0x80 for byte in encoded)
+        if n_foreign <= MAX_FOREIGN * len(encoded):
+            with suppress(UnicodeDecodeError):
+                return encoded.decode("cp1252")
+        raise InvalidValue(f"{where} is not UTF-8 text; save it as UTF-8") from None
+
+
+def _decoded(encoded: bytes, encoding: str, where: str) -> str:
+    try:
+        return encoded.decode(encoding)
+    except UnicodeDecodeError as error:
+        raise InvalidValue(f"{where} is not {encoding.upper()} text: {error.reason}; save it as UTF-8") from error
+
+
+MAX_WHOLE = 1e15  # numbers from here on are shown with a power of ten
 
 
 def size_text(n_bytes: int) -> str:
@@ -60,7 +105,8 @@ def shown(value: Any) -> str:
     if value is None:
         return "-"
     if isinstance(value, float):
-        return f"{value:.4g}"
+        rounded = f"{value:.4g}"
+        return f"{value:.0f}" if "e+" in rounded and abs(value) < MAX_WHOLE else rounded
     if isinstance(value, list) and len(value) > 8:
         return f"[{', '.join(shown(item) for item in value[:3])}, ... {len(value)}]"
     return visible(str(plain(value)))

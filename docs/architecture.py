@@ -43,6 +43,7 @@ JOBS = ("ingest", "training")  # only the command line imports them
 TAKES_TABLE = {
     "upsert",
     "append_rows",
+    "update",
     "delete",
     "commit",
 }  # methods of Writer that are told the table, or the whole write

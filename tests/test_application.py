@@ -90,6 +90,7 @@ WRITES = {
     "add_method": lambda db: db.writer.add_method(similarity_row("toy_2")),
     "add_mapper": lambda db: db.writer.add_mapper({"mapper_id": "n", "encoder_id": "toy_2", "form": "gain"}),
     "upsert": lambda db: db.writer.upsert("models", [{"model_id": "n"}]),
+    "update": lambda db: db.writer.update("models", "true", {"split": "val"}),
     "delete": lambda db: db.writer.delete("models", "true"),
     "delete_matching": lambda db: db.writer.delete_matching("models", pa.table({"model_id": ["m"]})),
     "exclusive": lambda db: db.writer.exclusive().__enter__(),

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import picture
-from killing import attrdb_runs, log_of, run_whole, start
+from torture.processes import log_of, run_whole, start
+from torture.workloads import attrdb_runs
 
 import attrdb
 from attrdb.errors import Busy, InvalidValue, NotFound, OutOfMemory

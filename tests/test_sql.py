@@ -115,7 +115,11 @@ def test_header_columns_are_those_of_an_empty_run(empty, name):
         relation = connection.sql(query.sql, params=query.bind(given))
         found = list(zip(relation.columns, map(str, relation.types), strict=True))
     assert found == [(column.name, column.type) for column in query.columns]
-    assert empty.sql(query.sql, query.bind(given)).num_rows == 0
+    if query.reads == ("attribute",) or name == "compare_mappers":  # an empty database does not have their ids
+        with pytest.raises(QueryRefused, match=r"no image 'm/0/1' in|no method 'toy_2/m'"):
+            empty.sql(query.sql, query.bind(given))
+    else:
+        assert empty.sql(query.sql, query.bind(given)).num_rows == 0
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -285,7 +289,6 @@ def test_attribute_of_every_sample_in_one_statement(toy):
             (row["image_id"], row["influence"]) for row in alone
         ]
         assert sum(row["influence"] for row in rows) == pytest.approx(1)
-    assert toy.sql("FROM attribute('nobody')").num_rows == 0
     assert toy.sql("FROM attribute(NULL)").num_rows == 0
 
 

@@ -37,7 +37,7 @@ def test_an_example_runs_and_finds_something(ranked, example):
 
 
 def test_what_the_examples_find(ranked):
-    by_model, features, ranks, licences, per_row, means, compared, counted = map(ranked.sql, EXAMPLES)
+    by_model, features, ranks, licences, shares, per_row, means, compared, counted = map(ranked.sql, EXAMPLES)
     assert by_model.to_pylist() == [
         {"model_id": "m", "kind": "style", "n_samples": 2},
         {"model_id": "vase", "kind": "object", "n_samples": 0},
@@ -45,6 +45,7 @@ def test_what_the_examples_find(ranked):
     assert features["n_encoded"].to_pylist() == [3, 3, 2]
     assert ranks["n_pairs"].to_pylist() == [4]
     assert licences["influence"].to_pylist() == pytest.approx([1])
+    assert [row["part"] for row in shares.to_pylist()] == ["unnamed", "unattributed"]
     assert per_row.drop_columns("influence").to_pylist() == [
         {"sample_id": "m/0/1", "rank": 1, "image_id": "m/e0", "is_exemplar": True},
         {"sample_id": "m/0/1", "rank": 2, "image_id": "p10", "is_exemplar": False},
@@ -62,6 +63,8 @@ def test_what_the_examples_find(ranked):
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_command_runs(ranked, command, monkeypatch, tmp_path):
     (tmp_path / "DIR").mkdir()
+    (tmp_path / "mine.sql").write_text("SELECT count(*) AS n FROM samples")
+    (tmp_path / "contracts.csv").write_text("model_id,rate\nm,0.5\n")
     monkeypatch.chdir(tmp_path)
     words = shlex.split(command.replace("my.attrdb", str(ranked.path)).replace("--at 12", "--at 3"))[1:]
     if "2026-11-01" in command:  # a time at which this database was not there yet

@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import subprocess
 
 import lance
 import numpy as np
@@ -11,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import TOY, picture, rows
 from test_cli import run
+from torture.disks import NotPermitted, small_disk
 
 import attrdb
 from attrdb.errors import AttrdbError, InvalidValue, NotFound, QueryRefused, StorageError
@@ -25,29 +25,13 @@ FULL = "the disk of .* is full; what was committed before is kept: free some spa
 READ_ONLY = "cannot be written: .*; open it with read_only=True to read it"
 
 
-class Disk:
-    """A small file system of its own."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def mount(self, options):
-        subprocess.run(["mount", "-t", "tmpfs", "-o", options, "none", self.path], check=True, capture_output=True)
-
-    def change(self, options):
-        subprocess.run(["mount", "-o", f"remount,{options}", self.path], check=True, capture_output=True)
-
-
 @pytest.fixture
 def disk(tmp_path):
-    (tmp_path / "disk").mkdir()
-    disk = Disk(tmp_path / "disk")
     try:
-        disk.mount("size=600k")
-    except (OSError, subprocess.CalledProcessError):
-        pytest.skip("mounting a file system is not permitted here")
-    yield disk
-    subprocess.run(["umount", "--lazy", disk.path], check=True)
+        with small_disk(tmp_path / "disk", "size=600k") as disk:
+            yield disk
+    except NotPermitted as error:
+        pytest.skip(str(error))
 
 
 @pytest.fixture

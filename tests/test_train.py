@@ -284,14 +284,17 @@ def test_ranks_that_rise_far_from_the_first_ten_keep_training_going(db, monkeypa
 @pytest.mark.parametrize(
     ("given", "says"),
     [
-        ({"split": "test"}, "split is 'test': test models are for evaluation only; name another split"),
-        ({"val_split": "test_unseen"}, "val_split is 'test_unseen': test models are for evaluation"),
-        ({"val_split": "train"}, "split and val_split are both 'train'"),
+        ({"split": "test"}, "--split is 'test': test models are for evaluation only; name another split"),
+        ({"val_split": "test_unseen"}, "--val-split is 'test_unseen': test models are for evaluation"),
+        ({"val_split": "train"}, "--split and --val-split are both 'train'"),
         (
             {"split": "nowhere"},
-            r"no pair of kind 'both', split 'nowhere' .*; its models: .*48 of kind 'object' in split 'train'",
+            r"no models of kind 'both' in split 'nowhere' .*; its models: .*48 of kind 'object' in split 'train'.*--split",
         ),
-        ({"val_split": "nowhere"}, "no model of kind 'both' with 'toy_12' features in split 'nowhere'"),
+        (
+            {"val_split": "nowhere"},
+            r"no models of kind .both. in split .nowhere. .*--val-split.*: attrdb models set .* --split nowhere",
+        ),
         ({"kind": "thing"}, "kind is 'thing'; it must be object, style, both"),
         ({"prompt_scheme": "x"}, "prompt_scheme is 'x'; it must be gpt, procedural, both"),
         ({"form": "cubic"}, "form is 'cubic'; it must be affine, gain, mlp"),
@@ -451,3 +454,16 @@ def test_augmentation_of_images_that_are_not_stored_is_refused(drawn, tmp_path):
     lance.dataset(path / "images.lance").update({"image": "NULL"}, where="image_id = 'm2/1/0'")
     with pytest.raises(InvalidValue, match=r"image 'm2/1/0' .* is stored without its picture"):
         train(attrdb.open(path), settings=TrainSettings(augment="mild"))
+
+
+def test_missing_splits_are_named_before_the_images_are_read(learnable, tmp_path, monkeypatch):
+    """Models of splits train and test alone: the command names its option and the command that moves models, at once."""
+    shutil.copytree(learnable.path, tmp_path / "x.attrdb")
+    db = attrdb.open(tmp_path / "x.attrdb")
+    db.writer.update("models", "split = 'val'", {"split": "test"})
+    monkeypatch.setattr("attrdb.training.train.Validation", None)  # the first that reads features
+    done = CliRunner().invoke(main, ["train", str(db.path)])
+    assert done.exit_code == 1
+    assert "no models of kind 'both' in split 'val'" in done.stderr
+    assert f"with --val-split, or move models: attrdb models set {db.path} MODEL_ID --split val" in done.stderr
+    assert not list(db.path.glob("*train*"))

@@ -100,7 +100,7 @@ def calibrate(
     source: Wang et al. 2023, Eq. 5 and 6; here the whole gallery counts, and the optimiser is another
     """
     if split.startswith(EVALUATED_ONLY):
-        raise InvalidValue(f"split is {split!r}: test models are for evaluation only; name another split")
+        raise InvalidValue(f"--split is {split!r}: test models are for evaluation only; name another split")
     db.refresh()
     method_id = resolve_method(db.snapshot, method)
     loaded = load_method(db.snapshot, method_id)
@@ -148,7 +148,9 @@ def similarities(
     }
     models = sorted(by_model["sample"].keys() & by_model["exemplar"].keys())
     if not models:
-        raise InvalidValue(f"no model with {encoder_id!r} features in split {split!r} of {db.path}; name another split")
+        raise InvalidValue(
+            f"no model with {encoder_id!r} features in split {split!r} of {db.path}; name another split with --split"
+        )
     exemplars = [by_model["exemplar"][name][1] for name in models]
     samples = [by_model["sample"][name][1] for name in models]
     if mapper:
@@ -179,7 +181,8 @@ def stored_scores(db: Database, method: Method, split: str) -> tuple[Similaritie
     samples, first = np.unique(table["sample_id"].to_numpy(), return_index=True)
     if not len(samples):
         raise InvalidValue(
-            f"no model in split {split!r} of {db.path} has a sample with a {method.scored}; name another split"
+            f"no model in split {split!r} of {db.path} has a sample with a {method.scored}; name another split with "
+            "--split"
         )
     scores, is_own = table["score"].to_numpy(), table["is_own"].to_numpy()
     parts = list(zip(first, [*first[1:], len(scores)], strict=True))

@@ -115,6 +115,7 @@ def train(
     settings = settings or TrainSettings()
     _check(settings)
     db.refresh()
+    _check_splits(db, settings)
     encoder_id = db.encoder_id(encoder_id)
     record = {"encoder_id": encoder_id, "stopped_by": STOPPED_BY, **asdict(settings)}
     if mapper_id is None:
@@ -285,7 +286,7 @@ class Validation:
     """
 
     def __init__(self, db: Database, encoder_id: str, settings: TrainSettings):
-        kinds = ("object", "style") if settings.kind == "both" else (settings.kind,)
+        kinds = _kinds(settings)
         known = db.sql("SELECT model_id, kind FROM models WHERE split = $split", {"split": settings.val_split})
         kind_of = {row["model_id"]: row["kind"] for row in known.to_pylist() if row["kind"] in kinds}
         of_models = among("model_id", sorted(kind_of))
@@ -297,7 +298,7 @@ class Validation:
         if not names:
             raise InvalidValue(
                 f"no model of kind {settings.kind!r} with {encoder_id!r} features in split {settings.val_split!r} of "
-                f"{db.path}; training needs some to choose the epoch (val_split)"
+                f"{db.path}; training needs some to choose the epoch (--val-split)"
             )
         self.models = [(by_model["sample"][name], by_model["exemplar"][name]) for name in names]
         schemes = db.images(f"role = 'sample' AND {of_models}", ["image_id", "model_id", "prompt_scheme"]).to_pylist()
@@ -333,6 +334,28 @@ class Validation:
         return dict(zip(VALIDATED, means.tolist(), strict=True))
 
 
+def _check_splits(db: Database, settings: TrainSettings) -> None:
+    """raises: InvalidValue for a split without enough models, before anything is read of their images"""
+    counts = db.sql("SELECT kind, split, count(*) AS n FROM models GROUP BY ALL ORDER BY ALL").to_pylist()
+    kinds = _kinds(settings)
+    for option, split, least, purpose in (
+        ("--split", settings.split, 2, "compares pairs of different models"),
+        ("--val-split", settings.val_split, 1, "needs others to choose the epoch"),
+    ):
+        n_models = sum(row["n"] for row in counts if row["split"] == split and row["kind"] in kinds)
+        if n_models < least:
+            stored = ", ".join(f"{row['n']} of kind {row['kind']!r} in split {row['split']!r}" for row in counts)
+            raise InvalidValue(
+                f"{n_models or 'no'} model{'s' * (n_models != 1)} of kind {settings.kind!r} in split {split!r} of {db.path}; "
+                f"training {purpose}, so it needs at least {least}; its models: {stored or 'none'}. Name another split with "
+                f"{option}, or move models: attrdb models set {db.path} MODEL_ID --split {split}"
+            )
+
+
+def _kinds(settings: TrainSettings) -> tuple[str, ...]:
+    return ("object", "style") if settings.kind == "both" else (settings.kind,)
+
+
 def _check(settings: TrainSettings) -> None:
     """raises: InvalidValue for settings that cannot be used; reads nothing"""
     for name, value, allowed in (
@@ -342,14 +365,12 @@ def _check(settings: TrainSettings) -> None:
     ):
         if value not in allowed:
             raise InvalidValue(f"{name} is {value!r}; it must be {', '.join(allowed)}")
-    for name in ("split", "val_split"):
-        if getattr(settings, name).startswith(EVALUATED_ONLY):
-            raise InvalidValue(
-                f"{name} is {getattr(settings, name)!r}: test models are for evaluation only; name another split"
-            )
+    for option, split in (("--split", settings.split), ("--val-split", settings.val_split)):
+        if split.startswith(EVALUATED_ONLY):
+            raise InvalidValue(f"{option} is {split!r}: test models are for evaluation only; name another split")
     if settings.split == settings.val_split:
         raise InvalidValue(
-            f"split and val_split are both {settings.split!r}; training and validation need different models"
+            f"--split and --val-split are both {settings.split!r}; training and validation need different models"
         )
     for name, least in (("temperature", 0), ("lr", 0)):
         if not (getattr(settings, name) > least and math.isfinite(getattr(settings, name))):

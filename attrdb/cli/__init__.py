@@ -42,7 +42,7 @@ def demo(folder: Path, quiet: bool) -> None:
 
 
 main.add_section("Start", demo, init)
-main.add_section("Bring in", ingest.ingest, ingest.encode, remove.remove)
+main.add_section("Bring in", ingest.ingest, ingest.encode, upkeep.import_, remove.remove)
 main.add_section(
     "Ask", query.attribute, query.run_sql, shell.shell, query.run_query, query.queries, query.methods, models.models
 )

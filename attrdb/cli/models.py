@@ -14,9 +14,9 @@ from attrdb.cli.rows import Output, output_options
 from attrdb.errors import InvalidValue
 
 
-@click.group(short_help="List the customized models, or show one.")
+@click.group(short_help="List the customized models, show one, change their split.")
 def models() -> None:
-    """The customized models: list them, look at one."""
+    """The customized models: list them, look at one, change their split or category."""
 
 
 @models.command("list", short_help="List every customized model.")
@@ -28,6 +28,29 @@ def list_models(db: Path, at: str | None, output: Output) -> None:
     from attrdb.models import list_models
 
     output.write(list_models(attrdb.open(db, read_only=True, at=at)))
+
+
+@models.command("set", short_help="Change the split or category of models.")
+@DB
+@click.argument("model_ids", metavar="ID...", nargs=-1, required=True, type=Id("model"))
+@click.option("--split", help="Their split from now on: train and val are learned from, others are not.")
+@click.option("--category", help="What their exemplars show, or their style.")
+def set_labels(db: Path, model_ids: tuple[str, ...], split: str | None, category: str | None) -> None:
+    """Give the models ID... another split or category, with their exemplars and samples.
+
+    `attrdb train` learns from split train and is stopped by split val, so some models need val. Weights and samples stay as
+    they are; so do mappers, which are named if they were trained on a split that changes.
+    """
+    from attrdb.models import set_models
+
+    changed = set_models(attrdb.open(db), model_ids, split=split, category=category)
+    click.echo(f"{changed.n_models:,} models changed, with {changed.n_images:,} images", err=True)
+    if changed.fitted:
+        click.echo(
+            f"trained on a split as it was before: {', '.join(changed.fitted)}; a figure for a model that was trained on "
+            "says little, so train anew before you evaluate",
+            err=True,
+        )
 
 
 @models.command("show", short_help="Show settings, figures, exemplars and prompts of a model.")

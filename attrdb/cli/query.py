@@ -21,10 +21,12 @@ from attrdb.cli.common import (
     quiet_option,
     renamed,
     stored_encoder_id,
+    with_option,
 )
 from attrdb.cli.rows import Output, output_options
 from attrdb.errors import AttrdbError, InvalidValue, NotFound
 from attrdb.search.memory import use_the_machine
+from attrdb.text import decode
 
 
 @click.command(short_help="Find the images that shaped an image, with their influence.")
@@ -166,32 +168,64 @@ def rows_option(command: Any) -> Any:
 
 @click.command("sql", short_help="Run one SELECT over the tables and views.")
 @DB
-@click.argument("statement")
+@click.argument("statement", required=False)
+@click.option(
+    "--file",
+    "statement_file",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False, allow_dash=True),
+    metavar="FILE",
+    help="Read the statement from FILE, in the place of STATEMENT.",
+)
 @click.option(
     "-p", "--param", "params", multiple=True, metavar="NAME=VALUE", help="Value of $NAME, as text; repeatable."
 )
+@with_option
 @at_option
 @rows_option
 @limit_options
 @output_options
 def run_sql(
     db: Path,
-    statement: str,
+    statement: str | None,
+    statement_file: Path | None,
     params: tuple[str, ...],
+    relations: dict[str, Path],
     at: str | None,
     rows: int | None,
     limits: Any,
     output: Output,
 ) -> None:
-    """Run one SELECT over the database's tables and views."""
+    """Run one SELECT over the database's tables and views. STATEMENT may be - for standard input.
+
+    PIVOT, DESCRIBE, SUMMARIZE and EXPLAIN of a SELECT work too.
+    A table of your own joins in with --with contracts=contracts.csv: it is loaded before the statement runs.
+    """
     from attrdb.queries import parameters_of
 
     use_the_machine()
-    _write_rows(attrdb.open(db, read_only=True, at=at), statement, parameters_of(params), rows, limits, output)
+    if (statement is None) == (statement_file is None):
+        raise click.UsageError("give a STATEMENT (- for standard input), or --file with a file that holds one")
+    if statement is None or statement == "-":
+        statement = _read_statement(statement_file)
+    database = attrdb.open(db, read_only=True, at=at)
+    _write_rows(database, statement, parameters_of(params), relations, rows, limits, output)
+
+
+def _read_statement(file: Path | None) -> str:
+    """The text of a file, or of standard input for None and -."""
+    name = "standard input" if file is None or str(file) == "-" else str(file)
+    encoded = sys.stdin.buffer.read() if name == "standard input" else Path(name).read_bytes()
+    return decode(encoded, name)
 
 
 def _write_rows(
-    database: Any, statement: str, parameters: dict[str, Any], rows: int | None, limits: Any, output: Output
+    database: Any,
+    statement: str,
+    parameters: dict[str, Any],
+    relations: dict[str, Path],
+    rows: int | None,
+    limits: Any,
+    output: Output,
 ) -> None:
     """Write the result of a statement: on a screen the first rows, elsewhere all, unless a number is given."""
     from attrdb.shell.session import ROWS_ON_SCREEN
@@ -201,6 +235,7 @@ def _write_rows(
     table = database.sql(
         statement,
         parameters,
+        relations,
         timeout=limits.seconds,
         memory=limits.memory,
         rows=None if rows is None else rows + 1,
@@ -228,6 +263,7 @@ def complete_query(context: click.Context, parameter: click.Parameter, typed: st
     "-p", "--param", "params", multiple=True, metavar="NAME=VALUE", help="A parameter of the query; repeatable."
 )
 @queries_option
+@with_option
 @at_option
 @rows_option
 @limit_options
@@ -237,6 +273,7 @@ def run_query(
     name: str,
     params: tuple[str, ...],
     query_folders: tuple[Path, ...],
+    relations: dict[str, Path],
     at: str | None,
     rows: int | None,
     limits: Any,
@@ -248,7 +285,7 @@ def run_query(
     use_the_machine()
     database = attrdb.open(db, read_only=True, at=at, query_folders=query_folders)
     statement, parameters = database.bound_query(name, **parameters_of(params))
-    _write_rows(database, statement, parameters, rows, limits, output)
+    _write_rows(database, statement, parameters, relations, rows, limits, output)
 
 
 @click.group(short_help="List the named queries, or show the SQL of one.")

@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from attrdb.cli.common import DB, at_option, limit_options, queries_option
+from attrdb.cli.common import DB, at_option, limit_options, queries_option, with_option
 from attrdb.cli.rows import format_options
 from attrdb.errors import MissingExtra
 from attrdb.search.memory import use_the_machine
@@ -18,10 +18,18 @@ from attrdb.search.memory import use_the_machine
 @click.command("shell", short_help="Ask in SQL at a prompt, or from standard input.")
 @DB
 @queries_option
+@with_option
 @at_option
 @limit_options
 @format_options
-def shell(db: Path, query_folders: tuple[Path, ...], at: str | None, limits: Any, form: str | None) -> None:
+def shell(
+    db: Path,
+    query_folders: tuple[Path, ...],
+    relations: dict[str, Path],
+    at: str | None,
+    limits: Any,
+    form: str | None,
+) -> None:
     """Ask in SQL at a prompt with history and completion. The database is only read.
 
     A statement is one SELECT, ended by a semicolon. `.help` lists the other commands: tables, named queries, formats, files,
@@ -43,7 +51,15 @@ def shell(db: Path, query_folders: tuple[Path, ...], at: str | None, limits: Any
                 "statements on standard input"
             ) from error
     on_screen = at_prompt and sys.stdout.isatty()
-    session = Shell(db, at=at, query_folders=query_folders, form=form or "table", on_screen=on_screen, limits=limits)
+    session = Shell(
+        db,
+        at=at,
+        query_folders=query_folders,
+        user_tables=relations,
+        form=form or "table",
+        on_screen=on_screen,
+        limits=limits,
+    )
     if at_prompt:
         run_prompt(session)
     else:

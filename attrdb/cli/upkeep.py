@@ -251,6 +251,24 @@ def export(
     click.echo(f"{target}: " + ", ".join(f"{n:,} {name}" for name, n in counts.items()), err=True)
 
 
+@click.command("import", short_help="Make a database of an export.")
+@DB
+@click.argument("source", metavar="EXPORT", type=click.Path(path_type=Path))
+@quiet_option
+def import_(db: Path, source: Path, quiet: bool) -> None:
+    """Make the new database DB of EXPORT, a folder of Parquet files that `attrdb export` wrote, equal in every row.
+
+    Indices and the weights of models are not in an export; `attrdb backup` copies them too.
+    """
+    from attrdb.cli.output import progress
+    from attrdb.upkeep.import_export import import_export
+
+    with progress(quiet) as report:
+        counts = import_export(source, db, report)
+    click.echo(f"{db}: " + ", ".join(f"{n:,} {name}" for name, n in counts.items() if n), err=True)
+    click.echo(f"no index is in an export; build it again with: attrdb index {db}", err=True)
+
+
 @click.command(short_help="Copy a database, as it is now, while others use it.")
 @DB
 @click.argument("target", type=click.Path(path_type=Path))

@@ -110,13 +110,14 @@ def write_stdout(table: pa.Table, form: str) -> None:
 def _write_text(table: pa.Table, form: str, put: Callable[[str], Any], *, terminal: bool = False) -> None:
     """Hand a table to `put`, part by part, in one of the formats that are text."""
     from attrdb.formats import text as text_formats
+    from attrdb.formats.grid import grid_parts
 
     parts: dict[str, Callable[[pa.Table], Iterable[str]]] = {
         "csv": text_formats.csv_parts,
         "json": text_formats.json_parts,
         "markdown": text_formats.markdown_parts,
         "nl": text_formats.nl_parts,
-        "table": partial(text_formats.grid_parts, terminal=terminal),
+        "table": partial(grid_parts, terminal=terminal),
     }
     for part in parts[form](table):
         put(part)

@@ -1,4 +1,4 @@
-"""Rows as text: CSV, JSON, Markdown, and a table for reading. Each function yields the text in parts."""
+"""Rows as text: CSV, JSON, Markdown. Each function yields the text in parts."""
 
 from __future__ import annotations
 
@@ -6,18 +6,19 @@ import csv
 import io
 import json
 import re
-import sys
 import textwrap
 from collections.abc import Iterator
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from attrdb.formats.values import values
-from attrdb.text import plain, shown, visible
+from attrdb.text import plain, shown
 
 BATCH_ROWS = 1024
-PIPE_WIDTH = 10_000  # a pipe or a file gets whole lines, not lines folded at 80 columns
+# A table for reading shows less than this as 0, if its greatest number is so much greater: it is what sums leave.
+NOISE, NOISE_RATIO = 1e-15, 1e-12
 
 # What Markdown or HTML would read as markup; an underscore only at the edge of a word, so that ids stay as they are.
 _MARKUP = re.compile(r"[\\`*|\[\]]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])")
@@ -33,6 +34,27 @@ def rows(table: pa.Table) -> Iterator[dict[str, Any]]:
 def cell(value: Any) -> Any:
     """A plain value as one cell can hold it: lists and structs as JSON text."""
     return json.dumps(value, ensure_ascii=False) if isinstance(value, (list, dict)) else value
+
+
+def cells(table: pa.Table, null: str = "-") -> Iterator[list[str]]:
+    """The rows as a person reads them: numbers rounded, what only rounding has left as 0."""
+    noise = min(NOISE, NOISE_RATIO * _greatest(table))
+    for row in rows(table):
+        yield [
+            null if value is None else shown(0.0 if isinstance(value, float) and abs(value) <= noise else value)
+            for value in row.values()
+        ]
+
+
+def _greatest(table: pa.Table) -> float:
+    """The greatest magnitude among the fractional numbers of a table; 0 for none."""
+    greatest = 0.0
+    for column in table.columns:
+        if pa.types.is_floating(column.type) or pa.types.is_decimal(column.type):
+            magnitudes = pc.abs(column.cast(pa.float64()))
+            magnitudes = magnitudes.filter(pc.is_finite(magnitudes))
+            greatest = max(greatest, pc.max(magnitudes).as_py() or 0.0)
+    return greatest
 
 
 def is_number(column: pa.DataType) -> bool:
@@ -76,8 +98,8 @@ def markdown_parts(table: pa.Table) -> Iterator[str]:
     """A Markdown table; values are rounded as in a table for reading, and what would be markup is escaped."""
     yield _markdown_line([_escaped(name) for name in table.column_names])
     yield _markdown_line(["---:" if is_number(field.type) else "---" for field in table.schema])
-    for row in rows(table):
-        yield _markdown_line(["" if value is None else _escaped(shown(value)) for value in row.values()])
+    for row in cells(table, null=""):
+        yield _markdown_line([_escaped(cell) for cell in row])
 
 
 def _markdown_line(cells: list[str]) -> str:
@@ -88,25 +110,3 @@ def _escaped(text: str) -> str:
     text = _MARKUP.sub(lambda found: "\\" + found[0], text)
     text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     return "<br>".join(text.splitlines())
-
-
-def grid_parts(table: pa.Table, *, terminal: bool = False) -> Iterator[str]:
-    """A table for reading; terminal: as wide as the terminal, and in its colours."""
-    from rich.box import SIMPLE_HEAD
-    from rich.console import Console
-    from rich.table import Table
-
-    grid = Table(box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-    for field in table.schema:
-        grid.add_column(visible(field.name), justify="right" if is_number(field.type) else "left", overflow="fold")
-    for row in rows(table):
-        grid.add_row(*(shown(value) for value in row.values()))
-    console = Console(
-        width=None if terminal else PIPE_WIDTH,
-        file=sys.stdout if terminal else io.StringIO(),
-        markup=False,
-        highlight=False,
-    )
-    with console.capture() as written:
-        console.print(grid)
-    yield written.get()

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+
+import pyarrow as pa
 
 from attrdb import sql
 from attrdb.sql.relations import FEATURES_GRAIN, STORED, UNFINISHED_GRAIN
@@ -16,7 +19,7 @@ class Described:
     """A table, view or macro. grain: what a row is; arguments: of a macro; columns: name -> SQL type."""
 
     name: str
-    kind: str  # 'tables', 'views' or 'macros'
+    kind: str  # 'tables', 'views', 'macros' or 'your tables'
     grain: str
     arguments: str
     columns: dict[str, str]
@@ -26,14 +29,15 @@ class Described:
         return f"{self.name}({self.arguments})" if self.arguments else self.name
 
 
-def relations(snapshot: Snapshot) -> dict[str, Described]:
+def relations(snapshot: Snapshot, user_tables: Mapping[str, pa.Table]) -> dict[str, Described]:
     """Everything that can stand in FROM, by name; nothing is read but the schemas."""
     # A table that SQL sees through a view of its name is described as that view.
     shown = [(name, "tables", table.grain, "") for name, table in DICTIONARY.items() if name not in STORED]
     shown += [(one.name, "macros" if one.arguments else "views", one.grain, one.signature) for one in sql_relations()]
     shown += [("features", "views", FEATURES_GRAIN, ""), ("unfinished_models", "views", UNFINISHED_GRAIN, "")]
+    shown += [(name, "your tables", f"{len(table):,} rows", "") for name, table in user_tables.items()]
     described = {}
-    with sql.connect(snapshot) as connection:
+    with sql.connect(snapshot, tables=user_tables) as connection:
         for name, kind, grain, arguments in shown:
             required = [argument for argument in arguments.split(", ") if argument and ":=" not in argument]
             call = f"{name}({', '.join('NULL' for _ in required)})" if arguments else name

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import shlex
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -47,9 +47,10 @@ class Quit(Exception):
 class Shell:
     """What the user has set: the database and its version, the format, and the file of the next result.
 
-    limits:    of every statement
-    on_screen: results for reading are cut off after ROWS_ON_SCREEN rows, with a note
-    raises:    as `attrdb.open`
+    user_tables: the user's own tables, loaded here, see `sql.load_tables`
+    limits:      of every statement
+    on_screen:   results for reading are cut off after ROWS_ON_SCREEN rows, with a note
+    raises:      as `attrdb.open`, `sql.load_tables` and `sql.connect`
     """
 
     def __init__(
@@ -58,6 +59,7 @@ class Shell:
         *,
         at: str | None = None,
         query_folders: Sequence[Path] = (),
+        user_tables: Mapping[str, Any] | None = None,
         form: str = "table",
         on_screen: bool = False,
         limits: Limits = UNLIMITED,
@@ -66,13 +68,16 @@ class Shell:
         self.form, self.on_screen, self.limits = form, on_screen, limits
         self.file: Path | None = None  # of the next result
         self.db = attrdb.open(path, read_only=True, at=at, query_folders=query_folders)
+        self.user_tables = sql.load_tables(user_tables)
+        with sql.connect(self.db.snapshot, tables=self.user_tables):
+            pass  # a name that is taken is refused
         self._relations: tuple[Snapshot, dict[str, Described]] | None = None
 
     @property
     def relations(self) -> dict[str, Described]:
         """Everything that can stand in FROM, at the version that is being read."""
         if self._relations is None or self._relations[0] is not self.db.snapshot:
-            self._relations = (self.db.snapshot, relations(self.db.snapshot))
+            self._relations = (self.db.snapshot, relations(self.db.snapshot, self.user_tables))
         return self._relations[1]
 
     @cached_property
@@ -107,7 +112,7 @@ class Shell:
             cut = self.on_screen and form == "table"
         limits = replace(self.limits, rows=ROWS_ON_SCREEN + 1 if cut else None)
         with storage(self.path):
-            table = sql.select(self.db.snapshot, text, parameters, limits)
+            table = sql.select(self.db.snapshot, text, parameters, limits, self.user_tables)
         if self.file is not None:
             formats.write_file(table, form, self.file)
             note(formats.written(self.file, table))

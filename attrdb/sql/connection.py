@@ -17,11 +17,15 @@ from duckdb.func import FunctionNullHandling, PythonUDFType
 from attrdb.attribution.methods import method_rows, resolve_method
 from attrdb.attribution.query import Attribution, AttributionRequest, attribute_stored, check_enough
 from attrdb.attribution.similarity import unit_features
-from attrdb.errors import AttrdbError, QueryRefused
+from attrdb.errors import AttrdbError, NotFound, QueryRefused
 from attrdb.search import planner
+from attrdb.sql import user_tables
 from attrdb.sql.arrow_types import exact
+from attrdb.sql.changes import changes
 from attrdb.sql.limits import UNLIMITED, Limits, any_left_behind, default_memory, limited, needs_more
+from attrdb.sql.read_only import check_read_only
 from attrdb.sql.relations import STORED, Relation, features_view, older_view, relations
+from attrdb.store.predicates import among
 from attrdb.store.schema import TABLES, Row
 from attrdb.store.snapshot import Snapshot
 from attrdb.text import check_text
@@ -38,18 +42,30 @@ _SHARE = pa.struct(
         ("missing_influence", pa.float64()),
     ]
 )
+_CHANGE = pa.struct(
+    [
+        *((name, pa.string()) for name in ("relation", "id", "role", "model_id", "change")),
+        ("columns", pa.list_(pa.string())),
+    ]
+)
 
 
 @contextmanager
-def connect(snapshot: Snapshot, memory: int | None = None) -> Iterator[duckdb.DuckDBPyConnection]:
+def connect(
+    snapshot: Snapshot, memory: int | None = None, tables: Mapping[str, pa.Table] | None = None
+) -> Iterator[duckdb.DuckDBPyConnection]:
     """A connection that sees the tables of the snapshot, its views and macros, and no file, network or setting.
 
     Views, macros and functions are made once for a snapshot, which takes some 20 ms, and shared by its connections.
     memory: bytes that all its connections with this limit may use together, see `Limits`
+    tables: tables of the caller's own, see `user_tables`
+    raises: InvalidValue for a table that has a name of the database
     """
     connection = limited(None, lambda: snapshot.once(_Catalog(_memory(snapshot, memory))).cursor())
     try:
         limited(connection, lambda: _register(connection, snapshot))  # what is registered is a connection's own
+        if tables:
+            user_tables.register(connection, tables)
         yield connection
     finally:
         if not any_left_behind():  # closing one that still computes would wait for it
@@ -139,6 +155,23 @@ def _catalog(snapshot: Snapshot, memory: int) -> duckdb.DuckDBPyConnection:
         type=PythonUDFType.ARROW,
         null_handling=FunctionNullHandling.SPECIAL,
     )
+    connection.create_function(
+        "_sample_ids",
+        lambda predicates: pa.array(
+            [_sample_ids(owner(), one) for one in predicates.to_pylist()], pa.list_(pa.string())
+        ),
+        ["VARCHAR"],
+        "VARCHAR[]",
+        type=PythonUDFType.ARROW,
+        null_handling=FunctionNullHandling.SPECIAL,
+    )
+    connection.create_function(
+        "_changes",
+        lambda moments: pa.array([changes(owner(), one) for one in moments.to_pylist()], pa.list_(_CHANGE)),
+        ["VARCHAR"],
+        _sql_type(_CHANGE),
+        type=PythonUDFType.ARROW,
+    )
     for relation in (*older_views(snapshot), *relations()):
         connection.execute(relation.create)
     connection.execute(f"SET memory_limit = '{memory}B'")
@@ -146,7 +179,13 @@ def _catalog(snapshot: Snapshot, memory: int) -> duckdb.DuckDBPyConnection:
     return connection
 
 
-_SQL_TYPES = {pa.int64(): "BIGINT", pa.string(): "VARCHAR", pa.float64(): "DOUBLE", pa.bool_(): "BOOLEAN"}
+_SQL_TYPES = {
+    pa.list_(pa.string()): "VARCHAR[]",
+    pa.int64(): "BIGINT",
+    pa.string(): "VARCHAR",
+    pa.float64(): "DOUBLE",
+    pa.bool_(): "BOOLEAN",
+}
 
 
 def _sql_type(item: pa.StructType) -> str:
@@ -209,8 +248,24 @@ def _attribute(
     request = AttributionRequest(None, k, by, tau, lam, candidates, bool(exact))
     answers = attribute_stored(snapshot, list(dict.fromkeys(samples)), request)
     is_similarity = method_rows(snapshot)[by]["kind"] == "similarity"
+    if unanswered := set(samples) - answers.keys():
+        stored = snapshot.images(among("image_id", unanswered), ["image_id"])["image_id"].to_pylist()
+        if unknown := unanswered - set(stored):
+            raise NotFound(f"no image {min(unknown)!r} in {snapshot.path}")
     rows = {sample: _share_rows(answer, is_similarity) for sample, answer in answers.items()}
     return [rows.get(sample) for sample in samples]
+
+
+def _sample_ids(snapshot: Snapshot, predicate: str | None) -> list[str]:
+    """The samples that a predicate keeps; all for None."""
+    where = "role = 'sample'"
+    if predicate is not None:
+        snapshot.check_predicate("samples", predicate)
+        where += f" AND ({predicate})"
+    ids: list[str] = snapshot.images(where, ["image_id"])["image_id"].to_pylist()
+    if predicate is not None and not ids:
+        raise NotFound(f"no sample of {snapshot.path} fulfils {predicate!r}")
+    return ids
 
 
 def _share_rows(answer: Attribution, is_similarity: bool) -> list[Row]:
@@ -229,11 +284,15 @@ def _share_rows(answer: Attribution, is_similarity: bool) -> list[Row]:
 
 
 def select(
-    snapshot: Snapshot, statement: str, parameters: Mapping[str, Any] | None = None, limits: Limits = UNLIMITED
+    snapshot: Snapshot,
+    statement: str,
+    parameters: Mapping[str, Any] | None = None,
+    limits: Limits = UNLIMITED,
+    tables: Mapping[str, pa.Table] | None = None,
 ) -> pa.Table:
-    """The result of one SELECT within limits; raises as `run`."""
+    """The result of one SELECT within limits, over tables of the caller's own too; raises as `connect` and `run`."""
     limits = replace(limits, memory=_memory(snapshot, limits.memory))
-    with connect(snapshot, limits.memory) as connection:
+    with connect(snapshot, limits.memory, tables) as connection:
         return run(connection, statement, parameters, limits)
 
 
@@ -273,10 +332,7 @@ def _asked(
     connection: duckdb.DuckDBPyConnection, statement: str, parameters: Mapping[str, Any] | None
 ) -> duckdb.DuckDBPyRelation:
     check_text("statement", statement)
-    parsed = connection.extract_statements(statement)
-    if len(parsed) != 1 or parsed[0].type != duckdb.StatementType.SELECT:
-        found = ", ".join(one.type.name for one in parsed) or "nothing"
-        raise QueryRefused(f"one SELECT is needed, found: {found}; attrdb's tables change through attrdb ingest")
+    check_read_only(connection, statement)
     return connection.sql(statement, params=dict(parameters or {}))
 
 
@@ -292,7 +348,8 @@ def _refused(connection: duckdb.DuckDBPyConnection) -> Iterator[None]:
         raise needs_more(memory) from error
     except duckdb.PermissionException as error:
         raise QueryRefused(
-            f"SQL in attrdb reads the database's own tables, not files or the network: {_first_line(error)}"
+            f"SQL in attrdb reads the database's own tables, not files or the network: {_first_line(error)}; a file of yours "
+            "is read if the command names it: --with NAME=FILE, in Python relations={'NAME': 'FILE'}"
         ) from error
     except duckdb.Error as error:
         if damaged := re.search(r"reading the stream registered as '_?(\w+)' failed: (.*)", str(error)):

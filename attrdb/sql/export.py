@@ -12,15 +12,20 @@ import lance
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from attrdb import formats
 from attrdb.errors import AttrdbError, InvalidValue, StorageError
 from attrdb.progress import Progress, no_progress
 from attrdb.sql.connection import method_table, older_views, table_name
 from attrdb.sql.relations import relations
 from attrdb.store.lance_errors import storage
+from attrdb.store.predicates import literal
 from attrdb.store.schema import feature_columns
 from attrdb.store.snapshot import Snapshot
 
 FORMATS = ("parquet", "duckdb")
+DUCKDB_SUFFIXES = (".duckdb", ".db", ".ddb")
+# The oldest DuckDB that opens an export. Without it, DuckDB 2 writes a form that no 1.x opens.
+DUCKDB_STORAGE = "v1.4.0"
 BATCH_ROWS = 1024
 BATCHES_AHEAD = 2  # that Lance reads before they are asked for; its own choice would hold sixteen batches of pictures
 # A Parquet file's row group: as large as readers like it, but no more bytes than may be held.
@@ -49,6 +54,7 @@ def export(
     target = Path(target)
     if form not in FORMATS:
         raise InvalidValue(f"form is {form!r}; it must be {' or '.join(FORMATS)}")
+    _check_suffix(target, form)
     if target.exists():
         raise InvalidValue(f"{target} exists already; name a new {'folder' if form == 'parquet' else 'file'}")
     if target.resolve().is_relative_to(snapshot.path.resolve()):
@@ -61,6 +67,19 @@ def export(
         return write(snapshot, part, left_out, report)
 
 
+def _check_suffix(target: Path, form: str) -> None:
+    """raises: InvalidValue for a name that promises another format"""
+    suffix = target.suffix.lower()
+    if form == "parquet" and suffix in DUCKDB_SUFFIXES:
+        raise InvalidValue(f"{target} is named like a DuckDB file; add --duckdb, or name a new folder")
+    if suffix in formats.SUFFIXES:
+        raise InvalidValue(
+            f"{target} is named like a file of rows, and an export has several tables; name a new folder, which gets a "
+            "Parquet file per table (or a file, with --duckdb). Rows of one table: attrdb sql DB 'FROM models' "
+            f"-o {target.name}"
+        )
+
+
 @contextmanager
 def _part_of(target: Path) -> Iterator[Path]:
     """A place beside the target that becomes it at the end, and is gone if there is no such end."""
@@ -69,7 +88,7 @@ def _part_of(target: Path) -> Iterator[Path]:
         with TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as folder:
             yield Path(folder) / target.name
             (Path(folder) / target.name).replace(target)
-    except (OSError, pa.ArrowException, duckdb.Error) as error:
+    except (OSError, UnicodeError, pa.ArrowException, duckdb.Error) as error:
         if isinstance(error, AttrdbError):
             raise
         said = str(error).partition("\n")[0]
@@ -128,7 +147,13 @@ def _groups(batches: Iterator[pa.RecordBatch]) -> Iterator[list[pa.RecordBatch]]
 
 def _write_duckdb(snapshot: Snapshot, file: Path, left_out: set[str], report: Progress) -> dict[str, int]:
     counts = {}
-    with duckdb.connect(str(file), config={"memory_limit": DUCKDB_MEMORY}) as connection:
+    settings: dict[str, str | bool | int | float | list[str]] = {
+        "memory_limit": DUCKDB_MEMORY,
+        "temp_directory": str(file.with_name("spill")),  # beside the file, with which it goes
+    }
+    with duckdb.connect(config=settings) as connection:
+        connection.execute(f"ATTACH {literal(str(file))} AS exported (STORAGE_VERSION '{DUCKDB_STORAGE}')")
+        connection.execute("USE exported")
         for name in snapshot.tables:
             schema, batches = _stream(snapshot, name, left_out, report)
             raised: list[BaseException] = []

@@ -20,7 +20,16 @@ from attrdb.store.schema import feature_columns
 
 ROLE_VIEWS = ("exemplars", "samples", "pretraining_images")
 STORED = ("exemplar_ranks", "attributions", "calibrations")  # tables that SQL sees through a view of their name
-MACROS = ("sample_scores", "bootstrap_draws", "method_gains", "nearest", "attribute")  # each after those that it reads
+# Each after those that it reads.
+MACROS = (
+    "sample_scores",
+    "bootstrap_draws",
+    "method_gains",
+    "nearest",
+    "attribute",
+    "influence_shares",
+    "changes",
+)
 
 # Views of what a snapshot holds; they have no file.
 FEATURES_GRAIN = "one row per image and encoder that has encoded it; feature is a FLOAT[] of unit length"

@@ -45,12 +45,16 @@ def _make_within_database(folder: Path) -> None:
 def waiting_lock(file: Path, *, exclusive: bool) -> Iterator[None]:
     """Hold a lock file once those who have it let go; holders that do not want it exclusively share it.
 
+    Everyone waits for a turn first, so that one who wants it exclusively is not passed by others for ever.
+
     raises: StorageError for a full or read-only disk
     """
     with storage(file.parent):
-        lock = file.open("a")
+        turn, lock = file.with_name(f"{file.name}.turn").open("a"), file.open("a")
     with lock:
-        fcntl.flock(lock, fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH)
+        with turn:
+            fcntl.flock(turn, fcntl.LOCK_EX)
+            fcntl.flock(lock, fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH)
         yield
 
 

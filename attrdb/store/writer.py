@@ -246,7 +246,7 @@ class Writer:
                 self.delete(table, stale)
             self.commit(lambda: lance.write_dataset(conformed, self._path(table), mode="append"))
 
-    def upsert(self, table: str, rows: list[Row], *, update: bool = True) -> None:
+    def upsert(self, table: str, rows: list[Row] | pa.Table, *, update: bool = True) -> None:
         """Store rows of a small table by their key; with update=False stored rows are not changed.
 
         raises: InvalidValue for a table without a key, for images, an unknown column or a required one without a value
@@ -263,6 +263,11 @@ class Writer:
             insert.conflict_retries(CONFLICT_RETRIES).execute(conformed)
 
         self.commit(merge)
+
+    def update(self, table: str, where: str, values: dict[str, str]) -> None:
+        """Set text columns of the rows of a table that a predicate keeps, in one commit."""
+        assignments = {column: literal(value) for column, value in values.items()}
+        self.commit(lambda: self._dataset(table).update(assignments, where))
 
     def delete(self, table: str, where: str) -> None:
         """Delete the rows of a table that a predicate keeps."""

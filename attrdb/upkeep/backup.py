@@ -70,7 +70,7 @@ def backup(path: Path, target: Path, report: Progress = no_progress) -> BackedUp
     with ExitStack() as held:
         if os.access(path, os.W_OK):  # nobody deletes older files of a disk that cannot be written
             held.enter_context(exclusive_lock(path / ".maintenance.lock", f"{path} is being maintained"))
-        part = held.enter_context(_part_of(target))
+        part = held.enter_context(part_of(target))
         with storage(path):
             tables = _tables(path)
             files = list(live_files(path, tables))
@@ -141,7 +141,7 @@ def restore(source: Path, path: Path, report: Progress = no_progress) -> BackedU
     manifest = _manifest(source)
     entries = manifest["files"]
     n_bytes = sum(entry["bytes"] for entry in entries)
-    with _part_of(path) as part:
+    with part_of(path) as part:
         _check_room(path, n_bytes)
         add = counted(report, "restore", n_bytes)
         damaged = [entry["path"] for entry in entries if not _restored(source / FILES, part, entry, add)]
@@ -192,7 +192,7 @@ def _restored(files: Path, part: Path, entry: dict[str, Any], add: Callable[[int
 
 
 @contextmanager
-def _part_of(target: Path) -> Iterator[Path]:
+def part_of(target: Path) -> Iterator[Path]:
     """A directory beside the target that becomes it at the end, and is deleted if there is no such end.
 
     One that a killed process has left is begun anew.

@@ -25,10 +25,10 @@ from attrdb.ingest.encode import Encoder
 from attrdb.ingest.prompts import TOKEN, train_prompt
 from attrdb.ingest.read.corpus import image_rows, register
 from attrdb.ingest.read.pictures import Picture, read_picture_file
-from attrdb.ingest.read.text import decode
 from attrdb.progress import Progress, no_progress
 from attrdb.store import jobs
 from attrdb.store.jobs import JobResult
+from attrdb.text import decode
 
 BASE_MODEL = "CompVis/stable-diffusion-v1-4"
 KEYS = {"exemplar", "synth", "class_id", "category"}

@@ -14,8 +14,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from attrdb.errors import InvalidValue
-from attrdb.ingest.read.text import MAX_TEXT, as_text, clean, decode, first_text, json_text, plain_json
+from attrdb.ingest.read.text import MAX_TEXT, as_text, clean, first_text, json_text, plain_json
 from attrdb.ingest.read.walk import OTHER_FILES, File, Skipped
+from attrdb.text import decode
 
 Fields = dict[str, Any]  # by the names that the data set has for them
 

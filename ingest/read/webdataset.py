@@ -25,8 +25,9 @@ from attrdb.ingest.read.pictures import MAX_BYTES, Picture, read_picture
 from attrdb.ingest.read.shard_file import Content, shard_stem
 from attrdb.ingest.read.side_fields import Fields, columns_of, parse_fields
 from attrdb.ingest.read.sources import SHARDS, Item, refused
-from attrdb.ingest.read.text import MAX_TEXT, clean, decode
+from attrdb.ingest.read.text import MAX_TEXT, clean
 from attrdb.ingest.read.walk import EMPTY_SHARDS, HIDDEN, Skipped, is_hidden
+from attrdb.text import decode
 
 CAPTIONS = ("txt", "text", "caption")
 TEXTS = (*CAPTIONS, "json", "cls")

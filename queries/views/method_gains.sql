@@ -18,7 +18,13 @@ WITH paired_samples AS (
         max(CASE WHEN method_id = method THEN average_precision END)
             - max(CASE WHEN method_id = other THEN average_precision END) AS average_precision
     FROM sample_scores(k)
-    WHERE method_id IN (method, other)
+    WHERE method_id IN (
+        SELECT CASE
+                WHEN wanted IN (SELECT method_id FROM methods) THEN wanted
+                ELSE error('no method ''' || wanted || '''; list them with: FROM methods')
+            END
+        FROM (SELECT unnest([method, other]) AS wanted)
+    )
     GROUP BY gallery, kind, split, prompt_scheme, model_id, sample_id
     HAVING count(*) = 2 AND sum(n_unranked) = 0 AND min(chance_recall) = max(chance_recall)
 ),

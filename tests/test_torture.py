@@ -1,26 +1,27 @@
-"""Jobs killed at random points end, given again, in the same rows; in between nothing is visible half-way."""
+"""A slice of the campaign that `make torture` runs whole: see tests/torture."""
 
 import pytest
-from killing import CUSTOMIZE, WORKLOADS, differences, half_visible, kill_at_random, tables
+from torture.comparing import differences, half_visible, tables
+from torture.kills import kills
+from torture.workloads import CUSTOMIZE, WORKLOADS
 
 
-def told(points):
-    return "\n".join(map(str, points))
+def problems(trials):
+    return "\n".join(str(trial) for trial in trials if trial.problems)
 
 
-def test_killed_at_random_points_and_given_again(tmp_path):
-    points = kill_at_random(12, seed=0, folder=tmp_path)
-    assert len(points) == 12
-    assert [point for point in points if point.problems] == [], told(points)
-    assert sum(point.inside for point in points) >= 6, told(points)
+def test_jobs_that_get_a_signal_at_a_random_moment_and_are_given_again(tmp_path):
+    trials = list(kills(len(WORKLOADS), seed=0, folder=tmp_path))
+    assert len(trials) == len(WORKLOADS)
+    assert not problems(trials)
+    assert sum(trial.inside for trial in trials) >= len(trials) / 2
 
 
 @pytest.mark.slow
-def test_killed_at_sixty_random_points(tmp_path):
-    points = kill_at_random(60, seed=1, folder=tmp_path, workloads=(*WORKLOADS, CUSTOMIZE))
-    assert len(points) == 60
-    assert [point for point in points if point.problems] == [], told(points)
-    assert sum(point.inside for point in points) >= 30, told(points)
+def test_a_customization_that_gets_signals(tmp_path):
+    trials = list(kills(8, seed=1, folder=tmp_path, workloads=(CUSTOMIZE,)))
+    assert not problems(trials)
+    assert sum(trial.inside for trial in trials) >= 4
 
 
 # --- the comparison can fail -----------------------------------------------------------------------------------------
