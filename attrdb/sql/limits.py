@@ -7,8 +7,9 @@ import re
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -153,6 +154,16 @@ def _end(connection: duckdb.DuckDBPyConnection | None, outcome: Future[Result]) 
 def any_left_behind() -> bool:
     """Whether a statement that was ended still computes. Python then cannot end in its usual way, see `leave`."""
     return any(not outcome.done() for outcome in _left_behind)
+
+
+@contextmanager
+def closing_unless_busy(connection: duckdb.DuckDBPyConnection) -> Iterator[duckdb.DuckDBPyConnection]:
+    """The connection, closed afterwards; one that a statement has been left behind on cannot be closed."""
+    try:
+        yield connection
+    finally:
+        if not any_left_behind():
+            connection.close()
 
 
 def leave(code: int) -> None:
