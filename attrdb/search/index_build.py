@@ -6,6 +6,7 @@ of matrix products (docs/DECISIONS.md). Here the assignment is a matrix product,
 
 from __future__ import annotations
 
+import json
 import shutil
 import tempfile
 import time
@@ -18,6 +19,7 @@ from typing import Any, Literal
 import lance
 import numpy as np
 import pyarrow as pa
+from lance.lance import indices as lance_indices
 
 from attrdb.errors import InvalidValue, StorageError
 from attrdb.progress import Progress, no_progress
@@ -192,6 +194,13 @@ def _assigned(
         report("divide", done, build_plan.n_rows)
 
 
+def _rotation(dimension: int) -> str:
+    """How Lance rotates features before it takes their signs: chosen at random, but by us, so that a build can be repeated."""
+    model = json.loads(lance_indices.build_rq_model(dimension, 1))
+    n_bytes = len(model["fast_rotation_signs"])
+    return json.dumps(model | {"fast_rotation_signs": list(np.random.default_rng(0).bytes(n_bytes))})
+
+
 def _create(path: Path, version: int, build_plan: Plan, centroids: np.ndarray, assigned: str) -> None:
     # On the version that was assigned: Lance would count a later row as indexed, though it is in no partition.
     images = lance.dataset(str(path / "images.lance"), version=version)
@@ -199,7 +208,9 @@ def _create(path: Path, version: int, build_plan: Plan, centroids: np.ndarray, a
     for other in images.describe_indices():
         if other.field_names == [build_plan.encoder_id] and other.name != name:
             lance.dataset(str(path / "images.lance")).drop_index(other.name)
-    one_bit: dict[str, Any] = {"num_bits": 1} if build_plan.kind == "IVF_RQ" else {}
+    one_bit: dict[str, Any] = {}
+    if build_plan.kind == "IVF_RQ":
+        one_bit = {"num_bits": 1, "rabitq_model": _rotation(build_plan.dimension)}
     images.create_index(
         build_plan.encoder_id,
         build_plan.kind,
