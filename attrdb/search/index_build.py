@@ -195,7 +195,7 @@ def _assigned(
 
 
 def _rotation(dimension: int) -> str:
-    """How Lance rotates features before it takes their signs: chosen at random, but by us, so that a build can be repeated."""
+    """How Lance rotates features before it takes their signs: at random, but from a seed, so that a build can be repeated."""
     model = json.loads(lance_indices.build_rq_model(dimension, 1))
     n_bytes = len(model["fast_rotation_signs"])
     return json.dumps(model | {"fast_rotation_signs": list(np.random.default_rng(0).bytes(n_bytes))})
