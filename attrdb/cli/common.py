@@ -10,7 +10,6 @@ import tempfile
 import traceback
 import warnings
 from collections.abc import Callable
-from functools import wraps
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -293,48 +292,6 @@ def queries_option(command: Any) -> Any:
         type=click.Path(path_type=Path),
         help="A folder of your own query files, repeatable.",
     )(command)
-
-
-class Size(click.ParamType):  # type: ignore[type-arg]  # as `Id`
-    """Bytes, written as a number and a unit."""
-
-    name = "size"
-
-    def convert(self, value: str | int, param: click.Parameter | None, context: click.Context | None) -> int:
-        from attrdb.sql.limits import parse_size
-
-        try:
-            return value if isinstance(value, int) else parse_size(value)
-        except InvalidValue as error:
-            self.fail(str(error), param, context)
-
-
-TIMEOUT = 600.0  # seconds
-
-
-def limit_options(command: Any) -> Any:
-    """--timeout and --memory of commands that run SQL; the command gets them as one `limits`."""
-
-    @wraps(command)
-    def with_limits(*args: Any, timeout: float, memory: int | None, **values: Any) -> Any:
-        from attrdb.sql.limits import Limits
-
-        return command(*args, limits=Limits(timeout or None, memory), **values)
-
-    with_limits = click.option(
-        "--memory",
-        type=Size(),
-        metavar="SIZE",
-        help="Memory that a statement may use, such as 4GB. Default: half of what is free.",
-    )(with_limits)
-    return click.option(
-        "--timeout",
-        type=float,
-        default=TIMEOUT,
-        show_default=True,
-        metavar="SECONDS",
-        help="End a statement after this time; 0 for no limit.",
-    )(with_limits)
 
 
 def method_option(command: Any) -> Any:

@@ -14,7 +14,7 @@ from attrdb.cli.common import DB, asked_encoder_option, at_option, device_option
 from attrdb.cli.rows import Output, output_options
 from attrdb.errors import AttrdbError
 from attrdb.search.memory import use_the_machine
-from attrdb.text import visible
+from attrdb.text import size_text, visible
 
 EXACT = {
     "none": "searched exactly (attrdb index makes large galleries quicker)",
@@ -148,7 +148,7 @@ def index(db: Path, encoder_id: str | None, device: str, quiet: bool) -> None:
     what = index_build.plan(database.snapshot, stored_encoder_id(database, encoder_id))
     click.echo(
         f"{what.kind} of some {what.n_rows:,} features of {what.encoder_id}, {what.dimension}-d: {what.n_partitions:,} "
-        f"partitions, on {device}; at most {what.memory / 2**30:.1f} GiB of memory and {what.disk / 2**30:.2f} GiB of disk",
+        f"partitions, on {device}; at most {size_text(what.memory)} of memory and {size_text(what.disk)} of disk",
         err=True,
     )
     with progress(quiet) as advance:

@@ -32,6 +32,7 @@ from attrdb.store.predicates import literal
 from attrdb.store.schema import Row
 from attrdb.store.snapshot import Snapshot
 from attrdb.store.writer import Writer
+from attrdb.text import size_text
 
 SCALAR_INDICES: dict[str, Literal["BITMAP", "BTREE"]] = {"role": "BITMAP", "image_id": "BTREE", "model_id": "BTREE"}
 ALL_SEGMENTS = 10_000
@@ -170,8 +171,8 @@ def _check_room(path: Path, build_plan: Plan) -> None:
     for name, (needed, free) in resources.items():
         if needed > free:
             raise StorageError(
-                f"an index of {build_plan.n_rows:,} features of {build_plan.encoder_id!r} needs {needed / 2**30:.1f} GiB of "
-                f"{name}, {free / 2**30:.1f} GiB are free; nothing was changed"
+                f"an index of {build_plan.n_rows:,} features of {build_plan.encoder_id!r} needs {size_text(needed)} of "
+                f"{name}, {size_text(free)} are free; nothing was changed"
             )
 
 

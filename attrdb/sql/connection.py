@@ -22,7 +22,7 @@ from attrdb.search import planner
 from attrdb.sql import user_tables
 from attrdb.sql.arrow_types import exact
 from attrdb.sql.changes import changes
-from attrdb.sql.limits import UNLIMITED, Limits, any_left_behind, default_memory, limited, needs_more
+from attrdb.sql.limits import UNLIMITED, Limits, closing_unless_busy, default_memory, limited, needs_more
 from attrdb.sql.read_only import check_read_only
 from attrdb.sql.relations import STORED, Relation, features_view, older_view, relations
 from attrdb.store.predicates import among
@@ -61,15 +61,12 @@ def connect(
     tables: tables of the caller's own, see `user_tables`
     raises: InvalidValue for a table that has a name of the database
     """
-    connection = limited(None, lambda: snapshot.once(_Catalog(_memory(snapshot, memory))).cursor())
-    try:
+    cursor = limited(None, lambda: snapshot.once(_Catalog(_memory(snapshot, memory))).cursor())
+    with closing_unless_busy(cursor) as connection:
         limited(connection, lambda: _register(connection, snapshot))  # what is registered is a connection's own
         if tables:
             user_tables.register(connection, tables)
         yield connection
-    finally:
-        if not any_left_behind():  # closing one that still computes would wait for it
-            connection.close()
 
 
 def _memory(snapshot: Snapshot, memory: int | None) -> int:

@@ -34,6 +34,7 @@ from attrdb.store.locks import exclusive_lock
 from attrdb.store.schema import SCHEMA_VERSION, TABLES
 from attrdb.store.snapshot import pinned_tables
 from attrdb.store.tables import check_schema_version, open_table, schema_version, table_exists
+from attrdb.text import size_text
 
 FORMAT = 1  # of a backup
 MANIFEST, MANIFEST_HASH, FILES = "manifest.json", "manifest.sha256", "database"
@@ -235,7 +236,7 @@ def _check_room(target: Path, n_bytes: int) -> None:
     free = shutil.disk_usage(target.parent).free
     if n_bytes > free:
         raise StorageError(
-            f"{target} needs {n_bytes / 2**30:.2f} GiB of disk, {free / 2**30:.2f} GiB are free; nothing was written"
+            f"{target} needs {size_text(n_bytes)} of disk, {size_text(free)} are free; nothing was written"
         )
 
 
