@@ -119,6 +119,7 @@ def test_pixels_need_no_networks(tmp_path):
             "needs matplotlib, .* 'attrdb\\[report\\]'",
         ),
         (["torch"], ["train", "DB"], "needs torch, .* 'attrdb\\[ml\\]'"),
+        (["jinja2"], ["demo"], "needs jinja2, .* 'attrdb\\[ml\\]'"),
         (["PIL"], ["train", "DB"], "needs PIL, .* 'attrdb\\[ml\\]'"),
         (["torch"], ["ingest", "corpus", "DB", "pictures", "--encoder", "efficientnet-lite0"], "'attrdb\\[ml\\]'"),
     ],

@@ -71,10 +71,8 @@ EXTRAS = {
         "accelerate",
     },
 }
-EXTRA_OF_ROOM = {
-    "pages": "report",
-    "training": "ml",
-}  # where a command needs more than the package that it missed first
+# Where a command needs more than the package that is missed first: beginning of a module's name -> extra.
+LEAST_EXTRA = {"pages": "report", "training": "ml", "demo": "ml", "ingest.customize": "ml", "ingest.models": "ml"}
 
 
 def settle_streams() -> None:
@@ -157,7 +155,8 @@ def ml(module: str) -> ModuleType:
     try:
         return importlib.import_module(f"attrdb.{module}")
     except ModuleNotFoundError as error:
-        raise missing_extra(error, EXTRA_OF_ROOM.get(module.partition(".")[0])) from error
+        least = next((extra for start, extra in LEAST_EXTRA.items() if module.startswith(start)), None)
+        raise missing_extra(error, least) from error
 
 
 def missing_extra(error: ModuleNotFoundError, least: str | None = None) -> Exception:
