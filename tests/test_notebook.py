@@ -114,9 +114,9 @@ def test_pixels_need_no_networks(tmp_path):
         (["PIL"], ["report", "DB"], "needs PIL, .* 'attrdb\\[report\\]'"),
         (["jinja2"], ["report", "DB"], "needs jinja2, .* 'attrdb\\[report\\]'"),
         (
-            ["matplotlib"],
+            ["jinja2"],
             ["models", "show", "DB", "m", "--html", "x.html"],
-            "needs matplotlib, .* 'attrdb\\[report\\]'",
+            "needs jinja2, .* 'attrdb\\[report\\]'",
         ),
         (["torch"], ["train", "DB"], "needs torch, .* 'attrdb\\[ml\\]'"),
         (["jinja2"], ["demo"], "needs jinja2, .* 'attrdb\\[ml\\]'"),

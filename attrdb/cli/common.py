@@ -215,7 +215,16 @@ class RenamedChoice(click.Choice):  # type: ignore[type-arg]  # as `Id`
 
 
 def quiet_option(command: Any) -> Any:
-    return click.option("--quiet", is_flag=True, help="No progress on stderr.")(command)
+    """--quiet of a long command, which shows from its start on that it works."""
+
+    @wraps(command)
+    def with_sign_of_life(*args: Any, quiet: bool, **values: Any) -> Any:
+        from attrdb.cli.output import sign_of_life
+
+        with sign_of_life(quiet):
+            return command(*args, quiet=quiet, **values)
+
+    return click.option("--quiet", is_flag=True, help="No progress on stderr.")(with_sign_of_life)
 
 
 def device_option(command: Any) -> Any:
