@@ -12,7 +12,7 @@ Results are Arrow tables. `attrdb.create` makes a new database.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from attrdb.errors import AttrdbError, Busy, InvalidValue, MissingExtra, NotFound, QueryRefused, StorageError
 
@@ -27,6 +27,7 @@ __version__ = "0.1.0"  # the only place; pyproject.toml reads this line
 __all__ = [
     "AttrdbError",
     "Busy",
+    "Database",
     "InvalidValue",
     "MissingExtra",
     "NotFound",
@@ -38,6 +39,14 @@ __all__ = [
 
 
 # lance and duckdb take a third of a second to import: `attrdb --help` must not wait for them.
+
+
+def __getattr__(name: str) -> Any:
+    if name == "Database":
+        from attrdb.database import Database
+
+        return Database
+    raise AttributeError(f"module 'attrdb' has no attribute {name!r}")
 
 
 def open(

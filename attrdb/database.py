@@ -14,14 +14,15 @@ from attrdb import queries, sql
 from attrdb.attribution.methods import load_method, method_rows, resolve_method
 from attrdb.attribution.query import DEFAULT_K, AttributionRequest, attribute, check_attributable, stored_query
 from attrdb.errors import InvalidValue
+from attrdb.formats.notebook import database_html
 from attrdb.progress import Progress, no_progress
 from attrdb.search.mapper import Mapper, stored_mapper
 from attrdb.sql.limits import UNLIMITED, Limits, parse_size
 from attrdb.store.checksums import CHANGED
 from attrdb.store.features import Block
 from attrdb.store.lance_errors import storage
-from attrdb.store.predicates import among
-from attrdb.store.schema import TABLES, Row
+from attrdb.store.predicates import among, literal
+from attrdb.store.schema import ROLES, TABLES, Row
 from attrdb.store.snapshot import Snapshot
 from attrdb.store.tables import create_table, database_path, table_exists
 from attrdb.store.writer import Writer
@@ -30,6 +31,7 @@ from attrdb.upkeep.removal.choose import RemovalRequest
 from attrdb.upkeep.removal.remove import Removal, remove
 
 SIMILARITY = ("encoder_id", "mapper_id")  # they name a method, see `resolve_method`
+PICTURES_SHOWN = 8  # in a notebook
 DESCRIBED = ["role", "model_id", "source", "category", "creator", "license"]
 
 
@@ -85,6 +87,24 @@ class Database:
         self.path = database_path(path)
         self.query_folders = tuple(query_folders)
         self.writer = Writer(self.path, read_only, at)
+
+    def __enter__(self) -> Database:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Nothing: a database holds no file or lock open between its calls."""
+
+    def __repr__(self) -> str:
+        return f"<attrdb.Database {str(self.path)!r}, version {self.version}>"
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: rows by role, models, encoders, and the first pictures that are stored."""
+        snapshot = self.snapshot
+        rows: dict[str, object] = {role: snapshot.count(f"role = {literal(role)}") for role in ROLES}
+        rows["models"] = len(snapshot.rows("models", columns=["model_id"]))
+        rows["encoders"] = ", ".join(self.encoders) or "none"
+        pictures = snapshot.first_pictures(PICTURES_SHOWN)
+        return database_html(f"{self.path}, version {self.version}", rows, pictures)
 
     def refresh(self) -> None:
         """Move on to the newest version of every table; a database opened at an older moment stays there.

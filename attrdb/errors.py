@@ -14,7 +14,7 @@ class NotFound(AttrdbError, LookupError):
 
 
 class MissingExtra(AttrdbError, ImportError):
-    """A part of attrdb that needs `pip install attrdb[ml]`."""
+    """A part of attrdb that needs an extra, such as `pip install attrdb[images]`."""
 
 
 class OutOfMemory(AttrdbError, MemoryError):

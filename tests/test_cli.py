@@ -99,6 +99,8 @@ for words in (['ingest', 'corpus', {str(toy.path)!r}, {str(tmp_path)!r}], ['demo
 """
     )
     assert done.stdout.count("1 Error: this command needs") == 2, done.stdout + done.stderr
+    # A picture needs Pillow first; what its encoder needs is known once the database is read.
+    assert "pip install 'attrdb[images]'" in done.stdout
     assert "pip install 'attrdb[ml]'" in done.stdout
 
 

@@ -1,8 +1,14 @@
 """A slice of the campaign that `make torture` runs whole: see tests/torture."""
 
 import pytest
+from torture.bit_flips import bit_flips
+from torture.command_lines import command_lines
 from torture.comparing import differences, half_visible, tables
+from torture.crowd import crowd
+from torture.disks import NotPermitted
+from torture.full_disk import full_disk
 from torture.kills import kills
+from torture.shortages import run_all
 from torture.workloads import CUSTOMIZE, WORKLOADS
 
 
@@ -15,6 +21,39 @@ def test_jobs_that_get_a_signal_at_a_random_moment_and_are_given_again(tmp_path)
     assert len(trials) == len(WORKLOADS)
     assert not problems(trials)
     assert sum(trial.inside for trial in trials) >= len(trials) / 2
+
+
+def test_a_crowd_of_writers_and_readers(tmp_path):
+    trials = list(crowd(4, tmp_path))
+    assert [trial.group for trial in trials] == ["writer"] * 8 + ["reader"] * 4 + ["stored"]
+    assert not problems(trials)
+
+
+def test_a_disk_that_is_full_in_the_midst_of_an_append(tmp_path):
+    try:
+        trials = list(full_disk(tmp_path, every=25))
+    except NotPermitted as error:
+        pytest.skip(str(error))
+    assert len(trials) > 2
+    assert not problems(trials)
+
+
+def test_commands_that_lack_what_they_need(tmp_path):
+    trials = list(run_all(tmp_path, every=45))
+    assert len({trial.group for trial in trials}) > 2
+    assert not problems(trials)
+
+
+def test_odd_command_lines(tmp_path):
+    trials = list(command_lines(30, seed=2, folder=tmp_path))
+    assert len(trials) == 30
+    assert not problems(trials)
+
+
+def test_flipped_bits(tmp_path):
+    trials = list(bit_flips(10, seed=3, folder=tmp_path))
+    assert not problems(trials)
+    assert sum(trial.group.endswith(", found") for trial in trials) > 2
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ import tempfile
 import traceback
 import warnings
 from collections.abc import Callable
+from functools import wraps
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -56,9 +57,24 @@ class Id(click.ParamType):  # type: ignore[type-arg]  # generic, but not in the 
         return value
 
 
-ML_PACKAGES = {
-    "torch", "torchvision", "PIL", "diffusers", "transformers", "timm", "open_clip", "safetensors", "jinja2", "matplotlib"
-}  # fmt: skip
+# What `pip install 'attrdb[EXTRA]'` brings that the core has not; an extra further down holds those above it.
+EXTRAS = {
+    "images": {"PIL"},
+    "report": {"jinja2", "matplotlib"},
+    "ml": {
+        "torch",
+        "torchvision",
+        "diffusers",
+        "transformers",
+        "timm",
+        "open_clip",
+        "safetensors",
+        "peft",
+        "accelerate",
+    },
+}
+# Where a command needs more than the package that is missed first: beginning of a module's name -> extra.
+LEAST_EXTRA = {"pages": "report", "training": "ml", "demo": "ml", "ingest.customize": "ml", "ingest.models": "ml"}
 
 
 def settle_streams() -> None:
@@ -116,6 +132,11 @@ class Commands(click.Group):
             return result
         except BrokenPipeError:
             raise  # the reader of a pipe has gone: click ends quietly
+        except ModuleNotFoundError as error:  # of an import at its first use
+            missing = missing_extra(error)
+            if missing is error:
+                raise
+            raise click.ClickException(str(missing)) from error
         except (AttrdbError, OSError) as error:  # OSError: a full disk, a file that went away
             raise click.ClickException(visible(str(error))) from error
         except (click.ClickException, click.exceptions.Exit, click.Abort):
@@ -184,18 +205,29 @@ def _of_attrdb(error: Exception) -> str:
 
 
 def ml(module: str) -> ModuleType:
-    """A module of attrdb that needs the `ml` extra, imported only now.
+    """A module of attrdb that needs an extra, imported only now.
 
     raises: MissingExtra if one of its packages is not installed
     """
     try:
         return importlib.import_module(f"attrdb.{module}")
     except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] not in ML_PACKAGES:
-            raise
-        raise MissingExtra(
-            f"this command needs {error.name}, which is not installed: pip install 'attrdb[ml]'"
-        ) from error
+        least = next((extra for start, extra in LEAST_EXTRA.items() if module.startswith(start)), None)
+        raise missing_extra(error, least) from error
+
+
+def missing_extra(error: ModuleNotFoundError, least: str | None = None) -> Exception:
+    """The error itself, or a MissingExtra if the package that is missing comes with an extra.
+
+    least: an extra that the command needs in any case
+    """
+    package = (error.name or "").partition(".")[0]
+    for extra, packages in EXTRAS.items():
+        if package in packages:
+            names = list(EXTRAS)
+            extra = max(extra, least or extra, key=names.index)
+            return MissingExtra(f"this command needs {package}, which is not installed: pip install 'attrdb[{extra}]'")
+    return error
 
 
 def warn_renamed(old: str, new: str) -> None:
@@ -240,7 +272,16 @@ class RenamedChoice(click.Choice):  # type: ignore[type-arg]  # as `Id`
 
 
 def quiet_option(command: Any) -> Any:
-    return click.option("--quiet", is_flag=True, help="No progress on stderr.")(command)
+    """--quiet of a long command, which shows from its start on that it works."""
+
+    @wraps(command)
+    def with_sign_of_life(*args: Any, quiet: bool, **values: Any) -> Any:
+        from attrdb.cli.output import sign_of_life
+
+        with sign_of_life(quiet):
+            return command(*args, quiet=quiet, **values)
+
+    return click.option("--quiet", is_flag=True, help="No progress on stderr.")(with_sign_of_life)
 
 
 def device_option(command: Any) -> Any:

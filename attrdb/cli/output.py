@@ -15,6 +15,7 @@ from attrdb.progress import Progress
 
 def print_table(table: pa.Table, form: str = "table") -> None:
     """Write a result to stdout in one of `formats.FORMATS`."""
+    end_sign_of_life()
     write_stdout(table, form)
 
 
@@ -27,12 +28,51 @@ def per_time(speed: float) -> str:
     return f"{speed * seconds:.1f}/{unit}"
 
 
+_waiting: list[Any] = []  # the spinner that is shown, if any
+
+
+@contextmanager
+def sign_of_life(quiet: bool) -> Iterator[None]:
+    """A spinner from the start of a command until its first bar or row: loading packages and networks may take a minute.
+
+    Silent as `progress`.
+    """
+    if quiet or not sys.stderr.isatty():
+        yield
+        return
+    from rich.console import Console
+    from rich.live import Live
+    from rich.spinner import Spinner
+
+    spinner = Live(
+        Spinner("dots", "starting"),
+        console=Console(stderr=True),
+        transient=True,
+        refresh_per_second=5,
+        redirect_stdout=False,
+        redirect_stderr=False,
+    )
+    spinner.start()
+    _waiting.append(spinner)
+    try:
+        yield
+    finally:
+        end_sign_of_life()
+
+
+def end_sign_of_life() -> None:
+    """Take the spinner away, before something else is written."""
+    while _waiting:
+        _waiting.pop().stop()
+
+
 @contextmanager
 def progress(quiet: bool) -> Iterator[Progress]:
     """A bar with rate and ETA for each stage that is reported; silent when quiet or when stderr is no terminal."""
     from rich import progress as rich_progress
     from rich.console import Console
 
+    end_sign_of_life()
     text = rich_progress.TextColumn
     bars = rich_progress.Progress(
         text("{task.description}"),

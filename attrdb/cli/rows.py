@@ -41,6 +41,9 @@ class Output:
 
     def write(self, table: Any) -> None:
         """Write an Arrow table; a note on stderr says where it went, if not to standard output."""
+        from attrdb.cli.output import end_sign_of_life
+
+        end_sign_of_life()
         if self.file is None:
             formats.write_stdout(table, self.form)
             return
@@ -49,6 +52,9 @@ class Output:
 
     def write_laid_out(self, text: str, table: Any) -> None:
         """Write a table, for reading as the command has laid it out itself."""
+        from attrdb.cli.output import end_sign_of_life
+
+        end_sign_of_life()
         if self.form != "table":
             self.write(table)
         elif self.file is None:

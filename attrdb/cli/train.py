@@ -222,10 +222,12 @@ def evaluate(
     if not wanted:
         database.encoder_id()
         wanted = [name for name, row in database.methods.items() if row["mapper_id"] is None]
+    n_ranks = {}
     with progress(quiet) as advance:
         for method_id in dict.fromkeys(wanted):
-            n_ranks = evaluation.evaluate(database, method_id, gallery, advance, device)
-            click.echo(f"{n_ranks} ranks by {method_id}, gallery {gallery}", err=True)
+            n_ranks[method_id] = evaluation.evaluate(database, method_id, gallery, advance, device)
+    for method_id, n in n_ranks.items():  # not within the bar
+        click.echo(f"{n} ranks by {method_id}, gallery {gallery}", err=True)
 
 
 @click.command(short_help="Write a page with metrics, plots and attributed samples.")
@@ -240,7 +242,8 @@ def evaluate(
 @methods_option("all that were evaluated")
 @gallery_option
 @at_option
-def report(db: Path, out: Path, methods: tuple[str, ...], gallery: str, at: str | None) -> None:
+@quiet_option
+def report(db: Path, out: Path, methods: tuple[str, ...], gallery: str, at: str | None, quiet: bool) -> None:
     """Write a page with all metrics, plots, and queries with their attributed images, in one file.
 
     It shows what was evaluated: attrdb evaluate DB, with --method for mappers.

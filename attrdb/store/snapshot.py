@@ -116,6 +116,14 @@ class Snapshot:
         with storage(self.path):
             return self.tables["images"].to_table(columns=columns, filter=self.visible(where))
 
+    def first_pictures(self, n: int) -> list[tuple[str, bytes]]:
+        """image_id and encoded bytes of the first images that are stored with their bytes."""
+        with storage(self.path):
+            rows = self.tables["images"].to_table(
+                columns=["image_id", "image"], filter=self.visible("image IS NOT NULL"), limit=n
+            )
+        return list(zip(rows["image_id"].to_pylist(), rows["image"].to_pylist(), strict=True))
+
     def count(self, where: str) -> int:
         """The number of images that a predicate keeps; remembered, since every search of an index needs it."""
         n = self._counts.get(where)

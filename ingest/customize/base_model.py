@@ -23,6 +23,7 @@ from attrdb.errors import InvalidValue, NotFound
 from attrdb.ingest.customize.attention import Projected, use_prompt_attention
 from attrdb.ingest.customize.weight_files import WEIGHTED, loaded_files, missing_weights, variant_of
 from attrdb.ingest.devices import default_device, enough_memory, is_cpu
+from attrdb.ingest.hub import hub
 from attrdb.search.memory import keep_freed_memory
 
 HASHED_BEFORE = (".safetensors", ".json", ".txt")
@@ -206,16 +207,22 @@ def base_model_folder(name: str) -> Path:
 def _download(name: str) -> Path:
     """raises: NotFound"""
     try:
-        try:
-            folder = StableDiffusionPipeline.download(name, use_safetensors=True, safety_checker=None)
-        except OSError as error:
-            if "safetensors" not in str(error):
-                raise
-            # Some have their weights in half precision alone.
-            folder = StableDiffusionPipeline.download(name, use_safetensors=True, safety_checker=None, variant="fp16")
+        with hub():
+            folder = _downloaded(name)
     except Exception as error:  # the hub client raises many kinds; all mean the same here
         raise NotFound(f"no base model {name!r}: no such folder, and the hub says: {error}") from error
     return Path(folder)
+
+
+def _downloaded(name: str) -> str:
+    try:
+        folder: str = StableDiffusionPipeline.download(name, use_safetensors=True, safety_checker=None)
+    except OSError as error:
+        if "safetensors" not in str(error):
+            raise
+        # Some have their weights in half precision alone.
+        folder = StableDiffusionPipeline.download(name, use_safetensors=True, safety_checker=None, variant="fp16")
+    return folder
 
 
 def square_side(sample_size: object, name: str) -> int:

@@ -20,6 +20,7 @@ from attrdb.ingest.devices import default_device, is_cpu
 from attrdb.ingest.encode.preprocessing import Preprocessing
 from attrdb.ingest.encode.spec import file_spec, nearest, split_settings
 from attrdb.ingest.encode.weights import file_fingerprint, fill, fingerprint, read_weights
+from attrdb.ingest.hub import hub
 
 
 class NetworkEncoder:
@@ -130,7 +131,8 @@ def _open_clip_tag(open_clip: ModuleType, arch: str, tag: str) -> torch.nn.Modul
         plain = arch.removesuffix("-quickgelu")
         raise InvalidValue(f"weights {tag!r} were not trained with QuickGELU; name open_clip:{plain}/{tag}")
     try:
-        return open_clip.create_model(arch, pretrained=tag, force_quick_gelu=trained_quick)
+        with hub():
+            return open_clip.create_model(arch, pretrained=tag, force_quick_gelu=trained_quick)
     except Exception as error:  # of a hub, of the network or of the disk
         raise InvalidValue(_unavailable(f"open_clip:{arch}/{tag}", f"open_clip:{arch}/FILE", error)) from error
 
@@ -162,7 +164,8 @@ def timm_encoder(argument: str) -> NetworkEncoder:
         if not tagged:
             raise InvalidValue(f"timm has no weights of {arch}; give a checkpoint as timm:{arch}/FILE")
         try:
-            network = timm.create_model(name, pretrained=True, num_classes=0)
+            with hub():
+                network = timm.create_model(name, pretrained=True, num_classes=0)
         except Exception as error:  # of a hub, of the network or of the disk
             raise InvalidValue(_unavailable(spec, f"timm:{name}/FILE", error)) from error
     preprocessing = _timm_preprocessing(timm, name, network).changed(settings)

@@ -12,6 +12,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from itertools import islice
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -154,7 +155,7 @@ def _blocks(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
 @contextmanager
 def _lanes(spread: bool) -> Iterator[tuple[int, Callable[[], object] | None]]:
     """How many threads run the networks, and what each does first."""
-    if not spread:
+    if not spread or find_spec("torch") is None:  # without torch there are no networks: `pixels:N` alone
         yield 1, None
         return
     import torch
