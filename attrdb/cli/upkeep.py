@@ -128,8 +128,8 @@ def optimize(db: Path, drop_older_than: int | None, quiet: bool) -> None:
         _print_upkeep(state, "  ")
     if drop_older_than is None and result.after["bytes"] > result.before["bytes"]:
         click.echo(
-            "it has grown, because older versions keep the files that were merged; --drop-older-than DAYS deletes versions of "
-            "that age, 0 all but the newest",
+            "it has grown, because older versions keep the files that were merged; --drop-older-than DAYS deletes "
+            "versions of that age, 0 all but the newest",
             err=True,
         )
 
