@@ -24,6 +24,7 @@ from attrdb.pages.html import data_uri
 from attrdb.progress import Progress
 from attrdb.store.methods import DEFAULT_LAM, DEFAULT_TAU
 from attrdb.store.schema import Row
+from attrdb.text import fixed
 from attrdb.training.evaluate import evaluate
 
 CONCEPTS = ("bell-by-fxemoji", "lemon-by-streamline-emojis", "streamline-kameleon-color", "streamline-cyber-color")
@@ -104,6 +105,7 @@ def render(db: Database, report: Progress) -> str:
         entries.append(_model_entry(db, model, images))
     report("attribute samples", len(models), len(models))
     environment = jinja2.Environment(loader=jinja2.PackageLoader("attrdb.pages"), autoescape=True, trim_blocks=True)
+    environment.filters["fixed"] = fixed
     roles = db.status()["images_by_role"]
     return environment.get_template("demo.html").render(
         title="Who shaped these pictures?",

@@ -6,6 +6,7 @@ import codecs
 import math
 import re
 from contextlib import suppress
+from decimal import ROUND_HALF_UP, Decimal
 from typing import Any
 
 from attrdb.errors import InvalidValue
@@ -98,6 +99,11 @@ def plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {name: plain(item) for name, item in value.items()}
     return value if isinstance(value, (str, int, type(None))) else str(value)
+
+
+def fixed(value: float, digits: int) -> str:
+    """A number with so many digits after the point; halves are rounded up, the same on every page."""
+    return str(Decimal(repr(float(value))).quantize(Decimal(1).scaleb(-digits), ROUND_HALF_UP))
 
 
 def shown(value: Any) -> str:

@@ -131,6 +131,14 @@ def test_an_index_that_answers_wrongly_is_an_error(large, monkeypatch):
         optimize.optimize(large.writer)
 
 
+def test_the_command_says_why_a_database_has_grown(toy):
+    for number in range(12):
+        toy.writer.append_images(rows([(f"q{number}", "pretraining", None, number)]))
+    done = run("optimize", toy.path)
+    assert "it has grown, because older versions keep the files that were merged; --drop-older-than DAYS" in done.stderr
+    assert "it has grown" not in run("optimize", toy.path, "--drop-older-than", "0").stderr
+
+
 def test_the_command_shows_before_and_after(toy):
     done = run("optimize", toy.path)
     assert done.exit_code == 0, done.output

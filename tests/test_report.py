@@ -4,11 +4,12 @@ import re
 import shutil
 from html.parser import HTMLParser
 
+import jinja2
 import numpy as np
 import pyarrow as pa
 import pytest
 from click.testing import CliRunner
-from conftest import rows
+from conftest import ROOT, rows
 from learnable import table
 from test_train import QUICK
 
@@ -16,7 +17,8 @@ import attrdb
 from attrdb.cli import main
 from attrdb.errors import NotFound
 from attrdb.pages import plots
-from attrdb.pages.report import figures, render, render_plots
+from attrdb.pages.report import case_name, figures, render, render_plots
+from attrdb.text import fixed
 from attrdb.training.calibrate import calibrate
 from attrdb.training.evaluate import evaluate
 from attrdb.training.train import train
@@ -165,5 +167,55 @@ def test_models_without_split_or_mapper_have_a_page(tmp_path):
     db.writer.append_model(rows(entries, prompt_scheme=pa.array([None, "gpt"])), {"model_id": "m", "kind": "object"})
     evaluate(db)
     text = page_of(db)
-    assert "1 object test, 1 object." in text
+    assert "1 object test, 1 object of no split." in text
     assert "None" not in re.sub(r"<svg.*?</svg>", "", text, flags=re.S)
+
+
+def test_the_contents_lead_somewhere(page):
+    targets = re.findall(r'<a href="#([^"]+)"', page)
+    assert {"queries", "methods", "retrieval", "mappers", "calibration"} <= set(targets)
+    assert all(f'id="{target}"' in page for target in targets)
+
+
+@pytest.mark.parametrize("name", ["report.html", "demo.html", "model.html"])
+def test_a_page_is_for_dark_screens_and_for_readers_who_hear_it(name):
+    template = (ROOT / "attrdb" / "pages" / "templates" / name).read_text()
+    assert "prefers-color-scheme: dark" in template
+    assert re.search(r"@media \(max-width: \d+px\)", template)
+    alts = re.findall(r'<img [^>]*?alt="([^"]*)"', template)
+    assert len(alts) == template.count("<img ")
+    assert all("{{" in alt for alt in alts)  # each says what its picture is
+
+
+@pytest.mark.parametrize("name", ["report.html", "demo.html"])
+def test_a_page_can_be_printed(name):
+    assert "@media print" in (ROOT / "attrdb" / "pages" / "templates" / name).read_text()
+
+
+def test_candidates_without_influence_do_not_fill_a_row(page):
+    shown = re.findall(r'<figure class="(\w*)".*?(\d+\.\d) %', page, re.DOTALL)
+    assert shown
+    assert not [figure for figure in shown if figure == ("", "0.0")]
+
+
+def test_a_case_of_one_model_has_no_interval():
+    template = (ROOT / "attrdb" / "pages" / "templates" / "report.html").read_text()
+    macro = template.partition("{% endmacro %}")[0] + "{% endmacro %}"
+    environment = jinja2.Environment(autoescape=True)
+    environment.filters["fixed"] = fixed
+    value = environment.from_string(macro).module.value
+    assert value([0.8125, 0.8125, 0.8125], 1).strip() == "0.813"
+    assert "0.700–0.901" in value([0.8125, 0.7, 0.9005], 2)
+
+
+def test_a_case_without_a_split_says_so():
+    assert case_name({"kind": "object", "split": None, "prompt_scheme": "gpt"}) == "object · no split · gpt"
+    assert case_name({"kind": "object", "split": "test", "prompt_scheme": "gpt"}) == "object · test · gpt"
+
+
+@pytest.mark.parametrize(
+    ("value", "digits", "text"),
+    [(0.8125, 3, "0.813"), (0.0625, 3, "0.063"), (1, 1, "1.0"), (2.675, 2, "2.68")],
+)
+def test_halves_are_rounded_up_on_every_page(value, digits, text):
+    assert fixed(value, digits) == text

@@ -126,6 +126,12 @@ def optimize(db: Path, drop_older_than: int | None, quiet: bool) -> None:
     for when, state in (("before", result.before), ("after", result.after)):
         click.echo(f"{when}: {_size(state['bytes'])}")
         _print_upkeep(state, "  ")
+    if drop_older_than is None and result.after["bytes"] > result.before["bytes"]:
+        click.echo(
+            "it has grown, because older versions keep the files that were merged; --drop-older-than DAYS deletes "
+            "versions of that age, 0 all but the newest",
+            err=True,
+        )
 
 
 @click.command(short_help="Build an index, which makes searches of large galleries quick.")

@@ -17,9 +17,11 @@ from attrdb.pages.html import data_uri
 from attrdb.store.methods import similarity_id
 from attrdb.store.predicates import among
 from attrdb.store.schema import Row
+from attrdb.text import fixed
 
 CUT_OFFS = (5, 10, 100)
 CURVE = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
+CREDITED = ("prompt", "creator", "license")  # of a candidate
 CASE = ("kind", "split", "prompt_scheme")
 METHOD = ("method_id", "encoder_id", "mapper_id")
 N_CANDIDATES = 6
@@ -136,7 +138,8 @@ def method_name(row: Row) -> str:
 
 
 def case_name(row: Row) -> str:
-    return " · ".join(str(row[name]) for name in CASE if row.get(name))
+    parts = ((name, row.get(name)) for name in CASE)
+    return " · ".join(str(value) if value else "no split" for name, value in parts if value or name == "split")
 
 
 def render_plots(results: dict[str, Any]) -> dict[str, str]:
@@ -204,6 +207,7 @@ def render(db: Database, results: dict[str, Any]) -> str:
     on_both = [row for row in validated if row["trained_on"] == "both"]
     tuned = min(on_both or validated, key=_validation_order, default=None)
     environment = jinja2.Environment(loader=jinja2.PackageLoader("attrdb.pages"), autoescape=True, trim_blocks=True)
+    environment.filters["fixed"] = fixed
     environment.filters["picture"] = lambda encoded: data_uri(encoded, SIDE)[0]
     return environment.get_template("report.html").render(
         results=results,
@@ -252,7 +256,7 @@ def _queries(db: Database, methods: list[Row]) -> list[Row]:
     exemplars = db.images(f"role = 'exemplar' AND {models}", ["image_id", "model_id", "image"])
     exemplars = exemplars.sort_by("image_id").to_pylist()
     candidates = among("image_id", {hit["image_id"] for of_method in hits for hit in of_method})
-    image_of = {row["image_id"]: row["image"] for row in db.images(candidates, ["image_id", "image"]).to_pylist()}
+    known = {row["image_id"]: row for row in db.images(candidates, ["image_id", "image", *CREDITED]).to_pylist()}
     for row in tests:
         of_model = {image["image_id"]: image["image"] for image in exemplars if image["model_id"] == row["model_id"]}
         row["exemplars"] = list(of_model.values())
@@ -260,7 +264,12 @@ def _queries(db: Database, methods: list[Row]) -> list[Row]:
             {
                 "method": method_name(method),
                 "hits": [
-                    hit | {"image": image_of[hit["image_id"]], "true": hit["image_id"] in of_model}
+                    hit
+                    | {
+                        "image": known[hit["image_id"]]["image"],
+                        "credit": _credit(known[hit["image_id"]]),
+                        "true": hit["image_id"] in of_model,
+                    }
                     for hit in of_method
                     if hit["sample_id"] == row["image_id"]
                 ],
@@ -268,6 +277,11 @@ def _queries(db: Database, methods: list[Row]) -> list[Row]:
             for method, of_method in zip(methods, hits, strict=True)
         ]
     return tests
+
+
+def _credit(row: Row) -> str:
+    """What is known of a candidate: caption, creator, licence; its id where nothing is."""
+    return ", ".join(row[name] for name in CREDITED if row[name]) or str(row["image_id"])
 
 
 def _hits(db: Database, sample_ids: list[str], method_id: str) -> list[Row]:

@@ -22,7 +22,7 @@ from attrdb.search import planner
 from attrdb.sql import user_tables
 from attrdb.sql.arrow_types import exact
 from attrdb.sql.changes import changes
-from attrdb.sql.limits import UNLIMITED, Limits, closing_unless_busy, default_memory, limited, needs_more
+from attrdb.sql.limits import UNLIMITED, Limits, any_left_behind, default_memory, limited, needs_more
 from attrdb.sql.read_only import check_read_only
 from attrdb.sql.relations import STORED, Relation, features_view, older_view, relations
 from attrdb.store.predicates import among
@@ -48,6 +48,7 @@ _CHANGE = pa.struct(
         ("columns", pa.list_(pa.string())),
     ]
 )
+MAX_IDLE = 16  # connections that a snapshot keeps for its next statements
 
 
 @contextmanager
@@ -61,12 +62,25 @@ def connect(
     tables: tables of the caller's own, see `user_tables`
     raises: InvalidValue for a table that has a name of the database
     """
-    cursor = limited(None, lambda: snapshot.once(_Catalog(_memory(snapshot, memory))).cursor())
-    with closing_unless_busy(cursor) as connection:
+    memory = _memory(snapshot, memory)
+    idle = snapshot.once(_Idle(memory))
+    try:
+        connection = idle.pop()
+    except IndexError:
+        connection = limited(None, lambda: snapshot.once(_Catalog(memory)).cursor())
         limited(connection, lambda: _register(connection, snapshot))  # what is registered is a connection's own
+    try:
         if tables:
             user_tables.register(connection, tables)
         yield connection
+    except BaseException:
+        if not any_left_behind():  # closing one that still computes would wait for it
+            connection.close()
+        raise
+    if tables or len(idle) >= MAX_IDLE:
+        connection.close()
+    else:
+        idle.append(connection)
 
 
 def _memory(snapshot: Snapshot, memory: int | None) -> int:
@@ -115,6 +129,16 @@ class _Catalog:
 
     def __call__(self, snapshot: Snapshot) -> duckdb.DuckDBPyConnection:
         return _catalog(snapshot, self.memory)
+
+
+@dataclass(frozen=True)
+class _Idle:
+    """The connections of a snapshot that wait for a statement: to show a new one all tables takes 20 ms."""
+
+    memory: int
+
+    def __call__(self, snapshot: Snapshot) -> list[duckdb.DuckDBPyConnection]:
+        return []
 
 
 def _catalog(snapshot: Snapshot, memory: int) -> duckdb.DuckDBPyConnection:

@@ -102,18 +102,17 @@ def _connection(snapshot: Snapshot, choice: Choice, reach: Reach) -> Iterator[du
         for method_id in methods
     ]
     texts = pa.string()
-    with sql.connect(snapshot) as connection:
-        connection.register("_chosen", choice.images.select(["image_id", "role"]))
-        connection.register(
-            "_reached",
-            pa.table(
-                {
-                    "method_id": pa.array([method_id for method_id, _ in reached], texts),
-                    "role": pa.array([role for _, role in reached], texts),
-                }
-            ),
-        )
-        connection.register("_changed", pa.table({"model_id": pa.array(reach.models, texts)}))
+    tables = {
+        "_chosen": choice.images.select(["image_id", "role"]),
+        "_reached": pa.table(
+            {
+                "method_id": pa.array([method_id for method_id, _ in reached], texts),
+                "role": pa.array([role for _, role in reached], texts),
+            }
+        ),
+        "_changed": pa.table({"model_id": pa.array(reach.models, texts)}),
+    }
+    with sql.connect(snapshot, tables=tables) as connection:
         yield connection
 
 
