@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test coverage lint hooks docs docs-site node benchmark icon-sd gpu gpu-wheels clean
+.PHONY: demo test coverage lint hooks docs docs-site node benchmark icon-sd gpu gpu-wheels torture clean
 
 demo: $(VENV)/.ready
 	$(BIN)/attrdb demo demo
@@ -38,6 +38,11 @@ docs-site: $(VENV)/.ready
 hooks: $(VENV)/.ready
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt '.[hooks]'
 	$(BIN)/pre-commit install
+
+# Every way in which attrdb was made to fail, or not: about an hour. CI runs a slice (tests/test_torture.py).
+torture: $(VENV)/.ready
+	cd tests && OMP_NUM_THREADS=1 ../$(BIN)/python -m torture --folder ../runs/torture --json ../benchmarks/results/torture.json
+	$(BIN)/python benchmarks/report.py
 
 # The experiments on IconAbC, from its frozen files; hours on two cores, and it goes on where it was.
 benchmark: $(VENV)/.ready

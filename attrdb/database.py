@@ -18,6 +18,7 @@ from attrdb.formats.notebook import database_html
 from attrdb.progress import Progress, no_progress
 from attrdb.search.mapper import Mapper, stored_mapper
 from attrdb.sql.limits import UNLIMITED, Limits, parse_size
+from attrdb.store.checksums import CHANGED
 from attrdb.store.features import Block
 from attrdb.store.lance_errors import storage
 from attrdb.store.predicates import among, literal
@@ -49,6 +50,7 @@ def create(path: str | Path) -> Database:
     # 'images' comes last: a directory without it is not a database yet.
     for name in sorted(TABLES, key=lambda name: name == "images"):
         create_table(path, name)
+    CHANGED.add(path)
     return Database(path)
 
 

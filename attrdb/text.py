@@ -59,6 +59,15 @@ def _decoded(encoded: bytes, encoding: str, where: str) -> str:
 MAX_WHOLE = 1e15  # numbers from here on are shown with a power of ten
 
 
+def size_text(n_bytes: int) -> str:
+    """Bytes for reading, such as 1.5 GiB; never 0 where there are some."""
+    size, units = float(n_bytes), ["bytes", "KiB", "MiB", "GiB", "TiB"]
+    while size >= 1024 and len(units) > 1:
+        size /= 1024
+        units.pop(0)
+    return f"{size:,.0f} {units[0]}" if units[0] == "bytes" else f"{size:,.2f} {units[0]}"
+
+
 def check_text(name: str, text: str) -> None:
     """Check that a text from outside is one that can be stored and sent: UTF-8, without half characters.
 

@@ -220,6 +220,29 @@ def training(results: dict) -> str:
 
 
 # The section of each file of figures, and the command that measures them.
+def torture(results: dict) -> str:
+    """The campaign of tests/torture."""
+    rows, wrong = [], []
+    for name, part in results.items():
+        if name == "machine":
+            continue
+        n = sum(part["groups"].values())
+        trials = ", ".join(f"{group} {count:,}" for group, count in part["groups"].items())
+        rows.append(
+            [name, part["not_run"] or trials, f"{n:,}", str(part["n_wrong"]), f"{part['seconds']:,}", str(part["seed"])]
+        )
+        for trial in part["wrong"]:
+            problem = trial["problems"][0].strip().splitlines()[-1]
+            wrong.append(f"- {name}, {trial['group']}: `{trial['what'].strip()}`: {problem[:200]}")
+    return (
+        "## The campaign\n\nEvery command is disturbed, given again, and compared with an undisturbed run: rows lost or "
+        "doubled, half a model shown, tracebacks, wrong answers. Seconds are of a machine that did other things too. "
+        f"{machine(results['machine'])}\n"
+        + table(["part", "trials", "in all", "with problems", "seconds", "seed"], rows)
+        + ("\nWhat was wrong:\n\n" + "\n".join(wrong) + "\n" if wrong else "")
+    )
+
+
 SECTIONS = {
     "importing": (importing, "benchmarks/importing.py --json importing.json"),
     "appending": (appending, "benchmarks/appending.py --json appending.json"),
@@ -230,6 +253,7 @@ SECTIONS = {
     "training": (training, "benchmarks/training.py --json training.json"),
     "search": (searching.section, "benchmarks/search.py PART ... --json search.json"),
     "iconabc": (attribution.section, "benchmarks/iconabc/run.py runs/iconabc --json iconabc.json"),
+    "torture": (torture, "-m torture --folder ../runs/torture --json ../benchmarks/results/torture.json"),
 }
 
 

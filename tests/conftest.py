@@ -30,6 +30,7 @@ LIGHT = (
     "test_architecture",
     "test_attribution",
     "test_backup",
+    "test_checksums",
     "test_contributing",
     "test_database",
     "test_dictionary",

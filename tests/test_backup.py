@@ -89,7 +89,7 @@ def test_the_manifest_lists_every_file_with_its_hash(full, tmp_path):
     assert (done.n_files, done.n_bytes) == (len(copied), sum(map(len, copied.values())))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["copy", "full.attrdb"]
     original = files(full.path)
-    assert all(original[name] == data for name, data in copied.items())
+    assert all(original[name] == data for name, data in copied.items() if name != "checksums")  # written anew
     assert all((tmp_path / "copy" / "database" / name).stat().st_nlink == 1 for name in copied)  # no hard link
 
 
@@ -215,7 +215,7 @@ def test_it_does_not_run_beside_maintenance_or_another_backup_or_after_half_a_re
 def test_a_full_disk_is_found_before_anything_is_copied(full, tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    with pytest.raises(StorageError, match=r"needs 0\.\d\d GiB of disk, 0\.00 GiB are free; nothing was written"):
+    with pytest.raises(StorageError, match=r"needs \d+\.\d\d KiB of disk, .* are free; nothing was written"):
         backup(full.path, tmp_path / "copy")
     assert not list(tmp_path.glob("copy*"))
 

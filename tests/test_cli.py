@@ -8,6 +8,7 @@ import resource
 import shutil
 import subprocess
 import sys
+import tempfile
 
 import click
 import pytest
@@ -63,6 +64,7 @@ def test_help_is_quick_and_imports_nothing_heavy():
 
 NO_TORCH = """
 import sys
+import tempfile
 for name in ('torch', 'torchvision', 'diffusers', 'transformers', 'timm', 'PIL', 'safetensors', 'open_clip', 'jinja2'):
     sys.modules[name] = None
 """
@@ -190,7 +192,7 @@ def test_a_bad_exemplar_is_named_and_nothing_is_written(tmp_path, exemplar_folde
 def test_json_of_what_json_cannot_hold(toy):
     statement = "SELECT 'nan'::DOUBLE AS a, [TIMESTAMP '2026-01-02'] AS b, {'x': 'inf'::DOUBLE} AS c"
     [row] = json.loads(run("sql", toy.path, statement, "--json").stdout)
-    assert row == {"a": None, "b": ["2026-01-02 00:00:00"], "c": {"x": None}}
+    assert row == {"a": "NaN", "b": ["2026-01-02 00:00:00"], "c": {"x": "Infinity"}}
 
 
 MODEL = ["ingest", "model", "x.attrdb", "--category", "a", "--kind", "object", "--base-model", "b"]
@@ -318,3 +320,35 @@ def test_check_writes_wrong_rows_in_a_format(toy):
 def test_completion_of_query_names():
     environment = {"_ATTRDB_COMPLETE": "bash_complete", "COMP_WORDS": "attrdb query db recall_a", "COMP_CWORD": "3"}
     assert python("import attrdb.cli as c; c.main(prog_name='attrdb')", **environment).stdout == "plain,recall_at_k\n"
+
+
+# --- what nobody foresaw ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (MemoryError(), "the machine has no memory left"),
+        (ImportError("libtorch.so: failed to map segment from shared object"), "the machine has no memory left"),
+        (RuntimeError("can't start new thread"), "the machine has no memory left"),
+        (RuntimeError("Creating Tokio runtime: Too many open files"), "raise the limit (ulimit -n)"),
+    ],
+)
+def test_what_the_machine_lacks_is_said(toy, monkeypatch, error, said):
+    monkeypatch.setattr(attrdb.database.Database, "status", lambda db: (_ for _ in ()).throw(error))
+    failed = run("status", toy.path, code=1)
+    assert said in failed.output
+    assert "what was finished is kept" in failed.output
+
+
+@pytest.mark.parametrize("can_write", [True, False])
+def test_a_fault_of_attrdb_keeps_its_traceback_in_a_file(toy, tmp_path, monkeypatch, can_write):
+    monkeypatch.setattr(attrdb.database.Database, "status", lambda db: {}["odd\x1b"])
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path if can_write else tmp_path / "nowhere"))
+    failed = run("status", toy.path, code=1)
+    assert "Error: this is a fault of attrdb (KeyError: 'odd\\x1b'); what was finished is kept" in failed.output
+    if can_write:
+        [kept] = tmp_path.glob("attrdb-fault-*.txt")
+        assert str(kept) in failed.output
+        assert "Traceback" in kept.read_text()
+        assert "Traceback" not in failed.output

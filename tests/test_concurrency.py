@@ -5,12 +5,13 @@ import time
 
 import pytest
 from conftest import TOY, ToyEncoder, picture, rows
-from killing import READY
+from torture.processes import READY
 
 import attrdb
 from attrdb.ingest.read import corpus
 from attrdb.ingest.read.corpus import ingest_corpus
 from attrdb.ingest.read.discover import open_corpus
+from attrdb.store.locks import waiting_lock
 from attrdb.upkeep import health, optimize
 
 N_MODELS = 8  # a writer's own
@@ -125,6 +126,31 @@ def test_four_writers_and_a_reader(tmp_path):
     assert health.check(db.snapshot) == []
     # One of each folder.
     assert db.sql("SELECT state, n_failed FROM jobs").to_pylist() == [{"state": "done", "n_failed": 0}] * 2
+
+
+def hold_again_and_again(file, done):
+    while not done.is_set():
+        with waiting_lock(file, exclusive=False):
+            time.sleep(0.1)
+
+
+def test_who_wants_a_lock_for_himself_is_not_passed_by_others_for_ever(tmp_path):
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(READY)
+    done, file = context.Event(), tmp_path / "lock"
+    sharing = [context.Process(target=hold_again_and_again, args=(file, done)) for _ in range(4)]
+    for process in sharing:
+        process.start()
+    waits = []
+    for _ in range(10):
+        began = time.monotonic()
+        with waiting_lock(file, exclusive=True):
+            waits.append(time.monotonic() - began)
+        time.sleep(0.05)
+    done.set()
+    for process in sharing:
+        process.join(SECONDS)
+    assert sum(waits) < SECONDS / 4, waits  # it never came to it while four shared
 
 
 @pytest.mark.parametrize("round_", range(3))

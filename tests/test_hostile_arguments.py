@@ -2,6 +2,7 @@
 
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,7 +19,9 @@ from click.testing import CliRunner
 import attrdb
 from attrdb.cli import main
 from attrdb.errors import AttrdbError, InvalidValue, QueryRefused, StorageError
+from attrdb.search import index_build
 from attrdb.store.lance_errors import storage
+from attrdb.text import size_text
 from attrdb.upkeep.optimize import optimize
 
 NOT_UTF_8 = b"caf\xe9"
@@ -101,6 +104,30 @@ def test_an_address_is_no_path(address, tmp_path, monkeypatch):
     with pytest.raises(InvalidValue, match="is an address"):
         attrdb.create(address)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_deleted_database_does_not_come_back_as_a_stub(toy):
+    shutil.rmtree(toy.path)
+    for write in (
+        lambda: index_build.build(toy.writer),
+        lambda: optimize(toy.writer),
+        lambda: toy.remove(where="true"),
+        lambda: toy.writer.append_images(pa.table({"image_id": ["a"], "role": ["pretraining"]})),
+    ):
+        with pytest.raises(AttrdbError):
+            write()
+        assert not toy.path.exists()
+    for command in ("index", "optimize", "check", "upgrade", "status", "encode", "calibrate"):
+        assert CliRunner().invoke(main, [command, str(toy.path)]).exit_code in (1, 2)
+        assert not toy.path.exists(), command
+
+
+@pytest.mark.parametrize(
+    ("n_bytes", "text"),
+    [(0, "0 bytes"), (1023, "1,023 bytes"), (1024, "1.00 KiB"), (5_000_000, "4.77 MiB"), (3 * 2**29, "1.50 GiB")],
+)
+def test_a_size_is_never_shown_as_nothing(n_bytes, text):
+    assert size_text(n_bytes) == text
 
 
 # --- what is no damage ------------------------------------------------------------------------------------------------

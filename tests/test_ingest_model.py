@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import picture
-from killing import attrdb_runs, log_of, run_whole, start
+from torture.processes import log_of, run_whole, start
+from torture.workloads import attrdb_runs
 
 import attrdb
 from attrdb.errors import Busy, InvalidValue, NotFound, OutOfMemory
@@ -206,6 +207,20 @@ def test_the_same_exemplar_twice(empty, exemplar_folder, tiny_base, toy_encoder)
     picture(exemplar_folder / "b.png", (200, 30, 30))
     with pytest.raises(InvalidValue, match=r"a\.png and .*b\.png are the same file"):
         ingest(empty, exemplar_folder, tiny_base, toy_encoder)
+
+
+@pytest.mark.parametrize(
+    ("part", "entry"),
+    [("unet", ["my_unet", "MyUNet"]), ("scheduler", ["scheduler_of_mine", "X"]), ("controlnet", ["a.b", "C"])],
+)
+def test_a_part_with_code_of_its_own_is_refused_in_words_that_can_be_followed(tiny_base, tmp_path, part, entry):
+    folder = shutil.copytree(tiny_base, tmp_path / "custom")
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps(index | {part: entry}))
+    with pytest.raises(
+        InvalidValue, match=rf"has a {part} of code of its own \({'.'.join(entry)}\), which attrdb never runs"
+    ):
+        settings_for(str(folder), "object", "vase")
 
 
 @pytest.mark.parametrize("part", ["unet", "vae", "text_encoder", "tokenizer", "scheduler", "model_index.json"])

@@ -1,9 +1,11 @@
 """SQL within limits of time, memory and rows, and Ctrl-C, which ends any statement at once."""
 
+import os
 import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -69,7 +71,7 @@ def test_too_little_memory_says_what_to_do(toy, statement, in_main_thread):
 def test_memory_that_duckdb_does_not_count_is_limited_too(toy, statement):
     """In a process of its own, which ends although the statement may still compute."""
     result = attrdb_run("sql", toy.path, statement, "--memory", "100MB")
-    assert "needs more than the 95MiB of memory" in result.stderr
+    assert "needs more than the 95.37 MiB of memory" in result.stderr
     assert result.returncode == 1
 
 
@@ -102,7 +104,7 @@ def test_a_named_query_has_limits_too(toy):
         ({"timeout": -1}, "timeout is -1"),
         ({"timeout": float("nan")}, "timeout is nan"),
         ({"timeout": float("inf")}, "timeout is inf"),
-        ({"memory": 1000}, "at least 16MiB"),
+        ({"memory": 1000}, r"at least 16\.00 MiB"),
         ({"memory": "much"}, "'much' is no size"),
         ({"rows": -1}, "rows is -1"),
     ],
@@ -189,3 +191,25 @@ def test_ctrl_c_ends_a_statement_at_once(toy, statement, after):
     assert "interrupted" in errors
     assert "Traceback" not in errors
     assert "nanobind" not in errors
+
+
+def test_ctrl_c_while_a_table_of_ones_own_is_loaded(toy, tmp_path):
+    """As everywhere it is Ctrl-C, and no error of the file."""
+    with (tmp_path / "large.csv").open("w") as file:
+        file.write("a,b,c\n")
+        line = "".join(f"{number},{number * 7},some text {number}\n" for number in range(100_000))
+        for _ in range(30):
+            file.write(line)
+    timer = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT))
+    timer.start()
+    with pytest.raises(KeyboardInterrupt):
+        toy.sql("SELECT count(*) FROM large", relations={"large": tmp_path / "large.csv"})
+    timer.join()
+
+
+@pytest.mark.parametrize("statement", ["EXPLAIN ANALYZE " + RECURSIVE, f"PIVOT ({CROSS_JOIN}) ON 1 USING count(*)"])
+def test_statements_of_other_kinds_have_limits_too(toy, statement):
+    began = time.monotonic()
+    with pytest.raises((QueryRefused, OutOfMemory)):
+        toy.sql(statement, timeout=0.5)
+    assert time.monotonic() - began < SLACK

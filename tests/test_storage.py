@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import subprocess
 
 import lance
 import numpy as np
@@ -11,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import TOY, picture, rows
 from test_cli import run
+from torture.disks import NotPermitted, small_disk
 
 import attrdb
 from attrdb.errors import AttrdbError, InvalidValue, NotFound, QueryRefused, StorageError
@@ -25,29 +25,13 @@ FULL = "the disk of .* is full; what was committed before is kept: free some spa
 READ_ONLY = "cannot be written: .*; open it with read_only=True to read it"
 
 
-class Disk:
-    """A small file system of its own."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def mount(self, options):
-        subprocess.run(["mount", "-t", "tmpfs", "-o", options, "none", self.path], check=True, capture_output=True)
-
-    def change(self, options):
-        subprocess.run(["mount", "-o", f"remount,{options}", self.path], check=True, capture_output=True)
-
-
 @pytest.fixture
 def disk(tmp_path):
-    (tmp_path / "disk").mkdir()
-    disk = Disk(tmp_path / "disk")
     try:
-        disk.mount("size=600k")
-    except (OSError, subprocess.CalledProcessError):
-        pytest.skip("mounting a file system is not permitted here")
-    yield disk
-    subprocess.run(["umount", "--lazy", disk.path], check=True)
+        with small_disk(tmp_path / "disk", "size=600k") as disk:
+            yield disk
+    except NotPermitted as error:
+        pytest.skip(str(error))
 
 
 @pytest.fixture
@@ -273,7 +257,7 @@ def test_a_damaged_data_file_is_named(toy, table, damage):
         "models": lambda db: db.sql("SELECT * FROM models"),
         "encoders": lambda db: db.attribute("p10"),
     }[table]
-    with pytest.raises(StorageError, match=f"{toy.path} cannot be read or written: .*attrdb check {toy.path}"):
+    with pytest.raises(StorageError, match=f"{toy.path} cannot be read( or written)?: .*attrdb check {toy.path}"):
         asked(attrdb.open(toy.path))
     command = ["attribute", toy.path, "p10"] if table == "encoders" else ["sql", toy.path, f"SELECT * FROM {table}"]
     assert f"attrdb check {toy.path}" in run(*command, code=1).output
@@ -292,7 +276,9 @@ def test_damage_that_sql_meets_first(toy, table):
     assert db.snapshot.hidden_models == ()  # which has been read by now
     for file in (toy.path / f"{table}.lance" / "data").glob("*.lance"):
         cut(file)
-    with pytest.raises(StorageError, match=rf"{toy.path} cannot be read or written: .*table {table}: .*attrdb check"):
+    with pytest.raises(
+        StorageError, match=rf"{toy.path} cannot be read( or written)?: .*table {table}: .*attrdb check"
+    ):
         db.sql(f"SELECT * FROM {table}")
 
 
@@ -331,7 +317,7 @@ def test_an_older_version_that_is_damaged_is_told(toy):
     oldest = max((toy.path / "images.lance" / "_versions").glob("*.manifest"))
     cut(oldest)
     assert len(ids(toy.path)) == 7
-    with pytest.raises(StorageError, match=r"cannot be read or written: .*attrdb check"):
+    with pytest.raises(StorageError, match=r"cannot be read( or written)?: .*attrdb check"):
         toy.status()
     [finding] = health.check(attrdb.open(toy.path).snapshot)
     [row] = finding.rows.to_pylist()

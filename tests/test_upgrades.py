@@ -3,6 +3,9 @@ whose results belonged to an encoder and a mapper: `toy` with a mapper, ranks, a
 by the last that could take nothing out: `toy` with ranks."""
 
 import shutil
+import subprocess
+import sys
+import time
 import zipfile
 from pathlib import Path
 
@@ -16,6 +19,8 @@ import attrdb
 from attrdb.cli import main
 from attrdb.errors import InvalidValue, NotFound
 from attrdb.store import upgrades
+from attrdb.store.checksums import unrecorded
+from attrdb.store.locks import WRITERS_LOCK, waiting_lock
 from attrdb.store.schema import SCHEMA_VERSION, TABLES
 from attrdb.training.evaluate import evaluate
 from attrdb.upkeep.health import check
@@ -189,3 +194,32 @@ def test_the_command(oldest):
     done = CliRunner().invoke(main, ["upgrade", str(oldest)])
     assert (done.exit_code, done.stderr) == (0, f"{oldest}: schema version 1, now {SCHEMA_VERSION}\n")
     assert "nothing to do" in CliRunner().invoke(main, ["upgrade", str(oldest)]).stderr
+
+
+def test_several_upgrades_at_once_wait_for_each_other(oldest):
+    command = [sys.executable, "-m", "attrdb", "upgrade", str(oldest)]
+    processes = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(4)]
+    outputs = [process.communicate(timeout=120)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0] * 4, outputs
+    assert sum("schema version 1, now" in output for output in outputs) == 1
+    assert sum("nothing to do" in output for output in outputs) == 3
+    assert check(attrdb.open(oldest).snapshot) == []
+
+
+def test_an_upgrade_waits_for_a_writer(oldest):
+    with waiting_lock(oldest / WRITERS_LOCK, exclusive=False):
+        process = subprocess.Popen([sys.executable, "-m", "attrdb", "upgrade", str(oldest)])
+        time.sleep(3)
+        assert process.poll() is None
+    assert process.wait(60) == 0
+    assert attrdb.open(oldest).version
+
+
+def test_an_upgrade_that_has_nothing_to_do_waits_for_nobody(toy):
+    with waiting_lock(toy.path / WRITERS_LOCK, exclusive=True):
+        assert upgrades.upgrade(toy.path) == (SCHEMA_VERSION, SCHEMA_VERSION)
+
+
+def test_the_schema_after_an_upgrade_is_checksummed(oldest):
+    assert CliRunner().invoke(main, ["upgrade", str(oldest)]).exit_code == 0
+    assert unrecorded(oldest, attrdb.open(oldest).snapshot.tables) == []

@@ -6,6 +6,8 @@ import importlib
 import io
 import os
 import sys
+import tempfile
+import traceback
 import warnings
 from collections.abc import Callable
 from functools import wraps
@@ -85,6 +87,18 @@ def settle_streams() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
+def _record_checksums() -> None:
+    """Record the files that the command wrote."""
+    checksums = sys.modules.get("attrdb.store.checksums")
+    try:
+        if checksums:
+            checksums.record_changed()
+    except (AttrdbError, OSError) as error:
+        click.echo(
+            visible(f"checksums of new files were not recorded: {error}; later: attrdb check --record"), err=True
+        )
+
+
 class Commands(click.Group):
     """Turns every AttrdbError into a click error, and shows commands in sections, in the order in which they are used."""
 
@@ -110,8 +124,12 @@ class Commands(click.Group):
         settle_streams()
         # Of metadata that Pillow cannot read: the picture is read, or left out with a reason.
         warnings.filterwarnings("ignore", module=r"PIL\.")
+        if checksums := sys.modules.get("attrdb.store.checksums"):
+            checksums.CHANGED.clear()
         try:
-            return super().invoke(context)
+            result = super().invoke(context)
+            _record_checksums()
+            return result
         except BrokenPipeError:
             raise  # the reader of a pipe has gone: click ends quietly
         except ModuleNotFoundError as error:  # of an import at its first use
@@ -121,6 +139,10 @@ class Commands(click.Group):
             raise click.ClickException(str(missing)) from error
         except (AttrdbError, OSError) as error:  # OSError: a full disk, a file that went away
             raise click.ClickException(visible(str(error))) from error
+        except (click.ClickException, click.exceptions.Exit, click.Abort):
+            raise
+        except Exception as error:
+            raise click.ClickException(_of_machine(error) or _of_attrdb(error)) from error
         except KeyboardInterrupt:
             click.echo("\ninterrupted; what was finished is kept, and the same command goes on from there", err=True)
             context.exit(130)
@@ -145,6 +167,41 @@ class Commands(click.Group):
                 continue
             with formatter.section(title):
                 formatter.write_dl([(name, self.commands[name].get_short_help_str(limit)) for name in names])
+
+
+def _of_machine(error: Exception) -> str | None:
+    """What the machine lacked, if that is why a command failed."""
+    causes = f"{error} {error.__cause__ or ''} {error.__context__ or ''}".lower()
+    if isinstance(error, MemoryError) or any(phrase in causes for phrase in NO_MEMORY):
+        return "the machine has no memory left; what was finished is kept: free some, then rerun the command"
+    if any(phrase in causes for phrase in NO_DESCRIPTORS):
+        return "too many files are open; what was finished is kept: raise the limit (ulimit -n), then rerun the command"
+    return None
+
+
+NO_MEMORY = (
+    "cannot allocate memory",
+    "failed to map segment from shared object",
+    "defaultcpuallocator",
+    "out of memory",
+    "can't start new thread",
+    "bad_alloc",
+    "malloc of size",
+)
+NO_DESCRIPTORS = ("too many open files", "no file descriptors")
+
+
+def _of_attrdb(error: Exception) -> str:
+    """A fault of attrdb, with the file that holds its traceback: what is needed to mend it."""
+    described = visible(f"{type(error).__name__}: {error}")
+    trace = "".join(traceback.format_exception(error))
+    try:
+        handle, name = tempfile.mkstemp(prefix="attrdb-fault-", suffix=".txt")
+        with os.fdopen(handle, "w", encoding="utf-8", errors="backslashreplace") as file:
+            file.write(trace)
+    except OSError:
+        name = "this: " + visible(trace)
+    return f"this is a fault of attrdb ({described}); what was finished is kept. Please report it with {name}"
 
 
 def ml(module: str) -> ModuleType:
@@ -276,48 +333,6 @@ def queries_option(command: Any) -> Any:
         type=click.Path(path_type=Path),
         help="A folder of your own query files, repeatable.",
     )(command)
-
-
-class Size(click.ParamType):  # type: ignore[type-arg]  # as `Id`
-    """Bytes, written as a number and a unit."""
-
-    name = "size"
-
-    def convert(self, value: str | int, param: click.Parameter | None, context: click.Context | None) -> int:
-        from attrdb.sql.limits import parse_size
-
-        try:
-            return value if isinstance(value, int) else parse_size(value)
-        except InvalidValue as error:
-            self.fail(str(error), param, context)
-
-
-TIMEOUT = 600.0  # seconds
-
-
-def limit_options(command: Any) -> Any:
-    """--timeout and --memory of commands that run SQL; the command gets them as one `limits`."""
-
-    @wraps(command)
-    def with_limits(*args: Any, timeout: float, memory: int | None, **values: Any) -> Any:
-        from attrdb.sql.limits import Limits
-
-        return command(*args, limits=Limits(timeout or None, memory), **values)
-
-    with_limits = click.option(
-        "--memory",
-        type=Size(),
-        metavar="SIZE",
-        help="Memory that a statement may use, such as 4GB. Default: half of what is free.",
-    )(with_limits)
-    return click.option(
-        "--timeout",
-        type=float,
-        default=TIMEOUT,
-        show_default=True,
-        metavar="SECONDS",
-        help="End a statement after this time; 0 for no limit.",
-    )(with_limits)
 
 
 def method_option(command: Any) -> Any:

@@ -14,7 +14,6 @@ from attrdb.cli.common import (
     Id,
     asked_encoder_option,
     at_option,
-    limit_options,
     method_option,
     ml,
     queries_option,
@@ -23,6 +22,7 @@ from attrdb.cli.common import (
     stored_encoder_id,
     with_option,
 )
+from attrdb.cli.limits import limit_options, rows_option
 from attrdb.cli.rows import Output, output_options
 from attrdb.errors import AttrdbError, InvalidValue, NotFound
 from attrdb.search.memory import use_the_machine
@@ -155,15 +155,6 @@ def methods(db: Path, at: str | None, output: Output) -> None:
         tau, lam = calibration(snapshot, method_id)
         rows.append(row | {"tau": tau, "lam": lam, "calibrated": is_calibrated(snapshot, method_id)})
     output.write(pa.Table.from_pylist(rows, pa.schema(columns)))
-
-
-def rows_option(command: Any) -> Any:
-    return click.option(
-        "--rows",
-        type=click.IntRange(0),
-        metavar="N",
-        help="Write the first N rows. Default: 100 on a terminal, else all.",
-    )(command)
 
 
 @click.command("sql", short_help="Run one SELECT over the tables and views.")

@@ -9,7 +9,8 @@ from typing import Any
 
 import click
 
-from attrdb.cli.common import DB, at_option, limit_options, queries_option, with_option
+from attrdb.cli.common import DB, at_option, queries_option, with_option
+from attrdb.cli.limits import limit_options
 from attrdb.cli.rows import format_options
 from attrdb.errors import MissingExtra
 from attrdb.search.memory import use_the_machine

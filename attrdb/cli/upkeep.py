@@ -14,7 +14,7 @@ from attrdb.cli.common import DB, asked_encoder_option, at_option, device_option
 from attrdb.cli.rows import Output, output_options
 from attrdb.errors import AttrdbError
 from attrdb.search.memory import use_the_machine
-from attrdb.text import visible
+from attrdb.text import size_text, visible
 
 EXACT = {
     "none": "searched exactly (attrdb index makes large galleries quicker)",
@@ -154,7 +154,7 @@ def index(db: Path, encoder_id: str | None, device: str, quiet: bool) -> None:
     what = index_build.plan(database.snapshot, stored_encoder_id(database, encoder_id))
     click.echo(
         f"{what.kind} of some {what.n_rows:,} features of {what.encoder_id}, {what.dimension}-d: {what.n_partitions:,} "
-        f"partitions, on {device}; at most {what.memory / 2**30:.1f} GiB of memory and {what.disk / 2**30:.2f} GiB of disk",
+        f"partitions, on {device}; at most {size_text(what.memory)} of memory and {size_text(what.disk)} of disk",
         err=True,
     )
     with progress(quiet) as advance:
@@ -172,18 +172,29 @@ def index(db: Path, encoder_id: str | None, device: str, quiet: bool) -> None:
 
 @click.command(short_help="Read every file and test every row and index.")
 @DB
+@click.option("--deep", is_flag=True, help="Also compare every file with its checksum: any changed byte is found.")
+@click.option("--record", is_flag=True, help="Record the checksums of files that have none yet, before the check.")
 @output_options
 @quiet_option
-def check(db: Path, output: Output, quiet: bool) -> None:
+def check(db: Path, deep: bool, record: bool, output: Output, quiet: bool) -> None:
     """Read every file, run every query of the group `checks`, and test the indices; exit 1 if anything is wrong.
 
     With --format or --output there is one row per wrong row: check, meaning, and the row as JSON text.
     """
     from attrdb.cli.output import print_table, progress
+    from attrdb.store import checksums
     from attrdb.upkeep import health
 
+    snapshot = attrdb.open(db, read_only=True).snapshot
     with progress(quiet) as advance:
-        findings = health.check(attrdb.open(db, read_only=True).snapshot, advance)
+        if record:
+            click.echo(f"{checksums.record(db, snapshot.tables, advance):,} checksums recorded", err=True)
+        findings = health.check(snapshot, advance, deep)
+    if deep and not findings and (unknown := checksums.unrecorded(db, snapshot.tables)):
+        click.echo(
+            f"{len(unknown):,} files have no checksum yet, such as {unknown[0]}; record them: attrdb check {db} --record",
+            err=True,
+        )
     if output != Output():
         output.write(_wrong_rows(findings))
     for finding in findings if output == Output() else ():

@@ -6,6 +6,7 @@ of matrix products (docs/DECISIONS.md). Here the assignment is a matrix product,
 
 from __future__ import annotations
 
+import json
 import shutil
 import tempfile
 import time
@@ -18,6 +19,7 @@ from typing import Any, Literal
 import lance
 import numpy as np
 import pyarrow as pa
+from lance.lance import indices as lance_indices
 
 from attrdb.errors import InvalidValue, StorageError
 from attrdb.progress import Progress, no_progress
@@ -32,6 +34,7 @@ from attrdb.store.predicates import literal
 from attrdb.store.schema import Row
 from attrdb.store.snapshot import Snapshot
 from attrdb.store.writer import Writer
+from attrdb.text import size_text
 
 SCALAR_INDICES: dict[str, Literal["BITMAP", "BTREE"]] = {"role": "BITMAP", "image_id": "BTREE", "model_id": "BTREE"}
 ALL_SEGMENTS = 10_000
@@ -170,8 +173,8 @@ def _check_room(path: Path, build_plan: Plan) -> None:
     for name, (needed, free) in resources.items():
         if needed > free:
             raise StorageError(
-                f"an index of {build_plan.n_rows:,} features of {build_plan.encoder_id!r} needs {needed / 2**30:.1f} GiB of "
-                f"{name}, {free / 2**30:.1f} GiB are free; nothing was changed"
+                f"an index of {build_plan.n_rows:,} features of {build_plan.encoder_id!r} needs {size_text(needed)} of "
+                f"{name}, {size_text(free)} are free; nothing was changed"
             )
 
 
@@ -191,6 +194,13 @@ def _assigned(
         report("divide", done, build_plan.n_rows)
 
 
+def _rotation(dimension: int) -> str:
+    """How Lance rotates features before it takes their signs: at random, but from a seed, so that a build can be repeated."""
+    model = json.loads(lance_indices.build_rq_model(dimension, 1))
+    n_bytes = len(model["fast_rotation_signs"])
+    return json.dumps(model | {"fast_rotation_signs": list(np.random.default_rng(0).bytes(n_bytes))})
+
+
 def _create(path: Path, version: int, build_plan: Plan, centroids: np.ndarray, assigned: str) -> None:
     # On the version that was assigned: Lance would count a later row as indexed, though it is in no partition.
     images = lance.dataset(str(path / "images.lance"), version=version)
@@ -198,7 +208,9 @@ def _create(path: Path, version: int, build_plan: Plan, centroids: np.ndarray, a
     for other in images.describe_indices():
         if other.field_names == [build_plan.encoder_id] and other.name != name:
             lance.dataset(str(path / "images.lance")).drop_index(other.name)
-    one_bit: dict[str, Any] = {"num_bits": 1} if build_plan.kind == "IVF_RQ" else {}
+    one_bit: dict[str, Any] = {}
+    if build_plan.kind == "IVF_RQ":
+        one_bit = {"num_bits": 1, "rabitq_model": _rotation(build_plan.dimension)}
     images.create_index(
         build_plan.encoder_id,
         build_plan.kind,

@@ -88,7 +88,7 @@ def _part_of(target: Path) -> Iterator[Path]:
         with TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as folder:
             yield Path(folder) / target.name
             (Path(folder) / target.name).replace(target)
-    except (OSError, pa.ArrowException, duckdb.Error) as error:
+    except (OSError, UnicodeError, pa.ArrowException, duckdb.Error) as error:
         if isinstance(error, AttrdbError):
             raise
         said = str(error).partition("\n")[0]

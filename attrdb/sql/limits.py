@@ -7,8 +7,9 @@ import re
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -17,6 +18,7 @@ import duckdb
 
 from attrdb.errors import InvalidValue, OutOfMemory, QueryRefused
 from attrdb.search.memory import free_memory
+from attrdb.text import size_text
 
 FREE_SHARE = 0.5  # of the free memory, which a statement may use by default
 LEAST_MEMORY = 16 * 2**20
@@ -65,11 +67,6 @@ def parse_size(text: str) -> int:
     if not number or len(number[1]) > 18:
         raise InvalidValue(f"{text!r} is no size; write a number and a unit, such as 512MB or 4GB")
     return int(float(number[1]) * _UNITS[(number[2] or "").lower()])
-
-
-def size_text(n_bytes: int) -> str:
-    """Bytes for reading, in words that `parse_size` takes."""
-    return f"{n_bytes / 2**30:.1f}GiB" if n_bytes >= 2**30 else f"{n_bytes / 2**20:.0f}MiB"
 
 
 def default_memory() -> int:
@@ -157,6 +154,16 @@ def _end(connection: duckdb.DuckDBPyConnection | None, outcome: Future[Result]) 
 def any_left_behind() -> bool:
     """Whether a statement that was ended still computes. Python then cannot end in its usual way, see `leave`."""
     return any(not outcome.done() for outcome in _left_behind)
+
+
+@contextmanager
+def closing_unless_busy(connection: duckdb.DuckDBPyConnection) -> Iterator[duckdb.DuckDBPyConnection]:
+    """The connection, closed afterwards; one that a statement has been left behind on cannot be closed."""
+    try:
+        yield connection
+    finally:
+        if not any_left_behind():
+            connection.close()
 
 
 def leave(code: int) -> None:

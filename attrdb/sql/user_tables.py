@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from attrdb.errors import InvalidValue, NotFound
+from attrdb.sql.limits import closing_unless_busy, limited
 from attrdb.text import decode
 
 COMPRESSED = (".gz", ".zst")  # which CSV and JSON may be as well
@@ -108,7 +109,7 @@ def _reader(function: str, arguments: str) -> Callable[[Path], pa.Table]:
 
     def read(file: Path) -> pa.Table:
         # Under a name of ours: DuckDB would take *, ? and [] in the name of a file for a pattern.
-        with TemporaryDirectory(prefix="attrdb-") as folder, duckdb.connect() as connection:
+        with TemporaryDirectory(prefix="attrdb-") as folder, closing_unless_busy(duckdb.connect()) as connection:
             alias = Path(folder, "rows" + "".join(file.suffixes[-2:]).lower())
             alias.symlink_to(file.resolve())
 
@@ -118,13 +119,13 @@ def _reader(function: str, arguments: str) -> Callable[[Path], pa.Table]:
 
             try:
                 try:
-                    table = rows()
+                    table = limited(connection, rows)
                 except duckdb.Error as error:
                     if "utf-8" not in str(error).lower() or file.suffix.lower() in COMPRESSED:
                         raise
                     alias.unlink()
                     alias.write_text(decode(file.read_bytes(), str(file)), encoding="utf-8")
-                    table = rows()
+                    table = limited(connection, rows)
             except duckdb.Error as error:
                 raise InvalidValue(_refusal(file, str(error).replace(str(alias), str(file)))) from error
             if function == "read_csv" and table.num_columns == 1 and file.suffix.lower() not in COMPRESSED:

@@ -12,6 +12,8 @@ from lance.commit import CommitConflictError
 
 from attrdb.errors import AttrdbError, InvalidValue, OutOfMemory, StorageError
 
+# The last two: no thread could be made.
+NO_MEMORY = ("Cannot allocate memory", "os error 12", "os error 11", "Task was aborted")
 SHOWN = 200  # characters of the beginning and of the end of a long error
 
 
@@ -43,9 +45,9 @@ def cause_of(path: Path, error: BaseException) -> BaseException | None:
             f"{path} cannot be read or written: too many files are open; allow more (ulimit -n), or close other databases "
             "of this process"
         )
-    if "Cannot allocate memory" in text or "os error 12" in text:
+    if any(sign in text for sign in NO_MEMORY):
         return OutOfMemory(
-            f"{path} cannot be read or written: no memory is left; end other programs and rerun the command"
+            f"{path} cannot be read or written: no memory, or no thread, is left; end other programs and rerun the command"
         )
     if any(sign in text for sign in ("Read-only file system", "Permission denied", "os error 13", "os error 30")):
         return StorageError(f"{path} cannot be written: {words}; open it with read_only=True to read it")

@@ -56,7 +56,9 @@ def check_schema_version(path: Path, version: int) -> None:
 
 def open_table(path: Path, name: str, **options: Any) -> lance.LanceDataset:
     try:
-        return lance.dataset(str(path / f"{name}.lance"), **options)
+        table = lance.dataset(str(path / f"{name}.lance"), **options)
+        _ = table.schema  # Lance reads a damaged one with a panic
+        return table
     except BaseException as error:
         if not (isinstance(error, ValueError) or by_lance(error)):
             raise

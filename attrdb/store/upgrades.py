@@ -14,7 +14,9 @@ import lance
 import pyarrow as pa
 
 from attrdb.errors import NotFound
+from attrdb.store.checksums import CHANGED
 from attrdb.store.lance_errors import storage
+from attrdb.store.locks import WRITERS_LOCK, waiting_lock
 from attrdb.store.schema import SCHEMA_VERSION, TABLES, Row
 from attrdb.store.tables import STAMP, check_schema_version, database_path, open_table, schema_version, table_exists
 
@@ -226,22 +228,30 @@ MADE_IN = {  # the version that made a table, where it was not the first
 def upgrade(path: str | Path) -> tuple[int, int]:
     """Bring a database to the schema version of this attrdb; the versions before and after.
 
-    The next call completes one that was interrupted: every step may be repeated.
+    The next call completes one that was interrupted: every step may be repeated. Several at once wait for each other.
     raises: NotFound if there is no database, InvalidValue if a newer attrdb made it
     """
     path = database_path(path)
     if not (path / "images.lance").is_dir():
         raise NotFound(f"{path} is not an attrdb database (no images.lance in it)")
+    CHANGED.add(path)
     with storage(path):
         before = schema_version(open_table(path, "images"))
         if not 0 < before <= SCHEMA_VERSION:
             check_schema_version(path, before)
-        for version in range(before + 1, SCHEMA_VERSION + 1):
-            STEPS[version](path)
-            # 'images' is stamped last: it says which version the directory has.
-            names = [name for name in TABLES if MADE_IN.get(name, 1) <= version]
-            for name in sorted(names, key=lambda name: name == "images"):
-                table = open_table(path, name)
-                if schema_version(table) != version:
-                    table.update_schema_metadata({STAMP.decode(): str(version)})
+        if before < SCHEMA_VERSION:
+            with waiting_lock(path / WRITERS_LOCK, exclusive=True):
+                before = schema_version(open_table(path, "images"))  # another process may have been first
+                _take_steps(path, before)
     return before, SCHEMA_VERSION
+
+
+def _take_steps(path: Path, before: int) -> None:
+    for version in range(before + 1, SCHEMA_VERSION + 1):
+        STEPS[version](path)
+        # 'images' is stamped last: it says which version the directory has.
+        names = [name for name in TABLES if MADE_IN.get(name, 1) <= version]
+        for name in sorted(names, key=lambda name: name == "images"):
+            table = open_table(path, name)
+            if schema_version(table) != version:
+                table.update_schema_metadata({STAMP.decode(): str(version)})

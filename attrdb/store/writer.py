@@ -21,8 +21,9 @@ from lance.commit import CommitConflictError
 
 from attrdb.errors import Busy, InvalidValue, StorageError
 from attrdb.store.blocklist import blocklist
+from attrdb.store.checksums import CHANGED
 from attrdb.store.lance_errors import storage
-from attrdb.store.locks import waiting_lock
+from attrdb.store.locks import WRITERS_LOCK, waiting_lock
 from attrdb.store.methods import similarity_row
 from attrdb.store.predicates import literal
 from attrdb.store.schema import DICTIONARY, TABLES, Row, encoder_id_of, encoder_name, feature_columns, feature_type
@@ -31,7 +32,6 @@ from attrdb.store.validation import conform_images
 
 CONFLICT_RETRIES = 30  # of a commit that another writer preempted
 TABLE_KEYS = {name: table.key for name, table in DICTIONARY.items()}
-WRITERS_LOCK = ".writers.lock"  # shared by everyone who writes
 LONGEST_ENCODER_ID = 80  # characters of a new one: files are named after it
 
 
@@ -336,6 +336,7 @@ class Writer:
                     if attempt == CONFLICT_RETRIES - 1:
                         raise StorageError(f"too many others write to {self.path}; rerun the command") from error
                     time.sleep(random.uniform(0, 0.05 * (attempt + 1)))
+        CHANGED.add(self.path)
         self.refresh()
         return result
 

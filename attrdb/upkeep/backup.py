@@ -27,12 +27,14 @@ import lance
 
 from attrdb.errors import Busy, InvalidValue, NotFound, StorageError
 from attrdb.progress import Progress, counted, no_progress
-from attrdb.store.ids import stored_file
+from attrdb.store import checksums
+from attrdb.store.checksums import live_files
 from attrdb.store.lance_errors import storage
 from attrdb.store.locks import exclusive_lock
 from attrdb.store.schema import SCHEMA_VERSION, TABLES
 from attrdb.store.snapshot import pinned_tables
 from attrdb.store.tables import check_schema_version, open_table, schema_version, table_exists
+from attrdb.text import size_text
 
 FORMAT = 1  # of a backup
 MANIFEST, MANIFEST_HASH, FILES = "manifest.json", "manifest.sha256", "database"
@@ -58,7 +60,7 @@ def backup(path: Path, target: Path, report: Progress = no_progress) -> BackedUp
 
     Readers and writers go on meanwhile. A database of an older schema version is copied as it is.
     raises: NotFound if there is no database, InvalidValue if there is something at the target, it lies in the database, or
-            a removal is unfinished; Busy if maintenance runs; StorageError for a full disk or a file that is gone
+            a removal is unfinished; Busy if maintenance runs; StorageError for a full disk, a file that is gone or damaged
     """
     report("back up", 0, None)
     if not (path / "images.lance").is_dir():
@@ -71,14 +73,25 @@ def backup(path: Path, target: Path, report: Progress = no_progress) -> BackedUp
         part = held.enter_context(part_of(target))
         with storage(path):
             tables = _tables(path)
-            files = [*_table_files(path, tables), *_weights(path, tables["models"])]
+            files = list(live_files(path, tables))
+        known = checksums.read(path).digests
         sizes = {file: _size(path, file) for file in files}
         _check_room(target, sum(sizes.values()))
         add = counted(report, "back up", sum(sizes.values()))
-        entries = []
+        entries: list[dict[str, Any]] = []
+        recorded: dict[str, str] = {}
         for file in files:
             digest, n_bytes = _copy(path / file, part / FILES / file, add)
+            recorded[file] = checksums.digest_of(part / FILES / file)
+            if known.get(file, recorded[file]) != recorded[file]:
+                raise StorageError(
+                    f"{path / file} is not as it was written, and no backup was made; restore it from an earlier backup, and "
+                    f"see: attrdb check {path} --deep"
+                )
             entries.append({"path": file, "bytes": n_bytes, "sha256": digest})
+        checksums.write_lines(part / FILES / checksums.FILE, recorded)
+        text = (part / FILES / checksums.FILE).read_bytes()
+        entries.append({"path": checksums.FILE, "bytes": len(text), "sha256": hashlib.sha256(text).hexdigest()})
         manifest = {
             "format": FORMAT,
             "attrdb_version": version("attrdb"),
@@ -90,7 +103,7 @@ def backup(path: Path, target: Path, report: Progress = no_progress) -> BackedUp
         text = json.dumps(manifest, indent=1).encode()
         _write(part / MANIFEST, text)
         _write(part / MANIFEST_HASH, hashlib.sha256(text).hexdigest().encode())
-    return BackedUp(tables["images"].version, len(entries), sum(sizes.values()))
+    return BackedUp(tables["images"].version, len(entries), sum(entry["bytes"] for entry in entries))
 
 
 def _tables(path: Path) -> dict[str, lance.LanceDataset]:
@@ -104,34 +117,6 @@ def _tables(path: Path) -> dict[str, lance.LanceDataset]:
             f"a removal of {path} is unfinished (attrdb status names it); rerun its command, then back up what is left"
         )
     return tables
-
-
-def _table_files(path: Path, tables: dict[str, lance.LanceDataset]) -> Iterator[str]:
-    """The files of the pinned versions, by their paths in the database."""
-    for name, table in tables.items():
-        folder = f"{name}.lance"
-        for row in table.tracked_files(min_version=table.version).read_all().to_pylist():
-            if row["version"] != table.version:
-                continue
-            if Path(row["base_uri"]).resolve() != (path / folder).resolve():
-                raise InvalidValue(
-                    f"table {name} of {path} keeps files elsewhere ({row['base_uri']}); copy it into one first"
-                )
-            yield f"{folder}/{row['path']}"
-
-
-def _weights(path: Path, models: lance.LanceDataset) -> Iterator[str]:
-    """The weights of the models, and the record beside them, those that exist."""
-    for row in models.to_table(columns=["weights_path"]).to_pylist():
-        if not row["weights_path"]:
-            continue
-        try:
-            file = stored_file(path, row["weights_path"])
-        except InvalidValue:
-            continue  # a row that names a file outside of the database
-        for one in (file, file.with_suffix(".json")):
-            if one.is_file():
-                yield one.relative_to(path).as_posix()
 
 
 def _size(path: Path, file: str) -> int:
@@ -251,7 +236,7 @@ def _check_room(target: Path, n_bytes: int) -> None:
     free = shutil.disk_usage(target.parent).free
     if n_bytes > free:
         raise StorageError(
-            f"{target} needs {n_bytes / 2**30:.2f} GiB of disk, {free / 2**30:.2f} GiB are free; nothing was written"
+            f"{target} needs {size_text(n_bytes)} of disk, {size_text(free)} are free; nothing was written"
         )
 
 

@@ -6,7 +6,7 @@ import hashlib
 import os
 import socket
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,10 @@ from attrdb.errors import InvalidValue
 from attrdb.progress import Progress, no_progress
 from attrdb.search import exact as exact_search
 from attrdb.search import ivf, planner
+from attrdb.store import checksums
 from attrdb.store.features import stream
 from attrdb.store.ids import stored_file
-from attrdb.store.lance_errors import storage, words_of
+from attrdb.store.lance_errors import by_lance, storage, words_of
 from attrdb.store.leases import holder
 from attrdb.store.locks import alive
 from attrdb.store.predicates import CANDIDATES, literal
@@ -187,16 +188,26 @@ class Finding:
     rows: pa.Table
 
 
-def check(snapshot: Snapshot, report: Progress = no_progress) -> list[Finding]:
+def check(snapshot: Snapshot, report: Progress = no_progress, deep: bool = False) -> list[Finding]:
     """Damaged files, rows that contradict each other, and indices that answer wrongly; an empty list if there are none.
 
     Every stored byte is read, and images and weights are compared with their sha256. Then every query of the group
     `checks` runs, and the indices are tested with queries whose answers are known.
+    deep: first compare every file with its checksum (`checksums.verify`); any change of any byte is found
     """
+    if deep and (wrong_files := checksums.verify(snapshot.path, snapshot.tables, report)):
+        meaning = "Files that are not as they were written; restore them from a backup."
+        return [Finding("changed_files", meaning, pa.Table.from_pylist(wrong_files))]
     damaged, changed = _read_everything(snapshot, report)
     if damaged:  # queries over damaged files only fail
         rows = pa.Table.from_pylist(damaged)
         return [Finding("damaged_files", "Files that cannot be read; restore them from a copy of the directory.", rows)]
+    if unreadable := _unreadable_indices(snapshot):
+        meaning = (
+            "Files of an index that cannot be read; restore them from a backup, or build the index again: attrdb index for "
+            "features; any other is dropped with a Lance client and built again by attrdb optimize."
+        )
+        return [Finding("damaged_files", meaning, pa.Table.from_pylist(unreadable))]
     findings = []
     if changed:
         meaning = "Stored images and weights whose bytes are not those that were written; restore them from a copy."
@@ -259,6 +270,34 @@ def _changed_weights(snapshot: Snapshot, batch: pa.RecordBatch) -> Iterator[Row]
             file = None
         if not (file and file.is_file() and hashlib.sha256(file.read_bytes()).hexdigest() == row["weights_hash"]):
             yield {"table": "models", "id": row["model_id"], "needed": row["weights_hash"]}
+
+
+def _unreadable_indices(snapshot: Snapshot) -> list[Row]:
+    """The indices that cannot answer at all, with their files."""
+    unreadable = []
+    for index in _indices(snapshot):
+        try:
+            _ask(snapshot, index.field_names[0])
+        except BaseException as error:
+            if not isinstance(error, Exception) and not by_lance(error):
+                raise
+            folders = [f"images.lance/_indices/{segment.uuid}" for segment in index.segments]
+            files = checksums.changed_in(snapshot.path, folders) or folders
+            unreadable.append({"index": index.name, "files": ", ".join(files), "error": words_of(error)})
+    return unreadable
+
+
+def _ask(snapshot: Snapshot, column: str) -> None:
+    """Ask the index of a column in all its parts; one that attrdb does not use is not asked."""
+    images = snapshot.tables["images"]
+    if column in snapshot.encoders:
+        if index := planner.indices(snapshot).get(column):
+            feature = np.eye(1, snapshot.encoders[column]["dimension"], dtype=np.float32)
+            ivf.top_k(images, replace(index, n_probes=index.n_partitions), "true", planner.count(snapshot), feature, 1)
+        return
+    of_text = (f"{column} > ''", f"{column} = 'a'") if pa.types.is_string(images.schema.field(column).type) else ()
+    for where in (*of_text, f"{column} IS NULL"):
+        images.scanner(columns=[], filter=where, with_row_id=True).count_rows()
 
 
 def index_self_test(snapshot: Snapshot) -> Iterator[Row]:

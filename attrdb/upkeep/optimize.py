@@ -13,6 +13,7 @@ import lance
 from attrdb.errors import AttrdbError, InvalidValue
 from attrdb.progress import Progress, no_progress
 from attrdb.search import index_build, index_tuning, planner
+from attrdb.store import checksums
 from attrdb.store.lance_errors import storage
 from attrdb.store.locks import exclusive_lock
 from attrdb.store.predicates import literal
@@ -73,6 +74,7 @@ def optimize(
                 f"index {wrong[0]['index']!r} of {writer.path} answers wrongly ({wrong[0]['found']}, needed "
                 f"{wrong[0]['needed']}); {cure}"
             )
+        checksums.record(writer.path, writer.snapshot.tables, report)
         return Optimized(before, health.status(writer.snapshot))
 
 

@@ -29,6 +29,7 @@ from attrdb.search.memory import keep_freed_memory
 HASHED_BEFORE = (".safetensors", ".json", ".txt")
 PICKLED = (".bin", ".ckpt", ".pt", ".pth")
 NEEDED = (*WEIGHTED, "tokenizer", "scheduler")
+LIBRARIES = ("diffusers", "transformers")  # whose classes are loaded
 BUNDLED = "icon-sd"  # the tiny base model that comes with attrdb
 # Up to this many latent positions a side, plain attention beats the fused one on a CPU that multiplies bf16: a training
 # step at 8 x 8 takes 0.57 of the time. In float32 they are equal. Beyond it, its score matrices take too much memory.
@@ -177,9 +178,17 @@ def base_model_folder(name: str) -> Path:
         folder = _download(name)
     if not (folder / "model_index.json").is_file():
         raise InvalidValue(f"base model {folder} has no model_index.json; a diffusers pipeline folder is needed")
-    kind = read_json(folder / "model_index.json").get("_class_name")
+    index = read_json(folder / "model_index.json")
+    kind = index.get("_class_name")
     if kind != "StableDiffusionPipeline":
         raise InvalidValue(f"base model {folder} is a {kind}; a StableDiffusionPipeline (SD 1.x or 2.x) is needed")
+    for part, entry in index.items():
+        library = entry[0] if isinstance(entry, list) and entry else None
+        if library and part != "safety_checker" and library not in LIBRARIES:  # that one is not loaded
+            raise InvalidValue(
+                f"base model {folder} has a {part} of code of its own ({'.'.join(map(str, entry))}), which attrdb never "
+                f"runs; a pipeline whose parts are classes of {' and '.join(LIBRARIES)} is needed"
+            )
     missing = [part for part in NEEDED if not (folder / part).is_dir()]
     missing += [file for file in missing_weights(folder) if file.partition("/")[0] not in missing]
     if missing:
