@@ -65,22 +65,22 @@ def connect(
     memory = _memory(snapshot, memory)
     idle = snapshot.once(_Idle(memory))
     try:
-        connection = idle.pop()
+        cursor = idle.pop()
     except IndexError:
-        connection = limited(None, lambda: snapshot.once(_Catalog(memory)).cursor())
-        limited(connection, lambda: _register(connection, snapshot))  # what is registered is a connection's own
+        cursor = limited(None, lambda: snapshot.once(_Catalog(memory)).cursor())
+        limited(cursor, lambda: _register(cursor, snapshot))  # what is registered is a connection's own
     try:
         if tables:
-            user_tables.register(connection, tables)
-        yield connection
+            user_tables.register(cursor, tables)
+        yield cursor
     except BaseException:
         if not any_left_behind():  # closing one that still computes would wait for it
-            connection.close()
+            cursor.close()
         raise
     if tables or len(idle) >= MAX_IDLE:
-        connection.close()
+        cursor.close()
     else:
-        idle.append(connection)
+        idle.append(cursor)
 
 
 def _memory(snapshot: Snapshot, memory: int | None) -> int:
