@@ -274,6 +274,16 @@ def test_autoencoder_killed_and_rerun_equals_an_undisturbed_run(few, tmp_path, m
     assert np.isfinite(autoencoder.reconstruction(whole, few, TINY, n_scenes=8))
 
 
+def test_a_finished_autoencoder_goes_on_when_its_training_is_lengthened(few, tmp_path):
+    stage = Stage(tmp_path, "vae")
+    autoencoder.train_autoencoder(few, TINY, stage, CPU)
+    n_steps = stage.load()["step"]
+    autoencoder.train_autoencoder(few, TINY, stage, CPU)
+    assert stage.load()["step"] == n_steps
+    autoencoder.train_autoencoder(few, replace(TINY, vae_images=TINY.vae_images + 2 * TINY.vae_batch), stage, CPU)
+    assert stage.load()["step"] == n_steps + 2
+
+
 def test_batches_do_not_depend_on_the_number_of_workers(few):
     def captions(workers):
         batches = stream.SceneBatches(few, 4, 0, 2).loaded(workers)

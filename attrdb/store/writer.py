@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from threading import get_ident
+from threading import local
 from typing import Any
 
 import lance
@@ -55,7 +55,7 @@ class Writer:
         self.path = path
         self.read_only = read_only or at is not None
         self._at = at
-        self._exclusive_thread: int | None = None
+        self._holds = local()  # lock: whether this thread has the lock of writers
         self.snapshot = open_snapshot(path, at)
 
     def refresh(self) -> None:
@@ -302,22 +302,28 @@ class Writer:
     def writing(self) -> Iterator[None]:
         """Every write happens inside this block, which waits for a writer that is `exclusive`."""
         self._check_writable()
-        if self._exclusive_thread == get_ident():
+        with self._lock(exclusive=False):
             yield
-        else:
-            with waiting_lock(self.path / WRITERS_LOCK, exclusive=False):
-                yield
 
     @contextmanager
     def exclusive(self) -> Iterator[None]:
         """Wait until no process writes, and let no other process or thread write inside the block."""
         self._check_writable()
-        with waiting_lock(self.path / WRITERS_LOCK, exclusive=True):
-            self._exclusive_thread = get_ident()
+        with self._lock(exclusive=True):
+            yield
+
+    @contextmanager
+    def _lock(self, *, exclusive: bool) -> Iterator[None]:
+        """Held by a thread once: waiting a second time, behind one who waits for the first to end, would never end."""
+        if getattr(self._holds, "lock", False):
+            yield
+            return
+        with waiting_lock(self.path / WRITERS_LOCK, exclusive=exclusive):
+            self._holds.lock = True
             try:
                 yield
             finally:
-                self._exclusive_thread = None
+                self._holds.lock = False
 
     def commit(self, write: Callable[[], Any]) -> Any:
         """Run a write and read its version from now on; the write is repeated if another writer was first.

@@ -56,13 +56,14 @@ def train_autoencoder(
     torch.manual_seed(settings.seed)
     vae = new_vae(settings).to(device)
     optimizer = torch.optim.AdamW(vae.parameters(), lr=settings.vae_lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
-    step, seconds, finished = 0, 0.0, False
+    step, seconds = 0, 0.0
     if state := stage.load():
         vae.load_state_dict(state["vae"])
         if "optimizer" in state:
             optimizer.load_state_dict(state["optimizer"])
-        step, seconds, finished = state["step"], state["seconds"], state["finished"]
+        step, seconds = state["step"], state["seconds"]
     n_steps = math.ceil(settings.vae_images / settings.vae_batch)
+    finished = step >= n_steps or seconds >= 60 * minutes
     report_steps = max(1, REPORT_IMAGES // settings.vae_batch)
     encode, decode = (torch.compile(part) if execution.compiled else part for part in (vae.encode, vae.decode))
     bf16 = resolved_precision("auto", device) == "bf16"

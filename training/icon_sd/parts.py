@@ -28,7 +28,7 @@ class IconSdSettings:
     size: int = 64  # pixels
     latent_channels: int = 16
     vae_channels: tuple[int, ...] = (16, 32, 64, 96)
-    vae_images: int = 240_000
+    vae_images: int = 720_000
     vae_batch: int = 8
     vae_lr: float = 3e-4
     kl_weight: float = 2e-7  # on the sum over a latent's elements; at 3e-4 half of the channels died
