@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import sys
 from dataclasses import replace
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
@@ -74,6 +75,10 @@ collect_ignore = [
 of_duckdb_2 = pytest.mark.skipif(
     duckdb.__version__ < "2", reason="DuckDB 1.5 passes fewer filters on to Lance, and words its plans otherwise"
 )
+
+# A shell that runs the tests in the background lets them, and the commands that they start, ignore Ctrl-C.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # What goes the way of an accelerator is run on one, or else by torch on the CPU with its kernels interpreted.
 OTHER = {"cuda": "cuda", "cpu": "cpu:0"}[accelerator("auto")]

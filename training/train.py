@@ -297,7 +297,7 @@ class Validation:
         names = sorted(by_model["sample"].keys() & by_model["exemplar"].keys())
         if not names:
             raise InvalidValue(
-                f"no model of kind {settings.kind!r} with {encoder_id!r} features in split {settings.val_split!r} of "
+                f"no model{_of_kind(settings)} with {encoder_id!r} features in split {settings.val_split!r} of "
                 f"{db.path}; training needs some to choose the epoch (--val-split)"
             )
         self.models = [(by_model["sample"][name], by_model["exemplar"][name]) for name in names]
@@ -346,10 +346,14 @@ def _check_splits(db: Database, settings: TrainSettings) -> None:
         if n_models < least:
             stored = ", ".join(f"{row['n']} of kind {row['kind']!r} in split {row['split']!r}" for row in counts)
             raise InvalidValue(
-                f"{n_models or 'no'} model{'s' * (n_models != 1)} of kind {settings.kind!r} in split {split!r} of {db.path}; "
+                f"{n_models or 'no'} model{'s' * (n_models != 1)}{_of_kind(settings)} in split {split!r} of {db.path}; "
                 f"training {purpose}, so it needs at least {least}; its models: {stored or 'none'}. Name another split with "
                 f"{option}, or move models: attrdb models set {db.path} MODEL_ID --split {split}"
             )
+
+
+def _of_kind(settings: TrainSettings) -> str:
+    return "" if settings.kind == "both" else f" of kind {settings.kind!r}"
 
 
 def _kinds(settings: TrainSettings) -> tuple[str, ...]:
