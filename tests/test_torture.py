@@ -31,22 +31,22 @@ def test_a_crowd_of_writers_and_readers(tmp_path):
 
 def test_a_disk_that_is_full_in_the_midst_of_an_append(tmp_path):
     try:
-        trials = list(full_disk(tmp_path, every=25))
+        trials = list(full_disk(tmp_path, every=40))
     except NotPermitted as error:
         pytest.skip(str(error))
-    assert len(trials) > 2
+    assert len(trials) > 1
     assert not problems(trials)
 
 
 def test_commands_that_lack_what_they_need(tmp_path):
-    trials = list(run_all(tmp_path, every=45))
-    assert len({trial.group for trial in trials}) > 2
+    trials = list(run_all(tmp_path, every=90))
+    assert len({trial.group for trial in trials}) > 1
     assert not problems(trials)
 
 
 def test_odd_command_lines(tmp_path):
-    trials = list(command_lines(30, seed=2, folder=tmp_path))
-    assert len(trials) == 30
+    trials = list(command_lines(15, seed=2, folder=tmp_path))
+    assert len(trials) == 15
     assert not problems(trials)
 
 

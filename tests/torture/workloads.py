@@ -141,11 +141,11 @@ def train(db: Path, inputs: Path) -> list[Words]:
 
 
 def calibrate(db: Path, inputs: Path) -> list[Words]:
-    return [["calibrate", db, "--split", "test", "--quiet"]]
+    return [["calibrate", db, "--split", "val", "--quiet"]]
 
 
 def attribute(db: Path, inputs: Path) -> list[Words]:
-    return [["attribute", db, "--samples", "split = 'test'", "-k", "3", "--quiet"]]
+    return [["attribute", db, "--samples", "model_id >= 'm84'", "-k", "3", "--quiet"]]
 
 
 # --- keeping ---------------------------------------------------------------------------------------------------------
