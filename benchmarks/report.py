@@ -228,9 +228,8 @@ def torture(results: dict) -> str:
             continue
         n = sum(part["groups"].values())
         trials = ", ".join(f"{group} {count:,}" for group, count in part["groups"].items())
-        rows.append(
-            [name, part["not_run"] or trials, f"{n:,}", str(part["n_wrong"]), f"{part['seconds']:,}", str(part["seed"])]
-        )
+        figures = (f"{n:,}", str(part["n_wrong"]), f"{part['share']:g}", f"{part['seconds']:,}", str(part["seed"]))
+        rows.append([name, part["not_run"] or trials, *figures])
         for trial in part["wrong"]:
             problem = trial["problems"][0].strip().splitlines()[-1]
             wrong.append(f"- {name}, {trial['group']}: `{trial['what'].strip()}`: {problem[:200]}")
@@ -238,7 +237,7 @@ def torture(results: dict) -> str:
         "## The campaign\n\nEvery command is disturbed, given again, and compared with an undisturbed run: rows lost or "
         "doubled, half a model shown, tracebacks, wrong answers. Seconds are of a machine that did other things too. "
         f"{machine(results['machine'])}\n"
-        + table(["part", "trials", "in all", "with problems", "seconds", "seed"], rows)
+        + table(["part", "trials", "in all", "with problems", "share of the whole", "seconds", "seed"], rows)
         + ("\nWhat was wrong:\n\n" + "\n".join(wrong) + "\n" if wrong else "")
     )
 

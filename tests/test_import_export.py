@@ -136,7 +136,10 @@ def test_what_is_there_is_not_touched(full, tmp_path):
     assert "exists already" in run("import", full.path, tmp_path / "out", code=1).stderr
     run("export", full.path, tmp_path / "one.duckdb", "--duckdb")
     done = run("import", tmp_path / "new.attrdb", tmp_path / "one.duckdb", code=1)
-    assert "one.duckdb is a file; import reads a folder of Parquet files, as attrdb export DB FOLDER makes it" in done.stderr
+    assert (
+        "one.duckdb is a file; import reads a folder of Parquet files, as attrdb export DB FOLDER makes it"
+        in done.stderr
+    )
 
 
 # --- names that promise another format, and the form of a DuckDB file ------------------------------------------------

@@ -88,7 +88,9 @@ def main(names: tuple[str, ...], share: float, seed: int, folder: Path, file: Pa
         n_wrong += figures["n_wrong"]
         if file:
             kept = json.loads(file.read_text()) if file.exists() else {}
-            file.write_text(json.dumps(kept | {"machine": describe("lance", "duckdb"), name: figures}, indent=1) + "\n")
+            file.write_text(
+                json.dumps(kept | {"machine": describe("pylance", "duckdb"), name: figures}, indent=1) + "\n"
+            )
     sys.exit(1 if n_wrong else 0)
 
 

@@ -16,7 +16,7 @@ from attrdb.store.schema import TABLES
 from torture.comparing import Tables, differences, half_visible, tables, unsound
 from torture.processes import ends, log_of, run_whole, start
 from torture.trials import Trial, traces_in
-from torture.workloads import WORKLOADS, Workload, make_inputs
+from torture.workloads import WORKLOADS, Application, Workload, make_inputs
 
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGSTOP)
 SECONDS_TO_END = 30  # that a job may take to end after TERM or INT, on a loaded machine
@@ -109,7 +109,8 @@ class Undisturbed:
             trial.problems.append(f"did not end within {SECONDS_TO_END} s")
             process.kill()
             process.join()
-        trial.problems += traces_in(log_of(db))
+        if not isinstance(self.workload, Application):  # Python itself prints where an application was interrupted
+            trial.problems += traces_in(log_of(db))
 
     def _look(self, db: Path, trial: Kill) -> None:
         if self._is_old():

@@ -19,6 +19,7 @@ from PIL import Image
 import attrdb
 from attrdb.cli import main as attrdb_command
 from attrdb.store.schema import feature_array
+from attrdb.store.tables import table_exists
 
 N_PICTURES = 60
 N_VECTORS = 320  # a shard
@@ -68,7 +69,7 @@ LEFT_OUT = 1  # the broken picture and the zero vectors; what is lost beside the
 
 
 def init(db: Path, inputs: Path) -> list[Words]:
-    return [] if db.exists() else [["init", db]]
+    return [] if table_exists(db / "images.lance") else [["init", db]]
 
 
 def ingest_corpus(db: Path, inputs: Path) -> list[Words]:
