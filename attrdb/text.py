@@ -59,6 +59,11 @@ def _decoded(encoded: bytes, encoding: str, where: str) -> str:
 MAX_WHOLE = 1e15  # numbers from here on are shown with a power of ten
 
 
+def first_line(error: BaseException) -> str:
+    """What an error of a library says, without its explanations."""
+    return str(error).partition("\n")[0]
+
+
 def size_text(n_bytes: int) -> str:
     """Bytes for reading, such as 1.5 GiB; never 0 where there are some."""
     size, units = float(n_bytes), ["bytes", "KiB", "MiB", "GiB", "TiB"]

@@ -6,8 +6,6 @@ import importlib
 import io
 import os
 import sys
-import tempfile
-import traceback
 import warnings
 from collections.abc import Callable
 from functools import wraps
@@ -18,6 +16,7 @@ from typing import Any
 import click
 
 import attrdb
+from attrdb.cli.faults import fault_text
 from attrdb.errors import AttrdbError, InvalidValue, MissingExtra
 from attrdb.store.ids import check_id
 from attrdb.text import check_text, visible
@@ -142,7 +141,7 @@ class Commands(click.Group):
         except (click.ClickException, click.exceptions.Exit, click.Abort):
             raise
         except Exception as error:
-            raise click.ClickException(_of_machine(error) or _of_attrdb(error)) from error
+            raise click.ClickException(fault_text(error)) from error
         except KeyboardInterrupt:
             click.echo("\ninterrupted; what was finished is kept, and the same command goes on from there", err=True)
             context.exit(130)
@@ -167,41 +166,6 @@ class Commands(click.Group):
                 continue
             with formatter.section(title):
                 formatter.write_dl([(name, self.commands[name].get_short_help_str(limit)) for name in names])
-
-
-def _of_machine(error: Exception) -> str | None:
-    """What the machine lacked, if that is why a command failed."""
-    causes = f"{error} {error.__cause__ or ''} {error.__context__ or ''}".lower()
-    if isinstance(error, MemoryError) or any(phrase in causes for phrase in NO_MEMORY):
-        return "the machine has no memory left; what was finished is kept: free some, then rerun the command"
-    if any(phrase in causes for phrase in NO_DESCRIPTORS):
-        return "too many files are open; what was finished is kept: raise the limit (ulimit -n), then rerun the command"
-    return None
-
-
-NO_MEMORY = (
-    "cannot allocate memory",
-    "failed to map segment from shared object",
-    "defaultcpuallocator",
-    "out of memory",
-    "can't start new thread",
-    "bad_alloc",
-    "malloc of size",
-)
-NO_DESCRIPTORS = ("too many open files", "no file descriptors")
-
-
-def _of_attrdb(error: Exception) -> str:
-    """A fault of attrdb, with the file that holds its traceback: what is needed to mend it."""
-    described = visible(f"{type(error).__name__}: {error}")
-    trace = "".join(traceback.format_exception(error))
-    try:
-        handle, name = tempfile.mkstemp(prefix="attrdb-fault-", suffix=".txt")
-        with os.fdopen(handle, "w", encoding="utf-8", errors="backslashreplace") as file:
-            file.write(trace)
-    except OSError:
-        name = "this: " + visible(trace)
-    return f"this is a fault of attrdb ({described}); what was finished is kept. Please report it with {name}"
 
 
 def ml(module: str) -> ModuleType:

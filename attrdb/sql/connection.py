@@ -28,7 +28,7 @@ from attrdb.sql.relations import STORED, Relation, features_view, older_view, re
 from attrdb.store.predicates import among
 from attrdb.store.schema import TABLES, Row
 from attrdb.store.snapshot import Snapshot
-from attrdb.text import check_text
+from attrdb.text import check_text, first_line
 
 _HIT = pa.struct([("rank", pa.int64()), ("image_id", pa.string()), ("similarity", pa.float64())])
 _SHARE = pa.struct(
@@ -369,7 +369,7 @@ def _refused(connection: duckdb.DuckDBPyConnection) -> Iterator[None]:
         raise needs_more(memory) from error
     except duckdb.PermissionException as error:
         raise QueryRefused(
-            f"SQL in attrdb reads the database's own tables, not files or the network: {_first_line(error)}; a file of yours "
+            f"SQL in attrdb reads the database's own tables, not files or the network: {first_line(error)}; a file of yours "
             "is read if the command names it: --with NAME=FILE, in Python relations={'NAME': 'FILE'}"
         ) from error
     except duckdb.Error as error:
@@ -390,7 +390,3 @@ def _distinct(names: list[str]) -> list[str]:
             number += 1
         taken.append(candidate)
     return taken
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0]

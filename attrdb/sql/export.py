@@ -21,6 +21,7 @@ from attrdb.store.lance_errors import storage
 from attrdb.store.predicates import literal
 from attrdb.store.schema import feature_columns
 from attrdb.store.snapshot import Snapshot
+from attrdb.text import first_line
 
 FORMATS = ("parquet", "duckdb")
 DUCKDB_SUFFIXES = (".duckdb", ".db", ".ddb")
@@ -91,8 +92,7 @@ def _part_of(target: Path) -> Iterator[Path]:
     except (OSError, UnicodeError, pa.ArrowException, duckdb.Error) as error:
         if isinstance(error, AttrdbError):
             raise
-        said = str(error).partition("\n")[0]
-        raise StorageError(f"{target} could not be written, and nothing is left there: {said}") from error
+        raise StorageError(f"{target} could not be written, and nothing is left there: {first_line(error)}") from error
 
 
 def _stream(

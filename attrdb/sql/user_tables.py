@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 
 from attrdb.errors import InvalidValue, NotFound
 from attrdb.sql.limits import closing_unless_busy, limited
-from attrdb.text import decode
+from attrdb.text import decode, first_line
 
 COMPRESSED = (".gz", ".zst")  # which CSV and JSON may be as well
 SEPARATORS = (",", ";", "\t", "|")  # of CSV
@@ -73,7 +73,7 @@ def register(connection: duckdb.DuckDBPyConnection, tables: Mapping[str, pa.Tabl
             connection.register(name, table)
             connection.execute(f"FROM {name} LIMIT 0")
         except (duckdb.Error, pa.ArrowException) as error:
-            raise InvalidValue(f"table {name!r} has a column that SQL cannot read: {_first_line(error)}") from error
+            raise InvalidValue(f"table {name!r} has a column that SQL cannot read: {first_line(error)}") from error
 
 
 def read_file(file: Path) -> pa.Table:
@@ -98,7 +98,7 @@ def read_file(file: Path) -> pa.Table:
             raise InvalidValue(f"{file} is empty; it needs at least the names of its columns")
         table = read(file)
     except OSError as error:
-        raise InvalidValue(f"{file} cannot be read: {error.strerror or _first_line(error)}") from error
+        raise InvalidValue(f"{file} cannot be read: {error.strerror or first_line(error)}") from error
     except pa.ArrowException as error:
         raise InvalidValue(_refusal(file, str(error))) from error
     return table
@@ -179,13 +179,9 @@ def _as_table(name: str, value: Any) -> pa.Table:
         return value if isinstance(value, pa.Table) else pa.table(value)
     except (TypeError, ValueError, pa.ArrowException) as error:
         raise InvalidValue(
-            f"relation {name!r} is a {type(value).__name__}, which is no table: {_first_line(error)}; give an Arrow table, a "
+            f"relation {name!r} is a {type(value).__name__}, which is no table: {first_line(error)}; give an Arrow table, a "
             "data frame, or the path of a file"
         ) from error
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).partition("\n")[0]
 
 
 # Types are guessed from all rows. Without skip, lines above one of another length would be left out in silence.

@@ -18,7 +18,7 @@ from attrdb.errors import AttrdbError
 from attrdb.store import checksums
 from attrdb.upkeep import health
 from torture.comparing import Tables, differences, tables
-from torture.processes import ends, log_of, start
+from torture.processes import clear, ends, log_of, start
 from torture.trials import Trial, traces_in
 
 SECONDS = 60  # that reading everything, or a check, may take
@@ -48,8 +48,7 @@ def bit_flips(n: int, seed: int, folder: Path) -> Iterator[Trial]:
         outcome, problems = _outcome(db, wanted)
         trial.problems += problems
         trial.group += ", found" if outcome.endswith("; found by check") else ", not found"
-        for left in folder.glob(f"{number}.*"):
-            shutil.rmtree(left) if left.is_dir() else left.unlink()
+        clear(db)
         yield trial
 
 

@@ -14,7 +14,7 @@ from random import Random
 from attrdb.errors import AttrdbError, NotFound
 from attrdb.store.schema import TABLES
 from torture.comparing import Tables, differences, half_visible, tables, unsound
-from torture.processes import ends, log_of, run_whole, start
+from torture.processes import clear, ends, log_of, run_whole, start
 from torture.trials import Trial, traces_in
 from torture.workloads import WORKLOADS, Application, Workload, make_inputs
 
@@ -88,20 +88,21 @@ class Undisturbed:
                 goes_on = ended or ends(process, hears)
             else:
                 goes_on = run_whole(self.workload.run, db, self.inputs) is not None
-            if goes_on:
-                trial.problems += differences(self.outcome(db), self.wanted)
-                trial.problems += unsound(db)
-            else:
-                trial.problems.append(f"given again, it failed: {log_of(db).read_text()[-2000:]}")
+            trial.problems += self.compared(db, goes_on)
         except (AttrdbError, AssertionError, OSError) as error:
             trial.problems.append(f"{type(error).__name__}: {error}")
         finally:
             if process.is_alive():
                 process.kill()
         if not trial.problems:
-            for left in db.parent.glob(f"{db.stem}.*"):
-                shutil.rmtree(left) if left.is_dir() else left.unlink()
+            clear(db)
         return trial
+
+    def compared(self, db: Path, has_ended: bool) -> list[str]:
+        """What a run that was given again has left otherwise than an undisturbed one."""
+        if not has_ended:
+            return [f"given again, it failed: {log_of(db).read_text()[-2000:]}"]
+        return [*differences(self.outcome(db), self.wanted), *unsound(db)]
 
     def _ends_quietly(self, process, db: Path, trial: Kill) -> None:
         process.join(SECONDS_TO_END)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import shutil
 import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
@@ -42,6 +43,12 @@ def _child(says: Connection, run: Job, db: Path, inputs: Path) -> None:
 def log_of(db: Path) -> Path:
     """What the last run on a database printed."""
     return db.with_suffix(".log")
+
+
+def clear(db: Path) -> None:
+    """Delete a database and what lies beside it under its name."""
+    for left in db.parent.glob(f"{db.stem}.*"):
+        shutil.rmtree(left) if left.is_dir() else left.unlink()
 
 
 def start(run: Job, db: Path, inputs: Path) -> tuple[multiprocessing.Process, Connection]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import resource
-import shutil
 import subprocess
 import sys
 import time
@@ -21,9 +20,8 @@ from pathlib import Path
 from conftest import ROOT
 
 from attrdb.errors import AttrdbError
-from torture.comparing import differences, unsound
 from torture.kills import Undisturbed
-from torture.processes import TIME_LIMIT, log_of, run_whole
+from torture.processes import TIME_LIMIT, clear, log_of, run_whole
 from torture.trials import Trial, traces_in
 from torture.workloads import WORKLOADS, Application, Workload, make_inputs
 
@@ -139,14 +137,10 @@ def _tried(undisturbed: Undisturbed, shortage: Shortage, number: int, folder: Pa
     trial = Trial(shortage.group, f"{workload.name:18} {shortage.what}")
     trial.problems += run_short(workload, shortage, db, undisturbed.inputs, folder)
     try:
-        if run_whole(workload.run, db, undisturbed.inputs) is None:
-            trial.problems.append(f"given again, it failed: {log_of(db).read_text()[-2000:]}")
-        else:
-            trial.problems += differences(undisturbed.outcome(db), undisturbed.wanted)
-            trial.problems += unsound(db)
+        has_ended = run_whole(workload.run, db, undisturbed.inputs) is not None
+        trial.problems += undisturbed.compared(db, has_ended)
     except (AttrdbError, AssertionError, OSError) as error:
         trial.problems.append(f"{type(error).__name__}: {error}")
     if not trial.problems:
-        for left in db.parent.glob(f"{db.stem}.*"):
-            shutil.rmtree(left) if left.is_dir() else left.unlink()
+        clear(db)
     return trial
