@@ -220,3 +220,18 @@ def test_ctrl_c_at_any_moment_ends_quietly(toy, words):
         _, errors = process.communicate(timeout=60)
         assert b"Traceback" not in errors, errors.decode()
         assert process.returncode in (0, 130, -signal.SIGINT)
+
+
+def test_ctrl_c_while_a_native_module_is_imported_ends_quietly(tmp_path):
+    (tmp_path / "native.py").write_text(
+        "import os, signal\n"
+        "try: os.kill(os.getpid(), signal.SIGINT)\n"
+        "except KeyboardInterrupt: print('Critical error: Traceback', flush=True)\n"
+    )
+    program = "import sys, attrdb.cli, attrdb.__main__ as line\n"
+    program += "attrdb.cli.main = lambda prog_name: __import__('native')\nline.main()\n"
+    process = subprocess.run(
+        [sys.executable, "-c", program], env=os.environ | {"PYTHONPATH": str(tmp_path)}, capture_output=True
+    )
+    assert process.returncode == -signal.SIGINT
+    assert process.stdout + process.stderr == b""

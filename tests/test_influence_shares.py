@@ -149,7 +149,7 @@ def test_wrong_arguments_are_named(painted, arguments, says):
     ("relation", "says"),
     [
         ("attribute('nope')", "no image 'nope'"),
-        ("samples, attribute(samples.image_id || 'x')", "no image 'm/0/0x'"),
+        ("samples, attribute(samples.image_id || 'x')", r"no image 'm/0/\dx'"),
         ("attribute('m/0/0', method := 'nope')", "no method 'nope'"),
         ("attribute('m/0/0', encoder_id := 'nope')", "no encoder 'nope'"),
         ("attribute('m/0/0', mapper_id := 'nope')", "no mapper 'nope'"),
