@@ -50,7 +50,7 @@ def test_help_is_quick_and_imports_nothing_heavy():
     click_alone, help_page = [], []
     for _ in range(5):
         click_alone.append(processor_seconds_of("-c", "import click")[0])
-        seconds, printed = processor_seconds_of("-m", "attrdb.cli", "--help")
+        seconds, printed = processor_seconds_of("-m", "attrdb", "--help")
         help_page.append(seconds)
         assert "Influence scores are estimates" in printed
     assert min(help_page) < 3 * min(click_alone)

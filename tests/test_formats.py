@@ -260,7 +260,7 @@ def test_a_failed_statement_leaves_the_earlier_file(toy, tmp_path):
 
 
 def test_parquet_goes_through_a_pipe_and_not_to_a_terminal(toy):
-    words = [sys.executable, "-m", "attrdb.cli", "sql", str(toy.path), SELECT, "--format", "parquet"]
+    words = [sys.executable, "-m", "attrdb", "sql", str(toy.path), SELECT, "--format", "parquet"]
     piped = subprocess.run(words, capture_output=True, check=True).stdout
     assert pq.read_table(io.BytesIO(piped)).to_pylist() == [{"a": 1, "b": "=x"}]
     ours, theirs = os.openpty()

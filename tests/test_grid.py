@@ -108,7 +108,7 @@ def test_a_real_terminal_of_80_columns(toy):
         "-3.429e-18 AS low, 0.03125 AS gain, 1234567 AS n_candidates"
     )
     ours, theirs = os.openpty()
-    words = [sys.executable, "-m", "attrdb.cli", "sql", str(toy.path), statement]
+    words = [sys.executable, "-m", "attrdb", "sql", str(toy.path), statement]
     subprocess.run(words, stdout=theirs, check=True, env={**os.environ, "COLUMNS": "80", "TERM": "dumb"})
     os.close(theirs)
     text = os.read(ours, 65536).decode()

@@ -282,7 +282,7 @@ def test_an_installed_package_adds_a_method(toy, tmp_path):
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [str(site), os.environ.get("PYTHONPATH")]))}
 
     def attrdb_says(command, *words):
-        line = [sys.executable, "-m", "attrdb.cli", command, str(toy.path), *words]
+        line = [sys.executable, "-m", "attrdb", command, str(toy.path), *words]
         return subprocess.run(line, env=environment, capture_output=True, text=True)
 
     for name, said in (

@@ -5,6 +5,7 @@ import shutil
 from html.parser import HTMLParser
 
 import jinja2
+import lance
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -18,6 +19,7 @@ from attrdb.cli import main
 from attrdb.errors import NotFound
 from attrdb.pages import plots
 from attrdb.pages.report import case_name, figures, render, render_plots
+from attrdb.store.schema import feature_array
 from attrdb.text import fixed
 from attrdb.training.calibrate import calibrate
 from attrdb.training.evaluate import evaluate
@@ -153,6 +155,22 @@ def test_a_mapper_without_metrics_and_an_encoder_without_features(db, tmp_path):
     other.writer.upsert("mappers", [row | {"metrics": None, "mapper_id": "foreign"}])
     other.refresh()
     assert "foreign" in page_of(other)
+
+
+def test_the_gallery_shows_every_encoder_and_the_best_mapper(db, tmp_path):
+    other = attrdb.open(shutil.copytree(db.path, tmp_path / "two.attrdb"))
+    other.writer.add_encoder("toy:3", 3, {}, "none")
+    images = other.images("true", ["image_id", "toy_12"])
+    first_three = np.array(images["toy_12"].to_pylist())[:, :3]
+    features = pa.table({"image_id": images["image_id"], "toy_3": feature_array(first_three)})
+    lance.dataset(other.path / "images.lance").merge_insert("image_id").when_matched_update_all().execute(features)
+    other.refresh()
+    evaluate(other, "toy_3")
+    other.refresh()
+    page = page_of(other)
+    answers = re.findall(r'<div class="features">(toy_3|toy_12|tuned&lt;b&gt;)</div>', page)
+    n_queries = page.count('class="query"')
+    assert answers == ["toy_12", "toy_3", "tuned&lt;b&gt;"] * n_queries
 
 
 def test_models_without_split_or_mapper_have_a_page(tmp_path):

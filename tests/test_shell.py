@@ -189,7 +189,7 @@ class Terminal:
         environment = {**os.environ, "XDG_STATE_HOME": str(state), "TERM": "xterm", "COLUMNS": "80", "LINES": "24"}
         ours, theirs = pty.openpty()
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "attrdb.cli", "shell", str(db.path)],
+            [sys.executable, "-m", "attrdb", "shell", str(db.path)],
             stdin=theirs,
             stdout=theirs,
             stderr=theirs,

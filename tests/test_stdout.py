@@ -20,7 +20,7 @@ def captioned(empty):
 
 
 def attrdb(*words, shell_end="", **environment):
-    command = " ".join(f"'{word}'" for word in (sys.executable, "-m", "attrdb.cli", *words))
+    command = " ".join(f"'{word}'" for word in (sys.executable, "-m", "attrdb", *words))
     return subprocess.run(["sh", "-c", command + shell_end], capture_output=True, env={**os.environ, **environment})
 
 
@@ -58,7 +58,7 @@ def test_characters_that_the_output_cannot_hold_are_spelled(captioned, encoding,
 @pytest.mark.parametrize("form", ["csv", "nl", "json", "markdown", "table"])
 def test_a_terminal_is_shown_control_characters_and_not_sent_them(captioned, form):
     ours, theirs = pty.openpty()
-    words = [sys.executable, "-m", "attrdb.cli", *filled(PROMPT, captioned), "--format", form]
+    words = [sys.executable, "-m", "attrdb", *filled(PROMPT, captioned), "--format", form]
     done = subprocess.run(words, stdout=theirs, stderr=subprocess.PIPE, env={**os.environ, "TERM": "dumb"})
     os.close(theirs)
     sent = os.read(ours, 100_000).decode()

@@ -179,7 +179,7 @@ house_queries = ["**/*.sql"]
 
 def in_process(installed: Path, *words: str) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [sys.executable, "-m", "attrdb.cli", *words],
+        [sys.executable, "-m", "attrdb", *words],
         env={**os.environ, "PYTHONPATH": str(installed)},
         capture_output=True,
         text=True,

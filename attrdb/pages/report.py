@@ -223,10 +223,9 @@ def render(db: Database, results: dict[str, Any]) -> str:
 
 
 def _shown_methods(results: dict[str, Any], tuned: Row | None) -> list[Row]:
-    """The methods of the gallery: similarity without and with the best mapper, then stored methods."""
+    """The methods of the gallery: each encoder alone, the best mapper, then stored methods."""
     similarity = [row for row in results["methods"] if row["kind"] == "similarity"]
-    encoder_id = tuned["encoder_id"] if tuned else next((row["encoder_id"] for row in similarity), None)
-    shown = [row for row in similarity if row["encoder_id"] == encoder_id and row["mapper_id"] is None]
+    shown = [row for row in similarity if row["mapper_id"] is None]
     shown += [row for row in similarity if tuned and row["mapper_id"] == tuned["mapper_id"]]
     return shown + [row for row in results["methods"] if row["kind"] != "similarity"]
 

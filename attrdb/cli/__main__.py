@@ -1,5 +1,0 @@
-"""python -m attrdb.cli"""
-
-from attrdb.cli import main
-
-main()
