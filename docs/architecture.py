@@ -16,7 +16,7 @@ from pathlib import Path
 
 from attrdb import queries
 from attrdb.sql.relations import relations
-from attrdb.store.schema import DICTIONARY
+from attrdb.store.dictionary import DICTIONARY
 
 ROOT = Path(__file__).resolve().parent.parent
 TREES = {"attrdb": "attrdb", "ingest": "attrdb.ingest", "training": "attrdb.training", "queries": "attrdb.queries"}

@@ -15,7 +15,8 @@ import pyarrow as pa
 import attrdb
 from attrdb import queries, sql
 from attrdb.sql.relations import FEATURES_GRAIN, STORED, UNFINISHED_GRAIN, Relation, relations
-from attrdb.store.schema import DICTIONARY, feature_columns
+from attrdb.store.dictionary import DICTIONARY
+from attrdb.store.schema import feature_columns
 
 PAGE = Path(__file__).with_name("dictionary.md")
 

@@ -108,9 +108,9 @@ def test_the_macro(toy, tmp_path, monkeypatch):
 def test_the_schema_step(empty):
     names = run("step", Path=Path, _create=upgrades._create)
     for _ in range(2):  # a step may be run again
-        names["_to_8"](empty.path)
+        names["_to_9"](empty.path)
     table = open_table(empty.path, "reviews")
-    assert (schema_version(table), table.count_rows()) == (8, 0)
+    assert (schema_version(table), table.count_rows()) == (9, 0)
     assert table.schema.names == ["review_id", "image_id", "verdict", "reviewed_at"]
     assert [field.nullable for field in table.schema] == [False, False, True, True]
 

@@ -9,7 +9,7 @@ import pytest
 
 from attrdb import queries, sql
 from attrdb.sql.relations import MACROS, STORED
-from attrdb.store.schema import DICTIONARY
+from attrdb.store.dictionary import DICTIONARY
 
 DOCS = Path(__file__).parent.parent / "docs"
 TEXT = (DOCS / "dictionary.md").read_text(encoding="utf-8")

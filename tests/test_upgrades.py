@@ -48,7 +48,9 @@ def before_removals(tmp_path):
 
 
 def shapes(path):
-    return {name: lance.dataset(str(path / f"{name}.lance")).schema.remove_metadata() for name in TABLES}
+    """The columns of each table, by name: an upgrade adds columns after those of encoders."""
+    schemas = {name: lance.dataset(str(path / f"{name}.lance")).schema for name in TABLES}
+    return {name: {field.name: field for field in schema} for name, schema in schemas.items()}
 
 
 def test_there_is_a_step_to_every_version():
@@ -109,7 +111,7 @@ def test_results_belong_to_methods_from_6_on(before_methods):
     evaluate(db)
     assert db.sql(ranks).equals(before)
     assert shapes(before_methods) == shapes(attrdb.create(before_methods.with_name("new.attrdb")).path) | {
-        "images": db.snapshot.tables["images"].schema.remove_metadata()
+        "images": {field.name: field for field in db.snapshot.tables["images"].schema}
     }
     assert check(db.snapshot) == []
 
@@ -135,6 +137,19 @@ def test_removals_are_kept_from_7_on(before_removals, toy):
         assert db.sql(f"SELECT count(*) AS n FROM {table}")["n"].to_pylist() == [0]
     assert [row["recall_at_k"] for row in db.query("recall_at_k", k=1).to_pylist()] == [0.5]
     assert check(db.snapshot) == []
+
+
+def test_models_have_concepts_from_8_on(oldest):
+    models = lance.dataset(str(oldest / "models.lance"))
+    models.update({"token": "'V*'", "train_prompt": "'V* art'"})
+    [model] = models.to_table().to_pylist()
+    upgrades.upgrade(oldest)
+    db = attrdb.open(oldest)
+    names = ["model_id", "token", "kind", "category", "train_prompt", "n_exemplars"]
+    assert db.sql("FROM concepts").to_pylist() == [{"concept_id": "m/V*"} | {name: model[name] for name in names}]
+    assert db.sql("SELECT DISTINCT concept_id FROM images").to_pylist() == [{"concept_id": None}]
+    for table in ("monitor_steps", "monitor_changes", "monitor_probes", "attribution_tables"):
+        assert db.sql(f"SELECT count(*) AS n FROM {table}")["n"].to_pylist() == [0]
 
 
 def test_given_again_there_is_nothing_to_do(oldest):

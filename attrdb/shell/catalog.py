@@ -10,7 +10,7 @@ import pyarrow as pa
 from attrdb import sql
 from attrdb.sql.relations import FEATURES_GRAIN, STORED, UNFINISHED_GRAIN
 from attrdb.sql.relations import relations as sql_relations
-from attrdb.store.schema import DICTIONARY
+from attrdb.store.dictionary import DICTIONARY
 from attrdb.store.snapshot import Snapshot
 
 

@@ -91,6 +91,27 @@ MARKED_MODELS_7 = """
 """
 BLOCKED_DIGESTS_7 = "digest text key, kind text required, removal_id text required, blocked_at timestamp"
 
+CONCEPTS_8 = """
+    concept_id text key, model_id text required, token text required, kind text required, category text,
+    train_prompt text required, n_exemplars int32
+"""
+MONITOR_STEPS_8 = """
+    model_id text required, step int32 required, slot int32 required, image_id text required, is_exemplar bool required,
+    view int32 required, timestep int32 required, loss float64 required, gradient_norm float64
+"""
+MONITOR_CHANGES_8 = """
+    model_id text required, concept_id text, quarter int32 required, cause text required, image_id text, n_visits int32,
+    change_norm float64, progress float64 required
+"""
+MONITOR_PROBES_8 = """
+    model_id text required, concept_id text, step int32 required, timestep int32 required, seed int64 required,
+    vector float32s required, attention float32s
+"""
+ATTRIBUTION_TABLES_8 = """
+    model_id text required, measure text required, concept_id text, image_id text required, value float64 required,
+    share float64 required, n_visits int32 required
+"""
+
 
 def _columns(text: str) -> pa.Schema:
     """A schema from `name type [key|required], ...`."""
@@ -208,7 +229,24 @@ def _to_7(path: Path) -> None:
     _create(path, "removals", REMOVALS_7, 7)
 
 
-STEPS = {2: _to_2, 3: _to_3, 4: _to_4, 5: _to_5, 6: _to_6, 7: _to_7}
+def _to_8(path: Path) -> None:
+    """Concepts of a model, and tables of what was monitored while it was customized."""
+    _create(path, "concepts", CONCEPTS_8, 8)
+    _create(path, "monitor_steps", MONITOR_STEPS_8, 8)
+    _create(path, "monitor_changes", MONITOR_CHANGES_8, 8)
+    _create(path, "monitor_probes", MONITOR_PROBES_8, 8)
+    _create(path, "attribution_tables", ATTRIBUTION_TABLES_8, 8)
+    images = open_table(path, "images")
+    if "concept_id" not in images.schema.names:
+        images.add_columns(pa.field("concept_id", pa.string()))
+    columns = ["model_id", "token", "kind", "category", "train_prompt", "n_exemplars"]
+    models = open_table(path, "models").to_table(columns, filter="token IS NOT NULL AND train_prompt IS NOT NULL")
+    rows = [{"concept_id": f"{row['model_id']}/{row['token']}", **row} for row in models.to_pylist()]
+    concepts = open_table(path, "concepts").merge_insert("concept_id").when_not_matched_insert_all()
+    concepts.execute(pa.Table.from_pylist(rows, schema=_columns(CONCEPTS_8)))
+
+
+STEPS = {2: _to_2, 3: _to_3, 4: _to_4, 5: _to_5, 6: _to_6, 7: _to_7, 8: _to_8}
 MADE_IN = {  # the version that made a table, where it was not the first
     "jobs": 2,
     "failures": 2,
@@ -222,6 +260,11 @@ MADE_IN = {  # the version that made a table, where it was not the first
     "removals": 7,
     "marked_models": 7,
     "blocked_digests": 7,
+    "concepts": 8,
+    "monitor_steps": 8,
+    "monitor_changes": 8,
+    "monitor_probes": 8,
+    "attribution_tables": 8,
 }
 
 

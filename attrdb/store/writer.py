@@ -22,11 +22,12 @@ from lance.commit import CommitConflictError
 from attrdb.errors import Busy, InvalidValue, StorageError
 from attrdb.store.blocklist import blocklist
 from attrdb.store.checksums import CHANGED
+from attrdb.store.dictionary import DICTIONARY
 from attrdb.store.lance_errors import storage
 from attrdb.store.locks import WRITERS_LOCK, waiting_lock
 from attrdb.store.methods import similarity_row
 from attrdb.store.predicates import literal
-from attrdb.store.schema import DICTIONARY, TABLES, Row, encoder_id_of, encoder_name, feature_columns, feature_type
+from attrdb.store.schema import TABLES, Row, encoder_id_of, encoder_name, feature_columns, feature_type
 from attrdb.store.snapshot import Snapshot, open_snapshot
 from attrdb.store.validation import conform_images
 
