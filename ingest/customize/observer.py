@@ -30,6 +30,7 @@ class Run:
     prompts:       the prompt of each exemplar
     prior_prompts: the prompt of each regularization image, empty if there are none
     n_views:       number of augmented views of each exemplar, see `views.VIEWS`; a regularization image has one
+    parameters:    the trained tensors themselves, by their names in the delta; not to be changed
     """
 
     base: BaseModel
@@ -39,7 +40,7 @@ class Run:
     prompts: tuple[str, ...]
     prior_prompts: tuple[str, ...]
     n_views: int
-    _parameters: Mapping[str, torch.Tensor] = field(repr=False)
+    parameters: Mapping[str, torch.Tensor] = field(repr=False)
     _optimizer: torch.optim.AdamW = field(repr=False)
 
     @property
@@ -53,21 +54,21 @@ class Run:
 
     def weights(self) -> Tensors:
         """All trained parameters, float32, by their names in the delta."""
-        return {name: weight.detach().clone() for name, weight in self._parameters.items()}
+        return {name: weight.detach().clone() for name, weight in self.parameters.items()}
 
     def gradients(self) -> Tensors:
         """Gradients of this step's loss, float32, by parameter; without those that the loss does not depend on.
 
         Available in `before_update` and `after_update`, empty at other times.
         """
-        return {name: weight.grad.clone() for name, weight in self._parameters.items() if weight.grad is not None}
+        return {name: weight.grad.clone() for name, weight in self.parameters.items() if weight.grad is not None}
 
     def moments(self) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
         """Adam's running means of the gradient and of its square, float32, without bias correction, by parameter.
 
         Empty before the first update.
         """
-        states = {name: self._optimizer.state.get(weight) for name, weight in self._parameters.items()}
+        states = {name: self._optimizer.state.get(weight) for name, weight in self.parameters.items()}
         return {
             name: (state["exp_avg"].clone(), state["exp_avg_sq"].clone()) for name, state in states.items() if state
         }

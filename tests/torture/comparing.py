@@ -13,6 +13,7 @@ from torture.workloads import Rows
 KEYS = {
     "images": "image_id",
     "models": "model_id",
+    "concepts": "concept_id",
     "encoders": "encoder_id",
     "mappers": "mapper_id",
     "jobs": "job_id",

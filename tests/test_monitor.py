@@ -1,0 +1,267 @@
+"""Monitoring a customization: rows that add up to what the model became, and a model that is the same, bit for bit."""
+
+from collections import defaultdict
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from conftest import Recorder
+from diffusers.models.attention_processor import Attention
+from test_customize_golden import CASES, EXEMPLARS, PRIOR, STEPS, Case
+from test_customize_observer import digest
+
+from attrdb.errors import InvalidValue
+from attrdb.ingest.customize import customize, customizers
+from attrdb.ingest.customize.base_model import load_base_model
+from attrdb.ingest.customize.customize import TOKEN_KEY
+from attrdb.ingest.monitor.changes import CAUSES, Changes
+from attrdb.ingest.monitor.monitor import LEVELS, Monitor, Names
+from attrdb.ingest.monitor.slot_gradients import SlotGradients
+
+METHODS = tuple(customizers.BUILT_IN)
+
+
+@pytest.fixture(scope="module")
+def base(tiny_base):
+    return load_base_model(str(tiny_base))
+
+
+def prompts_of(case):
+    return ["V* vase", "a picture of V* art"] if case.prompts == "each" else ["V* vase"]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_a_monitored_model_is_the_same(base, case):
+    levels = LEVELS[1:] if case.augment == "none" else ["probes"]
+    wanted = digest(*case.customize(base))
+    assert [digest(*case.customize(base, observer=Monitor(level))) for level in levels] == [wanted] * len(levels)
+    networks = (base.pipeline.unet, base.pipeline.text_encoder)
+    assert not any(module._forward_hooks for network in networks for module in network.modules())
+
+
+class Slots(Recorder):
+    """Keeps the gradients of every slot, and those of the step."""
+
+    def start(self, run):
+        super().start(run)
+        self.watched, self.pairs = SlotGradients(run), []
+
+    def before_update(self, step):
+        super().before_update(step)
+        self.pairs.append((self.watched.take(step), self.run.gradients()))
+
+    def end(self, error):
+        super().end(error)
+        self.watched.remove()
+
+
+@pytest.mark.parametrize("prior", [False, True])
+@pytest.mark.parametrize("prompts", ["shared", "each"])
+@pytest.mark.parametrize("method", METHODS)
+def test_gradients_of_slots_add_up_to_those_of_the_step(base, method, prompts, prior):
+    slots = Slots()
+    Case(method, "none", prior, True, prompts).customize(base, observer=slots)
+    assert len(slots.pairs) == STEPS
+    for of_slots, gradients in slots.pairs:
+        watched = gradients.keys() - {TOKEN_KEY} or {TOKEN_KEY}
+        assert of_slots.keys() == watched
+        for name in watched:
+            gradient = gradients[name]
+            scale = gradient.abs().max().item()
+            torch.testing.assert_close(of_slots[name].sum(dim=0), gradient, rtol=1e-4, atol=1e-5 * scale)
+
+
+def r_of(base, prompts):
+    """K and V of the prompts' tokens, as the U-Net computes them now, by its own layers."""
+    states = customize.encode_prompts(base, prompts)
+    rows = [state[: len(base.pipeline.tokenizer(prompt).input_ids)] for prompt, state in states.items()]
+    layers = [
+        layer
+        for module in base.pipeline.unet.modules()
+        if isinstance(module, Attention) and module.is_cross_attention
+        for layer in (module.to_k, module.to_v)
+    ]
+    with torch.no_grad():
+        return torch.cat([layer(torch.cat(rows)) for layer in layers], dim=-1)
+
+
+class Watched(Monitor):
+    """Notes K and V of the prompts, too, as the layers compute them, before the first step and after the last."""
+
+    def start(self, run):
+        super().start(run)
+        self.run, self.r = run, [r_of(run.base, list(dict.fromkeys(run.prompts)))]
+
+    def end(self, error):
+        self.r.append(r_of(self.run.base, list(dict.fromkeys(self.run.prompts))))
+        super().end(error)
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.augment == "none"], ids=lambda case: case.name)
+def test_rows_add_up_to_what_the_model_became(base, case):
+    watched = Watched("changes")
+    case.customize(base, observer=watched)
+    changes = watched.changes
+    torch.testing.assert_close(changes.start[0], watched.r[0])
+    torch.testing.assert_close(changes.at_ends[max(changes.at_ends)][0], watched.r[1])
+    rows = watched.rows
+    assert sum(row.progress for row in rows) == pytest.approx(1, abs=1e-5)
+    rest = [row.progress for row in rows if row.cause == "rest"]
+    assert len(rest) == min(STEPS, 4)
+    assert max(map(abs, rest)) < 1e-5
+    # Not along one direction alone: the changes themselves add up.
+    booked = sum(changes.by_weights[0]).sum(dim=0) + sum(changes.by_token[0]).sum(dim=0)
+    whole = watched.r[1] - watched.r[0]
+    assert (booked - whole).norm() < 1e-5 * whole.norm()
+    causes = {row.cause for row in rows}
+    assert causes <= set(CAUSES)
+    assert ("token" in causes) == (TOKEN_KEY in changes.run.parameters)
+    assert ("regularization" in causes) == case.prior
+    exemplars = [row for row in rows if row.image is not None]
+    assert {row.image for row in exemplars} == {0, 1}
+    assert sum(row.n_visits for row in exemplars) == STEPS * 3
+
+
+def test_the_token_s_own_part_is_shared_by_how_far_each_image_moved_it(base):
+    """A model that trains the token alone: K and V change by nothing else."""
+    monitor = Monitor("changes")
+    Case("textual-inversion", "none", False, True, "shared").customize(base, observer=monitor)
+    by_cause = defaultdict(float)
+    for row in monitor.rows:
+        by_cause[row.cause] += row.progress
+    assert by_cause.keys() == {"token", "decay", "rest"}
+    assert by_cause["token"] + by_cause["decay"] == pytest.approx(1, abs=1e-5)
+    assert {row.image for row in monitor.rows if row.progress and row.cause == "token"} == {0, 1}
+
+
+class OneImageAtATime(Recorder):
+    """The slots' gradients, summed by image, by hand."""
+
+    def start(self, run):
+        super().start(run)
+        self.changes = Changes(run, [list(run.prompts)])
+        self.by_image = defaultdict(lambda: defaultdict(float))
+
+    def before_update(self, step):
+        super().before_update(step)
+        taken = self.changes.gradients.take(step)
+        self.changes.gradients.take = lambda step: taken
+        for slot, (image, is_exemplar) in enumerate(zip(step.images.tolist(), step.is_exemplar.tolist(), strict=True)):
+            for name, of_slots in taken.items():
+                self.by_image[name][image if is_exemplar else None] += of_slots[slot]
+        self.changes.before_update(step)
+        del self.changes.gradients.take
+
+    def after_update(self, step):
+        self.changes.after_update(step)
+
+    def end(self, error):
+        super().end(error)
+        self.changes.close()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_sums_of_gradients_are_those_of_the_image_s_slots(base, method):
+    by_hand = OneImageAtATime()
+    Case(method, "none", True, True, "each").customize(base, observer=by_hand)
+    for name, sums in by_hand.changes.sums.items():
+        for image in (0, 1):
+            torch.testing.assert_close(sums[image], by_hand.by_image[name][image])
+
+
+def test_images_that_there_is_no_memory_for_are_the_rest(base, monkeypatch):
+    """Still everything adds up, and what was let go of is said."""
+    monkeypatch.setattr("attrdb.ingest.monitor.changes.MEMORY", 0)
+    images = [EXEMPLARS[0].rotate(angle) for angle in range(0, 90, 5)]
+    settings = customize.CustomizeSettings(steps=12, batch=2, lr=0.01)
+    monitor = Monitor("changes")
+    customize.customize(base, images, "V* vase", "V*", "vase", settings, observer=monitor)
+    base.restore()
+    assert len(monitor.changes.momentum.rows) == 4
+    assert sum(row.progress for row in monitor.rows) == pytest.approx(1, abs=1e-5)
+    assert sum(abs(row.progress) for row in monitor.rows if row.cause == "rest") > 1e-3
+
+
+def names_of(case):
+    return Names("m", ["m/a", "m/b"], ["corpus/1"] * len(PRIOR), ["m/V*" if case.token else None])
+
+
+def test_tables_of_a_run(base):
+    case = Case("custom-diffusion", "mild", True, True, "each")
+    monitor = Monitor("probes")
+    _, losses = case.customize(base, observer=monitor)
+    tables = monitor.tables(names_of(case))
+    steps = tables["monitor_steps"].to_pylist()
+    assert len(steps) == STEPS * 6
+    assert {row["image_id"] for row in steps if row["is_exemplar"]} == {"m/a", "m/b"}
+    assert {row["image_id"] for row in steps if not row["is_exemplar"]} == {"corpus/1"}
+    for number, loss in enumerate(losses):
+        slots = [row for row in steps if row["step"] == number]
+        parts = [np.mean([row["loss"] for row in slots if row["is_exemplar"] is kind]) for kind in (True, False)]
+        assert parts[0] + 0.5 * parts[1] == pytest.approx(loss, rel=1e-5)
+        assert all(row["gradient_norm"] > 0 for row in slots)
+    table = tables["attribution_tables"].to_pylist()
+    assert [(row["measure"], row["image_id"]) for row in table] == [
+        (measure, image_id)
+        for measure in ("progress", "progress per visit", "change norm")
+        for image_id in ("m/a", "m/b")
+    ]
+    changes = tables["monitor_changes"].to_pylist()
+    for row in table[:2]:
+        mine = [one for one in changes if one["image_id"] == row["image_id"]]
+        assert row["value"] == pytest.approx(sum(one["progress"] for one in mine))
+        assert row["n_visits"] == sum(one["n_visits"] for one in mine)
+    for first, second in (table[:2], table[2:4], table[4:]):
+        assert first["share"] + second["share"] == pytest.approx(1)
+    mean_visits = np.mean([row["n_visits"] for row in table[:2]])
+    assert table[2]["value"] == pytest.approx(table[0]["value"] / table[0]["n_visits"] * mean_visits)
+
+
+def test_probes_follow_the_model(base):
+    """At the same step two runs have the same probes; from step to step they move; the token is attended to."""
+    case = Case("custom-diffusion", "none", False, True, "shared")
+    tables = []
+    for _ in range(2):
+        monitor = Monitor("probes")
+        case.customize(base, observer=monitor)
+        tables.append(monitor.tables(names_of(case))["monitor_probes"])
+    assert tables[0].equals(tables[1])
+    rows = tables[0].to_pylist()
+    n_settings = 6
+    assert sorted({row["step"] for row in rows}) == sorted({round(STEPS * number / 10) for number in range(11)})
+    of_one = [row for row in rows if (row["timestep"], row["seed"]) == (500, 0)]
+    assert len(of_one) == len(rows) / n_settings
+    for before, after in pairwise(of_one):
+        assert before["vector"] != after["vector"]
+        assert before["attention"] != after["attention"]
+    assert all(0 < value < 1 for row in rows for value in row["attention"])
+
+
+def test_without_a_token_there_is_no_attention_to_it(base):
+    case = next(case for case in CASES if not case.token)
+    monitor = Monitor("probes")
+    case.customize(base, observer=monitor)
+    tables = monitor.tables(names_of(case))
+    assert set(tables["monitor_probes"]["attention"].to_pylist()) == {None}
+    assert set(tables["monitor_changes"]["concept_id"].to_pylist()) == {None}
+    assert sum(tables["monitor_changes"]["progress"].to_pylist()) == pytest.approx(1, abs=1e-5)
+
+
+class TrainsANorm(customizers.CustomDiffusion):
+    name = "norms"
+
+    def attach(self, unet):
+        return {name: weight for name, weight in unet.named_parameters() if "norm" in name}
+
+
+def test_a_method_that_cannot_be_watched_is_refused_before_the_first_step(base, monkeypatch):
+    monkeypatch.setitem(customizers.BUILT_IN, "norms", TrainsANorm)
+    case = Case("norms", "none", False, True, "shared")
+    told = []
+    with pytest.raises(InvalidValue, match=r"method 'norms' trains unet\..*norm.*; give --monitor steps"):
+        case.customize(base, observer=Monitor("changes"), report=lambda *words: told.append(words))
+    assert not [words for words in told if words[0] == "customize" and words[1]]
+    monitor = Monitor("steps")
+    case.customize(base, observer=monitor)
+    assert len(monitor.tables(names_of(case))["monitor_steps"]) == STEPS * 3
