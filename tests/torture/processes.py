@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import shutil
+import signal
 import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
@@ -37,6 +38,7 @@ def _child(says: Connection, run: Job, db: Path, inputs: Path) -> None:
         os.dup2(log.fileno(), 2)
     says.send("begins")
     run(db, inputs)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # one from here on would meet this program, not the job
     says.send("ended")
 
 
