@@ -18,6 +18,7 @@ KINDS = ("object", "style", "mixed")
 PRECISIONS = ("auto", "float32", "bf16")
 PRIORS = ("caption", "image", "generated")
 PROFILES = ("paper",)
+MONITOR_LEVELS = ("off", "steps", "changes", "probes")
 
 LARGEST = 2**63  # beyond it, no column and no random generator takes a whole number
 REQUIRED = object()  # the default of an option that has none
@@ -173,6 +174,13 @@ class ModelSettings:
     )
     gradient_checkpointing: bool = option(
         "Train with less memory, but more slowly. The model is the same.", False, of_machine=True
+    )
+    monitor: str = option(
+        "What to note of the training images while the model is customized: nothing, which were drawn when (steps), also "
+        "what each changed, and also how the model answers fixed probes. The model is the same.",
+        "off",
+        choices=MONITOR_LEVELS,
+        of_machine=True,
     )
     customize: CustomizeSettings = field(default_factory=CustomizeSettings)
     synthesize: SynthesizeSettings = field(default_factory=SynthesizeSettings)

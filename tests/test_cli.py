@@ -46,7 +46,7 @@ def processor_seconds_of(*arguments: str) -> tuple[float, str]:
 
 
 def test_help_is_quick_and_imports_nothing_heavy():
-    """In units of what Python with click alone takes (0.09 s here), so that a slow machine is no failure: 1.9; 3.1 on a busy one."""
+    """In units of what Python with click alone takes (0.09 s here), to spare slow machines: 1.9, or 3.1 if busy."""
     click_alone, help_page = [], []
     for _ in range(5):
         click_alone.append(processor_seconds_of("-c", "import click")[0])

@@ -16,8 +16,9 @@ from attrdb.ingest.customize import customize, customizers
 from attrdb.ingest.customize.base_model import load_base_model
 from attrdb.ingest.customize.customize import TOKEN_KEY
 from attrdb.ingest.monitor.changes import CAUSES, Changes
-from attrdb.ingest.monitor.monitor import LEVELS, Monitor, Names
+from attrdb.ingest.monitor.monitor import Monitor, Names
 from attrdb.ingest.monitor.slot_gradients import SlotGradients
+from attrdb.ingest.options import MONITOR_LEVELS
 
 METHODS = tuple(customizers.BUILT_IN)
 
@@ -33,7 +34,7 @@ def prompts_of(case):
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_a_monitored_model_is_the_same(base, case):
-    levels = LEVELS[1:] if case.augment == "none" else ["probes"]
+    levels = MONITOR_LEVELS[1:] if case.augment == "none" else ["probes"]
     wanted = digest(*case.customize(base))
     assert [digest(*case.customize(base, observer=Monitor(level))) for level in levels] == [wanted] * len(levels)
     networks = (base.pipeline.unet, base.pipeline.text_encoder)

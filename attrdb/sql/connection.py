@@ -48,6 +48,8 @@ _CHANGE = pa.struct(
         ("columns", pa.list_(pa.string())),
     ]
 )
+# Tables whose rows are written before their model's, and shown with it.
+OF_MODELS = {"images", "concepts", "monitor_steps", "monitor_changes", "monitor_probes", "attribution_tables"}
 MAX_IDLE = 16  # connections that a snapshot keeps for its next statements
 
 
@@ -94,8 +96,8 @@ def _default_memory(snapshot: Snapshot) -> int:
 def _register(connection: duckdb.DuckDBPyConnection, snapshot: Snapshot) -> None:
     """Show the tables under the names that views read them by."""
     for name, dataset in snapshot.tables.items():
-        hidden = name == "images" and snapshot.hidden_models
-        connection.register("_images" if hidden else table_name(name, snapshot), dataset)
+        hidden = name in OF_MODELS and snapshot.hidden_models
+        connection.register(f"_{name}" if hidden else table_name(name, snapshot), dataset)
     connection.register("methods", snapshot.once(method_table))
     connection.register("unfinished_models", pa.table({"model_id": pa.array(snapshot.hidden_models, pa.string())}))
 
@@ -151,7 +153,8 @@ def _catalog(snapshot: Snapshot, memory: int) -> duckdb.DuckDBPyConnection:
     connection = duckdb.connect(config=closed)
     _register(connection, snapshot)
     if snapshot.hidden_models:
-        connection.execute(f"CREATE VIEW images AS FROM _images WHERE {snapshot.visible('true')}")
+        for name in OF_MODELS & snapshot.tables.keys():
+            connection.execute(f"CREATE VIEW {name} AS FROM _{name} WHERE {snapshot.visible('true')}")
     connection.execute(features_view(snapshot.tables["images"].schema))
     # The snapshot keeps the catalog; were its functions to keep the snapshot, neither would ever be let go.
     owner: Callable[[], Any] = weakref.ref(snapshot)

@@ -21,7 +21,7 @@ import lance
 from attrdb.errors import AttrdbError, InvalidValue
 from attrdb.progress import Progress, counted, no_progress
 from attrdb.store.files import write_whole
-from attrdb.store.ids import stored_file
+from attrdb.store.ids import files_beside, stored_file
 from attrdb.store.lance_errors import storage
 from attrdb.store.locks import waiting_lock
 from attrdb.store.schema import TABLES, Row
@@ -67,7 +67,7 @@ def _table_files(path: Path, tables: Tables) -> Iterator[str]:
 
 
 def _weights(path: Path, models: lance.LanceDataset) -> Iterator[str]:
-    """The weights of the models, and the record beside them."""
+    """The weights of the models, and the files beside them."""
     for row in models.to_table(columns=["weights_path"]).to_pylist():
         if not row["weights_path"]:
             continue
@@ -75,7 +75,7 @@ def _weights(path: Path, models: lance.LanceDataset) -> Iterator[str]:
             weights = stored_file(path, row["weights_path"])
         except InvalidValue:
             continue  # a row that names a file outside of the database
-        for file in (weights, weights.with_suffix(".json")):
+        for file in (weights, *files_beside(weights)):
             yield file.relative_to(path).as_posix()
 
 

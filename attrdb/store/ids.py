@@ -35,6 +35,11 @@ def weights_file(database: Path, model_id: str) -> Path:
     return database / "weights" / f"{check_id('model', model_id)}.safetensors"
 
 
+def files_beside(weights: Path) -> tuple[Path, Path]:
+    """What is kept beside a model's weights: the record of its training, and sums of gradients if it was monitored."""
+    return weights.with_suffix(".json"), weights.with_suffix(".gradients")
+
+
 def lock_file(database: Path, command: str, *subjects: str) -> Path:
     """The lock of a command on subjects that may be any text, such as a source, or an id that an older attrdb let pass."""
     return database / "jobs" / f".{command}-{text_digest(*subjects)}.lock"

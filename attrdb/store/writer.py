@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import random
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -175,12 +175,13 @@ class Writer:
             self.commit(lambda: lance.write_dataset(table, self._path("images"), mode="append"))
         return Appended(len(table), 0, self.snapshot.version)
 
-    def append_model(self, rows: pa.Table, model: Row) -> Appended:
-        """Append a customized model: its exemplars and samples in one commit, then its row in `models`.
+    def append_model(self, rows: pa.Table, model: Row, monitored: Mapping[str, pa.Table] | None = None) -> Appended:
+        """Append a customized model: its exemplars and samples in one commit, what was monitored, then its row in `models`.
 
-        Both steps skip stored rows, so the next call completes one that was interrupted between them. Until then the model
+        No step stores anything twice, so the next call completes one that was interrupted between them. Until then the model
         is not visible.
-        raises: InvalidValue for a refused image, or if a row does not belong to the model
+        monitored: rows of the tables of monitoring, see `attrdb.ingest.monitor`
+        raises:    InvalidValue for a refused image, or if a row does not belong to the model
         """
         others = set(rows["model_id"].to_pylist()) - {model["model_id"]}
         if others:
@@ -190,6 +191,9 @@ class Writer:
         with self.writing():  # a removal in between would take the images for those of an abandoned model
             self._drop_abandoned(rows, model["model_id"])
             appended = self.append_images(rows)
+            for table, monitored_rows in (monitored or {}).items():
+                own = f"model_id = {literal(model['model_id'])}"
+                self.append_rows(table, monitored_rows, self.snapshot, stale=own)
             self.upsert("models", [{**model, **counts}], update=False)
         return appended
 

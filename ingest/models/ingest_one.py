@@ -37,6 +37,8 @@ from attrdb.ingest.models.stages import (
     sample_stage,
     settings_hash,
 )
+from attrdb.ingest.monitor.files import read_rows
+from attrdb.ingest.monitor.monitor import Monitor, Names
 from attrdb.ingest.options import ModelSettings, SynthesizeSettings
 from attrdb.ingest.prompts import TOKEN, Prompt, train_prompt
 from attrdb.ingest.read.corpus import image_rows, register
@@ -127,8 +129,16 @@ def _run_stages(
         folder.write_settings(record)
         return images
 
+    def monitored() -> tuple[Monitor, Names] | None:
+        if settings.monitor == "off":
+            return None
+        ids = [f"{model_id}/{exemplar.picture.sha256[:16]}" for exemplar in exemplars]
+        token = record_token(record)
+        concepts = [f"{model_id}/{token}" if token else None]
+        return Monitor(settings.monitor), Names(model_id, ids, record.get("regularization", ()), concepts)
+
     figures = customize_stage(
-        base, job, weights, images, settings.category, settings.customize, record, regularization, report
+        base, job, weights, images, settings.category, settings.customize, record, regularization, monitored, report
     )
     if token := record_token(record):
         check_prompts(base.pipeline, record["prompts"], token)
@@ -140,7 +150,7 @@ def _run_stages(
     plans = [plan for batch in batches for plan in batch]
     rows = _image_rows(model_id, settings, exemplars, plans, samples, encoders)
     figures |= {"n_exemplars": len(exemplars), "n_samples": len(plans)}
-    appended = db.writer.append_model(rows, _model_row(model_id, settings, record, weights, figures))
+    appended = db.writer.append_model(rows, _model_row(model_id, settings, record, weights, figures), read_rows(job))
     folder.remove()
     report("encode", 1, 1)
     return ModelResult(model_id, len(exemplars), len(plans), True, appended.version)

@@ -1,6 +1,7 @@
 """The stages of a model's job. Each writes its result to the job's folder, so that a rerun resumes after it.
 
 <database>/jobs/<model_id>/   settings.json, figures.json once the weights are trained, batch-NNNN.parquet
+                              monitored-<table>.parquet if the training was monitored
 <database>/weights/<model_id>.safetensors
 """
 
@@ -37,6 +38,8 @@ from attrdb.ingest.customize.synthesize import SamplePlan, synthesize
 from attrdb.ingest.devices import is_cpu
 from attrdb.ingest.encode import Encoder, encode
 from attrdb.ingest.encode.stream import ahead
+from attrdb.ingest.monitor import files as monitor_files
+from attrdb.ingest.monitor.monitor import Monitor, Names
 from attrdb.ingest.options import MODEL_OPTIONS, CustomizeSettings, SynthesizeSettings
 from attrdb.ingest.prompts import TOKEN
 from attrdb.ingest.read.pictures import Picture, read_picture, webp
@@ -112,11 +115,13 @@ def customize_stage(
     settings: CustomizeSettings,
     record: dict,
     regularization: Callable[[], Regularization | None],
+    monitored: Callable[[], tuple[Monitor, Names] | None],
     report: Progress,
 ) -> dict:
     """Turn the base model into the customized one, by training or from stored weights. Returns the training's figures.
 
     regularization: called only before training
+    monitored:      called after it; the monitor that observes the training, if any, and what its rows are about
     """
     figures_file, method, token = job / "figures.json", record["method"], record_token(record)
     if figures_file.exists():
@@ -126,6 +131,8 @@ def customize_stage(
     def save(delta: Delta, path: Path) -> None:
         write_whole(path, lambda part: save_delta(delta, part, token, record["base_model_hash"], method))
 
+    chosen = regularization()
+    monitor, names = monitored() or (None, None)
     try:
         delta, figures = customize(
             base,
@@ -136,8 +143,9 @@ def customize_stage(
             settings,
             report,
             method=method,
-            regularization=regularization(),
+            regularization=chosen,
             gradient_checkpointing=record["gradient_checkpointing"],
+            observer=monitor,
         )
     except Diverged as error:
         last = job / "diverged.safetensors"
@@ -145,6 +153,8 @@ def customize_stage(
         raise InvalidValue(f"{error}; what it was after {error.n_steps} steps is kept in {last}") from error
     weights.parent.mkdir(exist_ok=True)
     save(delta, weights)
+    if monitor is not None and names is not None:
+        monitor_files.write(monitor, names, job, weights)
     # One file stays beside the weights, the other marks the stage as done.
     for file in (weights.with_suffix(".json"), figures_file):
         write_whole(file, lambda part: part.write_text(json.dumps(figures)))

@@ -15,7 +15,6 @@ from attrdb.ingest.monitor.changes import Change, Changes
 from attrdb.ingest.monitor.probes import Probe, Probes
 from attrdb.store.schema import TABLES, Row
 
-LEVELS = ("off", "steps", "changes", "probes")
 MIXED_PROMPTS = 16  # of a model without a token: prompts whose K and V are looked at
 
 PROGRESS, PER_VISIT, CHANGE_NORM = ("progress", "progress per visit", "change norm")
@@ -38,7 +37,7 @@ class Names:
 
 @dataclass
 class Monitor:
-    """Observes a run at one of the LEVELS but the first; `tables` and `gradient_sums` after it ended.
+    """Observes a run at one of the MONITOR_LEVELS but the first; `tables` and `gradient_sums` after it ended.
 
     prompts: of each concept; None: those of the run, as one concept
     """

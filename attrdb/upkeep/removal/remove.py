@@ -30,7 +30,7 @@ import pyarrow.parquet as pq
 
 from attrdb.errors import InvalidValue
 from attrdb.progress import Progress, no_progress
-from attrdb.store.ids import stored_file
+from attrdb.store.ids import files_beside, stored_file
 from attrdb.store.job_folders import JobFolder, encode_jobs, model_jobs, train_jobs
 from attrdb.store.leases import leased
 from attrdb.store.locks import exclusive_lock
@@ -41,6 +41,7 @@ from attrdb.upkeep.removal import plan as plans
 from attrdb.upkeep.removal import purge, results
 from attrdb.upkeep.removal.choose import RemovalRequest
 from attrdb.upkeep.removal.plan import AffectedModel, Plan, is_named, settings_of
+from attrdb.upkeep.removal.results import MONITORED
 
 LOCK = ".maintenance.lock"
 SHOWN = 5  # ids that are named of those without an image
@@ -248,7 +249,7 @@ def _blanked(text: str | None, ids: set[str]) -> str | None:
 def _change_models(writer: Writer, plan: Plan) -> None:
     """Delete the rows of models that go; let those that stay count and name only what is left."""
     going = [model.model_id for model in plan.removed_models]
-    for table in ("models", "marked_models"):
+    for table in ("models", "marked_models", *MONITORED, "monitor_probes"):
         writer.delete_matching(table, pa.table({"model_id": pa.array(going, pa.string())}))
     staying = {model.model_id: model for model in plan.models if model.action != "remove"}
     if not staying:
@@ -324,9 +325,9 @@ def _delete_files(writer: Writer, plan: Plan) -> None:
     for model_id in plan.unfinished:
         if model_id not in stored:  # else the job was killed when all but its folder was done
             _delete_weights(path, f"weights/{model_id}.safetensors")
-    for model in plan.removed_models:
-        if model.weights_path:
-            _delete_weights(path, model.weights_path)
+    for model in plan.models:
+        if model.weights_path and (model.action == "remove" or model.n_exemplars):
+            _delete_weights(path, model.weights_path, gradients_only=model.action != "remove")
     for folder in _train_jobs(path, plan).values():
         folder.remove()
     ids = plan.choice.ids.combine_chunks()
@@ -336,15 +337,19 @@ def _delete_files(writer: Writer, plan: Plan) -> None:
                 file.unlink()
 
 
-def _delete_weights(path: Path, relative: str) -> None:
-    """Delete weights, and the record beside them, if they lie among the database's weights: rows may name any file."""
+def _delete_weights(path: Path, relative: str, gradients_only: bool = False) -> None:
+    """Delete weights, and the files beside them, if they lie among the database's weights: rows may name any file.
+
+    gradients_only: keep the weights, but not the sums of each image's gradients, of which one is now gone
+    """
     weights = (path / "weights").resolve()
     try:
         file = stored_file(path, relative)
     except InvalidValue:
         return
     if file.resolve().is_relative_to(weights):
-        for kept in (file, file.with_suffix(".json")):
+        record, gradients = files_beside(file)
+        for kept in [gradients] if gradients_only else [file, record, gradients]:
             kept.unlink(missing_ok=True)
 
 

@@ -20,6 +20,7 @@ from attrdb.upkeep.removal.choose import Choice
 
 # Stored influence of a sample sums to 1 if no candidate beyond those stored has a share.
 ROUNDING = 1e-9
+MONITORED = ("monitor_steps", "monitor_changes", "attribution_tables")  # what was noted of each training image
 
 
 @dataclass(frozen=True)
@@ -75,10 +76,15 @@ def scored_roles(snapshot: Snapshot, choice: Choice) -> dict[str, frozenset[str]
 def count(snapshot: Snapshot, choice: Choice, reach: Reach) -> dict[str, int]:
     """How many rows of each table are taken out."""
     with _connection(snapshot, choice, reach) as connection:
+        monitored = {
+            table: _one(connection, f"SELECT count(*) FROM {table} SEMI JOIN _chosen USING (image_id)")
+            for table in MONITORED
+        }
         return {
             "attributions": _one(connection, f"SELECT coalesce(sum(n_rows), 0)::BIGINT FROM ({ATTRIBUTIONS})"),
             "exemplar_ranks": _one(connection, f"SELECT count(*) FROM ({RANKS})"),
             "scores": _one(connection, SCORES),
+            **{table: n_rows for table, n_rows in monitored.items() if n_rows},
         }
 
 
@@ -89,8 +95,11 @@ def delete(writer: Writer, choice: Choice, reach: Reach) -> None:
         ranks = connection.sql(RANKS).to_arrow_table()
     writer.delete_matching("attributions", attributions)
     writer.delete_matching("exemplar_ranks", ranks)
+    ids = choice.images.select(["image_id"])
     for column in ("sample_id", "candidate_id"):
-        writer.delete_matching("scores", choice.images.select(["image_id"]).rename_columns([column]))
+        writer.delete_matching("scores", ids.rename_columns([column]))
+    for table in MONITORED:
+        writer.delete_matching(table, ids)
 
 
 @contextmanager

@@ -1,0 +1,67 @@
+"""What a monitored customization leaves for the later stages of its job, and beside the model's weights."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from attrdb.errors import InvalidValue
+from attrdb.ingest.customize.observer import Tensors
+from attrdb.ingest.monitor.monitor import Monitor, Names
+from attrdb.store.files import write_whole
+from attrdb.store.ids import files_beside
+
+PREFIX = "monitored-"  # of the files of rows in a job's folder
+LARGEST = ".largest"  # after a weight's name: each image's scale, (n,) float32
+
+
+def write(monitor: Monitor, names: Names, job: Path, weights: Path) -> None:
+    """Keep the rows in the job's folder, and the sums of gradients, if there are any, beside the weights."""
+    for table, rows in monitor.tables(names).items():
+        write_whole(job / f"{PREFIX}{table}.parquet", partial(pq.write_table, rows))
+    if (sums := monitor.gradient_sums) is not None:
+        write_whole(files_beside(weights)[1], lambda part: save_file(_packed(sums), part))
+
+
+def read_rows(job: Path) -> dict[str, pa.Table]:
+    """The rows of a job's folder by table; none for a model that was not monitored."""
+    files = sorted(job.glob(f"{PREFIX}*.parquet"))
+    return {file.stem.removeprefix(PREFIX): pq.read_table(file) for file in files}
+
+
+def read_gradients(weights: Path) -> Tensors:
+    """(n_exemplars, *shape) float32 by trained weight: each exemplar's gradients, summed over all steps.
+
+    raises: InvalidValue if there are none that can be read
+    """
+    file = files_beside(weights)[1]
+    if not file.is_file():
+        raise InvalidValue(
+            f"there are no gradients beside {weights}; they are kept for models made with --monitor changes, of at most 64 "
+            "exemplars, until one of these is taken out"
+        )
+    try:
+        packed = load_file(file)
+        names = [name for name in packed if not name.endswith(LARGEST)]
+        return {
+            name: packed[name].float() * packed[name + LARGEST].view(-1, *[1] * (packed[name].ndim - 1))
+            for name in names
+        }
+    except (OSError, KeyError, RuntimeError, SafetensorError) as error:
+        raise InvalidValue(f"the gradients {file} cannot be read: {error}") from error
+
+
+def _packed(sums: Tensors) -> Tensors:
+    """Each image's sums as parts of their largest, in half the bytes: three digits."""
+    packed = {}
+    for name, of_images in sums.items():
+        largest = of_images.flatten(1).abs().amax(dim=1).clamp_min(torch.finfo(torch.float32).tiny)
+        packed[name] = (of_images / largest.view(-1, *[1] * (of_images.ndim - 1))).half().cpu()
+        packed[name + LARGEST] = largest.cpu()
+    return packed
