@@ -1,4 +1,4 @@
-"""Scores by methods that packages add: candidates of samples, scored by their code, stored in the table `scores`.
+"""Scores by attrdb's own gradient methods and by those that packages add, stored in the table `scores`.
 
 A package adds a method under the entry point group `attrdb.methods`. Its object is called with the text after the colon of
 `attrdb score DB NAME:ARGUMENT` (empty without one) and gives a `Scorer`.
@@ -28,6 +28,7 @@ from attrdb.store.predicates import CANDIDATES, literal
 from attrdb.store.schema import TABLES
 
 GROUP = "attrdb.methods"
+BUILT_IN = ("in-run", "gradient-dot", "gradient-cosine", "influence-function", "d-trak", "data-inf")
 ATTRIBUTES = {
     "unit": (str,),
     "lowest": (int, float, type(None)),
@@ -62,16 +63,21 @@ class Scorer(Protocol):
 
 
 def load_scorer(spec: str) -> Scorer:
-    """The scorer that an installed package makes of NAME or NAME:ARGUMENT.
+    """The scorer that attrdb or an installed package makes of NAME or NAME:ARGUMENT.
 
-    raises: NotFound for a name that no package adds, InvalidValue, with the package named, if it fails or is no `Scorer`
+    raises: NotFound for an unknown name, InvalidValue for a wrong argument, and, with the package named, if it fails or is no
+            `Scorer`
     """
     name, _, argument = spec.partition(":")
-    plugins.check_clash(GROUP, name, (), "a method")
+    plugins.check_clash(GROUP, name, BUILT_IN, "a method")
+    if name in BUILT_IN:
+        from attrdb.ingest.gradients.scorers import GradientScorer  # imports torch
+
+        return GradientScorer(name, argument)
     added = plugins.load(GROUP, name, lambda loaded: loaded(argument), _check_scorer, f"method {spec!r}")
     if added is not None:
         return added
-    known = ", ".join(sorted(entry_points(group=GROUP).names)) or "no installed package adds one"
+    known = ", ".join([*BUILT_IN, *sorted(entry_points(group=GROUP).names)])
     raise NotFound(f"no method {name!r} to score with; known: {known}")
 
 

@@ -155,7 +155,7 @@ def calibrate(
     )
 
 
-@click.command(short_help="Score candidates by a method that a package adds.")
+@click.command(short_help="Score candidates by gradients, or by a method that a package adds.")
 @DB
 @click.argument("scorer")
 @click.option(
@@ -164,7 +164,11 @@ def calibrate(
 @click.option("--method-id", type=Id("method", new=True), help="Id of the method. Default: SCORER in lower case.")
 @quiet_option
 def score(db: Path, scorer: str, samples: str, method_id: str | None, quiet: bool) -> None:
-    """Score candidates of samples by SCORER (NAME or NAME:ARGUMENT), which an installed package adds, and store the scores.
+    """Score candidates of samples by SCORER (NAME or NAME:ARGUMENT), and store the scores.
+
+    SCORER is in-run, gradient-dot, gradient-cosine, influence-function, d-trak or data-inf, which score the exemplars of a
+    sample's own model by gradients of its training loss, over 24 draws of noise (NAME:N for N of them), or one that an
+    installed package adds. in-run needs models that were made with --monitor changes.
 
     The method then works with --method in attribute, evaluate, calibrate and report. Rerunning the command resumes it, and
     scores samples that are new.
@@ -172,6 +176,8 @@ def score(db: Path, scorer: str, samples: str, method_id: str | None, quiet: boo
     scoring = importlib.import_module("attrdb.ingest.score")
     from attrdb.cli.output import progress
 
+    if scorer.partition(":")[0] in scoring.BUILT_IN:
+        ml("ingest.gradients.scorers")
     method_id = scoring.method_id_of(scorer, method_id)
     with progress(quiet) as advance:
         result = scoring.score(attrdb.open(db), scorer, scoring.load_scorer(scorer), samples, method_id, advance)

@@ -52,6 +52,7 @@ __all__ = [
     "load_delta",
     "save_delta",
     "token_ids",
+    "trained_model",
 ]
 
 TOKEN_KEY = "text_encoder.token_embedding"
@@ -254,6 +255,28 @@ def _trained_parameters(
 
 
 @contextmanager
+def trained_model(
+    base: BaseModel, delta: Delta, token: str | None, like: str, method: str
+) -> Iterator[dict[str, torch.Tensor]]:
+    """All that the method trained, by name in the delta, as it was after training; the base model uses it inside the block.
+
+    It can be differentiated. The base model must be a fresh one, and is left fresh.
+    raises: InvalidValue if the delta was made for another architecture or is not of this method
+    """
+    token_id = base.add_token(token, like) if token else None
+    try:
+        with _trained_parameters(base, load_customizer(method), token_id, seed=0) as parameters:
+            shapes = {name: weight.shape for name, weight in parameters.items()}
+            if shapes != {name: value.shape for name, value in delta.items()}:
+                raise _does_not_fit(base)
+            for name, weight in parameters.items():
+                weight.data.copy_(delta[name])
+            yield parameters
+    finally:
+        base.restore()
+
+
+@contextmanager
 def _trained_embedding(base: BaseModel, token_id: int) -> Iterator[torch.Tensor]:
     """The token's embedding, (width,) float32, which the text encoder uses inside the block instead of its table's row.
 
@@ -335,11 +358,13 @@ def apply_delta(base: BaseModel, delta: Delta, token: str | None, like: str, met
     except (KeyError, RuntimeError):
         fits = False
     if not fits:
-        raise InvalidValue(
-            f"the customized weights do not fit base model {base.name!r}; name the one they were made from"
-        )
+        raise _does_not_fit(base)
     base.replace(values)
     if token:
         token_id = base.add_token(token, like)
         if TOKEN_KEY in delta:
             base.pipeline.text_encoder.get_input_embeddings().weight.data[token_id] = delta[TOKEN_KEY].to(base.device)
+
+
+def _does_not_fit(base: BaseModel) -> InvalidValue:
+    return InvalidValue(f"the customized weights do not fit base model {base.name!r}; name the one they were made from")

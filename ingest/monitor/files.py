@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from attrdb.errors import InvalidValue
@@ -26,7 +28,9 @@ def write(monitor: Monitor, names: Names, job: Path, weights: Path) -> None:
     for table, rows in monitor.tables(names).items():
         write_whole(job / f"{PREFIX}{table}.parquet", partial(pq.write_table, rows))
     if (sums := monitor.gradient_sums) is not None:
-        write_whole(files_beside(weights)[1], lambda part: save_file(_packed(sums), part))
+        # A single entry, as in `save_delta`.
+        metadata = {"attrdb": json.dumps({"exemplars": list(names.exemplars)})}
+        write_whole(files_beside(weights)[1], lambda part: save_file(_packed(sums), part, metadata))
 
 
 def read_rows(job: Path) -> dict[str, pa.Table]:
@@ -35,11 +39,20 @@ def read_rows(job: Path) -> dict[str, pa.Table]:
     return {file.stem.removeprefix(PREFIX): pq.read_table(file) for file in files}
 
 
-def read_gradients(weights: Path) -> Tensors:
-    """(n_exemplars, *shape) float32 by trained weight: each exemplar's gradients, summed over all steps.
+@dataclass(frozen=True)
+class GradientSums:
+    """Gradients summed over all steps of a customization.
 
-    raises: InvalidValue if there are none that can be read
+    exemplars: image_id of each
+    sums:      (n_exemplars, *shape) float32 by trained weight
     """
+
+    exemplars: list[str]
+    sums: Tensors
+
+
+def read_gradients(weights: Path) -> GradientSums:
+    """raises: InvalidValue if there are none that can be read"""
     file = files_beside(weights)[1]
     if not file.is_file():
         raise InvalidValue(
@@ -47,14 +60,19 @@ def read_gradients(weights: Path) -> Tensors:
             "exemplars, until one of these is taken out"
         )
     try:
+        with safe_open(file, framework="pt") as opened:
+            exemplars = json.loads(opened.metadata()["attrdb"])["exemplars"]
         packed = load_file(file)
         names = [name for name in packed if not name.endswith(LARGEST)]
-        return {
+        sums = {
             name: packed[name].float() * packed[name + LARGEST].view(-1, *[1] * (packed[name].ndim - 1))
             for name in names
         }
-    except (OSError, KeyError, RuntimeError, SafetensorError) as error:
+        if any(len(of_images) != len(exemplars) for of_images in sums.values()):
+            raise ValueError(f"it has {len(exemplars)} exemplars, and not as many gradients")
+    except (OSError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
         raise InvalidValue(f"the gradients {file} cannot be read: {error}") from error
+    return GradientSums(exemplars, sums)
 
 
 def _packed(sums: Tensors) -> Tensors:

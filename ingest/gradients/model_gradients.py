@@ -1,0 +1,118 @@
+"""Gradients of a stored model's loss on single images, at the end of its training."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from diffusers import DDPMScheduler
+from PIL import Image
+
+from attrdb.database import Database
+from attrdb.errors import InvalidValue, NotFound
+from attrdb.ingest.customize.augmentation import encode_views
+from attrdb.ingest.customize.base_model import BaseModel, base_model_folder, is_made_from
+from attrdb.ingest.customize.customize import TOKEN_KEY, Delta, encode_prompts, load_delta, token_ids, trained_model
+from attrdb.ingest.devices import enough_memory
+from attrdb.store.ids import stored_file
+from attrdb.store.predicates import among
+from attrdb.store.schema import Row
+
+DRAWS = 24  # timesteps and noises that a loss is averaged over, the same for all images
+LOSS, SQUARE = MEASURED = ("loss", "square")
+
+
+@dataclass(frozen=True)
+class Draws:
+    """Timesteps at equal distances and noises by seed, shared by all images: differences are the images'."""
+
+    timesteps: torch.Tensor  # (n,) int64
+    noise: torch.Tensor  # (n, channels, height, width)
+
+    @classmethod
+    def of(cls, base: BaseModel, n: int, seed: int = 0) -> Draws:
+        n_timesteps = base.pipeline.scheduler.config.num_train_timesteps
+        timesteps = ((torch.arange(n) + 0.5) / n * n_timesteps).long()
+        shape = (n, base.pipeline.unet.config.in_channels, *[base.latent_side] * 2)
+        noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+        return cls(timesteps.to(base.device), noise.to(base.device))
+
+
+class ModelGradients:
+    """A customized model whose trained weights can be differentiated; made by `opened`."""
+
+    def __init__(self, base: BaseModel, parameters: dict[str, torch.Tensor], draws: Draws):
+        self.base, self.draws = base, draws
+        self.parameters = {name: weight for name, weight in parameters.items() if name != TOKEN_KEY} or parameters
+        self.scheduler = DDPMScheduler.from_config(base.pipeline.scheduler.config)
+
+    def sizes(self) -> list[int]:
+        return [weight.numel() for weight in self.parameters.values()]
+
+    def of_image(self, image: Image.Image, prompt: str, measured: str) -> list[torch.Tensor]:
+        """By trained weight, flat, float32 on the CPU: the gradient of a picture's mean over the draws.
+
+        measured: 'loss' of the prediction, or 'square', the mean square of what the U-Net predicts
+        """
+        latents = encode_views(self.base, [image], "none", seed=0).mean.expand(len(self.draws.timesteps), -1, -1, -1)
+        noisy = self.scheduler.add_noise(latents, self.draws.noise, self.draws.timesteps)
+        with enough_memory(
+            self.base.device, f"differentiating {len(noisy)} noisy pictures at a time", "give fewer draws"
+        ):
+            states = self._states(prompt)
+            predicted = self.base.predict(noisy, self.draws.timesteps, states)
+            value = predicted.square().mean() if measured == SQUARE else F.mse_loss(predicted, self._target(latents))
+            gradients = torch.autograd.grad(value, list(self.parameters.values()))
+        return [gradient.float().flatten().cpu() for gradient in gradients]
+
+    def _states(self, prompt: str) -> torch.Tensor:
+        """(1, length, width), with a gradient where the token alone is trained."""
+        if TOKEN_KEY not in self.parameters:
+            return encode_prompts(self.base, [prompt])[prompt].unsqueeze(0)
+        return self.base.pipeline.text_encoder(token_ids(self.base, [prompt])).last_hidden_state
+
+    def _target(self, latents: torch.Tensor) -> torch.Tensor:
+        if self.scheduler.config.prediction_type == "v_prediction":
+            return self.scheduler.get_velocity(latents, self.draws.noise, self.draws.timesteps)
+        return self.draws.noise
+
+
+def model_row(db: Database, model_id: str) -> tuple[Row, Delta]:
+    """The row of a stored model, and its trained weights.
+
+    raises: NotFound for an unknown model or a base model that is not where the row says, InvalidValue if the weights are
+            missing, or the base model is another one now
+    """
+    rows = db.sql("FROM models WHERE model_id = $id", {"id": model_id}).to_pylist()
+    if not rows:
+        raise NotFound(f"no customized model {model_id!r} in {db.path}; list them with: attrdb models list {db.path}")
+    [row] = rows
+    if not row["weights_path"]:
+        raise InvalidValue(f"model {model_id!r} was imported without its weights, so it has no gradients")
+    if not is_made_from(base_model_folder(row["base_model"]), row["base_model_hash"]):
+        raise InvalidValue(f"base model {row['base_model']!r} is not the one that model {model_id!r} was made from")
+    return row, load_delta(stored_file(db.path, row["weights_path"]), row["method"])
+
+
+@contextmanager
+def opened(base: BaseModel, row: Row, delta: Delta, n_draws: int = DRAWS) -> Iterator[ModelGradients]:
+    """A stored model on a fresh base model, which is left fresh."""
+    record = json.loads(row["settings"])
+    base.precision = record.get("computed_in", "float32")
+    like = record["customize"].get("token_from") or row["category"]
+    with trained_model(base, delta, row["token"], like, row["method"]) as parameters:
+        yield ModelGradients(base, parameters, Draws.of(base, n_draws))
+
+
+def pictures(db: Database, image_ids: Sequence[str]) -> dict[str, tuple[Image.Image, str | None]]:
+    """The picture and the prompt column of stored images, by id; without those whose picture is not stored."""
+    rows = db.images(f"{among('image_id', image_ids)} AND image IS NOT NULL", ["image_id", "image", "prompt"])
+    return {
+        row["image_id"]: (Image.open(io.BytesIO(row["image"])).convert("RGB"), row["prompt"])
+        for row in rows.to_pylist()
+    }
