@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from click.testing import CliRunner
 from conftest import ToyEncoder
+from diffusers import DDPMScheduler
 from test_monitored_models import exemplars, ingest  # noqa: F401
 
 import attrdb
@@ -94,10 +95,13 @@ LENGTH = 0.03  # of a move: the loss changes by far more than its last digits, a
 def loss_of(base, draws, image, prompt):
     """Of the customized model as it is used for sampling, by its own pipeline."""
     latents = encode_views(base, [image], "none", seed=0).mean.expand(len(draws.noise), -1, -1, -1)
-    noisy = base.pipeline.scheduler.add_noise(latents, draws.noise, draws.timesteps)
+    scheduler = DDPMScheduler.from_config(base.pipeline.scheduler.config)
+    noisy = scheduler.add_noise(latents, draws.noise, draws.timesteps)
+    is_v = scheduler.config.prediction_type == "v_prediction"
+    target = scheduler.get_velocity(latents, draws.noise, draws.timesteps) if is_v else draws.noise
     states = encode_prompts(base, [prompt])[prompt].unsqueeze(0)
     with torch.no_grad():
-        return F.mse_loss(base.predict(noisy, draws.timesteps, states), draws.noise).item()
+        return F.mse_loss(base.predict(noisy, draws.timesteps, states), target).item()
 
 
 def test_gradients_say_how_the_loss_changes(db, tiny_base):

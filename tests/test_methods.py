@@ -288,7 +288,7 @@ def test_an_installed_package_adds_a_method(toy, tmp_path):
     for name, said in (
         ("broken", "method 'broken' of package shared-start fails with OSError: no weights"),
         ("none", "method 'none' of package shared-start fails with TypeError"),
-        ("nothing", "no method 'nothing' to score with; known: broken, none, shared"),
+        ("nothing", "no method 'nothing' to score with; known: in-run, gradient-dot, "),
     ):
         done = attrdb_says("score", name)
         assert (done.returncode, said in done.stderr, "Traceback" in done.stderr) == (1, True, False), done.stderr
