@@ -17,7 +17,8 @@ from attrdb.ingest import options
 from attrdb.ingest.customize.augmentation import VIEWS
 from attrdb.ingest.customize.customizers import DEFAULT_METHOD
 from attrdb.ingest.models import ingest_one
-from attrdb.ingest.models.settings import Exemplar, settings_for
+from attrdb.ingest.models.exemplars import Exemplar
+from attrdb.ingest.models.settings import settings_for
 from attrdb.ingest.models.specs import KEYS, read_specs
 from attrdb.ingest.models.stages import comparable_settings, settings_hash
 from attrdb.ingest.options import (

@@ -130,6 +130,11 @@ def _print_model(model: dict[str, Any]) -> None:
     for name, value in model.items():
         if not isinstance(value, (dict, list)) and value is not None and name not in ("model_id", "kind"):
             line(name, value)
+    if model["kind"] == "concepts":
+        click.echo("  concepts")
+        for concept in model["concepts"]:
+            what = f"{concept['kind']}, {concept['category']}, {concept['n_exemplars']} exemplars"
+            click.echo(f"    {shown(concept['token'])}: {shown(what)}, trained with {shown(concept['train_prompt'])}")
     losses = model["training"].get("losses", [])
     if losses:
         last = losses[-max(1, len(losses) // 10) :]
