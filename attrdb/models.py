@@ -50,7 +50,7 @@ def describe(db: Database, model_id: str) -> dict[str, Any]:
 
     returns: the columns of `models`, with settings as an object, and
              training   what was noted while it was trained, see `training_record`
-             concepts   its rows of `concepts`
+             concepts   its rows of `concepts`, in their order in the settings
              exemplars  image_id, source, category, concept_id, prompt (caption), creator, license of each
              samples    image_id, prompt, prompt_scheme, seed of each, by scheme and prompt
     raises:  NotFound, with the nearest ids
@@ -62,7 +62,8 @@ def describe(db: Database, model_id: str) -> dict[str, Any]:
     settings = json.loads(model.pop("settings") or "{}")
     model["created_at"] = model["created_at"] and model["created_at"].isoformat()
     own = {"id": model_id}
-    concepts = db.sql("SELECT * FROM concepts WHERE model_id = $id ORDER BY length(token), token", own)
+    concepts = db.sql("SELECT * FROM concepts WHERE model_id = $id", own).to_pylist()
+    tokens = [concept["token"] for concept in settings.get("concepts") or []]
     # A moment before schema 8 has no such column.
     concept_id = "concept_id" if "concept_id" in db.snapshot.tables["images"].schema.names else "NULL AS concept_id"
     exemplars = db.sql(
@@ -75,7 +76,7 @@ def describe(db: Database, model_id: str) -> dict[str, Any]:
         **model,
         "settings": settings,
         "training": training_record(db.path, model["weights_path"]),
-        "concepts": concepts.to_pylist(),
+        "concepts": sorted(concepts, key=lambda row: (_position(row["token"], tokens), row["token"])),
         "exemplars": exemplars.to_pylist(),
         "samples": sorted(samples.to_pylist(), key=lambda row: _place(row, settings.get("prompts") or [])),
     }
@@ -100,6 +101,11 @@ def training_record(path: Path, weights_path: str | None) -> dict[str, Any]:
     return record
 
 
+def kind_in_words(model: dict[str, Any]) -> str:
+    """What kind of model a described model is."""
+    return "model of several concepts" if model["kind"] == "concepts" else f"{model['kind'] or ''} model"
+
+
 def settings_by_group(model: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """The settings of a described model, those of the model itself first; what the description has apart is left out."""
     groups: dict[str, dict[str, Any]] = {"model": {}}
@@ -114,8 +120,12 @@ def settings_by_group(model: dict[str, Any]) -> dict[str, dict[str, Any]]:
 def _place(sample: dict[str, Any], prompts: list[str]) -> tuple[str, int, str, str]:
     """Samples come by scheme, then in the order in which the model's prompts were drawn, then by id."""
     prompt = sample["prompt"] or ""
-    number = prompts.index(prompt) if prompt in prompts else len(prompts)
-    return (sample["prompt_scheme"] or "", number, prompt, sample["image_id"])
+    return (sample["prompt_scheme"] or "", _position(prompt, prompts), prompt, sample["image_id"])
+
+
+def _position(value: str, values: list[str]) -> int:
+    """Where a value is in a list; after all of them if it is not."""
+    return values.index(value) if value in values else len(values)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import jinja2
 
 import attrdb
 from attrdb.database import Database
-from attrdb.models import describe, settings_by_group
+from attrdb.models import describe, kind_in_words, settings_by_group
 from attrdb.pages import plots
 from attrdb.pages.html import data_uri
 from attrdb.text import shown
@@ -69,6 +69,7 @@ def render(db: Database, model_id: str) -> str:
     )
     return environment.get_template("model.html").render(
         model=model,
+        kind=kind_in_words(model),
         facts=_facts(model),
         groups=groups,
         credits=credits,
