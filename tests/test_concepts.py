@@ -394,6 +394,15 @@ def test_samples_are_made_again(made):
     assert "9 of 9 samples made again are equal to those stored" in again.stderr
 
 
+def test_samples_are_made_again_whatever_the_category_is_now(empty, pictures, tiny_base):
+    """A token that is not trained stays where it starts: at the category that its model was customized with."""
+    settings = settings_for(str(tiny_base), "object", "vase", FEW | {"method": "dreambooth-lora", "lr": 0.01})
+    ingest_model(empty, read_exemplars(pictures / "cat"), settings, [], "one")
+    set_models(empty, ["one"], category="art")
+    again = run("models", "show", empty.path, "one", "--regenerate", 2)
+    assert "2 of 2 samples made again are equal to those stored" in again.stderr
+
+
 def test_evaluated_like_any_other(made):
     corpus = made.sql(
         "SELECT * REPLACE ('p' AS image_id, 'pretraining' AS role, NULL AS model_id) FROM exemplars LIMIT 1"

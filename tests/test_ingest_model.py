@@ -381,10 +381,11 @@ def test_more_than_the_memory_holds_is_told_with_advice(empty, exemplar_folder, 
 
 
 def test_a_prompt_whose_token_is_never_read(empty, exemplar_folder, tiny_base, toy_encoder, tmp_path):
+    """It is refused before training begins."""
     prompts = tmp_path / "long.txt"
     prompts.write_text("word " * 40 + "V* vase\n")
     with pytest.raises(InvalidValue, match=r"the base model reads 32 tokens, and V\* lies beyond them"):
-        ingest(empty, exemplar_folder, tiny_base, toy_encoder, prompts=str(prompts))
+        ingest(empty, exemplar_folder, tiny_base, toy_encoder, prompts=str(prompts), report=lambda *_: 1 / 0)
     assert images(empty) == []
 
 
