@@ -118,6 +118,7 @@ def changed(number, **values):
             {"concepts": changed(0, category="a v2* cat")},
             "category of concept 1 is 'a v2* cat'; it must say what is shown",
         ),
+        ({"concepts": changed(0, category="a V*")}, "category of concept 1 is 'a V*'; it must say what is shown"),
         ({"concepts": changed(0, category=" ")}, "category of concept 1 is ' '; it must say what is shown, without a"),
         (
             {"concepts": LISTED, "category": "W* and"},

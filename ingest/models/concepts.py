@@ -13,6 +13,7 @@ from typing import Any
 from attrdb.errors import InvalidValue, NotFound
 from attrdb.ingest.models.exemplars import Exemplar, ExemplarSource, read_source
 from attrdb.ingest.options import CONCEPT_OPTIONS, MODEL_OPTIONS, Concept, Option
+from attrdb.ingest.prompts import TOKEN
 from attrdb.ingest.read.text import read_text
 from attrdb.ingest.read.walk import Skipped
 
@@ -125,8 +126,9 @@ def check_concepts(concepts: Sequence[Concept]) -> None:
             )
         for other in concepts[: number - 1]:
             _check_apart(other.token, concept.token)
+    tokens = [*dict.fromkeys([*(concept.token for concept in concepts), TOKEN])]  # TOKEN is what banks of prompts have
     for number, concept in enumerate(concepts, 1):
-        check_category(concept.category, [concept.token for concept in concepts], f"category of concept {number}")
+        check_category(concept.category, tokens, f"category of concept {number}")
 
 
 def _check_apart(first: str, second: str) -> None:
