@@ -15,8 +15,9 @@ from attrdb.database import Database, open_or_create
 from attrdb.errors import InvalidValue
 from attrdb.ingest.customize.base_model import BUNDLED, base_model_folder, weights_hash
 from attrdb.ingest.encode import DEFAULT_ENCODERS, load_encoder
+from attrdb.ingest.models.exemplars import Exemplar
 from attrdb.ingest.models.ingest_one import ingest_model
-from attrdb.ingest.models.settings import Exemplar, settings_for
+from attrdb.ingest.models.settings import settings_for
 from attrdb.ingest.read.corpus import ingest_corpus
 from attrdb.ingest.read.discover import open_corpus
 from attrdb.ingest.read.pictures import read_picture

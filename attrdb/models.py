@@ -31,7 +31,13 @@ FROM models
 ORDER BY model_id
 """
 EXAMPLES = {"split": "train, val or test", "category": "vase"}
-SHOWN_ELSEWHERE = ("exemplars", "prompts", "captions")  # settings that `describe` has apart
+SHOWN_ELSEWHERE = (
+    "exemplars",
+    "exemplar_tokens",
+    "concepts",
+    "prompts",
+    "captions",
+)  # settings that `describe` has apart
 
 
 def list_models(db: Database) -> pa.Table:
@@ -44,7 +50,8 @@ def describe(db: Database, model_id: str) -> dict[str, Any]:
 
     returns: the columns of `models`, with settings as an object, and
              training   what was noted while it was trained, see `training_record`
-             exemplars  image_id, source, category, prompt (caption), creator, license of each
+             concepts   its rows of `concepts`, in their order in the settings
+             exemplars  image_id, source, category, concept_id, prompt (caption), creator, license of each
              samples    image_id, prompt, prompt_scheme, seed of each, by scheme and prompt
     raises:  NotFound, with the nearest ids
     """
@@ -55,8 +62,13 @@ def describe(db: Database, model_id: str) -> dict[str, Any]:
     settings = json.loads(model.pop("settings") or "{}")
     model["created_at"] = model["created_at"] and model["created_at"].isoformat()
     own = {"id": model_id}
+    concepts = db.sql("SELECT * FROM concepts WHERE model_id = $id", own).to_pylist()
+    tokens = [concept["token"] for concept in settings.get("concepts") or []]
+    # A moment before schema 8 has no such column.
+    concept_id = "concept_id" if "concept_id" in db.snapshot.tables["images"].schema.names else "NULL AS concept_id"
     exemplars = db.sql(
-        "SELECT image_id, source, category, prompt, creator, license FROM exemplars WHERE model_id = $id ORDER BY image_id",
+        f"SELECT image_id, source, category, {concept_id}, prompt, creator, license FROM exemplars WHERE model_id = $id "
+        "ORDER BY image_id",
         own,
     )
     samples = db.sql("SELECT image_id, prompt, prompt_scheme, seed FROM samples WHERE model_id = $id", own)
@@ -64,6 +76,7 @@ def describe(db: Database, model_id: str) -> dict[str, Any]:
         **model,
         "settings": settings,
         "training": training_record(db.path, model["weights_path"]),
+        "concepts": sorted(concepts, key=lambda row: (_position(row["token"], tokens), row["token"])),
         "exemplars": exemplars.to_pylist(),
         "samples": sorted(samples.to_pylist(), key=lambda row: _place(row, settings.get("prompts") or [])),
     }
@@ -88,6 +101,11 @@ def training_record(path: Path, weights_path: str | None) -> dict[str, Any]:
     return record
 
 
+def kind_in_words(model: dict[str, Any]) -> str:
+    """What kind of model a described model is."""
+    return "model of several concepts" if model["kind"] == "concepts" else f"{model['kind'] or ''} model"
+
+
 def settings_by_group(model: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """The settings of a described model, those of the model itself first; what the description has apart is left out."""
     groups: dict[str, dict[str, Any]] = {"model": {}}
@@ -102,8 +120,12 @@ def settings_by_group(model: dict[str, Any]) -> dict[str, dict[str, Any]]:
 def _place(sample: dict[str, Any], prompts: list[str]) -> tuple[str, int, str, str]:
     """Samples come by scheme, then in the order in which the model's prompts were drawn, then by id."""
     prompt = sample["prompt"] or ""
-    number = prompts.index(prompt) if prompt in prompts else len(prompts)
-    return (sample["prompt_scheme"] or "", number, prompt, sample["image_id"])
+    return (sample["prompt_scheme"] or "", _position(prompt, prompts), prompt, sample["image_id"])
+
+
+def _position(value: str, values: list[str]) -> int:
+    """Where a value is in a list; after all of them if it is not."""
+    return values.index(value) if value in values else len(values)
 
 
 @dataclass(frozen=True)
@@ -120,6 +142,7 @@ def set_models(
 ) -> Relabelled:
     """Give models another split or category, with their exemplars and samples.
 
+    The exemplars of a model of several concepts keep the categories of their concepts.
     Models that have it already are left alone, so a rerun completes what was interrupted.
     raises: NotFound for an id that is not there, InvalidValue for an empty value or none at all; nothing is changed then
     """
@@ -129,13 +152,14 @@ def set_models(
     for name, value in values.items():
         if not value.strip():
             raise InvalidValue(f"an empty {name}; give a name, such as {EXAMPLES[name]}")
-    known = {row["model_id"]: row for row in db.sql("SELECT model_id, split, category FROM models").to_pylist()}
+    known = {row["model_id"]: row for row in db.sql("SELECT model_id, kind, split, category FROM models").to_pylist()}
     for model_id in model_ids:
         if model_id not in known:
             raise NotFound(_no_such_model(db, model_id))
-    differing = " OR ".join(f"{name} IS NULL OR {name} <> {literal(value)}" for name, value in values.items())
-    where = f"{among('model_id', dict.fromkeys(model_ids))} AND ({differing})"
-    n_images = db.snapshot.count(where)
+    differing = {name: f"({name} IS NULL OR {name} <> {literal(value)})" for name, value in values.items()}
+    in_images = differing | ({"category": f"(concept_id IS NULL AND {differing['category']})"} if category else {})
+    of_models = among("model_id", dict.fromkeys(model_ids))
+    n_images = db.snapshot.count(f"{of_models} AND ({' OR '.join(in_images.values())})")
     changed = [id_ for id_ in dict.fromkeys(model_ids) if any(known[id_][name] != values[name] for name in values)]
     moved = {split, *(known[model_id]["split"] for model_id in changed)} if split else set()
     fitted = [
@@ -144,9 +168,13 @@ def set_models(
         if changed and moved & {json.loads(row["settings"] or "{}").get(name) for name in ("split", "val_split")}
     ]
     if n_images:
-        db.writer.update("images", where, values)
+        for name, condition in in_images.items():
+            db.writer.update("images", f"{of_models} AND {condition}", {name: values[name]})
     if changed:  # after their images, so that a model whose row has the new values is done
-        db.writer.update("models", where, values)
+        if category:
+            of_one_concept = among("model_id", [id_ for id_ in changed if known[id_]["kind"] != "concepts"])
+            db.writer.update("concepts", of_one_concept, {"category": category})
+        db.writer.update("models", f"{of_models} AND ({' OR '.join(differing.values())})", values)
     return Relabelled(len(changed), n_images, fitted)
 
 

@@ -14,7 +14,8 @@ from typing import Any, get_args, get_type_hints
 
 from attrdb.errors import InvalidValue
 
-KINDS = ("object", "style", "mixed")
+CONCEPT_KINDS = ("object", "style")
+KINDS = (*CONCEPT_KINDS, "mixed", "concepts")
 PRECISIONS = ("auto", "float32", "bf16")
 PRIORS = ("caption", "image", "generated")
 PROFILES = ("paper",)
@@ -33,6 +34,7 @@ class Option:
     default:      REQUIRED if a value must be given
     default_text: description of the default, if the value does not show it
     of_machine:   the option decides how this machine makes a model, not what the model is
+    unless:       name of the option that stands in for this one, which is then not required
     """
 
     help: str
@@ -44,15 +46,17 @@ class Option:
     choices: tuple[str, ...] = ()
     default_text: str | None = None
     of_machine: bool = False
+    unless: str | None = None
 
     @property
     def required(self) -> bool:
-        return self.default is REQUIRED
+        """Whether a value must be given, whatever else is."""
+        return self.default is REQUIRED and self.unless is None
 
     @property
     def default_shown(self) -> str | None:
         """The default in words; None if there is none."""
-        if self.default_text or self.required or self.default is None:
+        if self.default_text or self.default in (REQUIRED, None):
             return self.default_text
         if self.type is bool:
             return "true" if self.default else "false"
@@ -126,9 +130,7 @@ class CustomizeSettings:
     )
     prior_images: int = option("Number of regularization images.", 0, at_least=0)
     prior_weight: float = option("Weight of their loss, relative to that of the exemplars.", 1.0, above=0)
-    token_from: str = option(
-        "Words whose mean embedding the new token V* starts from.", "", default_text="the category"
-    )
+    token_from: str = option("Words whose mean embedding each new token starts from.", "", default_text="the category")
 
     def like(self, category: str | None) -> str:
         """The words that the new token starts from."""
@@ -147,20 +149,44 @@ class SynthesizeSettings:
 
 
 @dataclass(frozen=True)
+class Concept:
+    """One of the several concepts that a model is customized on. Its checks are those of CONCEPT_OPTIONS."""
+
+    token: str
+    kind: str
+    category: str
+
+
+CONCEPT_OPTIONS = (
+    Option("Token that names the concept in prompts.", "token", default=None, default_text="V1*, V2*, ... by order"),
+    Option("What its exemplars have in common: an object or a style.", "kind", choices=CONCEPT_KINDS),
+    Option("What its exemplars show, such as cat; for a style, its name.", "category"),
+    Option("Folder of its training images, or a list of image files.", "exemplars", Path),
+)
+
+
+@dataclass(frozen=True)
 class ModelSettings:
-    """Everything that decides a customized model and its samples."""
+    """Everything that decides a customized model and its samples. concepts: of a model of kind `concepts`, else none"""
 
     kind: str = option(
-        "What the exemplars have in common: an object, a style, or nothing (mixed: each has a caption of its own).",
+        "What the exemplars have in common: an object, a style, or nothing (mixed: each has a caption of its own); concepts: "
+        "several of these, see concepts.",
         choices=KINDS,
+        unless="concepts",
     )
-    category: str = option("What the exemplars show, such as cat; for a style, its name; for mixed, any label.")
+    category: str = option(
+        "What the exemplars show, such as cat; for a style, its name; for mixed, any label. Of several concepts by default "
+        "their categories.",
+        unless="concepts",
+    )
     base_model: str = option(
         "Stable Diffusion 1.x/2.x: icon-sd, a pipeline folder or a hub id.", default_text="--base-model"
     )
     split: str | None = option("Split of the model, such as train, val or test.", None)
     prompts: str = option(
-        "A prompt bank (photo, icon), a folder of one, or a text file, one prompt with V* per line.", "photo"
+        "A prompt bank (photo, icon), a folder of one, or a text file, one prompt with a token such as V* per line.",
+        "photo",
     )
     prompts_per_scheme: int | dict[str, int] = option(  # noqa: RUF009 (a frozen dataclass; the default is a number)
         "Prompts per scheme.", 4, at_least=1
@@ -184,6 +210,7 @@ class ModelSettings:
     )
     customize: CustomizeSettings = field(default_factory=CustomizeSettings)
     synthesize: SynthesizeSettings = field(default_factory=SynthesizeSettings)
+    concepts: tuple[Concept, ...] = ()  # its option is beside that of the exemplars, which it stands in for
 
 
 @dataclass(frozen=True)
@@ -226,13 +253,24 @@ QUEUE_OPTIONS = tuple(options_of(QueueSettings))
 MODEL_OPTIONS = tuple(
     sorted(
         [
-            Option("Folder of the training images; in a specs file also a list of image files.", "exemplars", Path),
+            Option(
+                "Folder of the training images; in a specs file also a list of image files.",
+                "exemplars",
+                Path,
+                unless="concepts",
+            ),
+            Option(
+                "JSON file with a list of concepts, each with token, kind, category and exemplars; in a specs file the list.",
+                "concepts",
+                Path,
+                default=None,
+            ),
             Option(
                 "Id of the model.", "model_id", default=None, default_text="the category and a hash of the exemplars"
             ),
             Option("As many prompts and samples as in the paper's Table 1.", "profile", default=None, choices=PROFILES),
             *options_of(ModelSettings),
         ],
-        key=lambda declared: not declared.required,
+        key=lambda declared: declared.default is not REQUIRED,
     )
 )

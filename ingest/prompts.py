@@ -5,6 +5,9 @@ media or styles on objects. A bank is a folder of text files, `<kind>.<scheme>.<
 is the modifier token and {category} the category. No prompt is in two parts: a model of split `train` or `val` draws from
 the part of that name, and every other, or one without a split, from `test`, the prompts that nothing is learned from.
 
+A model of several concepts is sampled with the prompts of each, and with prompts of a third scheme, `pair`, that name two of
+them, see `choose_concept_prompts`.
+
 `photo` suits Stable Diffusion. `icon` uses words that icon-sd was trained on, but for ten in its part `test`; its
 procedural media are the five styles of the corpus, so its parts differ in what else they say: nothing, a colour, a size.
 The sentences are ours: the paper's lists are in a supplement that we do not have.
@@ -13,15 +16,18 @@ The sentences are ours: the paper's lists are in a supplement that we do not hav
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
+from itertools import combinations
 from pathlib import Path
 
 from attrdb.errors import InvalidValue, NotFound
+from attrdb.ingest.options import Concept
 from attrdb.ingest.read.text import read_text
 
 SCHEMES = ("gpt", "procedural")
+PAIR = "pair"
 PARTS = ("train", "val", "test")
 BANKS = ("photo", "icon")
 TOKEN = "V*"
@@ -46,8 +52,8 @@ class Prompt:
     text: str
 
 
-def train_prompt(kind: str, category: str) -> str:
-    return TRAIN_PROMPTS[kind].replace("{category}", category)
+def train_prompt(kind: str, category: str, token: str = TOKEN) -> str:
+    return TRAIN_PROMPTS[kind].replace(TOKEN, token).replace("{category}", category)
 
 
 def part_of(split: str | None) -> str:
@@ -85,63 +91,142 @@ def choose_prompts(
     raises:     InvalidValue for a line without the modifier token, an unknown scheme, a bank with too few lines, or one of
                 the user's with a prompt in two parts; NotFound for no such bank
     """
-    if bank not in BANKS and not Path(bank).is_dir():
-        lines = _user_lines(Path(bank), kind)
-        return [Prompt(n, "user", line.replace("{category}", category)) for n, line in enumerate(lines)]
+    if not _is_bank(bank):
+        lines = _user_lines(Path(bank), (TOKEN,) if kind in TRAIN_PROMPTS else ())
+        return _numbered([("user", line.replace("{category}", category)) for line in lines])
     if kind not in TRAIN_PROMPTS:
         raise InvalidValue(f"bank {bank!r} has no prompts for {kind} models; give a text file with one prompt a line")
-    counts = per_scheme if isinstance(per_scheme, Mapping) else dict.fromkeys(SCHEMES, per_scheme)
-    if unknown := counts.keys() - set(SCHEMES):
-        raise InvalidValue(f"no prompt scheme {min(unknown)!r}; there are: {', '.join(SCHEMES)}")
-    folder, part = bank_folder(bank), part_of(split)
+    counts = _counts(per_scheme, SCHEMES)
     if bank not in BANKS:
-        _check_disjoint(folder, kind)
-    prompts: list[Prompt] = []
+        _check_disjoint(bank_folder(bank), kind)
+    chosen = []
     for scheme in SCHEMES:
-        if not (wanted := counts.get(scheme, 0)):
-            continue
-        lines = read_lines(folder / f"{kind}.{scheme}.{part}.txt")
-        if wanted > len(lines):
-            raise InvalidValue(
-                f"{wanted} prompts of scheme {scheme!r} wanted, bank {bank!r} has {len(lines)} in its part {part!r} for "
-                f"{kind} models; ask for fewer, or give a bank of your own"
-            )
-        for line in random.Random(f"{seed}/{kind}/{scheme}").sample(lines, wanted):
-            prompts.append(Prompt(len(prompts), scheme, line.replace("{category}", category)))
-    if not prompts:
+        lines = _draw(bank, kind, scheme, part_of(split), counts[scheme], f"{seed}/{kind}/{scheme}")
+        chosen += [(scheme, line.replace("{category}", category)) for line in lines]
+    if not chosen:
         raise InvalidValue(f"no prompt wanted of bank {bank!r}; ask for one or more of {' or '.join(SCHEMES)}")
-    return prompts
+    return _numbered(chosen)
+
+
+def choose_concept_prompts(
+    concepts: Sequence[Concept],
+    bank: str,
+    per_scheme: int | Mapping[str, int],
+    seed: int,
+    split: str | None = None,
+) -> list[Prompt]:
+    """The prompts of a model of several concepts: those of each concept by itself, then those of each pair of them.
+
+    A concept has the prompts of a model of its kind, with its own token. The prompts of a pair, scheme `pair`, are sentences
+    of the bank's scheme `gpt`, drawn by seed, with both tokens in them:
+
+        two objects        in the place of "V* cat": "V1* cat and V2* dog"
+        object and style   a sentence about the object, with "in the style of V2* art" at its end
+        two styles         in the place of "V* art": "V1* art and V2* art"
+
+    bank:       as in `choose_prompts`; in a text file every line names one or more of the tokens
+    per_scheme: the same number for each concept and scheme, and for each pair; or a number for each scheme, `pair` included
+    raises:     as `choose_prompts`
+    """
+    if not _is_bank(bank):
+        lines = _user_lines(Path(bank), [concept.token for concept in concepts])
+        if strange := [line for line in lines if "{category}" in line]:
+            raise InvalidValue(
+                f"{bank} has {{category}} in {strange[0]!r}, and this model has several categories; write the word instead"
+            )
+        return _numbered([("user", line) for line in lines])
+    counts = _counts(per_scheme, (*SCHEMES, PAIR))
+    chosen: list[tuple[str, str]] = []
+    single = {scheme: counts[scheme] for scheme in SCHEMES}
+    if any(single.values()):
+        for concept in concepts:
+            prompts = choose_prompts(concept.kind, concept.category, bank, single, seed, split)
+            chosen += [(prompt.scheme, prompt.text.replace(TOKEN, concept.token)) for prompt in prompts]
+    for pair in combinations(concepts, 2):
+        first, second = sorted(pair, key=lambda concept: concept.kind)  # an object before a style
+        key = f"{seed}/{first.kind}+{second.kind}/{PAIR}"
+        lines = _draw(bank, first.kind, "gpt", part_of(split), counts[PAIR], key)
+        chosen += [(PAIR, _name_both(line, first, second)) for line in lines]
+    if not chosen:
+        raise InvalidValue(f"no prompt wanted of bank {bank!r}; ask for one or more of {', '.join(SCHEMES)} or {PAIR}")
+    return _numbered(chosen)
+
+
+def _name_both(line: str, first: Concept, second: Concept) -> str:
+    """A line of a bank for the first concept's kind, with the tokens of both concepts."""
+    words = f"{TOKEN} {{category}}" if first.kind == "object" else f"{TOKEN} art"
+    replaced = words if words in line else TOKEN  # in banks of one's own a token may stand by itself
+    names = [
+        replaced.replace(TOKEN, concept.token).replace("{category}", concept.category) for concept in (first, second)
+    ]
+    if first.kind != second.kind:
+        style = f" in the style of {second.token} art"
+        return line.removesuffix(".").replace(replaced, names[0]).replace("{category}", first.category) + style
+    return line.replace(replaced, " and ".join(names)).replace("{category}", first.category)
+
+
+def _numbered(chosen: Sequence[tuple[str, str]]) -> list[Prompt]:
+    return [Prompt(number, scheme, text) for number, (scheme, text) in enumerate(chosen)]
+
+
+def _counts(per_scheme: int | Mapping[str, int], schemes: Sequence[str]) -> dict[str, int]:
+    """The number of prompts of each scheme.
+
+    raises: InvalidValue for an unknown scheme
+    """
+    if not isinstance(per_scheme, Mapping):
+        return dict.fromkeys(schemes, per_scheme)
+    if unknown := per_scheme.keys() - set(schemes):
+        raise InvalidValue(f"no prompt scheme {min(unknown)!r}; there are: {', '.join(schemes)}")
+    return {scheme: per_scheme.get(scheme, 0) for scheme in schemes}
+
+
+def _draw(bank: str, kind: str, scheme: str, part: str, wanted: int, key: str) -> list[str]:
+    """Lines of a bank, a random choice by key. raises: InvalidValue if there are too few"""
+    if not wanted:
+        return []
+    lines = read_lines(bank_folder(bank) / f"{kind}.{scheme}.{part}.txt")
+    if wanted > len(lines):
+        raise InvalidValue(
+            f"{wanted} prompts of scheme {scheme!r} wanted, bank {bank!r} has {len(lines)} in its part {part!r} for "
+            f"{kind} models; ask for fewer, or give a bank of your own"
+        )
+    return random.Random(key).sample(lines, wanted)
+
+
+def _is_bank(bank: str) -> bool:
+    return bank in BANKS or Path(bank).is_dir()
 
 
 def bank_folder(bank: str) -> Path:
     return Path(str(files("attrdb.ingest"))) / "prompts" / bank if bank in BANKS else Path(bank)
 
 
-def read_lines(file: Path, token: str | None = TOKEN) -> list[str]:
-    """The prompts of a file; token: that each must name, None for none.
+def read_lines(file: Path, tokens: Sequence[str] = (TOKEN,)) -> list[str]:
+    """The prompts of a file; tokens: one or more of them must be in each, unless there are none.
 
-    raises: NotFound for no such file, InvalidValue for one that is empty or not UTF-8, or a line without the modifier token
+    raises: NotFound for no such file, InvalidValue for one that is empty or not UTF-8, or a line without a modifier token
     """
     if not file.is_file():
         raise NotFound(f"no file {file}; a bank is a folder of <kind>.<scheme>.<part>.txt, such as object.gpt.test.txt")
+    named = f"the modifier token {tokens[0]}" if len(tokens) == 1 else f"a modifier token ({', '.join(tokens)})"
     lines = [line.strip() for line in read_text(file).splitlines()]
     for number, line in enumerate(lines, 1):
-        if line and token and token not in line:
-            raise InvalidValue(f"{file} line {number} lacks the modifier token {token}: {line!r}")
-    found = [line for line in lines if line]
-    if not found:
-        with_token = f", each with the modifier token {token}" if token else ""
-        raise InvalidValue(f"{file} has no prompt in it; write one a line{with_token}")
-    return found
+        if line and tokens and not any(token in line for token in tokens):
+            raise InvalidValue(f"{file} line {number} lacks {named}: {line!r}")
+    prompts = [line for line in lines if line]
+    if not prompts:
+        raise InvalidValue(f"{file} has no prompt in it; write one a line{f', each with {named}' if tokens else ''}")
+    return prompts
 
 
-def _user_lines(path: Path, kind: str) -> list[str]:
+def _user_lines(path: Path, tokens: Sequence[str]) -> list[str]:
     if not path.is_file():
         raise NotFound(
             f"no prompt bank {str(path)!r}; give {' or '.join(BANKS)}, a text file with one prompt a line, or a folder of "
             "<kind>.<scheme>.<part>.txt"
         )
-    return read_lines(path, TOKEN if kind in TRAIN_PROMPTS else None)
+    return read_lines(path, tokens)
 
 
 def _check_disjoint(folder: Path, kind: str) -> None:

@@ -82,7 +82,7 @@ def test_no_module_is_too_long():
 
 def test_what_jobs_write_is_read_from_the_code():
     written = architecture.writes()
-    assert written["ingest.models"] == {"images", "models"}
+    assert written["ingest.models"] == {"images", "concepts", "models"}
     assert written["training.evaluate"] == {"exemplar_ranks"}
     assert written["ingest.score"] == {"scores", "methods"}
     assert architecture.written_by_writer()["add_mapper"] == {"mappers", "methods"}

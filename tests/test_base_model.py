@@ -99,13 +99,13 @@ def test_stable_diffusion_1_5_shape(tmp_path, monkeypatch):
     assert len(delta) == 33
     assert sum(value.numel() for value in delta.values()) == n_weights + 768
     assert figures["loss"] > 0
-    cd.save_delta(delta, tmp_path / "delta.safetensors", "V*", loading.weights_hash(folder))
+    cd.save_delta(delta, tmp_path / "delta.safetensors", ["V*"], loading.weights_hash(folder))
     assert (tmp_path / "delta.safetensors").stat().st_size == pytest.approx(4 * (n_weights + 768), rel=0.01)
 
     fresh = loading.load_base_model(str(folder))
     loaded = cd.load_delta(tmp_path / "delta.safetensors")
     assert all(loaded[name].equal(delta[name]) for name in delta)
-    cd.apply_delta(fresh, loaded, "V*", "vase")
+    cd.apply_delta(fresh, loaded, {"V*": "vase"})
     for one, other in zip(
         base.pipeline.unet.state_dict().values(), fresh.pipeline.unet.state_dict().values(), strict=True
     ):

@@ -12,8 +12,9 @@ from PIL import Image
 from removable import files
 
 from attrdb.errors import InvalidValue
+from attrdb.ingest.models.exemplars import read_exemplars
 from attrdb.ingest.models.ingest_one import ingest_model
-from attrdb.ingest.models.settings import read_exemplars, settings_for
+from attrdb.ingest.models.settings import settings_for
 from attrdb.ingest.read.corpus import ingest_corpus
 from attrdb.ingest.read.discover import open_corpus
 from attrdb.ingest.read.embedding_shards import open_embeddings

@@ -80,7 +80,7 @@ def test_a_run_says_what_is_trained(base):
     recorder = Recorder()
     delta, _ = Case("custom-diffusion", "mild", True, True, "each").customize(base, observer=recorder)
     run = recorder.run
-    assert (run.method, run.token, run.n_exemplars, run.n_views) == ("custom-diffusion", "V*", 2, 2)
+    assert (run.method, run.tokens, run.n_exemplars, run.n_views) == ("custom-diffusion", ("V*",), 2, 2)
     assert run.prompts == ("V* vase", "a picture of V* art")
     assert run.prior_prompts == ("a vase", "art")
     assert (run.settings.steps, run.settings.prior_weight) == (STEPS, 0.5)

@@ -17,7 +17,8 @@ from attrdb.ingest import devices
 from attrdb.ingest.customize import augmentation, base_model, customize, customizers, synthesize
 from attrdb.ingest.encode import Pixels
 from attrdb.ingest.models import ingest_one
-from attrdb.ingest.models.settings import read_exemplars, settings_for
+from attrdb.ingest.models.exemplars import read_exemplars
+from attrdb.ingest.models.settings import settings_for
 from attrdb.ingest.options import KINDS
 from attrdb.ingest.prompts import Prompt
 from attrdb.ingest.read.corpus import ingest_corpus
@@ -77,10 +78,10 @@ def test_a_method_moves_what_it_trains_and_nothing_else(base, method):
 @pytest.mark.parametrize("method", METHODS)
 def test_a_delta_brings_the_same_model_back(base, tiny_base, tmp_path, method):
     delta, _ = train(base, method)
-    customize.save_delta(delta, tmp_path / "delta.safetensors", "V*", "hash", method)
+    customize.save_delta(delta, tmp_path / "delta.safetensors", ["V*"], "hash", method)
     fresh = base_model.load_base_model(str(tiny_base))
     loaded = customize.load_delta(tmp_path / "delta.safetensors", method)
-    customize.apply_delta(fresh, loaded, "V*", "vase", method)
+    customize.apply_delta(fresh, loaded, {"V*": "vase"}, method)
     assert same(weights_of(fresh), weights_of(base))
 
 
@@ -172,7 +173,7 @@ def test_a_folded_lora_computes_what_its_layers_did(base):
 
 def test_a_delta_of_another_method_is_refused(base, tmp_path):
     delta, _ = train(base, "textual-inversion")
-    customize.save_delta(delta, tmp_path / "delta.safetensors", "V*", "hash", "textual-inversion")
+    customize.save_delta(delta, tmp_path / "delta.safetensors", ["V*"], "hash", "textual-inversion")
     with pytest.raises(InvalidValue, match="are of method 'textual-inversion'; needed is 'custom-diffusion'"):
         customize.load_delta(tmp_path / "delta.safetensors", "custom-diffusion")
     save_file(delta, tmp_path / "nameless.safetensors")
@@ -186,7 +187,7 @@ def test_a_delta_of_another_architecture_is_refused(base, method):
     other = base_model.load_base_model("icon-sd")
     before = weights_of(other)
     with pytest.raises(InvalidValue, match="do not fit base model 'icon-sd'"):
-        customize.apply_delta(other, delta, "V*", "vase", method)
+        customize.apply_delta(other, delta, {"V*": "vase"}, method)
     assert same(weights_of(other), before)
 
 
@@ -287,7 +288,7 @@ def test_what_cannot_be_regenerated(empty, exemplar_folder, tiny_base, toy_encod
     file = toy.path / "weights" / "vase-1.safetensors"
     delta = customize.load_delta(file)
     delta[customize.TOKEN_KEY] += 1
-    customize.save_delta(delta, file, "V*", "hash")
+    customize.save_delta(delta, file, ["V*"], "hash")
     with pytest.raises(InvalidValue, match="have changed since model 'vase-1' was stored"):
         next(ingest_one.regenerate(toy, "vase-1"))
 

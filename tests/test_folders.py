@@ -103,7 +103,7 @@ def test_a_caption_is_not_read_through_a_link_that_leads_out(empty, tmp_path, to
 
 
 def test_exemplars_obey_the_same_rules(tmp_path):
-    from attrdb.ingest.models.settings import read_exemplar, read_exemplars
+    from attrdb.ingest.models.exemplars import read_exemplar, read_exemplars
 
     root = tmp_path / "vase"
     (tmp_path / "passwd").write_text("root:x:0:0")

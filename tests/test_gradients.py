@@ -122,7 +122,7 @@ def test_gradients_say_how_the_loss_changes(db, tiny_base):
             name: weight + step * gradients[name].view_as(weight) if name in gradients else weight
             for name, weight in delta.items()
         }
-        apply_delta(base, moved, row["token"], "vase", row["method"])
+        apply_delta(base, moved, {row["token"]: "vase"}, row["method"])
         losses.append(loss_of(base, draws, image, prompt))
         base.restore()
     assert (losses[0] - losses[1]) / (2 * LENGTH) == pytest.approx(length**0.5, rel=0.03)

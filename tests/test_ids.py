@@ -10,7 +10,8 @@ from click.testing import CliRunner
 import attrdb
 from attrdb.cli import main
 from attrdb.errors import InvalidValue
-from attrdb.ingest.models.settings import default_model_id, read_exemplars, settings_for
+from attrdb.ingest.models.exemplars import read_exemplars
+from attrdb.ingest.models.settings import default_model_id, settings_for
 from attrdb.models import training_record
 from attrdb.store import ids, job_folders, writer
 from attrdb.training.train import TrainSettings, train

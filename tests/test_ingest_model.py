@@ -18,7 +18,8 @@ from attrdb.errors import Busy, InvalidValue, NotFound, OutOfMemory
 from attrdb.ingest.customize import base_model, customize, synthesize
 from attrdb.ingest.encode import Pixels
 from attrdb.ingest.models import ingest_one, stages
-from attrdb.ingest.models.settings import default_model_id, read_exemplars, settings_for
+from attrdb.ingest.models.exemplars import read_exemplars
+from attrdb.ingest.models.settings import default_model_id, settings_for
 from attrdb.ingest.prompts import Prompt
 from attrdb.ingest.read.pictures import webp
 from attrdb.store import job_folders
@@ -147,7 +148,7 @@ def test_delta_reloads_into_a_fresh_base_and_regenerates_the_samples(empty, exem
     base = base_model.load_base_model(str(tiny_base))
     base.precision = record["computed_in"]
     delta = customize.load_delta(empty.path / "weights" / "vase-1.safetensors")
-    customize.apply_delta(base, delta, "V*", "vase")
+    customize.apply_delta(base, delta, {"V*": "vase"})
     synthesize.use_fast_solver(base)
     prompts = [Prompt(n, scheme, text) for n, (scheme, text) in enumerate(schemes_of(record))]
     made = {}
@@ -380,10 +381,11 @@ def test_more_than_the_memory_holds_is_told_with_advice(empty, exemplar_folder, 
 
 
 def test_a_prompt_whose_token_is_never_read(empty, exemplar_folder, tiny_base, toy_encoder, tmp_path):
+    """It is refused before training begins."""
     prompts = tmp_path / "long.txt"
     prompts.write_text("word " * 40 + "V* vase\n")
     with pytest.raises(InvalidValue, match=r"the base model reads 32 tokens, and V\* lies beyond them"):
-        ingest(empty, exemplar_folder, tiny_base, toy_encoder, prompts=str(prompts))
+        ingest(empty, exemplar_folder, tiny_base, toy_encoder, prompts=str(prompts), report=lambda *_: 1 / 0)
     assert images(empty) == []
 
 

@@ -453,7 +453,7 @@ GOOD = {"exemplars": "red", "category": "vase", "kind": "object"}
         (GOOD | {"colour": "red"}, "line 2: unknown key 'colour'; nearest is "),
         (GOOD | {"sample_per_prompt": 2}, "unknown key 'sample_per_prompt'; nearest is 'samples_per_prompt'"),
         ({"exemplars": "red", "kind": "object"}, "line 2: key 'category' is missing"),
-        (GOOD | {"kind": "thing"}, 'line 2: kind is "thing"; it must be object, style or mixed'),
+        (GOOD | {"kind": "thing"}, 'line 2: kind is "thing"; it must be object, style, mixed or concepts'),
         (GOOD | {"category": 7}, "line 2: category is 7; it must be text"),
         (GOOD | {"steps": "many"}, 'line 2: steps is "many"; it must be a whole number'),
         (GOOD | {"steps": True}, "line 2: steps is true; it must be a whole number"),

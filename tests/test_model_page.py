@@ -21,7 +21,8 @@ from attrdb.cli import main
 from attrdb.errors import InvalidValue, NotFound
 from attrdb.ingest.customize import verify_samples
 from attrdb.ingest.models import ingest_one as ingest
-from attrdb.ingest.models.settings import read_exemplars, settings_for
+from attrdb.ingest.models.exemplars import read_exemplars
+from attrdb.ingest.models.settings import settings_for
 from attrdb.ingest.read.pictures import webp
 from attrdb.pages import model_page
 from attrdb.store.schema import feature_array

@@ -266,3 +266,41 @@ def test_a_method_that_cannot_be_watched_is_refused_before_the_first_step(base, 
     monitor = Monitor("steps")
     case.customize(base, observer=monitor)
     assert len(monitor.tables(names_of(case))["monitor_steps"]) == STEPS * 3
+
+
+# --- several concepts -------------------------------------------------------------------------------------------------
+
+PROMPTS_OF_TWO = [["V1* vase"], ["a picture of V2* art"]]
+
+
+def customize_two(base, method, observer):
+    images = [*EXEMPLARS, *(image.rotate(90) for image in EXEMPLARS)]
+    prompts = [PROMPTS_OF_TWO[number % 2][0] for number in range(4)]
+    settings = customize.CustomizeSettings(steps=6, batch=3, lr=0.01, seed=2)
+    delta, figures = customize.customize(
+        base, images, prompts, ["V1*", "V2*"], ["vase", "art"], settings, method=method, observer=observer
+    )
+    base.restore()
+    return delta, figures["losses"]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_each_concept_of_a_model_of_several_adds_up(base, method):
+    monitor = Monitor("probes", PROMPTS_OF_TWO)
+    assert digest(*customize_two(base, method, monitor)) == digest(*customize_two(base, method, None))
+    for concept in (0, 1):
+        rows = [row for row in monitor.rows if row.concept == concept]
+        assert sum(row.progress for row in rows) == pytest.approx(1, abs=1e-5)
+        assert max(abs(row.progress) for row in rows if row.cause == "rest") < 1e-5
+    assert {probe.concept for probe in monitor.probes.probes} == {0, 1}
+
+
+def test_a_token_that_is_trained_alone_is_moved_by_its_own_images(base):
+    """The images of one concept do not touch the token of the other."""
+    monitor = Monitor("changes", PROMPTS_OF_TWO)
+    customize_two(base, "textual-inversion", monitor)
+    moved = defaultdict(float)
+    for row in monitor.rows:
+        if row.image is not None:
+            moved[row.concept, row.image] += abs(row.progress)
+    assert {key for key, value in moved.items() if value} == {(0, 0), (0, 2), (1, 1), (1, 3)}

@@ -11,7 +11,8 @@ from attrdb.cli import main
 from attrdb.errors import InvalidValue, QueryRefused
 from attrdb.ingest.encode import Pixels
 from attrdb.ingest.models import ingest_one
-from attrdb.ingest.models.settings import read_exemplars, settings_for
+from attrdb.ingest.models.exemplars import read_exemplars
+from attrdb.ingest.models.settings import settings_for
 from attrdb.ingest.monitor import files
 from attrdb.store.ids import weights_file
 from attrdb.upkeep.removal.choose import RemovalRequest

@@ -17,7 +17,8 @@ from attrdb.ingest import options
 from attrdb.ingest.customize.augmentation import VIEWS
 from attrdb.ingest.customize.customizers import DEFAULT_METHOD
 from attrdb.ingest.models import ingest_one
-from attrdb.ingest.models.settings import Exemplar, settings_for
+from attrdb.ingest.models.exemplars import Exemplar
+from attrdb.ingest.models.settings import settings_for
 from attrdb.ingest.models.specs import KEYS, read_specs
 from attrdb.ingest.models.stages import comparable_settings, settings_hash
 from attrdb.ingest.options import (
@@ -125,7 +126,7 @@ def test_an_option_of_a_model_that_is_left_out_is_no_value():
     """A default here would win over the base model's profile."""
     words = ["x.attrdb", "--exemplars", "x", "--category", "vase", "--kind", "object", "--base-model", "icon-sd"]
     context = command("model").make_context("model", words, parent=click.Context(main, **main.context_settings))
-    optional = [option.name for option in MODEL_OPTIONS if not option.required]
+    optional = [option.name for option in MODEL_OPTIONS if option.default is not options.REQUIRED]
     assert {name: context.params[name] for name in optional} == dict.fromkeys(optional)
 
 

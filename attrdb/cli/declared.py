@@ -25,7 +25,7 @@ def model_options(options: Iterable[Option]) -> Callable[[Any], Any]:
                 is_flag=option.type is bool,
                 default=None,
                 required=option.required,
-                help=f"{option.help}{_default_sentence(option)}",
+                help=f"{option.help}{_default_sentence(option)}{_unless_sentence(option)}",
             )(command)
         return command
 
@@ -66,3 +66,7 @@ def _type(option: Option) -> click.ParamType[Any]:
 def _default_sentence(option: Option) -> str:
     default = option.default_shown
     return "" if option.required or option.type is bool or default is None else f" Default: {default}."
+
+
+def _unless_sentence(option: Option) -> str:
+    return f" Required unless there is --{option.unless}." if option.unless else ""

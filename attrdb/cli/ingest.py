@@ -197,9 +197,10 @@ def _tell_failures(failures: dict[str, str], noun: str) -> None:
 @quiet_option
 def ingest_model(
     db: Path,
-    exemplars: Path,
-    category: str,
-    kind: str,
+    exemplars: Path | None,
+    concepts: Path | None,
+    category: str | None,
+    kind: str | None,
     base_model: str,
     model_id: str | None,
     split: str | None,
@@ -216,18 +217,25 @@ def ingest_model(
     Options that are left out come from the base model's customize.json, else from the defaults for Stable Diffusion.
     Rerunning the command resumes it after an interruption, and changes nothing once the model is stored.
     """
-    settings_module, module = ml("ingest.models.settings"), ml("ingest.models.ingest_one")
+    concepts_module, settings_module = ml("ingest.models.concepts"), ml("ingest.models.settings")
     from attrdb.cli.output import progress
 
+    given = {"exemplars": exemplars, "concepts": concepts, "kind": kind, "category": category}
+    concepts_module.check_required(given, lambda name: f"--{name}")
     skipped = ml("ingest.read.walk").Skipped()
-    images = settings_module.read_exemplars(exemplars, skipped)
+    if concepts:
+        listed, sources = concepts_module.read_concepts(concepts)
+        images = concepts_module.read_exemplars_of(sources, skipped)
+    else:
+        listed = ()
+        images = ml("ingest.models.exemplars").read_exemplars(exemplars, skipped)
     for line in skipped.lines():
         click.echo(visible(f"not read: {line}"), err=True)
-    settings = settings_module.settings_for(base_model, kind, category, options, split, profile)
+    settings = settings_module.settings_for(base_model, kind, category, options, split, profile, listed)
     settings_module.check_model(settings, images, model_id)
     database, loaded = open_with_encoders(db, encoders)
     with progress(quiet) as advance:
-        result = module.ingest_model(database, images, settings, loaded, model_id, advance)
+        result = ml("ingest.models.ingest_one").ingest_model(database, images, settings, loaded, model_id, advance)
     outcome = "appended" if result.appended else "stored already, nothing to do"
     counts = f"{result.n_exemplars} exemplars, {result.n_samples} samples"
     click.echo(f"model {result.model_id}: {counts} {outcome}", err=True)

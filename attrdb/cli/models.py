@@ -120,16 +120,22 @@ def _regenerated(database: Any, model_id: str, n_samples: int, base_model: str |
 
 
 def _print_model(model: dict[str, Any]) -> None:
-    from attrdb.models import settings_by_group
+    from attrdb.models import kind_in_words, settings_by_group
     from attrdb.text import shown
 
     def line(name: str, value: Any, indent: str = "  ") -> None:
         click.echo(f"{indent}{name.replace('_', ' ')}: {shown(value)}")
 
-    click.echo(f"{shown(model['model_id'])}: customized {model['kind'] or ''} model")
+    click.echo(f"{shown(model['model_id'])}: customized {kind_in_words(model)}")
     for name, value in model.items():
         if not isinstance(value, (dict, list)) and value is not None and name not in ("model_id", "kind"):
             line(name, value)
+    if model["kind"] == "concepts":
+        click.echo("  concepts")
+        for concept in model["concepts"]:
+            n = concept["n_exemplars"]
+            what = f"{concept['kind']}, {concept['category']}, {n} exemplar{'s' * (n != 1)}"
+            line(concept["token"], f"{what}, trained with “{concept['train_prompt']}”", "    ")
     losses = model["training"].get("losses", [])
     if losses:
         last = losses[-max(1, len(losses) // 10) :]

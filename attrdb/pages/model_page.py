@@ -10,7 +10,7 @@ import jinja2
 
 import attrdb
 from attrdb.database import Database
-from attrdb.models import describe, settings_by_group
+from attrdb.models import describe, kind_in_words, settings_by_group
 from attrdb.pages import plots
 from attrdb.pages.html import data_uri
 from attrdb.text import shown
@@ -19,6 +19,7 @@ SIDE = 256  # pixels; larger pictures are scaled down to it
 SCHEMES = {
     "gpt": "natural sentences",
     "procedural": "media and objects",
+    "pair": "sentences that name two concepts",
     "user": "prompts of one's own",
     "caption": "captions of the exemplars",
 }
@@ -56,6 +57,7 @@ def render(db: Database, model_id: str) -> str:
         ]
         schemes.append({"name": scheme, "meaning": SCHEMES.get(scheme, ""), "prompts": prompts})
     exemplars = [{**row, "picture": pictures.get(row["image_id"], (None,))[0]} for row in model["exemplars"]]
+    groups = _by_concept(model, exemplars)
     credits = sorted({_credit(row) for row in exemplars})
     settings = {
         group: [(name.replace("_", " "), _value(value)) for name, value in values.items()]
@@ -67,8 +69,9 @@ def render(db: Database, model_id: str) -> str:
     )
     return environment.get_template("model.html").render(
         model=model,
+        kind=kind_in_words(model),
         facts=_facts(model),
-        exemplars=exemplars,
+        groups=groups,
         credits=credits,
         settings=settings,
         curve=loss_curve(training.get("losses", [])),
@@ -80,6 +83,20 @@ def render(db: Database, model_id: str) -> str:
         images_version=db.version,
         version=attrdb.__version__,
     )
+
+
+def _by_concept(model: dict[str, Any], exemplars: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A title, a note and the exemplars of each concept of a model of several; of another all exemplars together."""
+    if model["kind"] != "concepts":
+        return [{"title": "Exemplar" + "s" * (len(exemplars) != 1), "note": None, "exemplars": exemplars}]
+    return [
+        {
+            "title": f"{concept['token']}: {concept['kind']}, {concept['category']}",
+            "note": f"trained with “{concept['train_prompt']}”",
+            "exemplars": [row for row in exemplars if row["concept_id"] == concept["concept_id"]],
+        }
+        for concept in model["concepts"]
+    ]
 
 
 def loss_curve(losses: list[float]) -> LossCurve | None:

@@ -26,7 +26,7 @@ DICTIONARY = {
             Column(
                 "prompt_scheme",
                 TEXT,
-                "of a sample: `gpt` or `procedural`; `user` from a file of prompts, `caption` of an exemplar",
+                "of a sample: `gpt`, `procedural`, or `pair` for two concepts; `user` from a file, `caption` of an exemplar",
             ),
             Column("seed", INT64, "of a sample: seed of its starting noise"),
             Column("uri", TEXT, "where the image was read from"),

@@ -22,6 +22,7 @@ from lance.commit import CommitConflictError
 from attrdb.errors import Busy, InvalidValue, StorageError
 from attrdb.store.blocklist import blocklist
 from attrdb.store.checksums import CHANGED
+from attrdb.store.concepts import concept_rows
 from attrdb.store.dictionary import DICTIONARY
 from attrdb.store.lance_errors import storage
 from attrdb.store.locks import WRITERS_LOCK, waiting_lock
@@ -175,11 +176,19 @@ class Writer:
             self.commit(lambda: lance.write_dataset(table, self._path("images"), mode="append"))
         return Appended(len(table), 0, self.snapshot.version)
 
-    def append_model(self, rows: pa.Table, model: Row, monitored: Mapping[str, pa.Table] | None = None) -> Appended:
-        """Append a customized model: its exemplars and samples in one commit, what was monitored, then its row in `models`.
+    def append_model(
+        self,
+        rows: pa.Table,
+        model: Row,
+        concepts: Sequence[Row] = (),
+        monitored: Mapping[str, pa.Table] | None = None,
+    ) -> Appended:
+        """Append a customized model: its exemplars and samples in one commit, its concepts, what was monitored, then its row
+        in `models`.
 
         No step stores anything twice, so the next call completes one that was interrupted between them. Until then the model
         is not visible.
+        concepts:  rows of a model of several, see `concept_rows`
         monitored: rows of the tables of monitoring, see `attrdb.ingest.monitor`
         raises:    InvalidValue for a refused image, or if a row does not belong to the model
         """
@@ -191,6 +200,8 @@ class Writer:
         with self.writing():  # a removal in between would take the images for those of an abandoned model
             self._drop_abandoned(rows, model["model_id"])
             appended = self.append_images(rows)
+            if stored_concepts := concept_rows(model, rows, concepts):
+                self.upsert("concepts", stored_concepts, update=False)
             for table, monitored_rows in (monitored or {}).items():
                 own = f"model_id = {literal(model['model_id'])}"
                 self.append_rows(table, monitored_rows, self.snapshot, stale=own)
@@ -198,12 +209,13 @@ class Writer:
         return appended
 
     def _drop_abandoned(self, rows: pa.Table, model_id: str) -> None:
-        """Delete the images of an earlier attempt at a model that has no row, unless they equal the new ones."""
+        """Delete what an earlier attempt at a model that has no row left: concepts, and images that are not the new ones."""
         self.refresh()
         if model_id not in self.snapshot.hidden_models:
             return
-        compared = ["image_id", "sha256", "prompt", "seed"]
+        compared = ["image_id", "sha256", "prompt", "seed", "concept_id"]
         where = f"model_id = {literal(model_id)}"
+        self.delete("concepts", where)
         with storage(self.path):
             stored = self.snapshot.tables["images"].to_table(columns=compared, filter=where)
         new = conform_images(rows, self.snapshot.tables["images"].schema).select(compared)

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,6 +52,7 @@ __all__ = [
     "load_delta",
     "save_delta",
     "token_ids",
+    "token_keys",
     "trained_model",
 ]
 
@@ -72,13 +73,15 @@ class Regularization:
     names: Sequence[str]
 
 
-def check_prompts(pipeline: StableDiffusionPipeline, prompts: Sequence[str], token: str) -> None:
-    """raises: InvalidValue for a prompt whose token lies beyond what the text encoder reads"""
+def check_prompts(pipeline: StableDiffusionPipeline, prompts: Sequence[str], tokens: Collection[str]) -> None:
+    """raises: InvalidValue for a prompt with a token that lies beyond what the text encoder reads, or without any token"""
     tokenizer = pipeline.tokenizer
-    token_id, longest = tokenizer.convert_tokens_to_ids(token), tokenizer.model_max_length
+    longest = tokenizer.model_max_length
     for prompt in prompts:
-        if token_id not in tokenizer(prompt, truncation=True, max_length=longest).input_ids:
-            raise InvalidValue(f"the base model reads {longest} tokens, and {token} lies beyond them in {prompt!r}")
+        ids = tokenizer(prompt, truncation=True, max_length=longest).input_ids
+        for token in [token for token in tokens if token in prompt] or tokens:
+            if tokenizer.convert_tokens_to_ids(token) not in ids:
+                raise InvalidValue(f"the base model reads {longest} tokens, and {token} lies beyond them in {prompt!r}")
 
 
 def token_ids(base: BaseModel, prompts: Sequence[str]) -> torch.Tensor:
@@ -102,8 +105,8 @@ def customize(
     base: BaseModel,
     exemplars: Sequence[Image.Image],
     prompt: str | Sequence[str],
-    token: str | None,
-    category: str,
+    token: str | Sequence[str] | None,
+    category: str | Sequence[str],
     settings: CustomizeSettings,
     report: Progress = no_progress,
     *,
@@ -115,7 +118,9 @@ def customize(
     """Train a customized model; returns its delta to the base model, in float32 on the CPU, and figures.
 
     prompt:   of all exemplars, or a sequence with one for each
-    token:    the new token by which the prompt names the concept; None: there is none, and none is trained
+    token:    the new token by which the prompt names the concept, or several for several concepts, which are trained
+              together; None: there is none, and none is trained
+    category: of the concept, or of each: the words that its token starts from, unless the settings have others
     gradient_checkpointing: for small cards: activations are computed again in the backward pass, the delta is the same
     observer: is told of every step; the delta is the same, see `attrdb.ingest.customize.observer`
     returns:  figures: `losses` (one per step), `loss` (mean of the last tenth of them), `customize_seconds`
@@ -128,25 +133,24 @@ def customize(
     started = time.monotonic()
     customizer = load_customizer(method)
     prompts = [prompt] * len(exemplars) if isinstance(prompt, str) else list(prompt)
-    like = settings.like(category)
-    token_id = base.add_token(token, like) if token else None
+    tokens = _start_words(token, category, settings)
     try:
-        if token:
-            check_prompts(base.pipeline, list(dict.fromkeys(prompts)), token)
+        ids = {token: base.add_token(token, words) for token, words in tokens.items()}
+        if tokens:
+            check_prompts(base.pipeline, list(dict.fromkeys(prompts)), tokens)
         with (
             enough_memory(base.device, _doing(base, settings), _advice(gradient_checkpointing)),
-            _trained_parameters(base, customizer, token_id, settings.seed) as parameters,
+            _trained_parameters(base, customizer, ids, settings.seed) as parameters,
             _checkpointed(base, gradient_checkpointing),
         ):
-            exemplar_set, prior_set = _encode(
-                base, exemplars, prompts, settings, regularization, TOKEN_KEY in parameters, report
-            )
+            trains_token = any(key in parameters for key in token_keys(tokens).values())
+            exemplar_set, prior_set = _encode(base, exemplars, prompts, settings, regularization, trains_token, report)
             optimizer = new_optimizer(parameters, settings.lr)
             run = Run(
                 base=base,
                 settings=settings,
                 method=method,
-                token=token,
+                tokens=tuple(tokens),
                 prompts=tuple(prompts),
                 prior_prompts=tuple(regularization.prompts) if regularization else (),
                 n_views=exemplar_set.latents.n_views,
@@ -159,10 +163,25 @@ def customize(
             delta = {name: weight.cpu() for name, weight in copies(parameters).items()}
     finally:
         base.restore()
-    apply_delta(base, delta, token, like, method)
+    apply_delta(base, delta, tokens, method)
     last = losses[-max(1, len(losses) // 10) :]
     figures = {"customize_seconds": time.monotonic() - started, "loss": sum(last) / len(last), "losses": losses}
     return delta, figures
+
+
+def _start_words(
+    token: str | Sequence[str] | None, category: str | Sequence[str], settings: CustomizeSettings
+) -> dict[str, str]:
+    """The words that each token starts from, by token."""
+    tokens = [token] if isinstance(token, str) else list(token or ())
+    categories = [category] * len(tokens) if isinstance(category, str) else category
+    return {name: settings.like(words) for name, words in zip(tokens, categories, strict=True)}
+
+
+def token_keys(tokens: Iterable[str]) -> dict[str, str]:
+    """The name in the delta of each token's embedding, by token."""
+    names = list(tokens)
+    return {name: TOKEN_KEY if len(names) == 1 else f"{TOKEN_KEY}.{name}" for name in names}
 
 
 def _encode(
@@ -234,38 +253,42 @@ def _checkpointed(base: BaseModel, enabled: bool) -> Iterator[None]:
 
 @contextmanager
 def _trained_parameters(
-    base: BaseModel, customizer: Customizer, token_id: int | None, seed: int
+    base: BaseModel, customizer: Customizer, token_ids: Mapping[str, int], seed: int
 ) -> Iterator[dict[str, torch.Tensor]]:
     """All that the method trains, by name in the delta, used by the base model inside the block.
 
-    raises: InvalidValue if that is nothing
+    token_ids: by token
+    raises:    InvalidValue if nothing is trained
     """
-    trains_token = customizer.trains_token and token_id is not None
+    trained_ids = token_ids if customizer.trains_token else {}
     with _attached(customizer, base, seed) as weights:
         parameters = {f"unet.{name}": weight for name, weight in weights.items()}
-        if not trains_token and not parameters:
+        if not trained_ids and not parameters:
             raise InvalidValue(
                 f"method {customizer.name!r} trains a token alone, and there is none; choose another method"
             )
-        if token_id is None or not trains_token:
-            yield parameters
-            return
-        with _trained_embedding(base, token_id) as embedding:
-            yield {TOKEN_KEY: embedding, **parameters}
+        with ExitStack() as hooked:
+            keys = token_keys(trained_ids)
+            embeddings = {
+                keys[token]: hooked.enter_context(_trained_embedding(base, number))
+                for token, number in trained_ids.items()
+            }
+            yield embeddings | parameters
 
 
 @contextmanager
 def trained_model(
-    base: BaseModel, delta: Delta, token: str | None, like: str, method: str
+    base: BaseModel, delta: Delta, tokens: Mapping[str, str], method: str
 ) -> Iterator[dict[str, torch.Tensor]]:
     """All that the method trained, by name in the delta, as it was after training; the base model uses it inside the block.
 
     It can be differentiated. The base model must be a fresh one, and is left fresh.
+    tokens: as in `apply_delta`
     raises: InvalidValue if the delta was made for another architecture or is not of this method
     """
-    token_id = base.add_token(token, like) if token else None
     try:
-        with _trained_parameters(base, load_customizer(method), token_id, seed=0) as parameters:
+        ids = {token: base.add_token(token, words) for token, words in tokens.items()}
+        with _trained_parameters(base, load_customizer(method), ids, seed=0) as parameters:
             shapes = {name: weight.shape for name, weight in parameters.items()}
             if shapes != {name: value.shape for name, value in delta.items()}:
                 raise _does_not_fit(base)
@@ -320,9 +343,10 @@ def _attached(customizer: Customizer, base: BaseModel, seed: int) -> Iterator[di
         customizer.detach(unet)
 
 
-def save_delta(delta: Delta, path: Path, token: str | None, base_hash: str, method: str = DEFAULT_METHOD) -> None:
+def save_delta(delta: Delta, path: Path, tokens: Collection[str], base_hash: str, method: str = DEFAULT_METHOD) -> None:
     """Write the delta as safetensors; the file's metadata says what it belongs to."""
-    belongs_to = {"method": method, "token": token, "base_model_hash": base_hash}
+    named = {"tokens": list(tokens)} if len(tokens) > 1 else {"token": next(iter(tokens), None)}
+    belongs_to = {"method": method, **named, "base_model_hash": base_hash}
     # A single entry: safetensors writes several in any order, so that equal weights would have different hashes.
     save_file(delta, path, metadata={"attrdb": json.dumps(belongs_to)})
 
@@ -340,30 +364,30 @@ def load_delta(path: Path, method: str = DEFAULT_METHOD) -> Delta:
     return delta
 
 
-def apply_delta(base: BaseModel, delta: Delta, token: str | None, like: str, method: str = DEFAULT_METHOD) -> None:
+def apply_delta(base: BaseModel, delta: Delta, tokens: Mapping[str, str], method: str = DEFAULT_METHOD) -> None:
     """Turn a fresh base model into the customized one; `base.restore()` undoes it.
 
-    like:   words that the new token starts from, see `CustomizeSettings.like`; methods that train no token leave it there
-    raises: InvalidValue if the delta was made for another architecture or is not of this method
+    tokens: words that each new token starts from, see `CustomizeSettings.like`; methods that train no token leave it there
+    raises: InvalidValue if the delta was made for another architecture, has other tokens or is not of this method
     """
     customizer = load_customizer(method)
+    keys = token_keys(tokens if customizer.trains_token else ())
     weights = dict(base.pipeline.unet.named_parameters())
-    unet_delta = {name.removeprefix("unet."): value for name, value in delta.items() if name != TOKEN_KEY}
-    table = base.pipeline.text_encoder.get_input_embeddings().weight
+    unet_delta = {name.removeprefix("unet."): value for name, value in delta.items() if name not in keys.values()}
+    width = base.pipeline.text_encoder.get_input_embeddings().weight.shape[1:]
     try:
         values = customizer.changed(base.pipeline.unet, unet_delta)
         fits = all(values[name].shape == weights[name].shape for name in values)
-        if customizer.trains_token and token:
-            fits = fits and delta[TOKEN_KEY].shape == table.shape[1:]
+        fits = fits and all(delta[key].shape == width for key in keys.values())
     except (KeyError, RuntimeError):
         fits = False
     if not fits:
         raise _does_not_fit(base)
     base.replace(values)
-    if token:
-        token_id = base.add_token(token, like)
-        if TOKEN_KEY in delta:
-            base.pipeline.text_encoder.get_input_embeddings().weight.data[token_id] = delta[TOKEN_KEY].to(base.device)
+    for token, words in tokens.items():
+        token_id = base.add_token(token, words)
+        if token in keys:
+            base.pipeline.text_encoder.get_input_embeddings().weight.data[token_id] = delta[keys[token]].to(base.device)
 
 
 def _does_not_fit(base: BaseModel) -> InvalidValue:

@@ -24,9 +24,9 @@ class Run:
     """One customization. `weights`, `gradients` and `moments` may be called at any time and return copies.
 
     base:          the model in training. Hooks on `base.pipeline.unet` see every forward and backward pass. The text encoder
-                   knows the new token as it is now, so that `encode_prompts` returns the prompt states of this step.
+                   knows the new tokens as they are now, so that `encode_prompts` returns the prompt states of this step.
     method:        name of the customization method
-    token:         the new token, None if there is none
+    tokens:        the new tokens, one per concept; empty if there are none
     prompts:       the prompt of each exemplar
     prior_prompts: the prompt of each regularization image, empty if there are none
     n_views:       number of augmented views of each exemplar, see `views.VIEWS`; a regularization image has one
@@ -36,7 +36,7 @@ class Run:
     base: BaseModel
     settings: CustomizeSettings
     method: str
-    token: str | None
+    tokens: tuple[str, ...]
     prompts: tuple[str, ...]
     prior_prompts: tuple[str, ...]
     n_views: int

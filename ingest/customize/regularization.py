@@ -14,7 +14,9 @@ import hashlib
 import random
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from itertools import islice
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -33,9 +35,6 @@ from attrdb.search.exact import top_k
 from attrdb.store.predicates import among, literal
 from attrdb.store.schema import encoder_id_of
 
-if TYPE_CHECKING:
-    pass
-
 CANDIDATES = "role = 'pretraining' AND image IS NOT NULL"
 
 
@@ -45,20 +44,25 @@ def choose_names(
     category: str,
     settings: CustomizeSettings,
     encoders: Sequence[Encoder],
+    *,
+    near: Sequence[Picture] | None = None,
+    taken: Sequence[str] = (),
 ) -> list[str]:
     """The ids of `settings.prior_images` images of the corpus, none of them an exemplar.
 
+    near:   whose mean feature they are to be near to, by default all exemplars
+    taken:  ids of images that are not chosen
     raises: InvalidValue if there are fewer
     """
     own = ", ".join(literal(picture.sha256) for picture in exemplars)
-    others = f"{CANDIDATES} AND (sha256 IS NULL OR sha256 NOT IN ({own}))"
+    apart = f"(sha256 IS NULL OR sha256 NOT IN ({own}))" + (f" AND NOT ({among('image_id', taken)})" if taken else "")
     n = settings.prior_images
     if settings.prior == "caption":
         words = re.findall(r"\w+", category.lower())
         asked = {"words": words, "seed": f"/{settings.seed}", "n": n}
         found = db.sql(
             "SELECT image_id FROM pretraining_images WHERE image IS NOT NULL AND prompt IS NOT NULL "
-            f"AND (sha256 IS NULL OR sha256 NOT IN ({own})) "
+            f"AND {apart} "
             r"AND list_has_all(regexp_extract_all(lower(prompt), '[\p{L}\p{N}_]+'), $words::VARCHAR[]) "
             "ORDER BY md5(image_id || $seed), image_id LIMIT $n",
             asked,
@@ -66,8 +70,8 @@ def choose_names(
         what = f"with {' and '.join(map(repr, words))} in their captions"
     else:
         encoder = _first_encoder(db, encoders)
-        mean = encode(encoder, [picture.image for picture in exemplars]).mean(axis=0)
-        gallery = db.features(encoder_id_of(encoder.spec), others)
+        mean = encode(encoder, [picture.image for picture in near or exemplars]).mean(axis=0)
+        gallery = db.features(encoder_id_of(encoder.spec), f"{CANDIDATES} AND {apart}")
         found = top_k(gallery, (mean / np.linalg.norm(mean)).astype(np.float32)[None], n).ids[0].tolist()
         what = f"with a feature of {encoder.spec}"
     if len(found) < n:
@@ -85,6 +89,52 @@ def _first_encoder(db: Database, encoders: Sequence[Encoder]) -> Encoder:
         if encoder_id_of(encoder.spec) == encoder_id:
             return encoder
     return load_encoder(db.encoders[encoder_id]["spec"])
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What a part of the regularization images are to be like: a concept with its exemplars.
+
+    prompt: of images without a caption
+    """
+
+    category: str
+    exemplars: Sequence[Picture]
+    prompt: str
+
+
+def choose_for_each(
+    db: Database, subjects: Sequence[Subject], settings: CustomizeSettings, encoders: Sequence[Encoder]
+) -> list[str]:
+    """As `choose_names`: for each subject its share of the images, in the order of the subjects, each image once."""
+    exemplars = [picture for subject in subjects for picture in subject.exemplars]
+    names: list[str] = []
+    for subject, n in zip(subjects, shares(settings.prior_images, len(subjects)), strict=True):
+        if n:
+            wanted = replace(settings, prior_images=n)
+            names += choose_names(
+                db, exemplars, subject.category, wanted, encoders, near=subject.exemplars, taken=names
+            )
+    return names
+
+
+def read_for_each(db: Database, subjects: Sequence[Subject], names: Sequence[str]) -> Regularization:
+    """The images of `choose_for_each`. raises: as `read_corpus`"""
+    rest = iter(names)
+    parts = [
+        read_corpus(db, list(islice(rest, n)), subject.prompt)
+        for subject, n in zip(subjects, shares(len(names), len(subjects)), strict=True)
+        if n
+    ]
+    images, prompts, ids = (
+        [value for part in parts for value in getattr(part, name)] for name in ("images", "prompts", "names")
+    )
+    return Regularization(images, prompts, ids)
+
+
+def shares(n: int, n_parts: int) -> list[int]:
+    """n divided into parts that differ by one at most, the larger ones first."""
+    return [n // n_parts + (number < n % n_parts) for number in range(n_parts)]
 
 
 def read_corpus(db: Database, names: Sequence[str], prompt: str) -> Regularization:

@@ -17,8 +17,9 @@ from attrdb.database import Database
 from attrdb.errors import InvalidValue, NotFound
 from attrdb.ingest.customize.augmentation import encode_views
 from attrdb.ingest.customize.base_model import BaseModel, base_model_folder, is_made_from
-from attrdb.ingest.customize.customize import TOKEN_KEY, Delta, encode_prompts, load_delta, token_ids, trained_model
+from attrdb.ingest.customize.customize import Delta, encode_prompts, load_delta, token_ids, token_keys, trained_model
 from attrdb.ingest.devices import enough_memory
+from attrdb.ingest.models.stages import record_tokens
 from attrdb.store.ids import stored_file
 from attrdb.store.predicates import among
 from attrdb.store.schema import Row
@@ -46,9 +47,11 @@ class Draws:
 class ModelGradients:
     """A customized model whose trained weights can be differentiated; made by `opened`."""
 
-    def __init__(self, base: BaseModel, parameters: dict[str, torch.Tensor], draws: Draws):
+    def __init__(self, base: BaseModel, parameters: dict[str, torch.Tensor], tokens: Sequence[str], draws: Draws):
         self.base, self.draws = base, draws
-        self.parameters = {name: weight for name, weight in parameters.items() if name != TOKEN_KEY} or parameters
+        keys = token_keys(tokens).values()
+        self.parameters = {name: weight for name, weight in parameters.items() if name not in keys} or parameters
+        self.trains_tokens = self.parameters.keys() <= set(keys)
         self.scheduler = DDPMScheduler.from_config(base.pipeline.scheduler.config)
 
     def sizes(self) -> list[int]:
@@ -67,12 +70,14 @@ class ModelGradients:
             states = self._states(prompt)
             predicted = self.base.predict(noisy, self.draws.timesteps, states)
             value = predicted.square().mean() if measured == SQUARE else F.mse_loss(predicted, self._target(latents))
-            gradients = torch.autograd.grad(value, list(self.parameters.values()))
+            gradients = torch.autograd.grad(
+                value, list(self.parameters.values()), allow_unused=True, materialize_grads=True
+            )
         return [gradient.float().flatten().cpu() for gradient in gradients]
 
     def _states(self, prompt: str) -> torch.Tensor:
         """(1, length, width), with a gradient where the token alone is trained."""
-        if TOKEN_KEY not in self.parameters:
+        if not self.trains_tokens:
             return encode_prompts(self.base, [prompt])[prompt].unsqueeze(0)
         return self.base.pipeline.text_encoder(token_ids(self.base, [prompt])).last_hidden_state
 
@@ -104,9 +109,9 @@ def opened(base: BaseModel, row: Row, delta: Delta, n_draws: int = DRAWS) -> Ite
     """A stored model on a fresh base model, which is left fresh."""
     record = json.loads(row["settings"])
     base.precision = record.get("computed_in", "float32")
-    like = record["customize"].get("token_from") or row["category"]
-    with trained_model(base, delta, row["token"], like, row["method"]) as parameters:
-        yield ModelGradients(base, parameters, Draws.of(base, n_draws))
+    tokens = record_tokens(record)
+    with trained_model(base, delta, tokens, row["method"]) as parameters:
+        yield ModelGradients(base, parameters, list(tokens), Draws.of(base, n_draws))
 
 
 def pictures(db: Database, image_ids: Sequence[str]) -> dict[str, tuple[Image.Image, str | None]]:

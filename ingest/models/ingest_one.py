@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -22,28 +22,37 @@ from attrdb.database import Database
 from attrdb.errors import InvalidValue, NotFound
 from attrdb.ingest.customize.base_model import BaseModel, base_model_folder, is_made_from, load_base_model, weights_hash
 from attrdb.ingest.customize.customize import Regularization, apply_delta, check_prompts, load_delta
-from attrdb.ingest.customize.regularization import choose_names, generate, read_corpus
+from attrdb.ingest.customize.regularization import (
+    Subject,
+    choose_for_each,
+    choose_names,
+    generate,
+    read_corpus,
+    read_for_each,
+)
 from attrdb.ingest.customize.synthesize import SamplePlan, plan_samples, synthesize, use_fast_solver
 from attrdb.ingest.devices import resolved_precision
 from attrdb.ingest.encode import Encoder
-from attrdb.ingest.models.settings import Exemplar, captions, check_model, prompts_of
+from attrdb.ingest.models.exemplars import Exemplar
+from attrdb.ingest.models.settings import captions, check_model, prompts_of
 from attrdb.ingest.models.stages import (
     SampleBatch,
     check_same,
     customize_stage,
     leased_job,
     open_job,
-    record_token,
+    record_tokens,
     sample_stage,
     settings_hash,
 )
 from attrdb.ingest.monitor.files import read_rows
-from attrdb.ingest.monitor.monitor import Monitor, Names
+from attrdb.ingest.monitor.monitor import Monitor, Monitored, Names
 from attrdb.ingest.options import ModelSettings, SynthesizeSettings
 from attrdb.ingest.prompts import TOKEN, Prompt, train_prompt
 from attrdb.ingest.read.corpus import image_rows, register
 from attrdb.progress import Progress, no_progress
 from attrdb.store.blocklist import blocklist
+from attrdb.store.concepts import concept_id
 from attrdb.store.ids import stored_file, weights_file
 from attrdb.store.job_folders import JobFolder, model_job
 from attrdb.store.leases import LEASE_MINUTES
@@ -129,19 +138,13 @@ def _run_stages(
         folder.write_settings(record)
         return images
 
-    def monitored() -> tuple[Monitor, Names] | None:
-        if settings.monitor == "off":
-            return None
-        ids = [f"{model_id}/{exemplar.picture.sha256[:16]}" for exemplar in exemplars]
-        token = record_token(record)
-        concepts = [f"{model_id}/{token}" if token else None]
-        return Monitor(settings.monitor), Names(model_id, ids, record.get("regularization", ()), concepts)
+    if tokens := record_tokens(record):
+        _check_prompts(base, record["prompts"], tokens)
 
-    figures = customize_stage(
-        base, job, weights, images, settings.category, settings.customize, record, regularization, monitored, report
-    )
-    if token := record_token(record):
-        check_prompts(base.pipeline, record["prompts"], token)
+    def monitored() -> Monitored | None:
+        return None if settings.monitor == "off" else _monitored(model_id, settings.monitor, record)
+
+    figures = customize_stage(base, job, weights, images, settings.customize, record, regularization, monitored, report)
     use_fast_solver(base)
     batches = plan_samples(model_id, prompts, settings.synthesize)
     samples = sample_stage(base, job, batches, settings.synthesize, encoders, report)
@@ -150,10 +153,31 @@ def _run_stages(
     plans = [plan for batch in batches for plan in batch]
     rows = _image_rows(model_id, settings, exemplars, plans, samples, encoders)
     figures |= {"n_exemplars": len(exemplars), "n_samples": len(plans)}
-    appended = db.writer.append_model(rows, _model_row(model_id, settings, record, weights, figures), read_rows(job))
+    model = _model_row(model_id, settings, record, weights, figures)
+    appended = db.writer.append_model(rows, model, _concept_rows(model_id, record), read_rows(job))
     folder.remove()
     report("encode", 1, 1)
     return ModelResult(model_id, len(exemplars), len(plans), True, appended.version)
+
+
+def _check_prompts(base: BaseModel, prompts: Sequence[str], tokens: Mapping[str, str]) -> None:
+    """Check the prompts of samples with a fresh base model, which is left fresh. raises: as `check_prompts`"""
+    try:
+        for token, words in tokens.items():
+            base.add_token(token, words)
+        check_prompts(base.pipeline, prompts, tokens)
+    finally:
+        base.restore()
+
+
+def _monitored(model_id: str, level: str, record: dict) -> Monitored:
+    """What observes the training of a model, and what its rows are about."""
+    of_concepts = [[concept["train_prompt"]] for concept in record.get("concepts", ())]
+    concepts: list[str | None] = [concept_id(model_id, token) for token in record_tokens(record)]
+    ids = [f"{model_id}/{sha256[:16]}" for sha256 in record["exemplars"]]
+    return Monitor(level, of_concepts or None), Names(
+        model_id, ids, record.get("regularization", ()), concepts or [None]
+    )
 
 
 def _regularization(
@@ -165,15 +189,32 @@ def _regularization(
     record: dict,
     report: Progress,
 ) -> Regularization:
-    """The regularization images; those of an interrupted run if it has recorded any."""
-    plain = [" ".join(text.replace(TOKEN, "").split()) for text in record.get("captions") or [record["train_prompt"]]]
+    """The regularization images; those of an interrupted run if it has recorded any. Several concepts share their number."""
+    plain = _plain_prompts(record)
     if settings.customize.prior == "generated":
         return generate(base, plain, settings.customize, settings.synthesize, report)
     names = record.get("regularization")
+    if settings.concepts:
+        subjects = [
+            Subject(concept.category, [each.picture for each in exemplars if each.token == concept.token], prompt)
+            for concept, prompt in zip(settings.concepts, plain, strict=True)
+        ]
+        names = choose_for_each(db, subjects, settings.customize, encoders) if names is None else names
+        return read_for_each(db, subjects, names)
     if names is None:
         pictures = [exemplar.picture for exemplar in exemplars]
         names = choose_names(db, pictures, settings.category, settings.customize, encoders)
     return read_corpus(db, names, plain[0])
+
+
+def _plain_prompts(record: dict) -> list[str]:
+    """The training prompts without modifier tokens: that of the model, of each concept or of each exemplar."""
+    prompts = [concept["train_prompt"] for concept in record.get("concepts", ())]
+    prompts = prompts or record.get("captions") or [record["train_prompt"]]
+    tokens = list(record_tokens(record)) or [TOKEN]
+    for token in tokens:
+        prompts = [prompt.replace(token, "") for prompt in prompts]
+    return [" ".join(prompt.split()) for prompt in prompts]
 
 
 def regenerate(
@@ -218,8 +259,7 @@ def regenerate(
     encoded: dict[str, Any] = {}
     base.precision = record.get("computed_in", "float32")
     try:
-        like = record["customize"].get("token_from") or row["category"]
-        apply_delta(base, delta, row["token"], like, row["method"])
+        apply_delta(base, delta, record_tokens(record), row["method"])
         use_fast_solver(base)
         for batch in batches:
             if wanted.isdisjoint(plan.image_id for plan in batch):
@@ -282,6 +322,11 @@ def _record(settings: ModelSettings, exemplars: Sequence[Exemplar], prompts: lis
         "prompts": [prompt.text for prompt in prompts],
         "computed_in": resolved_precision(settings.precision),
     }
+    if settings.concepts:
+        for concept in record["concepts"]:
+            concept["train_prompt"] = train_prompt(concept["kind"], concept["category"], concept["token"])
+        return record | {"exemplar_tokens": [exemplar.token for exemplar in exemplars]}
+    del record["concepts"]
     if settings.kind == "mixed":
         return record | {"captions": captions(exemplars)}
     return record | {"train_prompt": train_prompt(settings.kind, settings.category)}
@@ -296,11 +341,16 @@ def _image_rows(
     encoders: Sequence[Encoder],
 ) -> pa.Table:
     shared = {"model_id": model_id, "split": settings.split, "category": settings.category}
+    concepts = {
+        concept.token: {"category": concept.category, "concept_id": concept_id(model_id, concept.token)}
+        for concept in settings.concepts
+    }
     exemplar_fields = [
         {
             **shared,
             "image_id": f"{model_id}/{exemplar.picture.sha256[:16]}",
             "role": "exemplar",
+            **(concepts[exemplar.token] if exemplar.token else {}),
             **exemplar.fields,
         }
         for exemplar in exemplars
@@ -327,6 +377,14 @@ def _image_rows(
     )
 
 
+def _concept_rows(model_id: str, record: dict) -> list[dict]:
+    """The rows in `concepts` of a model of several; of any other there is no list of them."""
+    return [
+        {"concept_id": concept_id(model_id, concept["token"]), "model_id": model_id, **concept}
+        for concept in record.get("concepts", ())
+    ]
+
+
 def _model_row(model_id: str, settings: ModelSettings, record: dict, weights: Path, figures: dict) -> dict:
     return {
         "model_id": model_id,
@@ -337,7 +395,7 @@ def _model_row(model_id: str, settings: ModelSettings, record: dict, weights: Pa
         "category": settings.category,
         "split": settings.split,
         "train_prompt": record["train_prompt"],
-        "token": record_token(record),
+        "token": None if settings.concepts else next(iter(record_tokens(record)), None),
         "settings": json.dumps(record, sort_keys=True),
         "settings_hash": settings_hash(record),
         "weights_path": f"weights/{weights.name}",

@@ -5,14 +5,17 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import fields
 from pathlib import Path
 
 from attrdb.errors import InvalidValue, NotFound
 from attrdb.ingest.customize.base_model import base_model_folder, read_profile
 from attrdb.ingest.customize.customizers import DEFAULT_METHOD, load_customizer
+from attrdb.ingest.models.concepts import check_category, check_concepts, joined_categories
+from attrdb.ingest.models.exemplars import Exemplar
 from attrdb.ingest.options import (
     PROFILES,
+    Concept,
     CustomizeSettings,
     ModelSettings,
     SynthesizeSettings,
@@ -20,61 +23,34 @@ from attrdb.ingest.options import (
     one_of,
     options_of,
 )
-from attrdb.ingest.prompts import BANKS, TOKEN, Prompt, choose_prompts, paper_counts
-from attrdb.ingest.read.formats import READ
-from attrdb.ingest.read.pictures import Picture, read_picture_file
-from attrdb.ingest.read.text import MAX_TEXT, read_text
-from attrdb.ingest.read.walk import Skipped, caption_beside, picture_files
+from attrdb.ingest.prompts import BANKS, TOKEN, Prompt, choose_concept_prompts, choose_prompts, paper_counts
+from attrdb.ingest.read.text import read_text
 from attrdb.store.ids import LONGEST, check_id
-
-
-@dataclass(frozen=True)
-class Exemplar:
-    picture: Picture
-    fields: dict = field(default_factory=dict)  # source, creator, license, uri, prompt ... where known
-
-
-def read_exemplars(folder: Path, skipped: Skipped | None = None) -> list[Exemplar]:
-    """The images of a folder, in the order of their names; a `.txt` of the same name is the caption.
-
-    skipped: what of the folder is not read is added
-    raises:  NotFound if there is no such folder, InvalidValue if it has no image, or one that cannot be used
-    """
-    skipped = Skipped() if skipped is None else skipped
-    files = list(picture_files(folder, skipped))
-    if not files:
-        aside = f". Not read: {'; '.join(skipped.lines())}" if skipped.counts else ""
-        raise InvalidValue(f"exemplar folder {folder} has no image; put {READ} files into it{aside}")
-    return [_exemplar(file.path, file.caption, folder.name) for file in files]
-
-
-def read_exemplar(path: Path, source: str) -> Exemplar:
-    """raises: InvalidValue for an image, or a caption beside it, that cannot be used"""
-    return _exemplar(path, caption_beside(path), source)
-
-
-def _exemplar(path: Path, caption: Path | None, source: str) -> Exemplar:
-    fields = {"source": source, "uri": path.resolve().as_uri()}
-    if caption and (text := " ".join(read_text(caption, MAX_TEXT).split())):
-        fields["prompt"] = text
-    return Exemplar(read_picture_file(path), fields)
 
 
 def settings_for(
     base_model: str,
-    kind: str,
-    category: str,
+    kind: str | None,
+    category: str | None,
     options: dict | None = None,
     split: str | None = None,
     profile: str | None = None,
+    concepts: Sequence[Concept] = (),
 ) -> ModelSettings:
     """Settings from options, over the base model's own profile, over the method's and attrdb's defaults.
 
-    options: settings by name; None means the default
-    profile: 'paper' for the numbers of prompts and samples of the paper's Table 1, before those of the base model's profile
+    kind:     of the model; None: `concepts`, if there are any
+    category: of the model; None: those of the concepts
+    options:  settings by name; None means the default
+    profile:  'paper' for the numbers of prompts and samples of the paper's Table 1, before those of the base model's profile
+    concepts: of a model of several
     steps and lr of the base model's profile are for the default method; those of another method are under "methods" there.
     raises: InvalidValue for an unknown kind, method or setting, NotFound or InvalidValue for the base model or the prompts
     """
+    if concepts:
+        kind, category = kind or "concepts", category or joined_categories(concepts)
+    if kind is None or category is None:
+        raise InvalidValue(f"{'kind' if kind is None else 'category'} is missing; give exemplars, kind and category")
     if profile not in (None, *PROFILES):
         raise InvalidValue(f"profile is {profile!r}; it must be {one_of(PROFILES)}")
     chosen = {name: value for name, value in (options or {}).items() if value is not None}
@@ -91,7 +67,7 @@ def settings_for(
 
     # A folder is stored with its whole path, so that it is found from any other folder; a link keeps its name.
     path = str(Path(base_model).absolute()) if Path(base_model).is_dir() else base_model
-    named = {"kind": kind, "category": category, "base_model": path, "split": split}
+    named = {"kind": kind, "category": category, "base_model": path, "split": split, "concepts": tuple(concepts)}
     settings = ModelSettings(
         **values_of(ModelSettings) | named,
         customize=CustomizeSettings(**values_of(CustomizeSettings)),
@@ -115,11 +91,15 @@ def _with_profile(base_model: str, options: dict) -> dict:
 def _check(settings: ModelSettings) -> None:
     """raises: InvalidValue or NotFound for settings that cannot be used, before any picture is read or weights are loaded"""
     check_options(settings)
-    if not settings.category.strip() or TOKEN in settings.category:
-        raise InvalidValue(
-            f"category is {settings.category!r}; it must say what is shown, without the modifier token {TOKEN}"
-        )
-    if TOKEN in settings.customize.token_from:
+    tokens = [concept.token for concept in settings.concepts] or [TOKEN]
+    if settings.concepts or settings.kind == "concepts":
+        check_concepts(settings.concepts)
+        if settings.kind != "concepts":
+            raise InvalidValue(
+                f"kind is {settings.kind!r}, and there are concepts; leave kind out, each concept has its own"
+            )
+    check_category(settings.category, tokens)
+    if any(token in settings.customize.token_from for token in tokens):
         raise InvalidValue(
             f"token_from is {settings.customize.token_from!r}; it must be words that the base model knows"
         )
@@ -141,6 +121,14 @@ def prompts_of(settings: ModelSettings, exemplars: Sequence[Exemplar]) -> list[P
         if settings.prompts in BANKS:
             return [Prompt(n, "caption", text) for n, text in enumerate(dict.fromkeys(captions(exemplars)))]
         return _plain_prompts(Path(settings.prompts))
+    if settings.kind == "concepts":
+        return choose_concept_prompts(
+            settings.concepts,
+            settings.prompts,
+            settings.prompts_per_scheme,
+            settings.synthesize.seed,
+            settings.split,
+        )
     return choose_prompts(
         settings.kind,
         settings.category,
@@ -194,16 +182,30 @@ def default_model_id(settings: ModelSettings, exemplars: Sequence[Exemplar]) -> 
 def check_model(settings: ModelSettings, exemplars: Sequence[Exemplar], model_id: str | None) -> str:
     """The model's id; None: one made from the category and the exemplars.
 
-    raises: InvalidValue for an unusable id, no exemplar, the same exemplar twice, or kind `mixed` without captions
+    raises: InvalidValue for an unusable id, no exemplar, the same exemplar twice, kind `mixed` without captions, or a concept
+            without exemplars
     """
     if not exemplars:
         raise InvalidValue("a model needs at least one exemplar")
     model_id = default_model_id(settings, exemplars) if model_id is None else model_id
     check_id("model", model_id)
-    first_of: dict[str, str] = {}
-    for picture in (exemplar.picture for exemplar in exemplars):
-        if first_of.setdefault(picture.sha256, picture.name) != picture.name:
-            raise InvalidValue(f"exemplars {first_of[picture.sha256]} and {picture.name} are the same file; keep one")
+    first_of: dict[str, Exemplar] = {}
+    for exemplar in exemplars:
+        first = first_of.setdefault(exemplar.picture.sha256, exemplar)
+        names = f"{first.picture.name} and {exemplar.picture.name}"
+        if first.token != exemplar.token:
+            raise InvalidValue(
+                f"exemplars {names} of concepts {first.token} and {exemplar.token} are the same image; keep one of them"
+            )
+        if first.picture.name != exemplar.picture.name:
+            raise InvalidValue(f"exemplars {names} are the same file; keep one")
     if settings.kind == "mixed":
         captions(exemplars)
+    if settings.concepts:
+        tokens = [exemplar.token for exemplar in exemplars]
+        for concept in settings.concepts:
+            if concept.token not in tokens:
+                raise InvalidValue(f"concept {concept.token} has no exemplar; give it one or more images")
+        if strange := [token for token in tokens if token not in {concept.token for concept in settings.concepts}]:
+            raise InvalidValue(f"an exemplar is of concept {strange[0]}, and the model has none of that token")
     return model_id

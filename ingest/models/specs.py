@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -10,15 +9,26 @@ from pathlib import Path
 from typing import Any
 
 from attrdb.errors import AttrdbError, InvalidValue, NotFound
-from attrdb.ingest.models.settings import Exemplar, check_model, read_exemplar, read_exemplars, settings_for
-from attrdb.ingest.options import MODEL_OPTIONS, ModelSettings
+from attrdb.ingest.models.concepts import (
+    ConceptSources,
+    check_keys,
+    check_required,
+    parse_concepts,
+    read_exemplars_of,
+    source_in,
+)
+from attrdb.ingest.models.exemplars import Exemplar, ExemplarSource, read_source
+from attrdb.ingest.models.settings import check_model, settings_for
+from attrdb.ingest.options import MODEL_OPTIONS, Concept, ModelSettings
 from attrdb.ingest.prompts import BANKS
 
 SHOWN_LINES = 20  # bad lines that an error lists
 
 KEYS = {option.name: option for option in MODEL_OPTIONS}
 # Arguments of `settings_for` and `check_model`, or paths; the other keys are settings that have defaults.
-NOT_SETTINGS = {"exemplars", "category", "kind", "base_model", "model_id", "split", "profile"}
+NOT_SETTINGS = {"exemplars", "concepts", "category", "kind", "base_model", "model_id", "split", "profile"}
+
+Hashes = list[tuple[str | None, str]]  # concept and sha256 of each exemplar
 
 
 @dataclass(frozen=True)
@@ -26,14 +36,12 @@ class ModelSpec:
     """A model to be made: a line of the file, checked, with its settings complete."""
 
     model_id: str
-    exemplars: Path | tuple[Path, ...]  # a folder, or files
+    exemplars: ExemplarSource | ConceptSources
     settings: ModelSettings
 
     def read_exemplars(self) -> list[Exemplar]:
         """raises: NotFound or InvalidValue for a folder or a file that is gone or cannot be used"""
-        if isinstance(self.exemplars, Path):
-            return read_exemplars(self.exemplars)
-        return [read_exemplar(path, path.parent.name) for path in self.exemplars]
+        return read_exemplars_of(self.exemplars) if isinstance(self.exemplars, dict) else read_source(self.exemplars)
 
 
 def read_specs(path: Path, base_model: str | None = None) -> list[ModelSpec]:
@@ -69,9 +77,9 @@ class _Specs:
 
     def __init__(self) -> None:
         self.by_id: dict[str, ModelSpec] = {}
-        self._lines: dict[str, tuple[int, list[str]]] = {}
+        self._lines: dict[str, tuple[int, Hashes]] = {}
 
-    def add(self, line: int, spec: ModelSpec, hashes: list[str]) -> None:
+    def add(self, line: int, spec: ModelSpec, hashes: Hashes) -> None:
         """raises: InvalidValue if an earlier line makes another model with the same id"""
         first = self.by_id.setdefault(spec.model_id, spec)
         first_line, first_hashes = self._lines.setdefault(spec.model_id, (line, hashes))
@@ -94,28 +102,30 @@ def _listed(problems: Sequence[str]) -> str:
     return "".join(f"\n  {line}" for line in lines)
 
 
-def _read_line(line: bytes, folder: Path, base_model: str | None) -> tuple[ModelSpec, list[str]]:
+def _read_line(line: bytes, folder: Path, base_model: str | None) -> tuple[ModelSpec, Hashes]:
     """A line's spec and the hashes of its exemplars."""
     values = _parse(line)
-    exemplars: Path | tuple[Path, ...]
-    if isinstance(values["exemplars"], list):
-        exemplars = tuple(folder / name for name in values["exemplars"])
+    concepts: tuple[Concept, ...] = ()
+    exemplars: ExemplarSource | ConceptSources
+    if "concepts" in values:
+        concepts, exemplars = parse_concepts(values["concepts"], folder)
     else:
-        exemplars = folder / values["exemplars"]
+        exemplars = source_in(values["exemplars"], folder)
     options = {name: value for name, value in values.items() if name not in NOT_SETTINGS}
     if options.get("prompts", BANKS[0]) not in BANKS:
         options["prompts"] = str(folder / options["prompts"])
     settings = settings_for(
         _base_model_of(values, folder, base_model),
-        values["kind"],
-        values["category"],
+        values.get("kind"),
+        values.get("category"),
         options,
         values.get("split"),
         values.get("profile"),
+        concepts,
     )
     images = ModelSpec("", exemplars, settings).read_exemplars()
     model_id = check_model(settings, images, values.get("model_id"))
-    return ModelSpec(model_id, exemplars, settings), [exemplar.picture.sha256 for exemplar in images]
+    return ModelSpec(model_id, exemplars, settings), [(exemplar.token, exemplar.picture.sha256) for exemplar in images]
 
 
 def _base_model_of(values: dict[str, Any], folder: Path, base_model: str | None) -> str:
@@ -134,21 +144,6 @@ def _parse(line: bytes) -> dict[str, Any]:
         raise InvalidValue(f"not JSON: {error}") from error
     if not isinstance(values, dict):
         raise InvalidValue(f"must be a JSON object, found {type(values).__name__}")
-    for name in values.keys() - KEYS.keys():
-        [nearest] = difflib.get_close_matches(name, KEYS, n=1, cutoff=0)
-        raise InvalidValue(f"unknown key {name!r}; nearest is {nearest!r}")
-    for name, option in KEYS.items():
-        if name in values:
-            _check_value(name, values[name])
-        elif option.required and name != "base_model":  # the command may name one for all lines
-            raise InvalidValue(f"key {name!r} is missing")
+    check_keys(values, KEYS, given_elsewhere=["base_model"])  # the command may name one for all lines
+    check_required(values, lambda name: f"key {name!r}")
     return values
-
-
-def _check_value(name: str, value: Any) -> None:
-    if name != "exemplars":
-        KEYS[name].check(value, json.dumps(value))
-    elif not isinstance(value, str):
-        distinct_names = isinstance(value, list) and all(isinstance(file, str) for file in value)
-        if not distinct_names or not value or len(set(value)) < len(value):
-            raise InvalidValue(f"exemplars must be a folder, or a list of image files, each once; found {value}")

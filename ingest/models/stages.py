@@ -39,7 +39,7 @@ from attrdb.ingest.devices import is_cpu
 from attrdb.ingest.encode import Encoder, encode
 from attrdb.ingest.encode.stream import ahead
 from attrdb.ingest.monitor import files as monitor_files
-from attrdb.ingest.monitor.monitor import Monitor, Names
+from attrdb.ingest.monitor.monitor import Monitored
 from attrdb.ingest.options import MODEL_OPTIONS, CustomizeSettings, SynthesizeSettings
 from attrdb.ingest.prompts import TOKEN
 from attrdb.ingest.read.pictures import Picture, read_picture, webp
@@ -111,11 +111,10 @@ def customize_stage(
     job: Path,
     weights: Path,
     images: Sequence[Image.Image],
-    category: str,
     settings: CustomizeSettings,
     record: dict,
     regularization: Callable[[], Regularization | None],
-    monitored: Callable[[], tuple[Monitor, Names] | None],
+    monitored: Callable[[], Monitored | None],
     report: Progress,
 ) -> dict:
     """Turn the base model into the customized one, by training or from stored weights. Returns the training's figures.
@@ -123,13 +122,13 @@ def customize_stage(
     regularization: called only before training
     monitored:      called after it; the monitor that observes the training, if any, and what its rows are about
     """
-    figures_file, method, token = job / "figures.json", record["method"], record_token(record)
+    figures_file, method, tokens = job / "figures.json", record["method"], record_tokens(record)
     if figures_file.exists():
-        apply_delta(base, load_delta(weights, method), token, settings.like(category), method)
+        apply_delta(base, load_delta(weights, method), tokens, method)
         return json.loads(figures_file.read_text())
 
     def save(delta: Delta, path: Path) -> None:
-        write_whole(path, lambda part: save_delta(delta, part, token, record["base_model_hash"], method))
+        write_whole(path, lambda part: save_delta(delta, part, tokens, record["base_model_hash"], method))
 
     chosen = regularization()
     monitor, names = monitored() or (None, None)
@@ -137,9 +136,9 @@ def customize_stage(
         delta, figures = customize(
             base,
             images,
-            record["train_prompt"] or record["captions"],
-            token,
-            category,
+            exemplar_prompts(record),
+            list(tokens),
+            list(tokens.values()),
             settings,
             report,
             method=method,
@@ -161,9 +160,21 @@ def customize_stage(
     return figures
 
 
-def record_token(record: dict) -> str | None:
-    """The modifier token of a model; models of kind `mixed` have none."""
-    return None if record["kind"] == "mixed" else TOKEN
+def record_tokens(record: dict) -> dict[str, str]:
+    """The modifier tokens of a model, with the words that each starts from; models of kind `mixed` have none."""
+    if record["kind"] == "mixed":
+        return {}
+    categories = {concept["token"]: concept["category"] for concept in record.get("concepts", ())}
+    words = record["customize"].get("token_from")
+    return {token: words or category for token, category in (categories or {TOKEN: record["category"]}).items()}
+
+
+def exemplar_prompts(record: dict) -> str | list[str]:
+    """The prompt that all exemplars of a model are learned with, or that of each."""
+    if "concepts" in record:
+        prompts = {concept["token"]: concept["train_prompt"] for concept in record["concepts"]}
+        return [prompts[token] for token in record["exemplar_tokens"]]
+    return record["train_prompt"] or record["captions"]
 
 
 @dataclass(frozen=True)

@@ -16,13 +16,12 @@ change at icon-sd), and is no image's. What is left over, in rounding and of ima
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 
-from attrdb.ingest.customize.customize import TOKEN_KEY
 from attrdb.ingest.customize.observer import Run, Step, Tensors
 from attrdb.ingest.monitor.prompt_states import PromptStates
 from attrdb.ingest.monitor.slot_gradients import SlotGradients
@@ -82,7 +81,9 @@ class Changes:
         self.by_weights = [torch.zeros(QUARTERS, n_rows, *start.shape, device=device) for start in self.start]
         self.by_token = [torch.zeros_like(of_concept) for of_concept in self.by_weights]
         self.norms = torch.zeros(len(prompts), QUARTERS, n_rows, device=device)
-        self.token_shares = torch.eye(n_rows, device=device)[self.nobody]  # of the last step's change of the token
+        # Of the last step's change of each concept's token.
+        self.token_shares = torch.eye(n_rows, device=device)[self.nobody].repeat(len(prompts), 1)
+        self.token_of = [_token_in(of_concept, self.gradients.tokens) for of_concept in prompts]
 
     def close(self) -> None:
         self.gradients.remove()
@@ -114,9 +115,10 @@ class Changes:
             changed = torch.cat(parts, dim=-1)
             self.by_weights[concept][quarter, rows] += changed
             self.norms[concept, quarter, rows] += changed.flatten(1).norm(dim=1)
-        if self.gradients.watches_token:
+        if self.gradients.watches_tokens:
             self.token_shares.zero_()
-            self.token_shares[rows] = _shares(updates[TOKEN_KEY])
+            for concept, key in enumerate(self.token_of):
+                self.token_shares[concept, rows] = _shares(updates[key])
 
     def finish(self) -> None:
         """After the last step: book what it did to the token."""
@@ -125,9 +127,11 @@ class Changes:
     def _end_step(self, number: int) -> None:
         """Book what a step did to the token, which shows in the states of the prompts after it."""
         quarter, states = self._quarter(number), self.prompt_states.now()
-        if TOKEN_KEY in self.run.parameters:
-            for booked, before, after in zip(self.by_token, self.states, states, strict=True):
-                booked[quarter] += self.token_shares[:, None, None] * self._projected(after - before)
+        if self.gradients.tokens:
+            for booked, shares, before, after in zip(
+                self.by_token, self.token_shares, self.states, states, strict=True
+            ):
+                booked[quarter] += shares[:, None, None] * self._projected(after - before)
             self.states = states
         if number + 1 == self.run.settings.steps or self._quarter(number + 1) != quarter:
             self.at_ends[quarter] = [self._projected(of_concept) for of_concept in states]
@@ -145,13 +149,13 @@ class Changes:
                 norms, visits = self.norms[concept, quarter].tolist(), self.n_visits[quarter].tolist()
                 in_quarter = partial(Change, concept, quarter + 1)
                 for image in range(self.run.n_exemplars):
-                    if self.gradients.watches_token:
+                    if self.gradients.watches_tokens:
                         yield in_quarter(TOKEN, image, visits[image], None, by_token[image])
                     else:
                         yield in_quarter(WEIGHTS, image, visits[image], norms[image], by_weights[image])
                 if self.run.prior_prompts:
                     yield in_quarter(REGULARIZATION, None, None, norms[self.prior], by_weights[self.prior])
-                if TOKEN_KEY in self.run.parameters and not self.gradients.watches_token:
+                if self.gradients.tokens and not self.gradients.watches_tokens:
                     yield in_quarter(TOKEN, None, None, None, by_token[self.nobody])
                 decayed = by_weights[self.decay] + by_token[self.decay]
                 yield in_quarter(DECAY, None, None, norms[self.decay], decayed)
@@ -219,6 +223,11 @@ class Momentum:
         place = self.rows.index(row)
         self.last_drawn[place] = self.n_steps
         return place
+
+
+def _token_in(prompts: Sequence[str], tokens: Mapping[str, str]) -> str:
+    """The parameter of the first token that the prompts name; empty without one."""
+    return next((key for token, key in tokens.items() if any(token in prompt for prompt in prompts)), "")
 
 
 def _zeros(n: int, weight: torch.Tensor) -> torch.Tensor:

@@ -96,6 +96,9 @@ class Monitor:
         return {name: pa.Table.from_pylist(made, schema=TABLES[name]) for name, made in rows.items()}
 
 
+Monitored = tuple[Monitor, Names]
+
+
 def _step(row: Row, names: Names) -> Row:
     image = row["image"]
     image_id = names.exemplars[image] if row["is_exemplar"] else names.regularization[image]

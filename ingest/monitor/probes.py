@@ -67,11 +67,9 @@ class Probes:
                 self.probes.append(Probe(concept, n_steps, timestep, seed, vectors[number].tolist(), of_layers))
 
     def _positions(self, prompt: str) -> list[int]:
-        """Where the token is in the prompt."""
-        if self.run.token is None:
-            return []
-        token_id = self.run.base.pipeline.tokenizer.convert_tokens_to_ids(self.run.token)
-        return (token_ids(self.run.base, [prompt])[0] == token_id).nonzero().flatten().tolist()
+        """Where the prompt's tokens are."""
+        tokens = self.run.base.pipeline.tokenizer.convert_tokens_to_ids(list(self.run.tokens))
+        return [place for place, token in enumerate(token_ids(self.run.base, [prompt])[0].tolist()) if token in tokens]
 
     def _forward(self, states: torch.Tensor, positions: list[int]) -> tuple[torch.Tensor, torch.Tensor | None]:
         """(n, channels) and (n, n_layers) of one forward pass."""

@@ -14,7 +14,7 @@ import torch
 from diffusers.models.attention_processor import Attention
 
 from attrdb.errors import InvalidValue
-from attrdb.ingest.customize.customize import TOKEN_KEY
+from attrdb.ingest.customize.customize import token_keys
 from attrdb.ingest.customize.observer import Run, Tensors
 
 ADAPTER = "default"  # the name that diffusers gives the one adapter of a LoRA
@@ -124,6 +124,11 @@ class Lora:
         return self.scale * (by_up + by_down)
 
 
+def trained_tokens(run: Run) -> dict[str, str]:
+    """The tokens whose embeddings are trained, with their names among the parameters."""
+    return {token: key for token, key in token_keys(run.tokens).items() if key in run.parameters}
+
+
 def trained_projections(run: Run) -> list[Projection]:
     """The layers that hold the trained weights of the U-Net.
 
@@ -138,7 +143,7 @@ def trained_projections(run: Run) -> list[Projection]:
                 found.append(Lora(module, down, up, module.scaling[ADAPTER]))
         elif isinstance(module, torch.nn.Linear) and id(module.weight) in names:
             found.append(Plain(module, names.pop(id(module.weight))))
-    strange = sorted(name for name in names.values() if name != TOKEN_KEY)
+    strange = sorted(set(names.values()) - set(trained_tokens(run).values()))
     if strange:
         raise InvalidValue(
             f"method {run.method!r} trains {strange[0]}, which is no weight of a linear layer, so what images change in it "

@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 
-from attrdb.ingest.customize.customize import TOKEN_KEY, encode_prompts, token_ids
+from attrdb.ingest.customize.customize import encode_prompts, token_ids
 from attrdb.ingest.customize.observer import Run
+from attrdb.ingest.monitor.projections import trained_tokens
 
 
 class PromptStates:
@@ -54,5 +55,5 @@ class PromptStates:
 
     def forget(self) -> None:
         """After an update of the weights."""
-        if TOKEN_KEY in self.run.parameters:
+        if trained_tokens(self.run):
             self.encoded = {}

@@ -4,7 +4,7 @@
 -- grain  one row per model
 -- reads  exemplar_ranks, exemplars, models, samples
 -- column model_id        VARCHAR
--- column kind            VARCHAR object, style or mixed
+-- column kind            VARCHAR object, style, concepts or mixed
 -- column split           VARCHAR
 -- column n_exemplars     BIGINT
 -- column n_samples       BIGINT

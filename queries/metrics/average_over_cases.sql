@@ -10,7 +10,7 @@
 -- column encoder_id     VARCHAR of the method; null unless it is similarity
 -- column mapper_id      VARCHAR of the method; empty without a mapper
 -- column gallery        VARCHAR own or all
--- column kind           VARCHAR object, style or mixed
+-- column kind           VARCHAR object, style, concepts or mixed
 -- column n_cases        BIGINT
 -- column n_models       BIGINT
 -- column recall_at_k    DOUBLE  in [0, 1]; found / all exemplars

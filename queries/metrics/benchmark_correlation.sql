@@ -16,7 +16,7 @@
 WITH exemplar_cases AS (
     SELECT method_id, encoder_id, mapper_id, gallery, kind, split, prompt_scheme, avg(recall) AS recall
     FROM sample_scores($k)
-    WHERE kind <> 'mixed' AND starts_with(split, $split)
+    WHERE kind IN ('object', 'style') AND starts_with(split, $split)
     GROUP BY method_id, encoder_id, mapper_id, gallery, kind, split, prompt_scheme
 ),
 on_exemplars AS (

@@ -12,7 +12,7 @@
 -- param  $seed          INTEGER = 0 seed of the bootstrap
 -- reads  method_gains
 -- column gallery        VARCHAR own or all
--- column kind           VARCHAR object, style or mixed
+-- column kind           VARCHAR object, style, concepts or mixed
 -- column split          VARCHAR split of the models
 -- column prompt_scheme  VARCHAR
 -- column n_models       BIGINT

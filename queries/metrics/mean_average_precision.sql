@@ -10,7 +10,7 @@
 -- column encoder_id              VARCHAR of the method; null unless it is similarity
 -- column mapper_id               VARCHAR of the method; empty without a mapper
 -- column gallery                 VARCHAR own or all
--- column kind                    VARCHAR object, style or mixed
+-- column kind                    VARCHAR object, style, concepts or mixed
 -- column split                   VARCHAR split of the models
 -- column prompt_scheme           VARCHAR
 -- column n_models                BIGINT

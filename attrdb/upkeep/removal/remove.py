@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -251,6 +252,7 @@ def _change_models(writer: Writer, plan: Plan) -> None:
     going = [model.model_id for model in plan.removed_models]
     for table in ("models", "marked_models", *MONITORED, "monitor_probes"):
         writer.delete_matching(table, pa.table({"model_id": pa.array(going, pa.string())}))
+    _change_concepts(writer, plan)
     staying = {model.model_id: model for model in plan.models if model.action != "remove"}
     if not staying:
         return
@@ -259,6 +261,31 @@ def _change_models(writer: Writer, plan: Plan) -> None:
     marked = [model for model in staying.values() if model.action == "mark"]
     if marked:
         _mark(writer, plan, marked)
+
+
+def _change_concepts(writer: Writer, plan: Plan) -> None:
+    """Delete the concepts of models that are gone, and those without an exemplar; let the others count what is left."""
+    stored = {row["model_id"] for row in writer.snapshot.rows("models", columns=["model_id"])}
+    gone = {*plan.unfinished, *(model.model_id for model in plan.removed_models)} - stored
+    writer.delete_matching("concepts", pa.table({"model_id": pa.array(sorted(gone), pa.string())}))
+    staying = {model.model_id: model for model in plan.models if model.n_exemplars and model.action != "remove"}
+    if not staying:
+        return
+    where = f"{among('model_id', staying)} AND role = 'exemplar' AND concept_id IS NOT NULL"
+    exemplars = writer.snapshot.tables["images"].to_table(["image_id", "concept_id"], filter=where)
+    left = exemplars.filter(pc.invert(pc.is_in(exemplars["image_id"], plan.choice.ids.combine_chunks())))
+    counts = Counter(left["concept_id"].to_pylist())
+    emptied, changed = [], []
+    for row in writer.snapshot.rows("concepts", among("model_id", staying)):
+        model = staying[row["model_id"]]
+        n_exemplars = counts[row["concept_id"]] if model.kind == "concepts" else model.left[0]
+        if n_exemplars:
+            changed.append(row | {"n_exemplars": n_exemplars})
+        else:
+            emptied.append(row["concept_id"])
+    writer.delete_matching("concepts", pa.table({"concept_id": pa.array(emptied, pa.string())}))
+    if changed:
+        writer.upsert("concepts", changed)
 
 
 def _changed_model(row: Row, model: AffectedModel, plan: Plan) -> Row:
