@@ -28,7 +28,7 @@ READ_ONLY = "cannot be written: .*; open it with read_only=True to read it"
 @pytest.fixture
 def disk(tmp_path):
     try:
-        with small_disk(tmp_path / "disk", "size=600k") as disk:
+        with small_disk(tmp_path / "disk", "size=800k") as disk:
             yield disk
     except NotPermitted as error:
         pytest.skip(str(error))
