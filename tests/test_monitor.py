@@ -50,7 +50,8 @@ class Slots(Recorder):
 
     def before_update(self, step):
         super().before_update(step)
-        self.pairs.append((self.watched.take(step), self.run.gradients()))
+        of_slots = self.watched.flat.views(self.watched.take(step).clone())
+        self.pairs.append((of_slots, self.run.gradients()))
 
     def end(self, error):
         super().end(error)
@@ -146,8 +147,9 @@ class OneImageAtATime(Recorder):
 
     def before_update(self, step):
         super().before_update(step)
-        taken = self.changes.gradients.take(step)
-        self.changes.gradients.take = lambda step: taken
+        flat = self.changes.gradients.take(step)
+        self.changes.gradients.take = lambda step: flat
+        taken = self.changes.flat.views(flat)
         for slot, (image, is_exemplar) in enumerate(zip(step.images.tolist(), step.is_exemplar.tolist(), strict=True)):
             for name, of_slots in taken.items():
                 self.by_image[name][image if is_exemplar else None] += of_slots[slot]
@@ -166,7 +168,7 @@ class OneImageAtATime(Recorder):
 def test_sums_of_gradients_are_those_of_the_image_s_slots(base, method):
     by_hand = OneImageAtATime()
     Case(method, "none", True, True, "each").customize(base, observer=by_hand)
-    for name, sums in by_hand.changes.sums.items():
+    for name, sums in by_hand.changes.gradient_sums.items():
         for image in (0, 1):
             torch.testing.assert_close(sums[image], by_hand.by_image[name][image])
 

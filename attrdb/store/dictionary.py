@@ -365,7 +365,11 @@ DICTIONARY = {
             ),
             Column("image_id", TEXT, "the exemplar; null for causes that are no exemplar's"),
             Column("n_visits", INT32, "slots that drew it, in this quarter"),
-            Column("change_norm", FLOAT64, "sum over steps of the length of the change; null for `token` and `rest`"),
+            Column(
+                "change_norm",
+                FLOAT64,
+                "sum, over every five steps, of the length of the change; null for `token` and `rest`",
+            ),
             Column(
                 "progress", FLOAT64, "share of the whole change, along its direction; may be negative", required=True
             ),

@@ -82,7 +82,7 @@ class Monitor:
     @property
     def gradient_sums(self) -> Tensors | None:
         """(n_exemplars, *shape) float32 by trained weight: each exemplar's gradients, over all steps; None if not kept."""
-        return None if self.changes is None else self.changes.sums
+        return None if self.changes is None else self.changes.gradient_sums
 
     def tables(self, names: Names) -> dict[str, pa.Table]:
         """The rows of the run, by table."""

@@ -9,6 +9,7 @@ import torch
 
 from attrdb.ingest.customize.customize import token_ids
 from attrdb.ingest.customize.observer import Run, Step, Tensors
+from attrdb.ingest.monitor.flat import Flat
 from attrdb.ingest.monitor.projections import Projection, prompt_projections, trained_projections, trained_tokens
 
 
@@ -35,7 +36,9 @@ class SlotGradients:
         self.watched = {
             name: weight for name, weight in run.parameters.items() if self.watches_tokens or name not in keys
         }
-        self.slots: Tensors = {}
+        self.flat = Flat(self.watched)
+        self.slots = torch.empty(self.n_slots, self.flat.size, device=run.base.device)
+        self.views, self.written = self.flat.views(self.slots), set[str]()
         self.of_states: torch.Tensor | None = None  # (n_slots, length, width)
         self.hooks = [
             projection.layer.register_forward_hook(
@@ -48,13 +51,23 @@ class SlotGradients:
         for hook in self.hooks:
             hook.remove()
 
-    def take(self, step: Step) -> Tensors:
-        """(n_slots, *shape of the weight) float32 by parameter; they add up to the gradients of the step's loss."""
-        slots, self.slots = self.slots, {}
+    def take(self, step: Step) -> torch.Tensor:
+        """(n_slots, size of `flat`) float32, until the next step; they add up to the gradients of the step's loss."""
         if self.of_states is not None:
-            slots |= self._of_tokens(step, self.of_states)
+            self._write(self._of_tokens(step, self.of_states))
             self.of_states = None
-        return slots
+        for name in self.views.keys() - self.written:  # the loss does not depend on it
+            self.views[name].zero_()
+        self.written.clear()
+        return self.slots
+
+    def _write(self, of_slots: Tensors) -> None:
+        for name, gradients in of_slots.items():
+            if name in self.written:
+                self.views[name].add_(gradients)
+            else:
+                self.views[name].copy_(gradients)
+        self.written |= of_slots.keys()
 
     def _watch(self, projection: Projection, inputs: torch.Tensor, output: torch.Tensor) -> torch.Tensor | None:
         if not (torch.is_grad_enabled() and output.requires_grad):
@@ -63,8 +76,7 @@ class SlotGradients:
 
         def add(gradients: torch.Tensor) -> None:
             gradients = gradients.float()
-            for name, of_slots in projection.slot_gradients(inputs.float(), gradients).items():
-                self.slots[name] = self.slots[name] + of_slots if name in self.slots else of_slots
+            self._write(projection.slot_gradients(inputs.float(), gradients))
             if self.watches_tokens:
                 of_states = projection.back(gradients)
                 self.of_states = of_states if self.of_states is None else self.of_states + of_states

@@ -1,0 +1,36 @@
+"""Trained weights as one long vector: few operations on all of them, in place of many on each."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from itertools import accumulate
+
+import torch
+
+from attrdb.ingest.customize.observer import Tensors
+
+
+class Flat:
+    """The order of some weights in a vector. shapes: by parameter"""
+
+    def __init__(self, weights: Mapping[str, torch.Tensor]):
+        self.shapes = {name: weight.shape for name, weight in weights.items()}
+        ends = list(accumulate(weight.numel() for weight in weights.values()))
+        self.size = ends[-1]
+        self.slices = {
+            name: slice(end - self.shapes[name].numel(), end) for name, end in zip(self.shapes, ends, strict=True)
+        }
+
+    def vector(self, weights: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """(size,): the weights one after another; 0 where one is missing."""
+        device = next(iter(weights.values())).device if weights else None
+        return torch.cat(
+            [
+                weights[name].detach().flatten() if name in weights else torch.zeros(shape.numel(), device=device)
+                for name, shape in self.shapes.items()
+            ]
+        )
+
+    def views(self, vectors: torch.Tensor) -> Tensors:
+        """(n, *shape) by parameter, of n vectors (n, size): views, not copies."""
+        return {name: vectors[:, part].unflatten(1, self.shapes[name]) for name, part in self.slices.items()}
