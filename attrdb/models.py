@@ -16,6 +16,7 @@ from attrdb.database import Database
 from attrdb.errors import InvalidValue, NotFound
 from attrdb.store.ids import stored_file
 from attrdb.store.predicates import among, literal
+from attrdb.text import fixed
 
 LIST = """\
 SELECT
@@ -99,6 +100,35 @@ def training_record(path: Path, weights_path: str | None) -> dict[str, Any]:
     except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
         return {"problem": f"{file} is not a training record: {error}"}
     return record
+
+
+MONITORED = {"probes": "monitor_probes", "changes": "monitor_changes", "steps": "monitor_steps"}  # most first
+N_GREATEST = 3
+
+
+def monitoring_level(db: Database, model_id: str) -> str | None:
+    """What was noted while a model was customized: `probes`, `changes` or `steps`; None if it was not monitored."""
+    for level, table in MONITORED.items():
+        if db.sql(f"SELECT 1 FROM {table} WHERE model_id = $id LIMIT 1", {"id": model_id}).num_rows:
+            return level
+    return None
+
+
+def monitoring_in_words(db: Database, model_id: str) -> str | None:
+    """The level, and for each concept the exemplars of the greatest progress; None if it was not monitored."""
+    level = monitoring_level(db, model_id)
+    if level is None:
+        return None
+    by_concept: dict[str | None, list[str]] = {}
+    for row in db.query("attribution_table", model_id=model_id).to_pylist():  # greatest first
+        exemplars = by_concept.setdefault(row["concept_id"], [])
+        if len(exemplars) < N_GREATEST:
+            exemplars.append(f"{row['image_id']} {fixed(100 * row['value'], 0)} %")
+    greatest = [
+        f"greatest progress{f' of {concept_id}' if len(by_concept) > 1 else ''}: {', '.join(exemplars)}"
+        for concept_id, exemplars in by_concept.items()
+    ]
+    return "; ".join([level, *greatest])
 
 
 def kind_in_words(model: dict[str, Any]) -> str:

@@ -14,6 +14,8 @@ from attrdb.ingest.models import ingest_one
 from attrdb.ingest.models.exemplars import read_exemplars
 from attrdb.ingest.models.settings import settings_for
 from attrdb.ingest.monitor import files
+from attrdb.models import describe
+from attrdb.pages import monitored as heat_maps
 from attrdb.store.ids import weights_file
 from attrdb.upkeep.removal.choose import RemovalRequest
 from attrdb.upkeep.removal.remove import remove
@@ -246,3 +248,16 @@ def test_what_moved_the_model_when(monitored):
     assert sum(row["progress"] for row in changes) == pytest.approx(1, abs=1e-5)
     assert sorted({row["quarter"] for row in changes}) == [1, 2, 3, 4]
     assert [row["n_visits"] for row in changes if row["cause"] == "weights"] == [4, 4, 4, 4]
+
+
+def test_the_page_books_the_whole_change(monitored):
+    """Cells of exemplars and of what is no exemplar's add up to 100 %, but for their rounding."""
+    page = heat_maps.monitored(monitored, describe(monitored, "vase-1"))
+    assert (page.level, page.n_steps) == ("probes", 8)
+    [heat_map] = page.maps
+    cells = [line.cells for line in heat_map.lines] + [cells for _, cells, _ in heat_map.others]
+    texts = [cell.text for of_row in cells for cell in of_row]
+    assert len(texts) == 4 * (3 + 3)  # three exemplars; token, decay and rest
+    assert sum(float(text.replace("−", "-")) for text in texts) == pytest.approx(100, abs=0.05 * len(texts))
+    assert sum(line.strip.n_visits for line in heat_map.lines) == 8 * 2
+    assert "<svg" in heat_map.attention

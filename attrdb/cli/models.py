@@ -88,7 +88,7 @@ def show(
     Samples that are made again are equal on the kind of machine that made them; others round otherwise.
     """
     from attrdb.cli.output import print_table
-    from attrdb.models import describe
+    from attrdb.models import describe, monitoring_in_words
 
     if as_json and html:
         raise InvalidValue("--html writes a page and --json prints: give one of them")
@@ -104,7 +104,7 @@ def show(
         click.echo(json.dumps(found | ({"regenerated": again.to_pylist()} if again else {}), indent=2))
         return
     if not html and again is None:
-        _print_model(found)
+        _print_model(found, monitoring_in_words(database, model_id))
     if again is not None:
         print_table(again)
         n_equal = sum(again["equal"].to_pylist())
@@ -119,7 +119,7 @@ def _regenerated(database: Any, model_id: str, n_samples: int, base_model: str |
         return compare(database, model_id, n_samples, base_model, advance)
 
 
-def _print_model(model: dict[str, Any]) -> None:
+def _print_model(model: dict[str, Any], monitored: str | None) -> None:
     from attrdb.models import kind_in_words, settings_by_group
     from attrdb.text import shown
 
@@ -142,6 +142,8 @@ def _print_model(model: dict[str, Any]) -> None:
         click.echo(f"  loss: {losses[0]:.4g} at first, {sum(last) / len(last):.4g} over the last {len(last)} steps")
     elif "problem" in model["training"]:
         click.echo(f"  loss: not known, {shown(model['training']['problem'])}")
+    if monitored is not None:
+        line("monitored", monitored)
     for group, values in settings_by_group(model).items():
         click.echo(f"  settings, {group.replace('_', ' ')}")
         for name, value in values.items():

@@ -13,6 +13,7 @@ from attrdb.database import Database
 from attrdb.models import describe, kind_in_words, settings_by_group
 from attrdb.pages import plots
 from attrdb.pages.html import data_uri
+from attrdb.pages.monitored import monitored
 from attrdb.text import shown
 
 SIDE = 256  # pixels; larger pictures are scaled down to it
@@ -76,6 +77,7 @@ def render(db: Database, model_id: str) -> str:
         settings=settings,
         curve=loss_curve(training.get("losses", [])),
         problem=training.get("problem"),
+        monitored=monitored(db, model),
         schemes=schemes,
         reduced=reduced,
         side=SIDE,

@@ -35,6 +35,19 @@ def losses(values: Sequence[float], means: Sequence[float]) -> str:
     return _svg(figure)
 
 
+def attention(steps: Sequence[int], values: Sequence[float]) -> str:
+    """Attention to a token against the steps done.
+
+    steps, values: one per probe
+    """
+    figure, [axis] = _panels(1, width=4.8, height=1.9)
+    axis.plot(steps, values, color=COLOURS[0], linewidth=1.6, marker="o", markersize=3, gid="attention")
+    axis.set(xlabel="steps done", ylabel="attention")
+    axis.set_ylim(bottom=0)
+    axis.locator_params(axis="x", integer=True)
+    return _svg(figure)
+
+
 def recall_curves(rows: Sequence[Row]) -> str:
     """Recall@K against K, a panel per test case, a line per method; chance is dotted.
 
