@@ -242,6 +242,27 @@ def torture(results: dict) -> str:
     )
 
 
+def monitoring(results: dict) -> str:
+    rows = [
+        [
+            f"`{row['method']}`",
+            str(row["n_images"]),
+            f"{row['milliseconds']:.0f}",
+            *(shown(row["ratios"][level]) for level in ("steps", "changes", "probes")),
+        ]
+        for row in results["cost"]
+    ]
+    found = results["answers"]
+    return (
+        f"## Monitoring\n\nicon-sd, batch 8, {results['steps']} steps, one thread; {results['rounds']} rounds, each with all levels in "
+        "turn. Seconds of a step at each level, over those without monitoring. Required: `changes` at most 1.10, `probes` at most "
+        f"1.20. {machine(results['machine'])}\n"
+        + table(["method", "exemplars", "milliseconds a step", "steps", "changes", "probes"], rows)
+        + f"\nThe attribution table of one of {found['n_models']:,} models: {shown(found['one model'], 1, 1000)} ms (required: 20). A sum "
+        f"over {found['n_rows']:,} rows of changes, by model: {shown(found['all rows'], 0, 1000)} ms (required: 1,000).\n"
+    )
+
+
 SECTIONS = {
     "importing": (importing, "benchmarks/importing.py --json importing.json"),
     "appending": (appending, "benchmarks/appending.py --json appending.json"),
@@ -249,6 +270,7 @@ SECTIONS = {
     "customizing": (customizing, "benchmarks/customize.py --json customizing.json"),
     "sd15": (sd15, "benchmarks/shapes.py --shape sd15 --steps 250 --json sd15.json"),
     "quality": (quality, "benchmarks/quality.py iconabc.attrdb --models 30 --json quality.json"),
+    "monitoring": (monitoring, "benchmarks/monitoring.py --json monitoring.json"),
     "training": (training, "benchmarks/training.py --json training.json"),
     "search": (searching.section, "benchmarks/search.py PART ... --json search.json"),
     "iconabc": (attribution.section, "benchmarks/iconabc/run.py runs/iconabc --json iconabc.json"),

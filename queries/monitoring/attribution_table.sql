@@ -14,6 +14,15 @@
 -- column category    VARCHAR what it shows
 -- column creator     VARCHAR who made it
 -- column license     VARCHAR under which it may be used
+WITH rated AS MATERIALIZED (  -- so that its rows, and no others, are joined with images
+    FROM attribution_tables
+    WHERE
+        model_id = $model_id
+        AND measure = CASE
+            WHEN $measure IN ('progress', 'progress per visit', 'change norm') THEN $measure
+            ELSE error('measure is ''' || $measure || '''; it must be progress, progress per visit or change norm')
+        END
+)
 SELECT
     rated.concept_id,
     rated.image_id,
@@ -23,12 +32,6 @@ SELECT
     exemplars.category,
     exemplars.creator,
     exemplars.license
-FROM attribution_tables AS rated
+FROM rated
 LEFT JOIN images AS exemplars USING (image_id)
-WHERE
-    rated.model_id = $model_id
-    AND rated.measure = CASE
-        WHEN $measure IN ('progress', 'progress per visit', 'change norm') THEN $measure
-        ELSE error('measure is ''' || $measure || '''; it must be progress, progress per visit or change norm')
-    END
 ORDER BY rated.concept_id, rated.value DESC, rated.image_id

@@ -11,6 +11,15 @@
 -- column n_exemplars BIGINT  exemplars of that name
 -- column value       DOUBLE  of the measure, summed; may be negative
 -- column share       DOUBLE  at least 0; sums to 1 over the names of a concept, unless exemplars were taken out since
+WITH rated AS MATERIALIZED (  -- so that its rows, and no others, are joined with images
+    FROM attribution_tables
+    WHERE
+        model_id = $model_id
+        AND measure = CASE
+            WHEN $measure IN ('progress', 'progress per visit', 'change norm') THEN $measure
+            ELSE error('measure is ''' || $measure || '''; it must be progress, progress per visit or change norm')
+        END
+)
 SELECT
     rated.concept_id,
     CASE $per
@@ -24,13 +33,7 @@ SELECT
     count(*) AS n_exemplars,
     sum(rated.value) AS value,
     sum(rated.share) AS share
-FROM attribution_tables AS rated
+FROM rated
 LEFT JOIN images AS exemplars USING (image_id)
-WHERE
-    rated.model_id = $model_id
-    AND rated.measure = CASE
-        WHEN $measure IN ('progress', 'progress per visit', 'change norm') THEN $measure
-        ELSE error('measure is ''' || $measure || '''; it must be progress, progress per visit or change norm')
-    END
 GROUP BY rated.concept_id, name
 ORDER BY rated.concept_id, share DESC, name NULLS LAST

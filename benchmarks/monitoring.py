@@ -1,0 +1,146 @@
+"""What monitoring costs, and how fast its tables answer: python benchmarks/monitoring.py --json FILE
+
+Cost: the same customization of a bundled base model, in turn at each level of --monitor, round after round, so that what else
+the machine does falls on all alike. Answers: the attribution table of one model among many, and a sum over all rows.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from itertools import pairwise
+from pathlib import Path
+from statistics import median
+
+import click
+import numpy as np
+import pyarrow as pa
+import torch
+from machine import describe, spread
+from PIL import Image
+
+import attrdb
+from attrdb.ingest.customize.base_model import BUNDLED, BaseModel, load_base_model
+from attrdb.ingest.customize.customize import CustomizeSettings, customize
+from attrdb.ingest.customize.customizers import BUILT_IN
+from attrdb.ingest.monitor.monitor import Monitor
+from attrdb.ingest.options import MONITOR_LEVELS
+from attrdb.store.schema import TABLES
+
+ROWS_AT_ONCE = 500_000
+
+
+def step_seconds(base: BaseModel, method: str, n_images: int, level: str, steps: int) -> float:
+    """Mean over the steps of one customization, without the slowest tenth: a probe is taken at every tenth."""
+    side = base.resolution
+    images = [Image.linear_gradient("L").rotate(5 * n).resize((side, side)).convert("RGB") for n in range(n_images)]
+    settings = CustomizeSettings(steps=steps, batch=8, lr=1e-3, seed=0)
+    moments: list[float] = []
+    observer = None if level == "off" else Monitor(level)
+    customize(
+        base,
+        images,
+        "V* vase",
+        "V*",
+        "vase",
+        settings,
+        lambda *_: moments.append(time.perf_counter()),
+        method=method,
+        observer=observer,
+    )
+    base.restore()
+    between = [after - before for before, after in pairwise(moments[-steps:])]
+    return sum(between) / len(between) if level == "probes" else median(between)
+
+
+def cost(steps: int, rounds: int) -> list[dict]:
+    base = load_base_model(BUNDLED)
+    cases = [(method, 4) for method in BUILT_IN] + [("custom-diffusion", 16)]
+    found = []
+    for method, n_images in cases:
+        seconds = {level: [] for level in MONITOR_LEVELS}
+        for _ in range(rounds):
+            for level in MONITOR_LEVELS:
+                seconds[level].append(step_seconds(base, method, n_images, level, steps))
+        ratios = {
+            level: spread([own / off for own, off in zip(seconds[level], seconds["off"], strict=True)])
+            for level in MONITOR_LEVELS[1:]
+        }
+        found.append(
+            {"method": method, "n_images": n_images, "milliseconds": 1000 * median(seconds["off"]), "ratios": ratios}
+        )
+        click.echo(f"{method}, {n_images} images: " + ", ".join(f"{k} {v['median']:.3f}" for k, v in ratios.items()))
+    return found
+
+
+def fill(path: Path, n_models: int, n_images: int) -> attrdb.Database:
+    """Rows of monitoring of many models, appended in few commits."""
+    db, chance = attrdb.create(path), np.random.default_rng(0)
+    for table, keys in (("attribution_tables", ["progress"]), ("monitor_changes", [1, 2, 3, 4])):
+        per_model = len(keys) * n_images
+        for start in range(0, n_models, ROWS_AT_ONCE // per_model):
+            models = np.arange(start, min(start + ROWS_AT_ONCE // per_model, n_models)).repeat(per_model)
+            n = len(models)
+            names = [f"model-{model:06d}" for model in models]
+            columns = {
+                "model_id": names,
+                "concept_id": [f"{name}/V*" for name in names],
+                "image_id": [f"{name}/{number % n_images:016x}" for number, name in enumerate(names)],
+                "n_visits": np.full(n, 75),
+                "measure": ["progress"] * n,
+                "value": chance.random(n),
+                "share": chance.random(n),
+                "quarter": np.tile(np.repeat(np.arange(1, 5), n_images), n // per_model) if len(keys) > 1 else [1] * n,
+                "cause": ["weights"] * n,
+                "change_norm": chance.random(n),
+                "progress": chance.random(n),
+            }
+            schema = TABLES[table]
+            rows = pa.table({name: columns[name] for name in schema.names}).cast(schema)
+            db.writer.append_rows(table, rows, db.snapshot)
+    db.refresh()
+    return db
+
+
+def answers(n_models: int, n_images: int, rounds: int) -> dict:
+    with tempfile.TemporaryDirectory() as folder:
+        db = fill(Path(folder) / "many.attrdb", n_models, n_images)
+        n_rows = db.sql("SELECT count(*) AS n FROM monitor_changes").to_pylist()[0]["n"]
+        seconds: dict[str, list[float]] = {"one model": [], "all rows": []}
+        for number in range(rounds):
+            model_id = f"model-{number * 7919 % n_models:06d}"
+            started = time.perf_counter()
+            rows = db.query("attribution_table", model_id=model_id).num_rows
+            seconds["one model"].append(time.perf_counter() - started)
+            if rows != n_images:
+                raise RuntimeError(f"{rows} rows of {model_id}, not {n_images}")
+            started = time.perf_counter()
+            db.sql("SELECT model_id, concept_id, sum(progress) AS whole FROM monitor_changes GROUP BY ALL")
+            seconds["all rows"].append(time.perf_counter() - started)
+    return {"n_models": n_models, "n_rows": n_rows} | {name: spread(values) for name, values in seconds.items()}
+
+
+@click.command()
+@click.option("--steps", default=40, show_default=True)
+@click.option("--rounds", default=7, show_default=True)
+@click.option("--models", default=16_000, show_default=True)
+@click.option("--json", "file", type=click.Path(path_type=Path))
+def main(steps: int, rounds: int, models: int, file: Path | None) -> None:
+    """Measure what monitoring costs, and how fast its tables answer."""
+    torch.set_num_threads(1)
+    results = {
+        "machine": describe("torch", "diffusers", "pylance", "duckdb"),
+        "steps": steps,
+        "rounds": rounds,
+        "cost": cost(steps, rounds),
+        "answers": answers(models, 16, 3 * rounds),
+    }
+    for name in ("one model", "all rows"):
+        click.echo(f"{name}: {1000 * results['answers'][name]['median']:.1f} ms")
+    if file:
+        file.write_text(json.dumps(results, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
