@@ -1,15 +1,17 @@
 """What monitoring costs, and how fast its tables answer: python benchmarks/monitoring.py --json FILE
 
-Cost: the same customization of a bundled base model, in turn at each level of --monitor, round after round, so that what else
-the machine does falls on all alike. Answers: the attribution table of one model among many, and a sum over all rows.
+Cost: the same customization of the bundled base model at each level of --monitor. They take their steps in turn, so that what
+else the machine does falls on all alike. Answers: the attribution table of one model among many, and a sum over all rows.
 """
 
 from __future__ import annotations
 
 import json
 import tempfile
+import threading
 import time
-from itertools import pairwise
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import median
 
@@ -31,45 +33,63 @@ from attrdb.store.schema import TABLES
 ROWS_AT_ONCE = 500_000
 
 
-def step_seconds(base: BaseModel, method: str, n_images: int, level: str, steps: int) -> float:
-    """Mean over the steps of one customization, without the slowest tenth: a probe is taken at every tenth."""
-    side = base.resolution
-    images = [Image.linear_gradient("L").rotate(5 * n).resize((side, side)).convert("RGB") for n in range(n_images)]
+class Turns:
+    """Lets several customizations take their steps in turn, one at a time, and notes how long each step took."""
+
+    def __init__(self, names: Sequence[str]):
+        self.names, self.seconds = list(names), {name: [] for name in names}
+        self.changed, self.turn, self.started = threading.Condition(), 0, time.perf_counter()
+
+    def take(self, name: str) -> None:
+        """Wait for one's turn."""
+        with self.changed:
+            self.changed.wait_for(lambda: self.names[self.turn] == name)
+            self.started = time.perf_counter()
+
+    def end(self, name: str) -> None:
+        with self.changed:
+            self.seconds[name].append(time.perf_counter() - self.started)
+            self.turn = (self.turn + 1) % len(self.names)
+            self.changed.notify_all()
+
+
+def customized(base: BaseModel, turns: Turns, method: str, n_images: int, level: str, steps: int) -> None:
+    """One customization whose steps are taken in turn with those at the other levels."""
+    images = [Image.linear_gradient("L").rotate(5 * n).resize((base.resolution,) * 2) for n in range(n_images)]
     settings = CustomizeSettings(steps=steps, batch=8, lr=1e-3, seed=0)
-    moments: list[float] = []
+    turns.take(level)
+
+    def report(stage: str, done: int, _total: int | None, _note: str = "") -> None:
+        if stage == "customize" and done:
+            turns.end(level)
+            if done < steps:
+                turns.take(level)
+
+    images = [image.convert("RGB") for image in images]
     observer = None if level == "off" else Monitor(level)
-    customize(
-        base,
-        images,
-        "V* vase",
-        "V*",
-        "vase",
-        settings,
-        lambda *_: moments.append(time.perf_counter()),
-        method=method,
-        observer=observer,
-    )
+    customize(base, images, "V* vase", "V*", "vase", settings, report, method=method, observer=observer)
     base.restore()
-    between = [after - before for before, after in pairwise(moments[-steps:])]
-    return sum(between) / len(between) if level == "probes" else median(between)
 
 
-def cost(steps: int, rounds: int) -> list[dict]:
-    base = load_base_model(BUNDLED)
-    cases = [(method, 4) for method in BUILT_IN] + [("custom-diffusion", 16)]
+def cost(steps: int) -> list[dict]:
+    bases = {level: load_base_model(BUNDLED) for level in MONITOR_LEVELS}
     found = []
-    for method, n_images in cases:
-        seconds = {level: [] for level in MONITOR_LEVELS}
-        for _ in range(rounds):
-            for level in MONITOR_LEVELS:
-                seconds[level].append(step_seconds(base, method, n_images, level, steps))
+    for method, n_images in [(method, 4) for method in BUILT_IN] + [("custom-diffusion", 16)]:
+        turns = Turns(MONITOR_LEVELS)
+        with ThreadPoolExecutor(len(MONITOR_LEVELS)) as threads:
+            made = [
+                threads.submit(customized, base, turns, method, n_images, level, steps) for level, base in bases.items()
+            ]
+            for one in made:
+                one.result()
+        # The first step has what is made once. A part has one probe.
+        parts = [slice(start, start + steps // 10) for start in range(1, steps - steps // 10 + 1, steps // 10)]
         ratios = {
-            level: spread([own / off for own, off in zip(seconds[level], seconds["off"], strict=True)])
+            level: spread([sum(turns.seconds[level][part]) / sum(turns.seconds["off"][part]) for part in parts])
             for level in MONITOR_LEVELS[1:]
         }
-        found.append(
-            {"method": method, "n_images": n_images, "milliseconds": 1000 * median(seconds["off"]), "ratios": ratios}
-        )
+        milliseconds = 1000 * median(turns.seconds["off"])
+        found.append({"method": method, "n_images": n_images, "milliseconds": milliseconds, "ratios": ratios})
         click.echo(f"{method}, {n_images} images: " + ", ".join(f"{k} {v['median']:.3f}" for k, v in ratios.items()))
     return found
 
@@ -103,12 +123,12 @@ def fill(path: Path, n_models: int, n_images: int) -> attrdb.Database:
     return db
 
 
-def answers(n_models: int, n_images: int, rounds: int) -> dict:
+def answers(n_models: int, n_images: int, n_questions: int) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         db = fill(Path(folder) / "many.attrdb", n_models, n_images)
         n_rows = db.sql("SELECT count(*) AS n FROM monitor_changes").to_pylist()[0]["n"]
         seconds: dict[str, list[float]] = {"one model": [], "all rows": []}
-        for number in range(rounds):
+        for number in range(n_questions):
             model_id = f"model-{number * 7919 % n_models:06d}"
             started = time.perf_counter()
             rows = db.query("attribution_table", model_id=model_id).num_rows
@@ -122,19 +142,18 @@ def answers(n_models: int, n_images: int, rounds: int) -> dict:
 
 
 @click.command()
-@click.option("--steps", default=40, show_default=True)
-@click.option("--rounds", default=7, show_default=True)
+@click.option("--steps", default=150, show_default=True)
+@click.option("--questions", default=20, show_default=True)
 @click.option("--models", default=16_000, show_default=True)
 @click.option("--json", "file", type=click.Path(path_type=Path))
-def main(steps: int, rounds: int, models: int, file: Path | None) -> None:
+def main(steps: int, questions: int, models: int, file: Path | None) -> None:
     """Measure what monitoring costs, and how fast its tables answer."""
     torch.set_num_threads(1)
     results = {
         "machine": describe("torch", "diffusers", "pylance", "duckdb"),
         "steps": steps,
-        "rounds": rounds,
-        "cost": cost(steps, rounds),
-        "answers": answers(models, 16, 3 * rounds),
+        "cost": cost(steps),
+        "answers": answers(models, 16, questions),
     }
     for name in ("one model", "all rows"):
         click.echo(f"{name}: {1000 * results['answers'][name]['median']:.1f} ms")

@@ -254,9 +254,9 @@ def monitoring(results: dict) -> str:
     ]
     found = results["answers"]
     return (
-        f"## Monitoring\n\nicon-sd, batch 8, {results['steps']} steps, one thread; {results['rounds']} rounds, each with all "
-        "levels in turn. Seconds of a step at each level, over those without monitoring. Required: `changes` at most 1.10, "
-        f"`probes` at most 1.20. {machine(results['machine'])}\n"
+        f"## Monitoring\n\nicon-sd, batch 8, {results['steps']} steps, one thread. Four customizations, one at each level, "
+        "take their steps in turn: seconds over those without monitoring, median (range) over ten parts of the steps. "
+        f"Required: `changes` at most 1.10, `probes` at most 1.20. {machine(results['machine'])}\n"
         + table(["method", "exemplars", "milliseconds a step", "steps", "changes", "probes"], rows)
         + f"\nThe attribution table of one of {found['n_models']:,} models: {shown(found['one model'], 1, 1000)} ms "
         f"(required: 20). A sum over {found['n_rows']:,} rows of changes, by model: {shown(found['all rows'], 0, 1000)} ms "

@@ -47,6 +47,7 @@ class Scorer(Protocol):
     lowest, highest: bounds of a score; None: unbounded
     tau, lam:        temperature (in units of the score) and cut-off of influence until `attrdb calibrate` has fitted them
     settings:        all that decides the scores, as JSON values; other settings make another method
+    unscored:        may be left out: why a sample has no score, by sample_id, once `scores` was asked for it
     """
 
     unit: str
@@ -134,7 +135,9 @@ def score(
             db.writer.append_rows("scores", rows.append_column("method_id", method), snapshot)
             done = pc.unique(rows["sample_id"]).to_pylist()
             job.mended(done)
-            job.failed(dict.fromkeys(set(part) - set(done), f"{spec} gives it no score"))
+            reasons: dict[str, str] = getattr(scorer, "unscored", {})
+            missing = set(part) - set(done)
+            job.failed({sample_id: reasons.get(sample_id, f"{spec} gives it no score") for sample_id in missing})
             job.n_done += len(done)
         report("score", len(known), len(known))
     return job.result(set(known))

@@ -1,6 +1,8 @@
 """Gradient methods: algebra against slow twins of the weights' size, gradients against autograd, and the command."""
 
 import json
+import re
+import shutil
 
 import numpy as np
 import pytest
@@ -13,7 +15,6 @@ from test_monitored_models import exemplars, ingest  # noqa: F401
 
 import attrdb
 from attrdb.cli import main
-from attrdb.errors import InvalidValue, NotFound
 from attrdb.ingest.customize.augmentation import encode_views
 from attrdb.ingest.customize.base_model import load_base_model
 from attrdb.ingest.customize.customize import apply_delta, encode_prompts
@@ -21,7 +22,6 @@ from attrdb.ingest.gradients import kernels, scorers
 from attrdb.ingest.gradients.model_gradients import Draws, model_row, opened, pictures
 from attrdb.ingest.monitor.files import read_gradients
 from attrdb.ingest.score import BUILT_IN, load_scorer, score
-from attrdb.store.ids import weights_file
 
 # --- the algebra -------------------------------------------------------------------------------------------------------
 
@@ -156,7 +156,7 @@ def test_every_sample_has_a_score_of_each_exemplar_of_its_model(db, name):
 
 def test_the_run_s_sums_are_multiplied_with_the_sample_s_gradient(db, tiny_base):
     [table, *_] = scorers.GradientScorer("in-run", "3").scores(db, ids(db, "samples")[:1])
-    kept = read_gradients(weights_file(db.path, "vase-1"))
+    kept = read_gradients(db.path, "weights/vase-1.safetensors")
     row, delta = model_row(db, "vase-1")
     [sample] = set(table["sample_id"].to_pylist())
     image, prompt = pictures(db, [sample])[sample]
@@ -205,19 +205,30 @@ def test_a_number_of_draws_that_cannot_be_used(db, argument):
     assert f"d-trak:{argument} must have a number of draws after the colon, from 1 to 1000" in done.stderr
 
 
-def test_what_is_missing_is_named(db, tmp_path, tiny_base, exemplars):  # noqa: F811
-    other = attrdb.create(tmp_path / "other.attrdb")
-    ingest(other, exemplars, tiny_base, ToyEncoder(), monitor="off")
-    scorer = load_scorer("in-run:2")
-    with pytest.raises(
-        InvalidValue, match=r"there are no gradients beside .*; they are kept for models made with --monitor"
-    ):
-        score(other, "in-run:2", scorer)
-    other.writer.update("models", "true", {"base_model_hash": "another"})
+def test_a_model_that_cannot_be_scored_is_named_and_stops_no_other(db, tmp_path, tiny_base, exemplars):  # noqa: F811
+    other = attrdb.open(shutil.copytree(db.path, tmp_path / "other.attrdb"))
+    ingest(other, exemplars, tiny_base, ToyEncoder(), "unwatched", monitor="off")
+    n_samples = len(ids(other, "samples"))
+
+    def scored(spec):
+        result = score(other, spec, load_scorer(spec))
+        reasons = {row["reason"] for row in other.sql("FROM failures").to_pylist()}
+        return result.n_done + result.n_stored, reasons
+
+    n_scored, [reason] = scored("in-run:2")
+    assert n_scored == n_samples / 2
+    assert re.match(
+        r"there are no gradients beside .*unwatched.*; they are kept for models made with --monitor", reason
+    )
+    other.writer.update("models", "model_id = 'unwatched'", {"base_model_hash": "another"})
     other.refresh()
-    with pytest.raises(InvalidValue, match="is not the one that model 'vase-1' was made from"):
-        score(other, "gradient-dot:2", load_scorer("gradient-dot:2"))
-    other.writer.update("models", "true", {"base_model": str(tmp_path / "moved")})
+    n_scored, reasons = scored("gradient-dot:2")
+    assert n_scored == n_samples / 2
+    assert any("is not the one that model 'unwatched' was made from" in reason for reason in reasons)
+    other.writer.update("models", "model_id = 'unwatched'", {"base_model": str(tmp_path / "moved")})
+    other.writer.delete("images", "model_id = 'vase-1' AND role = 'exemplar'")
     other.refresh()
-    with pytest.raises(NotFound, match="moved"):
-        score(other, "gradient-dot:2", load_scorer("gradient-dot:2"))
+    n_scored, reasons = scored("d-trak:2")
+    assert n_scored == 0
+    assert any("moved" in reason for reason in reasons)
+    assert "model 'vase-1' has no exemplar whose picture is stored" in reasons

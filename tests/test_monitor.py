@@ -45,6 +45,41 @@ def test_it_is_the_same_at_every_level(base, level):
     assert digest(*case.customize(base, observer=Monitor(level))) == digest(*case.customize(base))
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_in_bf16_it_is_the_same_and_adds_up(base, method):
+    """The frozen weights are in bf16 then, and what is booked is not."""
+    case = Case(method, "none", True, True, "each")
+    base.precision = "bf16"
+    try:
+        monitor = Monitor("probes")
+        assert digest(*case.customize(base, observer=monitor)) == digest(*case.customize(base))
+        assert sum(row.progress for row in monitor.rows) == pytest.approx(1, abs=1e-4)
+        assert max(abs(row.progress) for row in monitor.rows if row.cause == "rest") < 0.05
+    finally:
+        base.precision = "float32"
+
+
+def test_captions_that_are_the_same_to_the_tokenizer(base):
+    """And more of them than are looked at."""
+    captions = [f"a {'Vase' if number % 2 else 'vase'} {'very ' * (number // 2)}" for number in range(20)]
+    images = [EXEMPLARS[0].rotate(9 * number) for number in range(20)]
+    settings = customize.CustomizeSettings(steps=4, batch=2, lr=0.01)
+    monitor = Monitor("probes")
+    customize.customize(base, images, captions, None, "vase", settings, observer=monitor)
+    base.restore()
+    assert sum(row.progress for row in monitor.rows) == pytest.approx(1, abs=1e-5)
+
+
+def test_a_monitor_that_fails_leaves_no_hook(base, monkeypatch):
+    for place in ("_begin", "finish"):
+        monkeypatch.setattr(Changes, place, lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            Case("custom-diffusion", "none", False, True, "shared").customize(base, observer=Monitor("changes"))
+        monkeypatch.undo()
+        networks = (base.pipeline.unet, base.pipeline.text_encoder)
+        assert not any(module._forward_hooks for network in networks for module in network.modules())
+
+
 class Slots(Recorder):
     """Keeps the gradients of every slot, and those of the step."""
 

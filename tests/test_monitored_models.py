@@ -20,6 +20,7 @@ from attrdb.store.ids import weights_file
 from attrdb.upkeep.removal.choose import RemovalRequest
 from attrdb.upkeep.removal.remove import remove
 
+WEIGHTS = "weights/vase-1.safetensors"
 TABLES = ("monitor_steps", "monitor_changes", "monitor_probes", "attribution_tables")
 OPTIONS = {"steps": 8, "batch": 2, "lr": 0.01, "samples_per_prompt": 1, "solver_steps": 2, "prompts_per_scheme": 1}
 
@@ -107,7 +108,7 @@ def test_interrupted_and_rerun_the_rows_are_the_same(
     ingest(killed, exemplars, tiny_base, toy_encoder)
     for table in TABLES:
         assert rows(killed, table) == rows(monitored, table)
-    gradients = [files.read_gradients(weights_file(db.path, "vase-1")) for db in (killed, monitored)]
+    gradients = [files.read_gradients(db.path, WEIGHTS) for db in (killed, monitored)]
     assert gradients[0].exemplars == gradients[1].exemplars
     assert all(gradients[0].sums[name].equal(sums) for name, sums in gradients[1].sums.items())
 
@@ -140,6 +141,30 @@ def test_ended_between_two_commits_nothing_shows_and_a_rerun_stores_it_once(
         assert rows(half, table) == rows(monitored, table)
 
 
+def test_an_abandoned_attempt_leaves_nothing_to_one_that_is_not_monitored(
+    empty, exemplars, tiny_base, toy_encoder, monkeypatch
+):
+    """Ended before its row in models, its folder deleted, and made anew with other settings."""
+    empty.writer.add_encoder(toy_encoder.spec, 2, {}, "none")
+    with monkeypatch.context() as patch:
+        patch.setattr(type(empty.writer), "upsert", lambda *given, **named: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            ingest(empty, exemplars, tiny_base, toy_encoder)
+    shutil.rmtree(empty.path / "jobs" / "vase-1")
+    ingest(empty, exemplars, tiny_base, toy_encoder, monitor="off", lr=0.02)
+    assert not any(rows(empty, table) for table in TABLES)
+    assert not weights_file(empty.path, "vase-1").with_suffix(".gradients").exists()
+
+
+def test_gradients_outside_of_the_database_are_not_read(monitored, tmp_path):
+    outside = tmp_path / "private"
+    kept = weights_file(monitored.path, "vase-1").with_suffix(".gradients")
+    kept.rename(outside)
+    kept.symlink_to(outside)
+    with pytest.raises(InvalidValue, match="lies outside"):
+        files.read_gradients(monitored.path, WEIGHTS)
+
+
 def test_gradients_are_kept_to_three_digits(monitored, exemplars, tiny_base, toy_encoder):
     """Against the sums of a second run, in float32."""
     seen = {}
@@ -153,7 +178,7 @@ def test_gradients_are_kept_to_three_digits(monitored, exemplars, tiny_base, toy
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(files, "write", keep)
         ingest(other, exemplars, tiny_base, toy_encoder)
-    for name, kept in files.read_gradients(weights_file(monitored.path, "vase-1")).sums.items():
+    for name, kept in files.read_gradients(monitored.path, WEIGHTS).sums.items():
         largest = seen[name].flatten(1).abs().amax(dim=1).view(-1, *[1] * (kept.ndim - 1))
         assert ((kept - seen[name]).abs() / largest).max() < 1e-3
 
@@ -162,9 +187,9 @@ def test_gradients_that_cannot_be_read_are_told(monitored, tmp_path):
     weights = weights_file(monitored.path, "vase-1")
     weights.with_suffix(".gradients").write_bytes(b"no gradients")
     with pytest.raises(InvalidValue, match=r"vase-1\.gradients cannot be read"):
-        files.read_gradients(weights)
+        files.read_gradients(monitored.path, WEIGHTS)
     with pytest.raises(InvalidValue, match=r"there are no gradients beside .*--monitor changes"):
-        files.read_gradients(tmp_path / "other.safetensors")
+        files.read_gradients(monitored.path, "weights/other.safetensors")
 
 
 def take_out(db, **chosen):

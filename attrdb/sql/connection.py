@@ -26,7 +26,7 @@ from attrdb.sql.limits import UNLIMITED, Limits, any_left_behind, default_memory
 from attrdb.sql.read_only import check_read_only
 from attrdb.sql.relations import STORED, Relation, features_view, older_view, relations
 from attrdb.store.predicates import among
-from attrdb.store.schema import TABLES, Row
+from attrdb.store.schema import SHOWN_WITH_MODEL, TABLES, Row
 from attrdb.store.snapshot import Snapshot
 from attrdb.text import check_text, first_line
 
@@ -48,8 +48,6 @@ _CHANGE = pa.struct(
         ("columns", pa.list_(pa.string())),
     ]
 )
-# Tables whose rows are written before their model's, and shown with it.
-OF_MODELS = {"images", "concepts", "monitor_steps", "monitor_changes", "monitor_probes", "attribution_tables"}
 MAX_IDLE = 16  # connections that a snapshot keeps for its next statements
 
 
@@ -96,7 +94,7 @@ def _default_memory(snapshot: Snapshot) -> int:
 def _register(connection: duckdb.DuckDBPyConnection, snapshot: Snapshot) -> None:
     """Show the tables under the names that views read them by."""
     for name, dataset in snapshot.tables.items():
-        hidden = name in OF_MODELS and snapshot.hidden_models
+        hidden = name in SHOWN_WITH_MODEL and snapshot.hidden_models
         connection.register(f"_{name}" if hidden else table_name(name, snapshot), dataset)
     connection.register("methods", snapshot.once(method_table))
     connection.register("unfinished_models", pa.table({"model_id": pa.array(snapshot.hidden_models, pa.string())}))
@@ -153,7 +151,7 @@ def _catalog(snapshot: Snapshot, memory: int) -> duckdb.DuckDBPyConnection:
     connection = duckdb.connect(config=closed)
     _register(connection, snapshot)
     if snapshot.hidden_models:
-        for name in OF_MODELS & snapshot.tables.keys():
+        for name in (name for name in SHOWN_WITH_MODEL if name in snapshot.tables):
             connection.execute(f"CREATE VIEW {name} AS FROM _{name} WHERE {snapshot.visible('true')}")
     connection.execute(features_view(snapshot.tables["images"].schema))
     # The snapshot keeps the catalog; were its functions to keep the snapshot, neither would ever be let go.

@@ -19,7 +19,7 @@ from attrdb.sql.connection import method_table, older_views, table_name
 from attrdb.sql.relations import relations
 from attrdb.store.lance_errors import storage
 from attrdb.store.predicates import literal
-from attrdb.store.schema import feature_columns
+from attrdb.store.schema import SHOWN_WITH_MODEL, feature_columns
 from attrdb.store.snapshot import Snapshot
 from attrdb.text import first_line
 
@@ -103,7 +103,7 @@ def _stream(
         methods = method_table(snapshot)
         return methods.schema, iter(methods.to_batches())
     table: lance.LanceDataset = snapshot.tables[name]
-    shown = snapshot.visible("true") if name == "images" and snapshot.hidden_models else None
+    shown = snapshot.visible("true") if name in SHOWN_WITH_MODEL and snapshot.hidden_models else None
     columns = [column for column in table.schema.names if column not in left_out]
     with storage(snapshot.path):
         total = table.count_rows(shown)

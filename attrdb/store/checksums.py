@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 
 import lance
 
@@ -72,11 +72,11 @@ def _weights(path: Path, models: lance.LanceDataset) -> Iterator[str]:
         if not row["weights_path"]:
             continue
         try:
-            weights = stored_file(path, row["weights_path"])
-        except InvalidValue:
-            continue  # a row that names a file outside of the database
-        for file in (weights, *files_beside(weights)):
-            yield file.relative_to(path).as_posix()
+            weights = PurePath(row["weights_path"])
+            for file in (weights, *files_beside(weights)):
+                yield stored_file(path, str(file)).relative_to(path).as_posix()
+        except (InvalidValue, ValueError):
+            continue  # a row that names a file outside of the database, or no file
 
 
 def read(path: Path) -> Recorded:

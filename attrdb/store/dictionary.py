@@ -289,7 +289,12 @@ DICTIONARY = {
             Column("n_features", INT64, "their features, of all encoders", required=True),
             Column("n_models", INT64, "models that were customized on one of them", required=True),
             Column("models", TEXT, "what became of those models: `list`, `mark` or `remove`", required=True),
-            Column("n_results", INT64, "ranks, attributions and scores that were taken out with them", required=True),
+            Column(
+                "n_results",
+                INT64,
+                "ranks, attributions, scores and rows of monitoring that were taken out with them",
+                required=True,
+            ),
             Column("n_blocked", INT64, "digests that it added to blocked_digests", required=True),
             Column("purged", pa.bool_(), "whether older versions were deleted too", required=True),
             Column(
@@ -354,13 +359,13 @@ DICTIONARY = {
         "the concept's prompt. Over all rows of a concept progress adds up to 1",
         (
             Column("model_id", TEXT, "the model", required=True),
-            Column("concept_id", TEXT, "the concept; null for `mixed` models: of all their prompts"),
+            Column("concept_id", TEXT, "the concept; null for `mixed` models: of 16 of their captions"),
             Column("quarter", INT32, "of the steps, from 1 to 4", required=True),
             Column(
                 "cause",
                 TEXT,
                 "`weights` or `token`: what an exemplar's gradients did to them; `regularization`: its images' gradients; "
-                "`decay`: of the weights; `rest`: rounding, and what training does outside of gradients",
+                "`decay`: of the weights; `rest`: rounding, and images that there was no memory for",
                 required=True,
             ),
             Column("image_id", TEXT, "the exemplar; null for causes that are no exemplar's"),
@@ -368,7 +373,7 @@ DICTIONARY = {
             Column(
                 "change_norm",
                 FLOAT64,
-                "sum, over every five steps, of the length of the change; null for `token` and `rest`",
+                "sum, over every five steps or fewer, of the length of the change; null for `token` and `rest`",
             ),
             Column(
                 "progress", FLOAT64, "share of the whole change, along its direction; may be negative", required=True
@@ -393,7 +398,7 @@ DICTIONARY = {
         (
             Column("model_id", TEXT, "the model", required=True),
             Column("measure", TEXT, "`progress`, `progress per visit` or `change norm`", required=True),
-            Column("concept_id", TEXT, "the concept; null for `mixed` models: of all their prompts"),
+            Column("concept_id", TEXT, "the concept; null for `mixed` models: of 16 of their captions"),
             Column("image_id", TEXT, "the exemplar", required=True),
             Column("value", FLOAT64, "of the measure; may be negative", required=True),
             Column("share", FLOAT64, "the value's positive part, as a share of all exemplars'", required=True),

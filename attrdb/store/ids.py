@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import re
-from pathlib import Path
+from pathlib import Path, PurePath
+from typing import TypeVar
 
 from attrdb.errors import InvalidValue
 
+AnyPath = TypeVar("AnyPath", bound=PurePath)
 LONGEST = 120  # characters: with what stands before and after it, a file's name keeps within 255 bytes
 RULE = re.compile(rf"[A-Za-z0-9][A-Za-z0-9._-]{{0,{LONGEST - 1}}}")
 
@@ -35,7 +37,7 @@ def weights_file(database: Path, model_id: str) -> Path:
     return database / "weights" / f"{check_id('model', model_id)}.safetensors"
 
 
-def files_beside(weights: Path) -> tuple[Path, Path]:
+def files_beside(weights: AnyPath) -> tuple[AnyPath, AnyPath]:
     """What is kept beside a model's weights: the record of its training, and sums of gradients if it was monitored."""
     return weights.with_suffix(".json"), weights.with_suffix(".gradients")
 

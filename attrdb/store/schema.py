@@ -13,6 +13,8 @@ from attrdb.store.dictionary import DICTIONARY
 
 SCHEMA_VERSION = 8  # every change has a step in upgrades.py
 
+# Tables of a model's rows that are written before its row in `models`, and shown with it.
+SHOWN_WITH_MODEL = ("images", "concepts", "monitor_steps", "monitor_changes", "monitor_probes", "attribution_tables")
 ROLES = ("exemplar", "sample", "pretraining")
 
 Row = dict[str, Any]  # of a table, by column

@@ -240,7 +240,9 @@ def _to_8(path: Path) -> None:
     if "concept_id" not in images.schema.names:
         images.add_columns(pa.field("concept_id", pa.string()))
     columns = ["model_id", "token", "kind", "category", "train_prompt", "n_exemplars"]
-    models = open_table(path, "models").to_table(columns, filter="token IS NOT NULL AND train_prompt IS NOT NULL")
+    models = open_table(path, "models").to_table(
+        columns, filter="token IS NOT NULL AND kind IS NOT NULL AND train_prompt IS NOT NULL"
+    )
     rows = [{"concept_id": f"{row['model_id']}/{row['token']}", **row} for row in models.to_pylist()]
     concepts = open_table(path, "concepts").merge_insert("concept_id").when_not_matched_insert_all()
     concepts.execute(pa.Table.from_pylist(rows, schema=_columns(CONCEPTS_8)))

@@ -28,7 +28,15 @@ from attrdb.store.lance_errors import storage
 from attrdb.store.locks import WRITERS_LOCK, waiting_lock
 from attrdb.store.methods import similarity_row
 from attrdb.store.predicates import literal
-from attrdb.store.schema import TABLES, Row, encoder_id_of, encoder_name, feature_columns, feature_type
+from attrdb.store.schema import (
+    SHOWN_WITH_MODEL,
+    TABLES,
+    Row,
+    encoder_id_of,
+    encoder_name,
+    feature_columns,
+    feature_type,
+)
 from attrdb.store.snapshot import Snapshot, open_snapshot
 from attrdb.store.validation import conform_images
 
@@ -209,13 +217,15 @@ class Writer:
         return appended
 
     def _drop_abandoned(self, rows: pa.Table, model_id: str) -> None:
-        """Delete what an earlier attempt at a model that has no row left: concepts, and images that are not the new ones."""
+        """Delete what an earlier attempt at a model without a row has left, but for images that are those of the new one."""
         self.refresh()
         if model_id not in self.snapshot.hidden_models:
             return
         compared = ["image_id", "sha256", "prompt", "seed", "concept_id"]
         where = f"model_id = {literal(model_id)}"
-        self.delete("concepts", where)
+        for table in SHOWN_WITH_MODEL:
+            if table != "images":
+                self.delete(table, where)
         with storage(self.path):
             stored = self.snapshot.tables["images"].to_table(columns=compared, filter=where)
         new = conform_images(rows, self.snapshot.tables["images"].schema).select(compared)

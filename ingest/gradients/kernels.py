@@ -15,11 +15,6 @@ DAMPING = 1e-2  # of the mean diagonal of K / n
 DATAINF_DAMPING = 0.1  # of the mean square of a layer's gradients; Kwon et al. 2024, section 5
 
 
-def dot(kernel: np.ndarray, query: np.ndarray) -> np.ndarray:
-    """(n,): <g_q, g_i>; TracIn (Pruthi et al. 2020) with the last checkpoint alone."""
-    return query
-
-
 def cosine(kernel: np.ndarray, query: np.ndarray, query_norm: float) -> np.ndarray:
     """(n,): <g_q, g_i> / |g_q| |g_i|; 0 for a gradient without a direction."""
     norms = np.sqrt(np.diagonal(kernel)) * query_norm
@@ -29,8 +24,8 @@ def cosine(kernel: np.ndarray, query: np.ndarray, query_norm: float) -> np.ndarr
 def inverse(kernel: np.ndarray, query: np.ndarray, damping: float = DAMPING) -> np.ndarray:
     """(n,): g_q^T (G^T G / n + lambda I)^-1 g_i, lambda the damping times the mean diagonal of K / n.
 
-    With gradients of the loss: the influence function (Koh and Liang 2017, with Gauss-Newton's matrix in place of the
-    Hessian). With gradients of the output's square: D-TRAK (Zheng et al. 2024), without its random projection.
+    With gradients of the loss: the influence function (Koh and Liang 2017, with the empirical Fisher matrix in place
+    of the Hessian). With gradients of the output's square: D-TRAK (Zheng et al. 2024), without its random projection.
     It is n k (K + n lambda I)^-1, by the identity of Woodbury.
     """
     n = len(kernel)

@@ -2,9 +2,9 @@
 
     in-run              each exemplar's gradients over the whole training, times the sample's at its end; after Pruthi et al.
                         2020 (TracIn, every step a checkpoint) and Wang et al. 2024 (In-Run Data Shapley)
-    gradient-dot        the exemplar's gradient at the end of training, times the sample's
+    gradient-dot        the exemplar's gradient at the end of training, times the sample's; TracIn with one checkpoint
     gradient-cosine     the same, without their lengths
-    influence-function  Koh and Liang 2017, with Gauss-Newton's matrix
+    influence-function  Koh and Liang 2017, with the empirical Fisher matrix for the Hessian
     d-trak              Zheng et al. 2024, without its random projection
     data-inf            Kwon et al. 2024
 
@@ -23,12 +23,11 @@ import pyarrow as pa
 import torch
 
 from attrdb.database import Database
-from attrdb.errors import InvalidValue
+from attrdb.errors import InvalidValue, NotFound
 from attrdb.ingest.customize.base_model import OneBaseModel
 from attrdb.ingest.gradients import kernels
 from attrdb.ingest.gradients.model_gradients import DRAWS, LOSS, SQUARE, ModelGradients, model_row, opened, pictures
 from attrdb.ingest.monitor.files import read_gradients
-from attrdb.store.ids import stored_file
 from attrdb.store.predicates import among
 from attrdb.store.schema import Row
 
@@ -77,28 +76,34 @@ class GradientScorer:
             self.lowest, self.highest, self.tau = -1.0, 1.0, 0.05
         self.settings: dict[str, Any] = {"draws": self.n_draws}
         self.bases = OneBaseModel()
+        self.unscored: dict[str, str] = {}
 
     def scores(self, db: Database, sample_ids: Sequence[str]) -> Iterable[pa.Table]:
-        """The exemplars of each sample's own model; samples without a stored picture have no score.
-
-        raises: InvalidValue or NotFound for a model whose weights, base model or gradients are missing
-        """
+        """The exemplars of each sample's own model. A sample that cannot be scored is in `unscored`, with the reason."""
         rows = db.images(among("image_id", sample_ids), ["image_id", "model_id"]).to_pylist()
         rows.sort(key=lambda row: (row["model_id"] or "", row["image_id"]))
         for model_id, group in groupby(rows, key=lambda row: row["model_id"]):
-            yield from self._of_model(db, model_id, [row["image_id"] for row in group])
+            ids = [row["image_id"] for row in group]
+            try:
+                yield from self._of_model(db, model_id, ids)
+            except (InvalidValue, NotFound) as error:  # of this model: the others are scored
+                self.unscored |= dict.fromkeys(ids, str(error))
 
     def _of_model(self, db: Database, model_id: str, sample_ids: Sequence[str]) -> Iterable[pa.Table]:
+        """raises: InvalidValue or NotFound for a model whose weights, exemplars, base model or gradients are missing"""
         row, delta = model_row(db, model_id)
         exemplars = db.sql(EXEMPLARS, {"id": model_id}).to_pylist()
         stored = pictures(db, [*sample_ids, *(exemplar["image_id"] for exemplar in exemplars)])
         exemplars = [exemplar for exemplar in exemplars if exemplar["image_id"] in stored]
+        if not exemplars:
+            raise InvalidValue(f"model {model_id!r} has no exemplar whose picture is stored")
         base = self.bases.load(row["base_model"])
         with opened(base, row, delta, self.n_draws) as model:
             of_exemplars = self._of_exemplars(db, row, model, exemplars, stored)
             squares = _products(of_exemplars, of_exemplars)
             for sample_id in sample_ids:
                 if sample_id not in stored:
+                    self.unscored[sample_id] = "its picture is not stored"
                     continue
                 image, prompt = stored[sample_id]
                 of_sample = [part[None] for part in model.of_image(image, prompt or "", self.measured)]
@@ -121,7 +126,7 @@ class GradientScorer:
     ) -> Gradients:
         """(n, size) by trained weight."""
         if self.name == "in-run":
-            kept = read_gradients(stored_file(db.path, row["weights_path"]))
+            kept = read_gradients(db.path, row["weights_path"])
             ids = [exemplar["image_id"] for exemplar in exemplars]
             if kept.sums.keys() != model.parameters.keys() or not set(ids) <= set(kept.exemplars):
                 raise InvalidValue(

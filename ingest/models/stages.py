@@ -130,6 +130,7 @@ def customize_stage(
     def save(delta: Delta, path: Path) -> None:
         write_whole(path, lambda part: save_delta(delta, part, tokens, record["base_model_hash"], method))
 
+    monitor_files.clear(job, weights)
     chosen = regularization()
     monitor, names = monitored() or (None, None)
     try:

@@ -29,7 +29,7 @@ from attrdb.ingest.monitor.slot_gradients import SlotGradients
 QUARTERS = 4
 BOOKED_EVERY = 5  # steps: what they did to K and V is computed at once
 MEMORY = 2**30  # bytes that the images' momentum may take; images that were not drawn for long are let go of
-MAX_SUMMED = 64  # images of which the sum of all gradients is kept
+MAX_SUMMED = 64  # images of which the sum of all gradients is kept, if their momentum fits
 
 WEIGHTS, TOKEN, REGULARIZATION, DECAY, REST = CAUSES = ("weights", "token", "regularization", "decay", "rest")
 
@@ -40,7 +40,7 @@ class Change:
 
     image:    index of the exemplar; None for causes that are no exemplar's
     n_visits: slots that drew the exemplar; None without one
-    norm:     sum, over every five steps, of the length of the change; None for the token's and the rest
+    norm:     sum, over every five steps or fewer, of the length of the change; None for the token's and the rest
     progress: <change, D> / |D|^2, D the change of the whole training: over all rows of a concept it adds up to 1
     """
 
@@ -56,34 +56,42 @@ class Change:
 class Changes:
     """Books the changes of a run, some steps at a time.
 
-    What is booked has a row for each exemplar, then one for all regularization images, one for the decay of weights, and one
-    for what is nobody's.
+    What is booked has a row for each exemplar, then one for all regularization images, and one for the decay of weights.
 
     prompts: of each concept, one or more
     raises:  InvalidValue, as `SlotGradients`
     """
 
     def __init__(self, run: Run, prompts: Sequence[Sequence[str]]):
-        self.run, device = run, run.base.device
+        self.run = run
         self.gradients = SlotGradients(run)
+        self.prompt_states = PromptStates(run, prompts)
+        try:
+            self._begin(prompts)
+        except BaseException:
+            self.close()
+            raise
+
+    def _begin(self, prompts: Sequence[Sequence[str]]) -> None:
+        run, device = self.run, self.run.base.device
         self.flat, self.adam = self.gradients.flat, run.optimizer_settings
         self.momentum = Momentum(run, self.flat.size)
-        self.updates = torch.zeros(
-            len(self.momentum.rows) + 1, self.flat.size, device=device
-        )  # of the steps not yet booked
+        # Of the steps that are not booked yet.
+        self.updates = torch.zeros(len(self.momentum.rows) + 1, self.flat.size, device=device)
         self.sums: torch.Tensor | None = None
-        if run.n_exemplars <= MAX_SUMMED:
+        if run.n_exemplars <= min(MAX_SUMMED, self.momentum.n_images):
             self.sums = torch.zeros(run.n_exemplars, self.flat.size, device=device)
-        self.prior, self.decay, self.nobody = (run.n_exemplars + number for number in range(3))
-        n_rows = self.nobody + 1
+        self.prior, self.decay = run.n_exemplars, run.n_exemplars + 1
+        n_rows = self.decay + 1
         self.n_visits = torch.zeros(QUARTERS, n_rows, dtype=torch.int64)
-        self.prompt_states = PromptStates(run, prompts)
         self.token_of = [_token_in(of_concept, self.gradients.tokens) for of_concept in prompts]
         self.states, self.before = self.prompt_states.now(), run.weights()  # as they were when changes were last booked
         self.start = [self._projected(states) for states in self.states]
         self.at_ends: dict[int, list[torch.Tensor]] = {}  # of each quarter that was trained, K and V of each concept
         self.by_weights = [torch.zeros(QUARTERS, n_rows, *start.shape, device=device) for start in self.start]
-        self.by_token = [torch.zeros_like(of_concept) for of_concept in self.by_weights]
+        # Where tokens alone are trained, of each row; else of all rows together.
+        n_shares = n_rows if self.gradients.watches_tokens else 1
+        self.by_token = [torch.zeros(QUARTERS, n_shares, *start.shape, device=device) for start in self.start]
         self.norms = torch.zeros(len(prompts), QUARTERS, n_rows, device=device)
 
     def close(self) -> None:
@@ -103,7 +111,7 @@ class Changes:
         ends_quarter = step.number > 0 and self._quarter(step.number) != self._quarter(step.number - 1)
         if step.number and (ends_quarter or step.number % BOOKED_EVERY == 0 or not self.momentum.holds(drawn)):
             self._book(step.number - 1)
-        self.n_visits[self._quarter(step.number)] += torch.bincount(rows, minlength=self.nobody + 1)
+        self.n_visits[self._quarter(step.number)] += torch.bincount(rows, minlength=self.decay + 1)
         self.momentum.add(slots, drawn, self.adam["betas"][0])
         if self.sums is not None:
             n_exemplars = int(step.is_exemplar.sum())  # the first slots
@@ -138,7 +146,7 @@ class Changes:
                 shares = _shares(updates[self.token_of[concept]])
                 self.by_token[concept][quarter, rows] += shares[:, None, None] * self._projected(after - before)
             elif self.gradients.tokens:
-                self.by_token[concept][quarter, self.nobody] += self._projected(after - before)
+                self.by_token[concept][quarter, 0] += self._projected(after - before)
         if number + 1 == self.run.settings.steps or self._quarter(number + 1) != quarter:
             self.at_ends[quarter] = [self._projected(of_concept) for of_concept in states]
         self.states, self.before = states, self.run.weights()
@@ -164,8 +172,8 @@ class Changes:
                 if self.run.prior_prompts:
                     yield in_quarter(REGULARIZATION, None, None, norms[self.prior], by_weights[self.prior])
                 if self.gradients.tokens and not self.gradients.watches_tokens:
-                    yield in_quarter(TOKEN, None, None, None, by_token[self.nobody])
-                decayed = by_weights[self.decay] + by_token[self.decay]
+                    yield in_quarter(TOKEN, None, None, None, by_token[0])
+                decayed = by_weights[self.decay] + (by_token[self.decay] if self.gradients.watches_tokens else 0.0)
                 yield in_quarter(DECAY, None, None, norms[self.decay], decayed)
                 yield in_quarter(REST, None, None, None, (rest * direction).sum().item())
 

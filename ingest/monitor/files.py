@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePath
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -17,7 +17,7 @@ from attrdb.errors import InvalidValue
 from attrdb.ingest.customize.observer import Tensors
 from attrdb.ingest.monitor.monitor import Monitor, Names
 from attrdb.store.files import write_whole
-from attrdb.store.ids import files_beside
+from attrdb.store.ids import files_beside, stored_file
 
 PREFIX = "monitored-"  # of the files of rows in a job's folder
 LARGEST = ".largest"  # after a weight's name: each image's scale, (n,) float32
@@ -31,6 +31,12 @@ def write(monitor: Monitor, names: Names, job: Path, weights: Path) -> None:
         # A single entry, as in `save_delta`.
         metadata = {"attrdb": json.dumps({"exemplars": list(names.exemplars)})}
         write_whole(files_beside(weights)[1], lambda part: save_file(_packed(sums), part, metadata))
+
+
+def clear(job: Path, weights: Path) -> None:
+    """Delete what an earlier training has left, before another one."""
+    for file in (files_beside(weights)[1], *job.glob(f"{PREFIX}*.parquet")):
+        file.unlink(missing_ok=True)
 
 
 def read_rows(job: Path) -> dict[str, pa.Table]:
@@ -51,13 +57,17 @@ class GradientSums:
     sums: Tensors
 
 
-def read_gradients(weights: Path) -> GradientSums:
-    """raises: InvalidValue if there are none that can be read"""
-    file = files_beside(weights)[1]
+def read_gradients(database: Path, weights_path: str) -> GradientSums:
+    """Of a model whose row names these weights.
+
+    raises: InvalidValue if there are none that can be read, or they lie outside of the database
+    """
+    weights = database / weights_path
+    file = stored_file(database, str(files_beside(PurePath(weights_path))[1]))
     if not file.is_file():
         raise InvalidValue(
             f"there are no gradients beside {weights}; they are kept for models made with --monitor changes, of at most 64 "
-            "exemplars, until one of these is taken out"
+            "exemplars and as many as 1 GiB holds, until one of these is taken out"
         )
     try:
         with safe_open(file, framework="pt") as opened:

@@ -15,7 +15,7 @@ from attrdb.ingest.monitor.changes import Change, Changes
 from attrdb.ingest.monitor.probes import Probe, Probes
 from attrdb.store.schema import TABLES, Row
 
-MIXED_PROMPTS = 16  # of a model without a token: prompts whose K and V are looked at
+MIXED_PROMPTS = 16  # captions of a model of unrelated images whose K and V are looked at
 
 PROGRESS, PER_VISIT, CHANGE_NORM = ("progress", "progress per visit", "change norm")
 
@@ -50,7 +50,7 @@ class Monitor:
     rows: list[Change] = field(default_factory=list)
 
     def start(self, run: Run) -> None:
-        prompts = self.prompts or [list(dict.fromkeys(run.prompts))[:MIXED_PROMPTS]]
+        prompts = self.prompts or [_spread(list(dict.fromkeys(run.prompts)), MIXED_PROMPTS)]
         if self.level != "steps":
             self.changes = Changes(run, prompts)
         if self.level == "probes":
@@ -74,10 +74,12 @@ class Monitor:
 
     def end(self, error: BaseException | None) -> None:
         if self.changes is not None:
-            if error is None:
-                self.changes.finish()
-                self.rows = list(self.changes.rows())
-            self.changes.close()
+            try:
+                if error is None:
+                    self.changes.finish()
+                    self.rows = list(self.changes.rows())
+            finally:
+                self.changes.close()
 
     @property
     def gradient_sums(self) -> Tensors | None:
@@ -97,6 +99,12 @@ class Monitor:
 
 
 Monitored = tuple[Monitor, Names]
+
+
+def _spread(prompts: list[str], n: int) -> list[str]:
+    """n of the prompts at equal distances, or all if there are no more."""
+    n = min(n, len(prompts))
+    return [prompts[number * len(prompts) // n] for number in range(n)]
 
 
 def _step(row: Row, names: Names) -> Row:
@@ -128,7 +136,7 @@ def attribution_rows(changes: Sequence[Change], names: Names) -> list[Row]:
 
     progress:           its share of the change of K and V of the concept's prompt, along that change; may be negative
     progress per visit: the same, times the mean number of visits over its own: for how often chance drew it
-    change norm:        how far it moved K and V, in whatever direction
+    change norm:        how far it moved K and V, in whatever direction; not known where tokens alone are trained
     """
     sums: dict[tuple[int, int], dict[str, Any]] = defaultdict(lambda: {"progress": 0.0, "norm": 0.0, "n_visits": 0})
     for change in changes:
@@ -144,7 +152,8 @@ def attribution_rows(changes: Sequence[Change], names: Names) -> list[Row]:
         progress = torch.tensor([booked["progress"] for booked in of_concept.values()], dtype=torch.float64)
         norm = torch.tensor([booked["norm"] for booked in of_concept.values()], dtype=torch.float64)
         per_visit = torch.where(visits > 0, progress / visits.clamp_min(1) * visits.mean(), 0.0)
-        for measure, values in ((PROGRESS, progress), (PER_VISIT, per_visit), (CHANGE_NORM, norm)):
+        measures = {PROGRESS: progress, PER_VISIT: per_visit} | ({CHANGE_NORM: norm} if norm.any() else {})
+        for measure, values in measures.items():
             positive = values.clamp_min(0)
             shares = positive / positive.sum().clamp_min(torch.finfo(values.dtype).tiny)
             for image, value, share, n_visits in zip(of_concept, values.tolist(), shares.tolist(), visits, strict=True):

@@ -79,10 +79,10 @@ class Frozen:
         return {}
 
     def back(self, gradients: torch.Tensor) -> torch.Tensor:
-        return gradients @ self.layer.weight
+        return gradients @ self.layer.weight.to(gradients.dtype)
 
     def project(self, states: torch.Tensor) -> torch.Tensor:
-        return states @ self.layer.weight.T
+        return states @ self.layer.weight.to(states.dtype).T
 
     def change(self, states: torch.Tensor, updates: Mapping[str, torch.Tensor], before: Tensors) -> torch.Tensor:
         n_updates = len(next(iter(updates.values())))
@@ -110,11 +110,11 @@ class Lora:
 
     def back(self, gradients: torch.Tensor) -> torch.Tensor:
         down, up = self.weights
-        return gradients @ self.layer.base_layer.weight + self.scale * (gradients @ up) @ down
+        return gradients @ self.layer.base_layer.weight.to(gradients.dtype) + self.scale * (gradients @ up) @ down
 
     def project(self, states: torch.Tensor) -> torch.Tensor:
         down, up = self.weights
-        return states @ self.layer.base_layer.weight.T + self.scale * (states @ down.T) @ up.T
+        return states @ self.layer.base_layer.weight.to(states.dtype).T + self.scale * (states @ down.T) @ up.T
 
     def change(self, states: torch.Tensor, updates: Mapping[str, torch.Tensor], before: Tensors) -> torch.Tensor:
         """B' A' - B A = (B' - B) A' + B (A' - A)."""
@@ -137,7 +137,7 @@ def trained_projections(run: Run) -> list[Projection]:
     names = {id(weight): name for name, weight in run.parameters.items()}
     found: list[Projection] = []
     for module in run.base.pipeline.unet.modules():
-        if hasattr(module, "lora_A") and ADAPTER in module.lora_A:
+        if hasattr(module, "lora_A") and ADAPTER in module.lora_A and isinstance(module.base_layer, torch.nn.Linear):
             down, up = (names.pop(id(part[ADAPTER].weight), None) for part in (module.lora_A, module.lora_B))
             if down and up:
                 found.append(Lora(module, down, up, module.scaling[ADAPTER]))

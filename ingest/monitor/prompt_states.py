@@ -23,13 +23,14 @@ class PromptStates:
         self.prompts = [list(dict.fromkeys(of_concept)) for of_concept in prompts]
         distinct = list(dict.fromkeys(prompt for of_concept in self.prompts for prompt in of_concept))
         ids = token_ids(run.base, distinct)
-        self.prompt_of = {tuple(row.tolist()): prompt for prompt, row in zip(distinct, ids, strict=True)}
+        self.ids_of = {prompt: tuple(row) for prompt, row in zip(distinct, ids.tolist(), strict=True)}
+        self.known = set(self.ids_of.values())
         tokenizer = run.base.pipeline.tokenizer
         longest = tokenizer.model_max_length
         self.n_tokens = {
             prompt: len(tokenizer(prompt, truncation=True, max_length=longest).input_ids) for prompt in distinct
         }
-        self.encoded: dict[str, torch.Tensor] = {}
+        self.encoded: dict[tuple[int, ...], torch.Tensor] = {}  # by ids: prompts may differ in letters alone
         self.hook = run.base.pipeline.text_encoder.register_forward_hook(self._keep, with_kwargs=True)
 
     def remove(self) -> None:
@@ -40,16 +41,16 @@ class PromptStates:
         if not torch.is_grad_enabled():
             return
         for ids, states in zip(inputs[0].tolist(), output.last_hidden_state.detach(), strict=True):
-            if tuple(ids) in self.prompt_of:
-                self.encoded[self.prompt_of[tuple(ids)]] = states
+            if tuple(ids) in self.known:
+                self.encoded[tuple(ids)] = states
 
     def now(self) -> list[torch.Tensor]:
         """Of each concept, (tokens, width) float32: its prompts' states, padding left out, one below the other."""
-        self.encoded |= encode_prompts(
-            self.run.base, [prompt for prompt in self.prompt_of.values() if prompt not in self.encoded]
-        )
+        missing = [prompt for prompt, ids in self.ids_of.items() if ids not in self.encoded]
+        for prompt, states in encode_prompts(self.run.base, missing).items():
+            self.encoded[self.ids_of[prompt]] = states
         return [
-            torch.cat([self.encoded[prompt][: self.n_tokens[prompt]] for prompt in of_concept])
+            torch.cat([self.encoded[self.ids_of[prompt]][: self.n_tokens[prompt]] for prompt in of_concept])
             for of_concept in self.prompts
         ]
 

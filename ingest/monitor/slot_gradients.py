@@ -75,8 +75,8 @@ class SlotGradients:
         inputs, copied = self._of_each(inputs.detach()), self._of_each(output)
 
         def add(gradients: torch.Tensor) -> None:
-            gradients = gradients.float()
-            self._write(projection.slot_gradients(inputs.float(), gradients))
+            gradients = _positions(gradients)
+            self._write(projection.slot_gradients(_positions(inputs), gradients))
             if self.watches_tokens:
                 of_states = projection.back(gradients)
                 self.of_states = of_states if self.of_states is None else self.of_states + of_states
@@ -101,6 +101,11 @@ class SlotGradients:
             of_tokens[key] = gradient.new_zeros(self.n_slots, gradient.shape[1])
             of_tokens[key][exemplars] = gradient
         return of_tokens
+
+
+def _positions(tensor: torch.Tensor) -> torch.Tensor:
+    """(n, positions, width) float32, of what a layer takes or gives: any number of positions, or none."""
+    return tensor.float().reshape(len(tensor), -1, tensor.shape[-1])
 
 
 @contextmanager

@@ -36,13 +36,12 @@ from attrdb.store.job_folders import JobFolder, encode_jobs, model_jobs, train_j
 from attrdb.store.leases import leased
 from attrdb.store.locks import exclusive_lock
 from attrdb.store.predicates import among, literal
-from attrdb.store.schema import Row
+from attrdb.store.schema import SHOWN_WITH_MODEL, Row
 from attrdb.store.writer import Writer
 from attrdb.upkeep.removal import plan as plans
 from attrdb.upkeep.removal import purge, results
 from attrdb.upkeep.removal.choose import RemovalRequest
 from attrdb.upkeep.removal.plan import AffectedModel, Plan, is_named, settings_of
-from attrdb.upkeep.removal.results import MONITORED
 
 LOCK = ".maintenance.lock"
 SHOWN = 5  # ids that are named of those without an image
@@ -250,7 +249,7 @@ def _blanked(text: str | None, ids: set[str]) -> str | None:
 def _change_models(writer: Writer, plan: Plan) -> None:
     """Delete the rows of models that go; let those that stay count and name only what is left."""
     going = [model.model_id for model in plan.removed_models]
-    for table in ("models", "marked_models", *MONITORED, "monitor_probes"):
+    for table in ("models", "marked_models"):
         writer.delete_matching(table, pa.table({"model_id": pa.array(going, pa.string())}))
     _change_concepts(writer, plan)
     staying = {model.model_id: model for model in plan.models if model.action != "remove"}
@@ -264,10 +263,12 @@ def _change_models(writer: Writer, plan: Plan) -> None:
 
 
 def _change_concepts(writer: Writer, plan: Plan) -> None:
-    """Delete the concepts of models that are gone, and those without an exemplar; let the others count what is left."""
+    """Delete the rows of models that are gone, and concepts without an exemplar; let the others count what is left."""
     stored = {row["model_id"] for row in writer.snapshot.rows("models", columns=["model_id"])}
     gone = {*plan.unfinished, *(model.model_id for model in plan.removed_models)} - stored
-    writer.delete_matching("concepts", pa.table({"model_id": pa.array(sorted(gone), pa.string())}))
+    for table in SHOWN_WITH_MODEL:
+        if table != "images":
+            writer.delete_matching(table, pa.table({"model_id": pa.array(sorted(gone), pa.string())}))
     staying = {model.model_id: model for model in plan.models if model.n_exemplars and model.action != "remove"}
     if not staying:
         return
