@@ -10,8 +10,8 @@ token is trained. Some steps, from s to t, change them by
     S_c(s) (theta(t) - theta(s))^T + (S_c(t) - S_c(s)) theta(t)^T
 
 of which the first part is shared by `dtheta_i`. The second is the token's. It is shared in proportion to how far each image
-moved the token's embedding along its way where the token alone is trained; beside weights it is hardly anything (0.3 % of the
-change at icon-sd), and is no image's. What is left over, in rounding and of images that were let go of, is the `rest`.
+moved the token's embedding along its way where the token alone is trained. Beside weights it is small (-5 to 7 % of the
+change in three models of icon-sd), and is left as no image's. What is left over, in rounding and of images that were let go of, is the `rest`.
 """
 
 from __future__ import annotations
