@@ -16,7 +16,7 @@ from attrdb.store.schema import TABLES
 
 ALL = sorted(queries.all_queries())
 VIEWS = {*TABLES, *(one.name for one in relations()), "features", "unfinished_models"}
-TRIAL = {"image_id": "m/0/1", "encoder_id": "toy_2", "mapper_id": "m"}
+TRIAL = {"image_id": "m/0/1", "encoder_id": "toy_2", "mapper_id": "m", "model_id": "m"}
 
 
 def test_views_by_role(toy):

@@ -1,4 +1,5 @@
 -- What moved a monitored model when: the change of K and V of each concept's prompt, by quarter of the training and cause.
+-- source after Brokman et al. 2024, whose procedure is not public, see docs/monitoring.md
 -- grain  one row per concept, quarter and cause; over a concept, progress sums to 1 unless exemplars were taken out since
 -- param  $model_id   VARCHAR the model
 -- reads  monitor_changes
