@@ -99,9 +99,10 @@ def test_the_hash_of_settings_is_that_of_stored_models(monkeypatch, settings, st
 
 def test_an_option_of_the_machine_is_not_compared(monkeypatch):
     machine = {option.name for option in MODEL_OPTIONS if option.of_machine}
-    assert machine == {"gradient_checkpointing"}
+    assert machine == {"gradient_checkpointing", "monitor"}
     record = record_of(monkeypatch, ALL_SET)
-    assert settings_hash(record | {"gradient_checkpointing": False}) == settings_hash(record)
+    other = {"gradient_checkpointing": False, "monitor": "off"}
+    assert settings_hash(record | other) == settings_hash(record)
     assert settings_hash(record | {"precision": "bf16"}) != settings_hash(record)
     assert machine.isdisjoint(comparable_settings(record))
 

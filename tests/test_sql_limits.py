@@ -187,7 +187,11 @@ def test_ctrl_c_ends_a_statement_at_once(toy, statement, after):
     began = time.monotonic()
     output, errors = process.communicate(timeout=SLACK)
     assert time.monotonic() - began < SLACK / 2
-    assert (process.returncode, output) == (130, "")
+    assert output == ""
+    if process.returncode == -signal.SIGINT:  # a slow machine was importing modules still
+        assert errors == ""
+        return
+    assert process.returncode == 130
     assert "interrupted" in errors
     assert "Traceback" not in errors
     assert "nanobind" not in errors

@@ -155,7 +155,7 @@ def calibrate(
     )
 
 
-@click.command(short_help="Score candidates by gradients, or by a method that a package adds.")
+@click.command(short_help="Score candidates by gradients, or by a package's method.")
 @DB
 @click.argument("scorer")
 @click.option(
