@@ -1,14 +1,11 @@
 """A slice of the campaign that `make torture` runs whole: see tests/torture."""
 
 import pytest
-from torture.bit_flips import bit_flips
-from torture.command_lines import command_lines
 from torture.comparing import differences, half_visible, tables
 from torture.crowd import crowd
 from torture.disks import NotPermitted
 from torture.full_disk import full_disk
 from torture.kills import kills
-from torture.shortages import run_all
 from torture.workloads import CUSTOMIZE, WORKLOADS
 
 KILLED = ("new database", "append models", "evaluate", "optimize", "remove", "upgrade")
@@ -39,24 +36,6 @@ def test_a_disk_that_is_full_in_the_midst_of_an_append(tmp_path):
         pytest.skip(str(error))
     assert len(trials) > 1
     assert not problems(trials)
-
-
-def test_commands_that_lack_what_they_need(tmp_path):
-    trials = list(run_all(tmp_path, every=90))
-    assert len({trial.group for trial in trials}) > 1
-    assert not problems(trials)
-
-
-def test_odd_command_lines(tmp_path):
-    trials = list(command_lines(15, seed=2, folder=tmp_path))
-    assert len(trials) == 15
-    assert not problems(trials)
-
-
-def test_flipped_bits(tmp_path):
-    trials = list(bit_flips(10, seed=3, folder=tmp_path))
-    assert not problems(trials)
-    assert sum(trial.group.endswith(", found") for trial in trials) > 2
 
 
 @pytest.mark.slow

@@ -11,7 +11,8 @@ token is trained. Some steps, from s to t, change them by
 
 of which the first part is shared by `dtheta_i`. The second is the token's. It is shared in proportion to how far each image
 moved the token's embedding along its way where the token alone is trained. Beside weights it is small (-5 to 7 % of the
-change in three models of icon-sd), and is left as no image's. What is left over, in rounding and of images that were let go of, is the `rest`.
+change in three models of icon-sd), and is left as no image's. What remains, in rounding and of images that were let go of, is
+the `rest`.
 """
 
 from __future__ import annotations
