@@ -39,7 +39,7 @@ hooks: $(VENV)/.ready
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt '.[hooks]'
 	$(BIN)/pre-commit install
 
-# Every way in which attrdb was made to fail, or not: about an hour. CI runs a slice (tests/test_torture.py).
+# Every way in which attrdb was made to fail, or not: about an hour. CI runs a slice (tests/test_torture*.py).
 torture: $(VENV)/.ready
 	cd tests && OMP_NUM_THREADS=1 ../$(BIN)/python -m torture --folder ../runs/torture --json ../benchmarks/results/torture.json
 	$(BIN)/python benchmarks/report.py

@@ -1,4 +1,4 @@
-"""A slice of the campaign, as test_torture: shortages, odd command lines, flipped bits. A file of its own, to run beside it."""
+"""A slice of the campaign: shortages, odd command lines, flipped bits. A file of its own, to run beside test_torture."""
 
 from test_torture import problems
 from torture.bit_flips import bit_flips
