@@ -51,7 +51,8 @@ def run_part(name: str, folder: Path, share: float, seed: int) -> dict:
         for trial in PARTS[name](folder, share, seed):
             groups[trial.group] += 1
             if trial.problems:
-                wrong.append({"group": trial.group, "what": trial.what, "problems": trial.problems})
+                problems = [problem.replace(f"{ROOT}/", "") for problem in trial.problems]
+                wrong.append({"group": trial.group, "what": trial.what, "problems": problems})
                 click.echo(f"{name}: {trial}")
             elif sum(groups.values()) % 25 == 0:
                 click.echo(f"{name}: {sum(groups.values())} trials, {len(wrong)} with problems")
