@@ -11,6 +11,7 @@ from PIL import Image
 from attrdb.database import Database
 from attrdb.errors import InvalidValue, NotFound
 from attrdb.ingest.models.ingest_one import regenerate
+from attrdb.ingest.spread import spread
 from attrdb.models import describe
 from attrdb.progress import Progress, no_progress
 from attrdb.store.predicates import among
@@ -44,7 +45,7 @@ def compare(
             f"model {model_id!r} was imported without its weights; only models that attrdb ingest model made can draw their "
             "samples again"
         )
-    ids = _spread([row["image_id"] for row in model["samples"]], n_samples)
+    ids = spread([row["image_id"] for row in model["samples"]], n_samples)
     where = f"{among('image_id', ids)} AND image IS NOT NULL"
     rows = db.images(where, ["image_id", "image"]).to_pylist()
     stored = {row["image_id"]: row["image"] for row in rows}
@@ -71,9 +72,3 @@ def difference(encoded: bytes, image: Image.Image) -> dict:
         "max_difference": int(apart.max()),
         "mean_difference": float(apart.mean()),
     }
-
-
-def _spread(ids: list[str], n: int) -> list[str]:
-    """n of the ids at equal distances, or all if there are no more."""
-    n = min(n, len(ids))
-    return [ids[number * len(ids) // n] for number in range(n)]

@@ -14,13 +14,13 @@ from diffusers import DDPMScheduler
 from PIL import Image
 
 from attrdb.database import Database
-from attrdb.errors import InvalidValue, NotFound
+from attrdb.errors import InvalidValue
 from attrdb.ingest.customize.augmentation import encode_views
 from attrdb.ingest.customize.base_model import BaseModel, base_model_folder, is_made_from
-from attrdb.ingest.customize.customize import Delta, encode_prompts, load_delta, token_ids, token_keys, trained_model
+from attrdb.ingest.customize.customize import Delta, encode_prompts, token_ids, token_keys, trained_model
 from attrdb.ingest.devices import enough_memory
 from attrdb.ingest.models.stages import record_tokens
-from attrdb.store.ids import stored_file
+from attrdb.ingest.models.stored import stored_delta, stored_model
 from attrdb.store.predicates import among
 from attrdb.store.schema import Row
 
@@ -91,17 +91,12 @@ def model_row(db: Database, model_id: str) -> tuple[Row, Delta]:
     """The row of a stored model, and its trained weights.
 
     raises: NotFound for an unknown model or a base model that is not where the row says, InvalidValue if the weights are
-            missing, or the base model is another one now
+            missing or have changed, or the base model is another one now
     """
-    rows = db.sql("FROM models WHERE model_id = $id", {"id": model_id}).to_pylist()
-    if not rows:
-        raise NotFound(f"no customized model {model_id!r} in {db.path}; list them with: attrdb models list {db.path}")
-    [row] = rows
-    if not row["weights_path"]:
-        raise InvalidValue(f"model {model_id!r} was imported without its weights, so it has no gradients")
+    row = stored_model(db, model_id, "it has no gradients")
     if not is_made_from(base_model_folder(row["base_model"]), row["base_model_hash"]):
         raise InvalidValue(f"base model {row['base_model']!r} is not the one that model {model_id!r} was made from")
-    return row, load_delta(stored_file(db.path, row["weights_path"]), row["method"])
+    return row, stored_delta(db, row)
 
 
 @contextmanager

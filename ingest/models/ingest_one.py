@@ -21,7 +21,7 @@ from PIL import Image
 from attrdb.database import Database
 from attrdb.errors import InvalidValue, NotFound
 from attrdb.ingest.customize.base_model import BaseModel, base_model_folder, is_made_from, load_base_model, weights_hash
-from attrdb.ingest.customize.customize import Regularization, apply_delta, check_prompts, load_delta
+from attrdb.ingest.customize.customize import Regularization, apply_delta, check_prompts
 from attrdb.ingest.customize.regularization import (
     Subject,
     choose_for_each,
@@ -45,6 +45,7 @@ from attrdb.ingest.models.stages import (
     sample_stage,
     settings_hash,
 )
+from attrdb.ingest.models.stored import stored_delta, stored_model
 from attrdb.ingest.monitor.files import read_rows
 from attrdb.ingest.monitor.monitor import Monitor, Monitored, Names
 from attrdb.ingest.options import ModelSettings, SynthesizeSettings
@@ -53,7 +54,7 @@ from attrdb.ingest.read.corpus import image_rows, register
 from attrdb.progress import Progress, no_progress
 from attrdb.store.blocklist import blocklist
 from attrdb.store.concepts import concept_id
-from attrdb.store.ids import stored_file, weights_file
+from attrdb.store.ids import weights_file
 from attrdb.store.job_folders import JobFolder, model_job
 from attrdb.store.leases import LEASE_MINUTES
 
@@ -231,23 +232,11 @@ def regenerate(
     base_model: where the base model is now, if not where the model's row says
     raises:     NotFound for an unknown model, sample or base model, InvalidValue if weights are missing or have changed
     """
-    rows = db.sql("SELECT * FROM models WHERE model_id = $id", {"id": model_id}).to_pylist()
-    if not rows:
-        raise NotFound(f"no customized model {model_id!r} in {db.path}; list them with: attrdb models list {db.path}")
-    row = rows[0]
-    if not row["weights_path"]:
-        raise InvalidValue(
-            f"model {model_id!r} was imported without its weights; its samples cannot be generated again"
-        )
-    record, weights = json.loads(row["settings"]), stored_file(db.path, row["weights_path"])
-    name = base_model or row["base_model"]
+    row = stored_model(db, model_id, "its samples cannot be generated again")
+    record, name = json.loads(row["settings"]), base_model or row["base_model"]
     if not is_made_from(_folder_of(name, model_id, base_model), row["base_model_hash"]):
         raise InvalidValue(f"base model {name!r} is not the one that model {model_id!r} was made from; name that one")
-    delta = load_delta(weights, row["method"])
-    if hashlib.sha256(weights.read_bytes()).hexdigest() != row["weights_hash"]:
-        raise InvalidValue(
-            f"the weights {weights} have changed since model {model_id!r} was stored; put the old ones back"
-        )
+    delta = stored_delta(db, row)
     settings = SynthesizeSettings(**record["synthesize"])
     prompts = [Prompt(n, "", text) for n, text in enumerate(record["prompts"])]
     batches = plan_samples(model_id, prompts, settings)

@@ -13,6 +13,7 @@ import torch
 from attrdb.ingest.customize.observer import Run, Step, Tensors
 from attrdb.ingest.monitor.changes import Change, Changes
 from attrdb.ingest.monitor.probes import Probe, Probes
+from attrdb.ingest.spread import spread
 from attrdb.store.schema import TABLES, Row
 
 MIXED_PROMPTS = 16  # captions of a model of unrelated images whose K and V are looked at
@@ -50,7 +51,7 @@ class Monitor:
     rows: list[Change] = field(default_factory=list)
 
     def start(self, run: Run) -> None:
-        prompts = self.prompts or [_spread(list(dict.fromkeys(run.prompts)), MIXED_PROMPTS)]
+        prompts = self.prompts or [spread(list(dict.fromkeys(run.prompts)), MIXED_PROMPTS)]
         if self.level != "steps":
             self.changes = Changes(run, prompts)
         if self.level == "probes":
@@ -99,12 +100,6 @@ class Monitor:
 
 
 Monitored = tuple[Monitor, Names]
-
-
-def _spread(prompts: list[str], n: int) -> list[str]:
-    """n of the prompts at equal distances, or all if there are no more."""
-    n = min(n, len(prompts))
-    return [prompts[number * len(prompts) // n] for number in range(n)]
 
 
 def _step(row: Row, names: Names) -> Row:

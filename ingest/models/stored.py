@@ -1,0 +1,40 @@
+"""A stored model's row and trained weights, for whoever uses the model again."""
+
+from __future__ import annotations
+
+import hashlib
+
+from attrdb.database import Database
+from attrdb.errors import InvalidValue, NotFound
+from attrdb.ingest.customize.customize import Delta, load_delta
+from attrdb.store.ids import stored_file
+from attrdb.store.schema import Row
+
+
+def stored_model(db: Database, model_id: str, lacking: str) -> Row:
+    """The row of a model that has weights.
+
+    lacking: what cannot be had of a model without weights, for the error
+    raises:  NotFound for an unknown model, InvalidValue for one that was imported without its weights
+    """
+    rows = db.sql("SELECT * FROM models WHERE model_id = $id", {"id": model_id}).to_pylist()
+    if not rows:
+        raise NotFound(f"no customized model {model_id!r} in {db.path}; list them with: attrdb models list {db.path}")
+    row: Row = rows[0]
+    if not row["weights_path"]:
+        raise InvalidValue(f"model {model_id!r} was imported without its weights; {lacking}")
+    return row
+
+
+def stored_delta(db: Database, row: Row) -> Delta:
+    """The trained weights that a model's row names.
+
+    raises: InvalidValue for weights that cannot be read, have changed, or lie outside of the database
+    """
+    weights = stored_file(db.path, row["weights_path"])
+    delta = load_delta(weights, row["method"])
+    if hashlib.sha256(weights.read_bytes()).hexdigest() != row["weights_hash"]:
+        raise InvalidValue(
+            f"the weights {weights} have changed since model {row['model_id']!r} was stored; put the old ones back"
+        )
+    return delta
