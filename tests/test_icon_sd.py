@@ -15,6 +15,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from attrdb.errors import InvalidValue
 from attrdb.ingest.encode import load_encoder
@@ -329,7 +330,7 @@ def end_after(monkeypatch):
 
 def test_a_run_goes_from_nothing_to_a_pipeline_and_on_from_it(few_file, tmp_path, monkeypatch, end_after):
     monkeypatch.setattr(build, "N_CAPTIONS", 200)
-    monkeypatch.setattr(unet, "REPORT_IMAGES", 64)
+    monkeypatch.setattr(runs, "FIRST_REPORT", 0.0)
     run, out = tmp_path / "run", tmp_path / "out"
     end_after(2)
     cut = build.build(few_file, run, out, TINY, MINUTES, CPU)
@@ -367,6 +368,52 @@ def test_a_run_is_carried_to_another_machine(few_file, tmp_path, monkeypatch, en
     assert onward["vae_images"] == figures["vae_images"]
     before, after = Stage(run, "vae").load()["vae"], Stage(other, "vae").load()["vae"]
     torch.testing.assert_close(after, before, rtol=1e-3, atol=1e-4)
+
+
+class Waits(TorchDispatchMode):
+    """The operations whose result Python looks at: a GPU cannot record them."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, operation, _types, args=(), kwargs=None):
+        if operation.overloadpacket in (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero):
+            self.found.append(str(operation))
+        return operation(*args, **(kwargs or {}))
+
+
+def steps_to_record(tokenizer):
+    """The steps that a GPU records, each with its inputs."""
+    noise = torch.randn(2, TINY.latent_channels, 8, 8)
+    tokens, t = stream.tokens_of(tokenizer, ["a bell", ""]), torch.tensor([10, 900])
+    yield unet.Learner(tokenizer, TINY, CPU)._step, (torch.randn_like(noise), tokens, t, noise)
+    learner = autoencoder.Learner(TINY, CPU)
+    for step in learner.steps:
+        yield step, (torch.rand(2, 3, TINY.size, TINY.size), noise)
+
+
+def test_no_step_that_is_recorded_waits_for_a_value(few_file, tmp_path, monkeypatch):
+    monkeypatch.setattr(build, "N_CAPTIONS", 200)
+    tokenizer = build.learned_tokenizer(Sprites.read(few_file), TINY, tmp_path)
+    for step, inputs in steps_to_record(tokenizer):
+        step(*inputs)  # the first also makes the optimizer's state
+        with Waits() as waits:
+            step(*inputs)
+        assert waits.found == []
+
+
+@pytest.mark.gpu
+def test_a_recorded_step_is_the_step(few_file, tmp_path):
+    sprites = Sprites.read(few_file)
+    sprites = replace(sprites, pixels=sprites.pixels.cuda())
+    figures = []
+    for recorded in (False, True):
+        learner = autoencoder.Learner(TINY, Execution("cuda", recorded=recorded))
+        pictures = compose(pack(stream.draw_batch(Composer(sprites), 4, 0, 0)), sprites.pixels, TINY.size)
+        losses = [float(learner.learn(pictures * 2 - 1, step, 1e-3)) for step in range(40)]
+        figures.append(np.mean(losses[-10:]))
+    assert figures[1] == pytest.approx(figures[0], rel=0.1)
 
 
 def test_two_processes_do_not_train_one_run(tmp_path):
@@ -460,8 +507,8 @@ def test_the_queue_for_a_gpu_rehearsed_without_a_database_or_an_installation(few
     gpu.unpack(tmp_path / "out", tmp_path / "unpacked")
     pipeline = StableDiffusionPipeline.from_pretrained(tmp_path / "unpacked" / "icon-sd", local_files_only=True)
     assert pipeline.unet.config.sample_size == 8
-    assert (tmp_path / "unpacked" / "icon-clip" / "icon-clip.safetensors").is_file()
-    assert (tmp_path / "unpacked" / "icon-moco" / "icon-moco.safetensors").is_file()
+    assert (tmp_path / "unpacked" / "encoders" / "icon-clip.safetensors").is_file()
+    assert (tmp_path / "unpacked" / "encoders" / "icon-moco.safetensors").is_file()
     assert json.loads((tmp_path / "unpacked" / "sd15" / "sd15.json").read_text())["methods"]
     again = subprocess.run(
         [*program, *folders], cwd=gpu.ROOT, env=variables, capture_output=True, text=True, check=False
@@ -476,7 +523,7 @@ def logs(folder):
 def test_a_task_that_fails_or_overruns_does_not_stop_the_next(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu, "GRACE", 1)
     tasks = tuple(
-        gpu.Task(name, ("-c", program), 1.0, most=minutes)
+        gpu.Task(name, ((("-c", program),),), 1.0, most=minutes)
         for name, program, minutes in (
             ("fails", "raise SystemExit(3)", 1.0),
             ("hangs", "import time; time.sleep(60)", 0.01),
@@ -491,14 +538,23 @@ def test_a_task_that_fails_or_overruns_does_not_stop_the_next(tmp_path, monkeypa
     assert (tmp_path / "unpacked" / "works" / "made").read_text() == "x" * 40
 
 
+def test_a_way_that_fails_is_followed_by_the_next_one(tmp_path):
+    """A way of two processes fails when one of them does."""
+    fast = (("-c", "raise SystemExit(3)"), ("-c", ""))
+    slow = (("-c", "open('{out}/slow', 'w')"), ("-c", "open('{out}/beside', 'w')"))
+    [said] = gpu.run((gpu.Task("two", (fast, slow), 1.0),), 2, tmp_path / "runs", tmp_path / "out", None)
+    assert said["state"] == "done"
+    assert {file.name for file in (tmp_path / "runs" / "results" / "two").iterdir()} == {"slow", "beside"}
+
+
 @pytest.mark.parametrize(
     ("minutes", "done", "begun"),
     [
-        (9.5, [], ["icon-sd", "icon-clip", "icon-moco", "sd15"]),
-        (14.0, [], ["icon-sd", "icon-clip", "icon-moco", "sd15"]),
-        (5.0, [], ["icon-sd"]),
-        (5.0, ["icon-sd"], ["icon-clip", "icon-moco", "sd15"]),
-        (3.0, ["icon-sd", "icon-clip", "icon-moco"], ["sd15"]),
+        (9.5, [], ["icon-sd", "encoders"]),
+        (14.0, [], ["icon-sd", "encoders", "sd15"]),
+        (6.5, [], ["icon-sd"]),
+        (5.0, ["icon-sd"], ["encoders", "sd15"]),
+        (3.0, ["icon-sd", "encoders"], ["sd15"]),
         (1.0, [], []),
     ],
 )
@@ -517,7 +573,7 @@ def test_the_plan_of_a_visit(minutes, done, begun):
 
 
 def test_a_task_without_enough_time_waits(tmp_path):
-    [said] = gpu.run((gpu.Task("long", ("-c", ""), 1.0, 3.0),), 2, tmp_path / "runs", tmp_path / "out", None)
+    [said] = gpu.run((gpu.Task("long", ((("-c", ""),),), 1.0, 3.0),), 2, tmp_path / "runs", tmp_path / "out", None)
     assert said == {"task": "long", "state": "no time", "minutes_left": 2.0}
 
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+import random
 import time
+from collections.abc import Iterator
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -11,11 +14,12 @@ from diffusers import AutoencoderKL
 
 from attrdb.ingest.devices import resolved_precision
 from attrdb.training.icon_sd.parts import IconSdSettings, new_vae
+from attrdb.training.icon_sd.recorded import Recorded, adamw, load_moments, memory_format, set_rate
 from attrdb.training.icon_sd.runs import Execution, Stage
 from attrdb.training.icon_sd.scenes import Composer, Sprites, compose, pack
-from attrdb.training.icon_sd.stream import SceneBatches, draw_batch
+from attrdb.training.icon_sd.stream import Packed, SceneBatches, draw_batch, together
 
-REPORT_IMAGES = 3_200
+AHEAD = 32  # batches that are composed at a time where a step is recorded
 HELD_OUT_SEED = 987_654_321  # of the scenes that reconstruction is measured on
 HALVED = 0.25  # share of the steps that reconstruct half-size scenes from halved latents
 
@@ -38,6 +42,48 @@ def _loss(decoded: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     )
 
 
+class Learner:
+    """The autoencoder, its optimizer, and the two kinds of step that it learns by."""
+
+    def __init__(self, settings: IconSdSettings, execution: Execution):
+        self.settings, self.device = settings, execution.device
+        torch.manual_seed(settings.seed)
+        self.vae = new_vae(settings).to(self.device, memory_format=memory_format(self.device))
+        self.optimizer = adamw(
+            self.vae.parameters(), settings.vae_lr, execution.recorded, betas=(0.9, 0.99), weight_decay=0.0
+        )
+        kind, bf16 = torch.device(self.device).type, resolved_precision("auto", self.device) == "bf16"
+        # What autocast keeps of a step does not outlive its recording.
+        self.autocast = partial(torch.autocast, kind, torch.bfloat16, bf16, cache_enabled=not execution.recorded)
+        steps = [partial(self._step, halved=halved) for halved in (False, True)]
+        self.steps = [Recorded(step) for step in steps] if execution.recorded else steps
+
+    def learn(self, x: torch.Tensor, step: int, lr: float) -> torch.Tensor:
+        """Take one step on pictures in [-1, 1]; its loss, a scalar. The step decides the noise."""
+        seed = self.settings.seed * 1_000_003 + step
+        generator = torch.Generator(self.device).manual_seed(seed)
+        side = x.shape[-1] // vae_factor(self.settings)
+        shape = (len(x), self.settings.latent_channels, side, side)
+        noise = torch.randn(shape, generator=generator, device=self.device)
+        halved = random.Random(seed).random() < HALVED
+        set_rate(self.optimizer, lr)
+        return self.steps[halved](x, noise)
+
+    def _step(self, x: torch.Tensor, noise: torch.Tensor, halved: bool) -> torch.Tensor:
+        with self.autocast():
+            posterior = self.vae.encode(x).latent_dist
+            latents = posterior.mean + posterior.std * noise
+            if halved:
+                latents, x = F.avg_pool2d(latents, 2), F.avg_pool2d(x, 2)
+            decoded = self.vae.decode(latents).sample.float()
+        loss = _loss(decoded, x) + self.settings.kl_weight * posterior.kl().float().mean()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.vae.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return loss.detach()
+
+
 def train_autoencoder(
     sprites: Sprites,
     settings: IconSdSettings,
@@ -52,59 +98,41 @@ def train_autoencoder(
     sprites: with their pixels on the device
     minutes: of training, over all calls, after which it is finished too; the learning rate falls in time for that
     """
-    device = execution.device
-    torch.manual_seed(settings.seed)
-    vae = new_vae(settings).to(device)
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=settings.vae_lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
-    step, seconds = 0, 0.0
+    learner = Learner(settings, execution)
+    step, before = 0, 0.0
     if state := stage.load():
-        vae.load_state_dict(state["vae"])
+        learner.vae.load_state_dict(state["vae"])
         if "optimizer" in state:
-            optimizer.load_state_dict(state["optimizer"])
-        step, seconds = state["step"], state["seconds"]
+            load_moments(learner.optimizer, state["optimizer"])
+        step, before = state["step"], state["seconds"]
     n_steps = math.ceil(settings.vae_images / settings.vae_batch)
-    finished = step >= n_steps or seconds >= 60 * minutes
-    report_steps = max(1, REPORT_IMAGES // settings.vae_batch)
-    encode, decode = (torch.compile(part) if execution.compiled else part for part in (vae.encode, vae.decode))
-    bf16 = resolved_precision("auto", device) == "bf16"
-    kind, side = torch.device(device).type, settings.size // vae_factor(settings)
+    seconds, finished = before, step >= n_steps or before >= 60 * minutes
     losses: list[torch.Tensor] = []
-    scenes = SceneBatches(sprites, settings.vae_batch, settings.seed, step)
-    for packed in scenes.loaded(execution.workers) if not finished else ():
-        started = time.monotonic()
-        generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + step)
-        x = compose(packed, sprites.pixels, settings.size) * 2 - 1
-        noise = torch.randn(len(x), settings.latent_channels, *[side] * 2, generator=generator)
-        halved = torch.rand((), generator=generator) < HALVED
-        with torch.autocast(kind, torch.bfloat16, enabled=bf16):
-            posterior = encode(x).latent_dist
-            latents = posterior.mean + posterior.std * noise.to(device)
-            if halved:
-                latents, x = F.avg_pool2d(latents, 2), F.avg_pool2d(x, 2)
-            decoded = decode(latents).sample.float()
-        loss = _loss(decoded, x) + settings.kl_weight * posterior.kl().float().mean()
-        for group in optimizer.param_groups:
-            group["lr"] = settings.vae_lr * _rate(max(step / n_steps, seconds / (60 * minutes)))
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.detach())
+    scenes = SceneBatches(sprites, settings.vae_batch, settings.seed, step).loaded(execution.workers)
+    begun = time.monotonic()
+    for x in _pictures(scenes, sprites, settings, AHEAD if execution.recorded else 1) if not finished else ():
+        lr = settings.vae_lr * _rate(max(step / n_steps, seconds / (60 * minutes)))
+        losses.append(learner.learn(x, step, lr))
         step += 1
-        seconds += time.monotonic() - started
+        seconds = before + time.monotonic() - begun
         late, finished = stage.late, step >= n_steps or seconds >= 60 * minutes
-        if step % report_steps == 0 or finished or late:
-            figures = {"images": step * settings.vae_batch, "loss": round(float(torch.stack(losses).mean()), 5)}
+        if stage.report_is_due(seconds) or finished or late:
+            loss = round(float(torch.stack(losses).mean()), 5)
             losses.clear()
-            if step % (5 * report_steps) == 0 or finished or late:
-                figures["decibels"] = round(reconstruction(vae, sprites, settings), 2)
-            stage.log(**figures, seconds=round(seconds, 1))
+            decibels = round(reconstruction(learner.vae, sprites, settings), 2)
+            stage.log(images=step * settings.vae_batch, loss=loss, decibels=decibels, seconds=round(seconds, 1))
         if stage.save_is_due or finished or late:
-            state = {"vae": vae.state_dict(), "optimizer": optimizer.state_dict(), "finished": finished}
+            state = {"vae": learner.vae.state_dict(), "optimizer": learner.optimizer.state_dict(), "finished": finished}
             stage.save(state | {"step": step, "seconds": seconds})
         if late or finished:
             break
-    return vae.eval().requires_grad_(False)
+    return learner.vae.eval().requires_grad_(False)
+
+
+def _pictures(scenes: Iterator[Packed], sprites: Sprites, settings: IconSdSettings, n: int) -> Iterator[torch.Tensor]:
+    """The batches in [-1, 1], so many composed at a time."""
+    for packed in together(scenes, n):
+        yield from (compose(packed, sprites.pixels, settings.size) * 2 - 1).split(settings.vae_batch)
 
 
 def vae_factor(settings: IconSdSettings) -> int:

@@ -125,6 +125,7 @@ def build(
 @click.option("--run", "run_folder", type=click.Path(file_okay=False, path_type=Path), required=True)
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), required=True)
 @click.option("--minutes", type=float, default=120, show_default=True, help="Time of this call.")
+@click.option("--vae-channels", type=int, nargs=4, default=IconSdSettings.vae_channels, show_default=True)
 @click.option("--vae-images", type=int, default=IconSdSettings.vae_images, show_default=True)
 @click.option("--vae-batch", type=int, default=IconSdSettings.vae_batch, show_default=True)
 @click.option("--vae-lr", type=float, default=IconSdSettings.vae_lr, show_default=True)
@@ -142,7 +143,7 @@ def build(
     type=click.Path(exists=True, file_okay=False, path_type=Path),
     help="An exported pipeline to begin a new run at.",
 )
-@click.option("--compile/--no-compile", "compiled", default=False, show_default=True, help="By torch.compile.")
+@click.option("--recorded", is_flag=True, help="A GPU repeats a recording of each step.")
 @click.option("--workers", type=int, default=0, show_default=True, help="Processes that draw scenes ahead.")
 @click.option("--tiny", is_flag=True, help="Rehearse with the smallest sizes that run.")
 @click.option("--device", default="cuda" if torch.cuda.is_available() else "cpu", show_default=True)
@@ -154,7 +155,7 @@ def main(
     lr_end: float,
     vae_minutes: float,
     start: Path | None,
-    compiled: bool,
+    recorded: bool,
     workers: int,
     tiny: bool,
     device: str,
@@ -162,7 +163,8 @@ def main(
 ) -> None:
     """Train icon-sd for some minutes, or resume its training, and export it."""
     settings = TINY if tiny else replace(IconSdSettings(), **options)
-    execution = Execution(device, workers, compiled)
+    execution = Execution(device, workers, recorded)
+    torch.backends.cudnn.benchmark = True  # a GPU's shapes stay the same
     with exclusive_run(run_folder):
         figures = build(sprites, run_folder, out, settings, minutes, execution, start, lr_end, vae_minutes)
     click.echo(json.dumps({name: value for name, value in figures.items() if name != "settings"}))

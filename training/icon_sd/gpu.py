@@ -27,22 +27,27 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 PART = 15 * 2**20  # bytes
-GRACE = 40  # seconds that a task may take beyond its minutes: to start, and to write its results
+GRACE = 30  # seconds that a task may take beyond its minutes: to start, and to write its results
+QUIET = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 ROOMS = ("ingest", "training", "queries")
+
+
+Way = tuple[tuple[str, ...], ...]
 
 
 @dataclass(frozen=True)
 class Task:
     """A task of the queue.
 
-    command: what follows the interpreter; {root}, {run}, {out}, {minutes} and {sprites} are filled in
-    share:   of the time, relative to the shares of the other tasks that are not done
-    least:   minutes; with fewer it is not begun
-    most:    minutes; it uses no more
+    ways:  the fastest first; each is tried if the one before it failed. A way is some processes that run beside each other,
+           each as what follows the interpreter; {root}, {run}, {out}, {minutes} and {sprites} are filled in
+    share: of the time, relative to the shares of the other tasks that are not done
+    least: minutes; with fewer it is not begun
+    most:  minutes; it uses no more
     """
 
     name: str
-    command: tuple[str, ...]
+    ways: tuple[Way, ...]
     share: float
     least: float = 0.0
     most: float = math.inf
@@ -53,9 +58,11 @@ def _module(name: str, *words: str) -> tuple[str, ...]:
 
 
 FOLDERS = ("--run", "{run}", "--out", "{out}", "--minutes", "{minutes}")
-AUTOENCODER = ("--vae-minutes", "1.6", "--vae-images", "8000000", "--vae-batch", "128", "--vae-lr", "6e-4")
-UNET = ("--unet-batch", "1024", "--unet-lr", "1e-3", "--lr-end", "0.1", "--workers", "12")
-LARGE = ("--batch", "1024", "--workers", "12")
+AUTOENCODER = (
+    *("--vae-channels", "32", "64", "96", "96"),  # twice the width of a CPU's at the two outer levels
+    *("--vae-minutes", "2.3", "--vae-images", "12000000", "--vae-batch", "128", "--vae-lr", "6e-4"),
+)
+UNET = ("--unet-batch", "512", "--unet-lr", "8e-4", "--lr-end", "0.05", "--workers", "13")
 SHAPE = ("{root}/benchmarks/shapes.py", "--json", "{out}/sd15.json", "--shape")
 TINY_STEPS = (
     "--steps",
@@ -69,19 +76,26 @@ TINY_STEPS = (
     "--method",
     "custom-diffusion",
 )
+
+
+def _encoders(*options: str) -> Way:
+    """Both, beside each other: a GPU is idle for most of a step of one."""
+    folders = ("--out", "{out}", "--minutes", "{minutes}")
+    kinds = ("icon-clip", "icon-moco")
+    return tuple(_module("encoders", kind, "--run", f"{{run}}/{kind}", *folders, *options) for kind in kinds)
+
+
+BUILD = _module("build", *FOLDERS, *AUTOENCODER, *UNET)
 TASKS = (
-    Task("icon-sd", _module("build", *FOLDERS, *AUTOENCODER, *UNET), share=5.0, least=3.0),
-    Task("icon-clip", _module("encoders", "icon-clip", *FOLDERS, *LARGE), share=1.0, least=0.7),
-    Task("icon-moco", _module("encoders", "icon-moco", *FOLDERS, *LARGE), share=1.0, least=0.7),
-    Task("sd15", (*SHAPE, "sd15", "--steps", "30"), share=1.8, least=1.2, most=3.0),
+    Task("icon-sd", (((*BUILD, "--recorded"),), (BUILD,)), share=6.0, least=6.0),
+    Task("encoders", (_encoders("--batch", "1024", "--workers", "6"),), share=1.0, least=1.0),
+    Task("sd15", (((*SHAPE, "sd15", "--steps", "30"),),), share=1.0, least=1.2, most=3.0),
 )
 # The same tasks at sizes that take seconds on a CPU.
-SMALL = ("--batch", "8", "--sprites", "{sprites}")
 REHEARSAL = (
-    Task("icon-sd", _module("build", *FOLDERS, "--tiny", "--sprites", "{sprites}"), 1.0, most=0.4),
-    Task("icon-clip", _module("encoders", "icon-clip", *FOLDERS, *SMALL), 1.0, most=0.1),
-    Task("icon-moco", _module("encoders", "icon-moco", *FOLDERS, *SMALL), 1.0, most=0.1),
-    Task("sd15", (*SHAPE, "icon-sd", *TINY_STEPS), 1.0),
+    Task("icon-sd", ((_module("build", *FOLDERS, "--tiny", "--sprites", "{sprites}"),),), 1.0, most=0.4),
+    Task("encoders", (_encoders("--batch", "8", "--sprites", "{sprites}"),), 1.0, most=0.1),
+    Task("sd15", (((*SHAPE, "icon-sd", *TINY_STEPS),),), 1.0),
 )
 
 
@@ -114,7 +128,7 @@ def environment(folder: Path) -> dict[str, str]:
         paths.append(str(target))
     known = os.environ.get("PYTHONPATH")
     joined = os.pathsep.join([*paths, *([known] if known else [])])
-    return {**os.environ, "PYTHONPATH": joined, "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"}
+    return {**os.environ, "PYTHONPATH": joined, "PYTHONUNBUFFERED": "1", **QUIET}
 
 
 def _package(wheel: Path) -> str:
@@ -141,12 +155,20 @@ def run(tasks: tuple[Task, ...], minutes: float, runs: Path, out: Path, sprites:
             states.append({"task": task.name, "state": "no time", "minutes_left": round(left, 1)})
         else:
             results.mkdir(parents=True, exist_ok=True)
-            fills = {"root": ROOT, "run": runs / task.name, "out": results, "minutes": planned}
-            fills |= {"sprites": sprites and sprites.resolve()}
-            command = [sys.executable, *(word.format(**fills) for word in task.command)]
-            started = time.monotonic()
+            fills: dict[str, object] = {
+                "root": ROOT,
+                "run": runs / task.name,
+                "out": results,
+                "sprites": sprites and sprites.resolve(),
+            }
+            started, state = time.monotonic(), ""
             with (out / f"{task.name}.log").open("wb") as log:
-                state = _run(command, empty, log, variables, 60 * planned + GRACE)
+                for way in task.ways:
+                    fills["minutes"] = minutes = planned - (time.monotonic() - started) / 60
+                    commands = [[sys.executable, *(word.format(**fills) for word in command)] for command in way]
+                    state = _run(commands, empty, log, variables, 60 * minutes + GRACE)
+                    if not state.startswith("failed"):
+                        break
             if state == "done":
                 done.touch()
             states.append({"task": task.name, "state": state, "seconds": round(time.monotonic() - started)})
@@ -155,21 +177,30 @@ def run(tasks: tuple[Task, ...], minutes: float, runs: Path, out: Path, sprites:
     return states
 
 
-def _run(command: list[str], folder: Path, log: io.BufferedWriter, variables: dict[str, str], seconds: float) -> str:
-    """Run a command; when its time is over, kill it and all processes that it started.
+def _run(
+    commands: list[list[str]], folder: Path, log: io.BufferedWriter, variables: dict[str, str], seconds: float
+) -> str:
+    """Run commands beside each other; when their time is over, kill them and all processes that they started.
 
     folder: working directory; empty, because a folder `attrdb` or `icon-sd` in it would be taken for the package or a model
     """
-    process = subprocess.Popen(
-        command, cwd=folder, env=variables, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
-    )
+    end = time.monotonic() + seconds
+    processes = [
+        subprocess.Popen(
+            command, cwd=folder, env=variables, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+        )
+        for command in commands
+    ]
     try:
-        code = process.wait(timeout=seconds)
+        codes = [process.wait(timeout=max(0.0, end - time.monotonic())) for process in processes]
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        for process in processes:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
         return f"ended after {seconds:.0f} s"
-    return "done" if code == 0 else f"failed with {code}"
+    failed = [code for code in codes if code]
+    return f"failed with {failed[0]}" if failed else "done"
 
 
 def pack(results: Path, out: Path) -> list[Path]:

@@ -179,6 +179,8 @@ def export(
     out: Path,
 ) -> None:
     """Write the pipeline folder in fp16, and the figures as `training.json` in it; converts the parts to fp16 in place."""
+    for part in (vae, unet):
+        part.to(memory_format=torch.contiguous_format)  # as safetensors stores tensors
     pipeline = StableDiffusionPipeline(
         vae=vae,
         text_encoder=text_encoder,

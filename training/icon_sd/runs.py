@@ -16,6 +16,7 @@ import torch
 
 from attrdb.errors import Busy, InvalidValue
 
+FIRST_REPORT = 5.0  # seconds
 SAVE_SECONDS = 60.0  # between two checkpoints: on a GPU one takes as long as some steps
 
 
@@ -25,13 +26,12 @@ class Execution:
 
     device:   cpu or cuda
     workers:  processes that draw scenes ahead; with 0 this process draws them
-    compiled: by torch.compile; on a CPU that multiplies float32 only, 105 images/s of the U-Net instead of 66 (two cores,
-              batch 128)
+    recorded: a GPU repeats a recording of the step, see `Recorded`
     """
 
     device: str
     workers: int = 0
-    compiled: bool = False
+    recorded: bool = False
 
 
 @contextmanager
@@ -59,6 +59,7 @@ class Stage:
         self.log_file = folder / f"{name}.jsonl"
         self.deadline = time.monotonic() + 60 * minutes
         self.saved = time.monotonic()
+        self.next_report = FIRST_REPORT
 
     @property
     def late(self) -> bool:
@@ -67,6 +68,13 @@ class Stage:
     @property
     def save_is_due(self) -> bool:
         return time.monotonic() - self.saved >= SAVE_SECONDS
+
+    def report_is_due(self, seconds: float) -> bool:
+        """Whether a stage that has taken so many seconds reports; each report is a twentieth later than the last."""
+        if seconds < self.next_report:
+            return False
+        self.next_report = max(1.05 * seconds, seconds + FIRST_REPORT)
+        return True
 
     def load(self) -> dict | None:
         return torch.load(self.checkpoint, map_location="cpu", weights_only=True) if self.checkpoint.exists() else None

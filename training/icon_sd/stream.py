@@ -49,6 +49,13 @@ class SceneBatches(IterableDataset):
         return iter(DataLoader(self, batch_size=None, num_workers=workers, **ahead))
 
 
+def together(batches: Iterator[Packed], n: int) -> Iterator[Packed]:
+    """So many batches at a time as one: a GPU composes them in the time that one takes."""
+    while True:
+        several = [next(batches) for _ in range(n)]
+        yield {name: torch.cat([packed[name] for packed in several]) for name in several[0]}
+
+
 def tokens_of(tokenizer: CLIPTokenizer, captions: list[str]) -> torch.Tensor:
     """(n, max_tokens) int64: the tokens of captions, padded or cut."""
     return tokenizer(

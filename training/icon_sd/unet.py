@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -19,11 +19,12 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from attrdb.ingest.devices import is_cpu, resolved_precision
 from attrdb.training.icon_sd.parts import IconSdSettings, new_text_encoder, new_unet, noise_levels
+from attrdb.training.icon_sd.recorded import Recorded, adamw, load_moments, memory_format, set_rate
 from attrdb.training.icon_sd.runs import Execution, Stage
 from attrdb.training.icon_sd.scenes import Sprites, compose
-from attrdb.training.icon_sd.stream import Packed, SceneBatches
+from attrdb.training.icon_sd.stream import Packed, SceneBatches, together
 
-REPORT_IMAGES = 12_800
+AHEAD = 4  # batches that are composed and encoded at a time where a step is recorded
 FIRST_BATCHES = 32  # of new scenes, which fill a pool at first
 POOL = 24_576  # scenes whose latents a CPU keeps
 WARM_UP = 300  # steps of each call, since its optimizer may be new
@@ -39,6 +40,7 @@ class Latents:
 
     first: the step of the first batch, which decides its scenes
     pool:  scenes; 0 for none
+    ahead: batches of new scenes that are composed and encoded at a time
     """
 
     def __init__(
@@ -50,23 +52,26 @@ class Latents:
         first: int,
         workers: int,
         pool: int,
+        ahead: int = 1,
     ):
         self.vae, self.sprites, self.settings, self.pool = vae, sprites, settings, pool
         n_new = settings.unet_batch // RENEWED if pool else settings.unet_batch
-        self.batches = SceneBatches(sprites, n_new, settings.seed + 1, first, tokenizer).loaded(workers)
+        batches = SceneBatches(sprites, n_new, settings.seed + 1, first, tokenizer).loaded(workers)
+        self.batches = self._encoded(together(batches, ahead), n_new)
         self.latents: Any = None  # tensors, made when the first scenes are added
         self.tokens: Any = None
         self.n_added = 0
         self.generator = torch.Generator().manual_seed(settings.seed + first)
         if pool:
             for _ in range(FIRST_BATCHES):
-                self._add(*self._encoded(next(self.batches)))
+                self._add(*next(self.batches))
 
-    @torch.no_grad()
-    def _encoded(self, packed: Packed) -> tuple[torch.Tensor, torch.Tensor]:
-        x = compose(packed, self.sprites.pixels, self.settings.size) * 2 - 1
-        latents = self.vae.encode(x).latent_dist.mean
-        return latents.float() * self.vae.config.scaling_factor, packed["tokens"].to(latents.device)
+    def _encoded(self, groups: Iterator[Packed], size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        for packed in groups:
+            with torch.no_grad():
+                x = compose(packed, self.sprites.pixels, self.settings.size) * 2 - 1
+                latents = self.vae.encode(x).latent_dist.mean.float() * self.vae.config.scaling_factor
+            yield from zip(latents.split(size), packed["tokens"].to(latents.device).split(size), strict=True)
 
     def _add(self, latents: torch.Tensor, tokens: torch.Tensor) -> None:
         if self.latents is None:
@@ -77,7 +82,7 @@ class Latents:
         self.n_added += len(latents)
 
     def next(self) -> tuple[torch.Tensor, torch.Tensor]:
-        latents, tokens = self._encoded(next(self.batches))
+        latents, tokens = next(self.batches)
         if not self.pool:
             return latents, tokens
         self._add(latents, tokens)
@@ -102,7 +107,7 @@ class Learner:
     def __init__(self, tokenizer: CLIPTokenizer, settings: IconSdSettings, execution: Execution):
         self.settings, self.device = settings, execution.device
         torch.manual_seed(settings.seed)
-        self.unet = new_unet(settings).to(self.device)
+        self.unet = new_unet(settings).to(self.device, memory_format=memory_format(self.device))
         self.text_encoder = new_text_encoder(tokenizer, settings).to(self.device)
         self.attention: Callable[[], AbstractContextManager] = nullcontext
         if is_cpu(self.device):
@@ -110,14 +115,15 @@ class Learner:
             self.unet.set_attn_processor(AttnProcessor())
             self.attention = partial(sdpa_kernel, SDPBackend.MATH)
         bf16 = resolved_precision("auto", self.device) == "bf16"
-        self.autocast = partial(torch.autocast, torch.device(self.device).type, torch.bfloat16, enabled=bf16)
-        self.predict = torch.compile(self.unet) if execution.compiled else self.unet
+        kind, kept = torch.device(self.device).type, not execution.recorded
+        self.autocast = partial(torch.autocast, kind, torch.bfloat16, bf16, cache_enabled=kept)
         self.signals, self.sigmas = (level.to(self.device) for level in noise_levels())
 
         self.models = torch.nn.ModuleDict({"unet": self.unet, "text_encoder": self.text_encoder})
-        self.optimizer = torch.optim.AdamW(
-            self.models.parameters(), lr=settings.unet_lr, weight_decay=0.01, betas=(0.9, 0.99), fused=True
+        self.optimizer = adamw(
+            self.models.parameters(), settings.unet_lr, execution.recorded, weight_decay=0.01, betas=(0.9, 0.99)
         )
+        self.step: Callable[..., torch.Tensor] = Recorded(self._step) if execution.recorded else self._step
         weights = self.models.state_dict()
         self.ema = {name: value.detach().clone() for name, value in weights.items()}
         averaged = [name for name, value in weights.items() if value.is_floating_point()]
@@ -134,35 +140,35 @@ class Learner:
         """Go on from a checkpoint. One that was carried between machines has no optimizer; its moments build up again."""
         self.models.load_state_dict(state["weights"])
         if "optimizer" in state:
-            self.optimizer.load_state_dict(state["optimizer"])
+            load_moments(self.optimizer, state["optimizer"])
         for name, average in self.ema.items():
             average.copy_(state["ema"][name])
         self.counts = Counts(**{name: state[name] for name in asdict(self.counts)})
 
     def learn(self, latents: torch.Tensor, tokens: torch.Tensor, lr: float) -> torch.Tensor:
-        """Take one step; its loss, a scalar."""
-        loss = self._loss(latents, tokens)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.models.parameters(), 1.0)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        self._average()
-        self.counts.step += 1
-        self.counts.images += len(latents)
-        return loss.detach()
-
-    def _loss(self, latents: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-        """The mean squared error of v, at a random time step per latent; the step decides time steps and noise."""
+        """Take one step; its loss, a scalar. The step decides time steps and noise."""
         generator = torch.Generator(self.device).manual_seed(self.settings.seed * 1_000_003 + self.counts.step)
         t = torch.randint(len(self.signals), (len(latents),), generator=generator, device=self.device)
         noise = torch.randn(latents.shape, generator=generator, device=self.device)
+        set_rate(self.optimizer, lr)
+        loss = self.step(latents, tokens, t, noise)
+        self._average()
+        self.counts.step += 1
+        self.counts.images += len(latents)
+        return loss
+
+    def _step(self, latents: torch.Tensor, tokens: torch.Tensor, t: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        """Learn from the mean squared error of v, each latent at its time step t."""
         signal, sigma = self.signals[t].view(-1, 1, 1, 1), self.sigmas[t].view(-1, 1, 1, 1)
         with self.autocast(), self.attention():
             states = self.text_encoder(tokens).last_hidden_state
-            v = self.predict(signal * latents + sigma * noise, t, states).sample.float()
-        return F.mse_loss(v, signal * noise - sigma * latents)
+            v = self.unet(signal * latents + sigma * noise, t, states).sample.float()
+        loss = F.mse_loss(v, signal * noise - sigma * latents)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.models.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return loss.detach()
 
     @torch.no_grad()
     def _average(self) -> None:
@@ -194,18 +200,18 @@ def train_unet(
         learner.load(state)
     counts = learner.counts
     pool = POOL if is_cpu(execution.device) else 0
-    source = Latents(vae, sprites, tokenizer, settings, counts.step, execution.workers, pool)
-    report_steps = max(1, REPORT_IMAGES // settings.unet_batch)
+    ahead = AHEAD if execution.recorded else 1
+    source = Latents(vae, sprites, tokenizer, settings, counts.step, execution.workers, pool, ahead)
     begun, budget, first = time.monotonic(), stage.deadline - time.monotonic(), counts.step
+    before = counts.seconds
     losses: list[torch.Tensor] = []
     late = stage.late
     while not late:
-        started = time.monotonic()
-        lr = _learning_rate(settings, counts.step - first, (started - begun) / budget, lr_end)
+        lr = _learning_rate(settings, counts.step - first, (time.monotonic() - begun) / budget, lr_end)
         losses.append(learner.learn(*source.next(), lr))
-        counts.seconds += time.monotonic() - started
+        counts.seconds = before + time.monotonic() - begun
         late = stage.late
-        if counts.step % report_steps == 0 or late:
+        if stage.report_is_due(counts.seconds) or late:
             counts.loss = round(float(torch.stack(losses).mean()), 5)
             losses.clear()
             stage.log(images=counts.images, loss=counts.loss, seconds=round(counts.seconds, 1))
