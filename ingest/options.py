@@ -20,6 +20,8 @@ PRECISIONS = ("auto", "float32", "bf16")
 PRIORS = ("caption", "image", "generated")
 PROFILES = ("paper",)
 MONITOR_LEVELS = ("off", "steps", "changes", "probes")
+LEAVES = ("image", "concept", "creator", "half")
+DRAWS = ("fixed", "redrawn")
 
 LARGEST = 2**63  # beyond it, no column and no random generator takes a whole number
 REQUIRED = object()  # the default of an option that has none
@@ -226,6 +228,19 @@ class QueueSettings:
     )
 
 
+@dataclass(frozen=True)
+class TruthSettings:
+    """How models are trained again without some of their exemplars."""
+
+    halves: int = option("Random halves of a model's exemplars to leave out.", 32, at_least=1)
+    draws: str = option(
+        "Steps and noises of the training: those of the model's own (fixed), or new ones (redrawn).",
+        "fixed",
+        choices=DRAWS,
+    )
+    seed: int = option("Seed of redrawn training.", 1, at_least=0)
+
+
 def options_of(settings: type, nested: bool = True) -> Iterator[Option]:
     """The options that a dataclass declares, and, if nested, those of the dataclasses within it."""
     types = get_type_hints(settings)
@@ -249,6 +264,7 @@ def check_options(settings: Any) -> None:
             check_options(nested)
 
 
+TRUTH_OPTIONS = tuple(options_of(TruthSettings))
 QUEUE_OPTIONS = tuple(options_of(QueueSettings))
 MODEL_OPTIONS = tuple(
     sorted(

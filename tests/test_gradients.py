@@ -18,8 +18,9 @@ from attrdb.cli import main
 from attrdb.ingest.customize.augmentation import encode_views
 from attrdb.ingest.customize.base_model import load_base_model
 from attrdb.ingest.customize.customize import apply_delta, encode_prompts
+from attrdb.ingest.customize.denoising import Draws
 from attrdb.ingest.gradients import kernels, scorers
-from attrdb.ingest.gradients.model_gradients import Draws, model_row, opened, pictures
+from attrdb.ingest.gradients.model_gradients import model_row, opened, pictures
 from attrdb.ingest.monitor.files import read_gradients
 from attrdb.ingest.score import BUILT_IN, load_scorer, score
 

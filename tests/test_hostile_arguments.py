@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from datetime import timedelta
+from functools import partial
 
 import lance
 import numpy as np
@@ -17,7 +18,7 @@ import pytest
 from click.testing import CliRunner
 
 import attrdb
-from attrdb.cli import main
+from attrdb.cli import machine, main
 from attrdb.errors import AttrdbError, InvalidValue, QueryRefused, StorageError
 from attrdb.search import index_build
 from attrdb.store.lance_errors import storage
@@ -182,6 +183,25 @@ def test_too_many_open_files_are_called_that(toy):
     assert result.stdout.count("too many files are open; allow more (ulimit -n)") == 2, result.stdout
     assert "damaged" not in result.stdout
     assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] != 0
+
+
+@pytest.mark.parametrize(
+    ("n_files", "code", "said"), [(8, 1, "may open 8 files at once; needed are 12"), (12, 0, "made ")]
+)
+def test_too_few_open_files_are_refused_before_the_work(tmp_path, n_files, code, said):
+    """With 8, Lance would panic and print where."""
+    limited = partial(resource.setrlimit, resource.RLIMIT_NOFILE, (n_files, n_files))
+    done = command_line("init", str(tmp_path / "new.attrdb"), preexec_fn=limited)
+    assert done.returncode == code
+    assert said in done.stderr.decode()
+    assert b"panicked" not in done.stderr
+
+
+def test_a_folder_for_temporary_files_is_found(monkeypatch, tmp_path):
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "nowhere"))
+    monkeypatch.setattr("tempfile.tempdir", None)
+    machine.prepare()
+    assert os.access(os.environ["TMPDIR"], os.W_OK)
 
 
 def test_a_version_that_was_deleted_meanwhile_is_not_called_damage(toy):

@@ -46,7 +46,7 @@ main.add_section("Bring in", ingest.ingest, ingest.encode, upkeep.import_, remov
 main.add_section(
     "Ask", query.attribute, query.run_sql, shell.shell, query.run_query, query.queries, query.methods, models.models
 )
-main.add_section("Learn", train.train, train.score, train.calibrate, train.evaluate, train.report)
+main.add_section("Learn", train.train, train.score, train.truth, train.calibrate, train.evaluate, train.report)
 main.add_section(
     "Keep",
     upkeep.status,

@@ -16,6 +16,7 @@ from typing import Any
 import click
 
 import attrdb
+from attrdb.cli import machine
 from attrdb.cli.faults import fault_text
 from attrdb.errors import AttrdbError, InvalidValue, MissingExtra
 from attrdb.store.ids import check_id
@@ -126,6 +127,7 @@ class Commands(click.Group):
         if checksums := sys.modules.get("attrdb.store.checksums"):
             checksums.CHANGED.clear()
         try:
+            machine.prepare()
             result = super().invoke(context)
             _record_checksums()
             return result

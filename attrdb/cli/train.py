@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import math
+from dataclasses import fields
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +26,13 @@ from attrdb.cli.common import (
     renamed,
     stored_encoder_id,
 )
+from attrdb.cli.declared import machine_options
+from attrdb.cli.ingest import LISTED
 from attrdb.cli.rows import Output, output_options
+from attrdb.errors import InvalidValue
+from attrdb.ingest.options import LEAVES, QUEUE_OPTIONS, TRUTH_OPTIONS, QueueSettings, TruthSettings
 from attrdb.search.memory import use_the_machine
+from attrdb.text import visible
 
 KINDS = {
     "object": "object",
@@ -185,6 +192,55 @@ def score(db: Path, scorer: str, samples: str, method_id: str | None, quiet: boo
     click.echo(f"{result.n_done:,} samples scored by {method_id}, {result.n_stored:,} were already{failed}", err=True)
     if result.failures:
         raise click.exceptions.Exit(1)
+
+
+@click.command(short_help="Train models again without some of their exemplars.")
+@DB
+@click.option(
+    "--models",
+    metavar="PREDICATE",
+    default="true",
+    help="Models that fulfil PREDICATE, on the columns of models. Default: all.",
+)
+@click.option(
+    "--leave",
+    type=click.Choice(LEAVES),
+    multiple=True,
+    required=True,
+    help="What to leave out: each image, concept or creator, or random halves. Repeatable.",
+)
+@click.option(
+    "--samples", metavar="PREDICATE", default="true", help="Measure the samples that fulfil PREDICATE. Default: all."
+)
+@machine_options(TRUTH_OPTIONS)
+@machine_options(QUEUE_OPTIONS)
+@quiet_option
+def truth(db: Path, models: str, leave: tuple[str, ...], samples: str, quiet: bool, **options: Any) -> None:
+    """Find out what models owe to their exemplars: train them again without some, and measure their samples.
+
+    A model is trained once more with all exemplars, and then without each image, concept or creator, or without random halves
+    (--leave). With fixed draws, the default, all else of the training stays as it was. Each retraining costs as much as the
+    model did; it is stored in retrainings, with the loss of every sample in counterfactuals.
+
+    The queries removal_scores, removal_intervals and compare_removals then compare every method that was evaluated (attrdb
+    evaluate --gallery own) with this truth. Rerunning the command resumes it, also with more to leave out.
+    """
+    queue = ml("ingest.truth.queue")
+    from attrdb.cli.output import progress
+
+    split = {
+        kind: kind(**{member.name: options[member.name] for member in fields(kind)})
+        for kind in (TruthSettings, QueueSettings)
+    }
+    with progress(quiet) as advance:
+        result = queue.find_truth(db, models, leave, samples, *split.values(), advance)
+    click.echo(f"{result.n_done} models trained again, {result.n_stored} were already", err=True)
+    for model_id, reason in islice(result.failures.items(), LISTED):
+        click.echo(visible(f"failed: {model_id}: {reason}"), err=True)
+    if result.failures:
+        raise InvalidValue(
+            f"{len(result.failures)} models failed, all others are stored; fix them and rerun the command"
+        )
 
 
 @click.command(short_help="Rank the exemplars of every sample; metrics are queries on it.")

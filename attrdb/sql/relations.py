@@ -19,6 +19,7 @@ import pyarrow as pa
 from attrdb.store.schema import feature_columns
 
 ROLE_VIEWS = ("exemplars", "samples", "pretraining_images")
+RESULT_VIEWS = ("truth_scores",)
 STORED = ("exemplar_ranks", "attributions", "calibrations")  # tables that SQL sees through a view of their name
 # Each after those that it reads.
 MACROS = (
@@ -63,7 +64,7 @@ class Relation:
 @cache
 def relations() -> tuple[Relation, ...]:
     """All views and macros, in the order in which they are made."""
-    return tuple(_read(name, f"{name}.sql") for name in (*ROLE_VIEWS, *STORED, *MACROS))
+    return tuple(_read(name, f"{name}.sql") for name in (*ROLE_VIEWS, *STORED, *RESULT_VIEWS, *MACROS))
 
 
 @cache

@@ -1,6 +1,6 @@
 """The tables of an attrdb directory: their columns, and what they mean.
 
-The data dictionary (docs/dictionary.md) is generated from this file.
+The data dictionary (docs/dictionary.md) is generated from this file and `dictionary_of_training`.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import pyarrow as pa
 
 from attrdb.store.columns import FLOAT64, INT32, INT64, TEXT, TIMESTAMP, Column, TableSchema, key_column
+from attrdb.store.dictionary_of_training import TRAINING
 
 DICTIONARY = {
     "images": TableSchema(
@@ -340,69 +341,5 @@ DICTIONARY = {
             Column("n_exemplars", INT32, "how many exemplars it has"),
         ),
     ),
-    "monitor_steps": TableSchema(
-        "one row per step of a monitored customization and slot of its batch: the image that was drawn, and its loss",
-        (
-            Column("model_id", TEXT, "the model", required=True),
-            Column("step", INT32, "from 0", required=True),
-            Column("slot", INT32, "from 0", required=True),
-            Column("image_id", TEXT, "the exemplar, or the regularization image", required=True),
-            Column("is_exemplar", pa.bool_(), "false for a regularization image", required=True),
-            Column("view", INT32, "number of the image's augmented view", required=True),
-            Column("timestep", INT32, "of the noise, from 0", required=True),
-            Column("loss", FLOAT64, "mean squared error of this slot", required=True),
-            Column("gradient_norm", FLOAT64, "of this slot's part of the step's gradient; null if not asked for"),
-        ),
-    ),
-    "monitor_changes": TableSchema(
-        "one row per quarter of a monitored customization, cause of change, image and concept: how far it moved K and V of "
-        "the concept's prompt. Over all rows of a concept progress adds up to 1",
-        (
-            Column("model_id", TEXT, "the model", required=True),
-            Column("concept_id", TEXT, "the concept; null for `mixed` models: of 16 of their captions"),
-            Column("quarter", INT32, "of the steps, from 1 to 4", required=True),
-            Column(
-                "cause",
-                TEXT,
-                "`weights` or `token`: what an exemplar's gradients did to them; `regularization`: its images' gradients; "
-                "`decay`: of the weights; `rest`: rounding, and images that there was no memory for",
-                required=True,
-            ),
-            Column("image_id", TEXT, "the exemplar; null for causes that are no exemplar's"),
-            Column("n_visits", INT32, "slots that drew it, in this quarter"),
-            Column(
-                "change_norm",
-                FLOAT64,
-                "sum, over every five steps or fewer, of the length of the change; null for `token` and `rest`",
-            ),
-            Column(
-                "progress", FLOAT64, "share of the whole change, along its direction; may be negative", required=True
-            ),
-        ),
-    ),
-    "monitor_probes": TableSchema(
-        "one row per probe of a monitored customization: what the U-Net makes of a concept's prompt, from fixed noise",
-        (
-            Column("model_id", TEXT, "the model", required=True),
-            Column("concept_id", TEXT, "the concept; null for `mixed` models: their first prompt", required=False),
-            Column("step", INT32, "steps done, from 0", required=True),
-            Column("timestep", INT32, "of the noise", required=True),
-            Column("seed", INT64, "of the noise", required=True),
-            Column("vector", pa.list_(pa.float32()), "output of the U-Net's middle block, mean over positions", True),
-            Column("attention", pa.list_(pa.float32()), "mean attention to the token, by cross-attention layer"),
-        ),
-    ),
-    "attribution_tables": TableSchema(
-        "one row per measure, concept and exemplar of a monitored model: how much the exemplar shaped the concept; an "
-        "estimate",
-        (
-            Column("model_id", TEXT, "the model", required=True),
-            Column("measure", TEXT, "`progress`, `progress per visit` or `change norm`", required=True),
-            Column("concept_id", TEXT, "the concept; null for `mixed` models: of 16 of their captions"),
-            Column("image_id", TEXT, "the exemplar", required=True),
-            Column("value", FLOAT64, "of the measure; may be negative", required=True),
-            Column("share", FLOAT64, "the value's positive part, as a share of all exemplars'", required=True),
-            Column("n_visits", INT32, "slots that drew it", required=True),
-        ),
-    ),
+    **TRAINING,
 }

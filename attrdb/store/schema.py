@@ -11,10 +11,19 @@ import pyarrow as pa
 from attrdb.errors import InvalidValue
 from attrdb.store.dictionary import DICTIONARY
 
-SCHEMA_VERSION = 8  # every change has a step in upgrades.py
+SCHEMA_VERSION = 9  # every change has a step in upgrades.py
 
-# Tables of a model's rows that are written before its row in `models`, and shown with it.
-SHOWN_WITH_MODEL = ("images", "concepts", "monitor_steps", "monitor_changes", "monitor_probes", "attribution_tables")
+# Tables of a model's rows: shown with its row in `models`, taken out with it. All but the last two are written before it.
+SHOWN_WITH_MODEL = (
+    "images",
+    "concepts",
+    "monitor_steps",
+    "monitor_changes",
+    "monitor_probes",
+    "attribution_tables",
+    "retrainings",
+    "counterfactuals",
+)
 ROLES = ("exemplar", "sample", "pretraining")
 
 Row = dict[str, Any]  # of a table, by column

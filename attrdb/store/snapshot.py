@@ -85,24 +85,26 @@ class Snapshot:
             return where
         return f"({where}) AND (model_id IS NULL OR model_id NOT IN ({', '.join(map(literal, self.hidden_models))}))"
 
-    def check_predicate(self, name: str, predicate: str) -> None:
+    def check_predicate(self, name: str, predicate: str, table: str = "images") -> None:
         """Check that a text from outside is a complete predicate, before it becomes part of a longer one.
 
         name:   of the parameter, for the error
+        table:  whose columns it is about
         raises: InvalidValue
         """
         cause: BaseException | None = None
         fault = fault_of(predicate)
         if fault is None:
             try:
-                self.tables["images"].scanner(columns=["image_id"], filter=f"({predicate})").explain_plan()
+                columns = TABLES[table].names[:1]
+                self.tables[table].scanner(columns=columns, filter=f"({predicate})").explain_plan()
             except BaseException as error:  # Lance raises many kinds
                 if not isinstance(error, Exception) and not by_lance(error):
                     raise
                 cause, fault = error, words_of(error)
         if fault is not None:
             raise InvalidValue(
-                f"{name} is {shortened(predicate)}; it must be an SQL predicate on the columns of images: {fault}"
+                f"{name} is {shortened(predicate)}; it must be an SQL predicate on the columns of {table}: {fault}"
             ) from cause
 
     def rows(self, table: str, where: str | None = None, columns: list[str] | None = None) -> list[Row]:

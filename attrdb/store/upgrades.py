@@ -28,6 +28,7 @@ _TYPES = {
     "bool": pa.bool_(),
     "timestamp": pa.timestamp("us", tz="UTC"),
     "float32s": pa.list_(pa.float32()),
+    "texts": pa.list_(pa.string()),
     "arrays": pa.list_(
         pa.struct([("name", pa.string()), ("shape", pa.list_(pa.int32())), ("values", pa.list_(pa.float32()))])
     ),
@@ -110,6 +111,14 @@ MONITOR_PROBES_8 = """
 ATTRIBUTION_TABLES_8 = """
     model_id text required, measure text required, concept_id text, image_id text required, value float64 required,
     share float64 required, n_visits int32 required
+"""
+RETRAININGS_9 = """
+    retraining_id text key, model_id text required, leave text required, name text required, draws text required,
+    seed int64 required, left_out texts required, n_draws int32 required, train_loss float64 required, same_weights bool,
+    seconds float64 required, created_at timestamp
+"""
+COUNTERFACTUALS_9 = """
+    retraining_id text required, model_id text required, sample_id text required, loss float64 required
 """
 
 
@@ -248,7 +257,13 @@ def _to_8(path: Path) -> None:
     concepts.execute(pa.Table.from_pylist(rows, schema=_columns(CONCEPTS_8)))
 
 
-STEPS = {2: _to_2, 3: _to_3, 4: _to_4, 5: _to_5, 6: _to_6, 7: _to_7, 8: _to_8}
+def _to_9(path: Path) -> None:
+    """What models would be without some of their exemplars."""
+    _create(path, "retrainings", RETRAININGS_9, 9)
+    _create(path, "counterfactuals", COUNTERFACTUALS_9, 9)
+
+
+STEPS = {2: _to_2, 3: _to_3, 4: _to_4, 5: _to_5, 6: _to_6, 7: _to_7, 8: _to_8, 9: _to_9}
 MADE_IN = {  # the version that made a table, where it was not the first
     "jobs": 2,
     "failures": 2,
@@ -267,6 +282,8 @@ MADE_IN = {  # the version that made a table, where it was not the first
     "monitor_changes": 8,
     "monitor_probes": 8,
     "attribution_tables": 8,
+    "retrainings": 9,
+    "counterfactuals": 9,
 }
 
 

@@ -114,6 +114,7 @@ def customize(
     regularization: Regularization | None = None,
     gradient_checkpointing: bool = False,
     observer: Observer | None = None,
+    left_out: Collection[int] = (),
 ) -> tuple[Delta, dict]:
     """Train a customized model; returns its delta to the base model, in float32 on the CPU, and figures.
 
@@ -123,14 +124,19 @@ def customize(
     category: of the concept, or of each: the words that its token starts from, unless the settings have others
     gradient_checkpointing: for small cards: activations are computed again in the backward pass, the delta is the same
     observer: is told of every step; the delta is the same, see `attrdb.ingest.customize.observer`
+    left_out: exemplars, by number, whose slots are taken out of each batch; the others' stay. Not together with an observer
     returns:  figures: `losses` (one per step), `loss` (mean of the last tenth of them), `customize_seconds`
 
     The base model must be a fresh one. It is left customized, as by `apply_delta`; `base.restore()` undoes that. If training
     fails, it is left fresh.
-    raises: InvalidValue for an unknown method or augmentation, or a prompt that is cut before its token; Diverged;
-            OutOfMemory; whatever the observer raises
+    raises: InvalidValue for an unknown method or augmentation, a prompt that is cut before its token, or exemplars that
+            cannot be left out; Diverged; OutOfMemory; whatever the observer raises
     """
     started = time.monotonic()
+    if set(left_out) >= set(range(len(exemplars))):
+        raise InvalidValue("every exemplar is left out; keep one or more")
+    if left_out and observer is not None:
+        raise InvalidValue("a customization without some of its exemplars cannot be observed; leave out the observer")
     customizer = load_customizer(method)
     prompts = [prompt] * len(exemplars) if isinstance(prompt, str) else list(prompt)
     tokens = _start_words(token, category, settings)
@@ -158,7 +164,7 @@ def customize(
                 _optimizer=optimizer,
             )
             with base.lowered(), observing(observer, run):
-                batches = Batches(base, settings, exemplar_set, prior_set)
+                batches = Batches(base, settings, exemplar_set, prior_set, left_out)
                 losses = take_steps(batches, parameters, optimizer, report, observer)
             delta = {name: weight.cpu() for name, weight in copies(parameters).items()}
     finally:

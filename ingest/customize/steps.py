@@ -6,8 +6,8 @@ All of it works on latents and prompts that `customize` has encoded before the f
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, NoReturn, Protocol
 
 import torch
@@ -106,6 +106,14 @@ class Draw:
     noise: torch.Tensor
     seen: torch.Tensor | None
 
+    def without(self, left_out: Collection[int]) -> Draw:
+        """The slots of the other images."""
+        if not left_out:
+            return self
+        kept = ~torch.isin(self.images, torch.tensor(sorted(left_out)))
+        parts = {member.name: getattr(self, member.name) for member in fields(self)}
+        return Draw(**{name: part if part is None else part[kept.to(part.device)] for name, part in parts.items()})
+
 
 def draw_slots(latents: Latents, n_slots: int, n_timesteps: int, generator: torch.Generator) -> Draw:
     """Draw views, latents, noise and timesteps. Chance is drawn on the CPU, so that it is the same on every device."""
@@ -149,10 +157,20 @@ class Prediction:
 
 
 class Batches:
-    """Draws batches, of exemplars and of regularization images if there are any, and predicts them."""
+    """Draws batches, of exemplars and of regularization images if there are any, and predicts them.
 
-    def __init__(self, base: BaseModel, settings: CustomizeSettings, exemplars: ImageSet, prior: ImageSet | None):
-        self.base, self.settings = base, settings
+    left_out: exemplars whose slots are taken out of every batch; the others see what they would see beside them
+    """
+
+    def __init__(
+        self,
+        base: BaseModel,
+        settings: CustomizeSettings,
+        exemplars: ImageSet,
+        prior: ImageSet | None,
+        left_out: Collection[int] = (),
+    ):
+        self.base, self.settings, self.left_out = base, settings, left_out
         self.image_sets = [exemplars] if prior is None else [exemplars, prior]
         self.scheduler = DDPMScheduler.from_config(base.pipeline.scheduler.config)
         self.generator = torch.Generator().manual_seed(settings.seed)
@@ -160,9 +178,10 @@ class Batches:
     def draw(self) -> list[Draw]:
         """One draw per image set, exemplars first."""
         n_timesteps = self.scheduler.config.num_train_timesteps
-        return [
+        exemplars, *prior = (
             draw_slots(images.latents, self.settings.batch, n_timesteps, self.generator) for images in self.image_sets
-        ]
+        )
+        return [exemplars.without(self.left_out), *prior]
 
     def predict(self, draws: list[Draw]) -> list[Prediction]:
         """One prediction per draw, all of one forward pass."""
@@ -173,7 +192,7 @@ class Batches:
         is_v = self.scheduler.config.prediction_type == "v_prediction"
         target = self.scheduler.get_velocity(latents, noise, timesteps) if is_v else noise
         predicted = self.base.predict(noisy, timesteps, self._states(draws))
-        n_slots = self.settings.batch
+        n_slots = [len(draw.images) for draw in draws]
         parts = zip(predicted.split(n_slots), target.split(n_slots), draws, strict=True)
         return [Prediction(output, wanted, draw.seen) for output, wanted, draw in parts]
 
@@ -182,7 +201,7 @@ class Batches:
         parts = [images.prompts.states(draw.images) for images, draw in zip(self.image_sets, draws, strict=True)]
         if len(parts) == 1:
             return parts[0]
-        return torch.cat([states.expand(self.settings.batch, -1, -1) for states in parts])
+        return torch.cat([states.expand(len(draw.images), -1, -1) for states, draw in zip(parts, draws, strict=True)])
 
     def loss(self, predictions: list[Prediction]) -> torch.Tensor:
         """() float32: the exemplars' loss, plus `prior_weight` times that of the regularization images."""
@@ -206,12 +225,15 @@ def take_steps(
 ) -> list[float]:
     """Train `parameters` for all steps of the settings; returns the loss of each step.
 
-    raises: Diverged, with the parameters as they were after the last step known to be good
+    A step whose batch has no exemplar, because all that it drew are left out, is skipped.
+    raises: InvalidValue if all steps were; Diverged, with the parameters as they were after the last step known to be good
     """
     settings = batches.settings
     check = LossCheck(parameters, settings.lr)
     for number in range(settings.steps):
         draws = batches.draw()
+        if not len(draws[0].images):
+            continue
         predictions = batches.predict(draws)
         loss = batches.loss(predictions)
         loss.backward()
@@ -227,6 +249,8 @@ def take_steps(
                 observer.after_update(step)
         optimizer.zero_grad()
         report("customize", number + 1, settings.steps)
+    if not check.losses and not check.unchecked:
+        raise InvalidValue(f"none of {settings.steps} steps drew an exemplar that is kept; train for more steps")
     return check.finish()
 
 

@@ -6,42 +6,23 @@ import io
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from diffusers import DDPMScheduler
 from PIL import Image
 
 from attrdb.database import Database
 from attrdb.errors import InvalidValue
-from attrdb.ingest.customize.augmentation import encode_views
 from attrdb.ingest.customize.base_model import BaseModel, base_model_folder, is_made_from
 from attrdb.ingest.customize.customize import Delta, encode_prompts, token_ids, token_keys, trained_model
+from attrdb.ingest.customize.denoising import DRAWS, Draws, denoised, latents_of
 from attrdb.ingest.devices import enough_memory
 from attrdb.ingest.models.stages import record_tokens
 from attrdb.ingest.models.stored import stored_delta, stored_model
 from attrdb.store.predicates import among
 from attrdb.store.schema import Row
 
-DRAWS = 24  # timesteps and noises that a loss is averaged over, the same for all images
 LOSS, SQUARE = MEASURED = ("loss", "square")
-
-
-@dataclass(frozen=True)
-class Draws:
-    """Timesteps at equal distances and noises by seed, shared by all images: differences are the images'."""
-
-    timesteps: torch.Tensor  # (n,) int64
-    noise: torch.Tensor  # (n, channels, height, width)
-
-    @classmethod
-    def of(cls, base: BaseModel, n: int, seed: int = 0) -> Draws:
-        n_timesteps = base.pipeline.scheduler.config.num_train_timesteps
-        timesteps = ((torch.arange(n) + 0.5) / n * n_timesteps).long()
-        shape = (n, base.pipeline.unet.config.in_channels, *[base.latent_side] * 2)
-        noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-        return cls(timesteps.to(base.device), noise.to(base.device))
 
 
 class ModelGradients:
@@ -52,7 +33,6 @@ class ModelGradients:
         keys = token_keys(tokens).values()
         self.parameters = {name: weight for name, weight in parameters.items() if name not in keys} or parameters
         self.trains_tokens = self.parameters.keys() <= set(keys)
-        self.scheduler = DDPMScheduler.from_config(base.pipeline.scheduler.config)
 
     def sizes(self) -> list[int]:
         return [weight.numel() for weight in self.parameters.values()]
@@ -62,14 +42,11 @@ class ModelGradients:
 
         measured: 'loss' of the prediction, or 'square', the mean square of what the U-Net predicts
         """
-        latents = encode_views(self.base, [image], "none", seed=0).mean.expand(len(self.draws.timesteps), -1, -1, -1)
-        noisy = self.scheduler.add_noise(latents, self.draws.noise, self.draws.timesteps)
-        with enough_memory(
-            self.base.device, f"differentiating {len(noisy)} noisy pictures at a time", "give fewer draws"
-        ):
-            states = self._states(prompt)
-            predicted = self.base.predict(noisy, self.draws.timesteps, states)
-            value = predicted.square().mean() if measured == SQUARE else F.mse_loss(predicted, self._target(latents))
+        latents = latents_of(self.base, image)
+        n_draws = len(self.draws.timesteps)
+        with enough_memory(self.base.device, f"differentiating {n_draws} noisy pictures at a time", "give fewer draws"):
+            predicted, target = denoised(self.base, self.draws, latents, self._states(prompt))
+            value = predicted.square().mean() if measured == SQUARE else F.mse_loss(predicted, target)
             gradients = torch.autograd.grad(
                 value, list(self.parameters.values()), allow_unused=True, materialize_grads=True
             )
@@ -80,11 +57,6 @@ class ModelGradients:
         if not self.trains_tokens:
             return encode_prompts(self.base, [prompt])[prompt].unsqueeze(0)
         return self.base.pipeline.text_encoder(token_ids(self.base, [prompt])).last_hidden_state
-
-    def _target(self, latents: torch.Tensor) -> torch.Tensor:
-        if self.scheduler.config.prediction_type == "v_prediction":
-            return self.scheduler.get_velocity(latents, self.draws.noise, self.draws.timesteps)
-        return self.draws.noise
 
 
 def model_row(db: Database, model_id: str) -> tuple[Row, Delta]:

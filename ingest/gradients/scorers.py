@@ -25,8 +25,9 @@ import torch
 from attrdb.database import Database
 from attrdb.errors import InvalidValue, NotFound
 from attrdb.ingest.customize.base_model import OneBaseModel
+from attrdb.ingest.customize.denoising import DRAWS
 from attrdb.ingest.gradients import kernels
-from attrdb.ingest.gradients.model_gradients import DRAWS, LOSS, SQUARE, ModelGradients, model_row, opened, pictures
+from attrdb.ingest.gradients.model_gradients import LOSS, SQUARE, ModelGradients, model_row, opened, pictures
 from attrdb.ingest.monitor.files import read_gradients
 from attrdb.store.predicates import among
 from attrdb.store.schema import Row

@@ -1,6 +1,7 @@
-"""Executors: how the models of a queue are made, in this process or in worker processes.
+"""Executors: how the models of a queue are worked on, in this process or in worker processes.
 
-An executor makes attempts and returns their outcomes. What to attempt, and how often, is the queue's business.
+An executor makes attempts and returns their outcomes. What to attempt, and how often, is the queue's business. What an
+attempt does is a `Maker`'s.
 """
 
 from __future__ import annotations
@@ -8,7 +9,8 @@ from __future__ import annotations
 import multiprocessing
 import signal
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import resource_tracker
@@ -51,8 +53,43 @@ class Outcome:
     reason: str = ""
 
 
+class Task(Protocol):
+    """What is to be done about one model."""
+
+    @property
+    def model_id(self) -> str: ...
+
+
+class Maker(ABC):
+    """Attempts at tasks in this process, which keep the last base model loaded."""
+
+    def __init__(self) -> None:
+        self.base_model = OneBaseModel()
+
+    @abstractmethod
+    def make(self, task: Any) -> Outcome:
+        """Do a task. raises: Busy if another process is at it"""
+
+    def attempt(self, task: Task) -> Outcome:
+        """Do a task, whatever it raises."""
+        try:
+            return self.make(task)
+        except Busy:
+            time.sleep(BUSY_SECONDS)
+            return Outcome("busy")
+        except (InvalidValue, NotFound) as error:
+            return Outcome("refused", str(error))
+        except Exception as error:  # an error of any library in one model must not end the others
+            self.base_model.forget()
+            known = isinstance(error, AttrdbError)
+            return Outcome("failed", str(error) if known else f"{type(error).__name__}: {error}")
+
+
+NewMaker = Callable[[Progress], Maker]  # of what reports progress; worker processes are sent it
+
+
 class Executor(Protocol):
-    """Makes models, several at a time if it can. Used by one thread."""
+    """Works on models, several at a time if it can. Used by one thread."""
 
     @property
     def n_free(self) -> int:
@@ -62,10 +99,10 @@ class Executor(Protocol):
     def n_running(self) -> int:
         """Number of models that were submitted and have no outcome yet."""
 
-    def submit(self, spec: ModelSpec) -> None:
+    def submit(self, spec: Task) -> None:
         """Begin an attempt; only while `n_free` is above 0."""
 
-    def wait(self) -> Iterator[tuple[ModelSpec, Outcome]]:
+    def wait(self) -> Iterator[tuple[Task, Outcome]]:
         """Wait until there is news, and yield the attempts that have ended; there may be none.
 
         A model is no longer running when its outcome is yielded. An attempt that is lost with its process has failed.
@@ -75,55 +112,46 @@ class Executor(Protocol):
         """End all attempts that are running, and free what the executor holds."""
 
 
-class ModelMaker:
-    """Attempts at models in this process, which keep encoders and the last base model loaded."""
+class ModelMaker(Maker):
+    """Makes models, and keeps encoders loaded."""
 
     def __init__(
         self, db_path: Path, encoders: Sequence[Encoder], report: Progress, lease_minutes: float = LEASE_MINUTES
     ):
+        super().__init__()
         self.db_path = db_path
         self.encoders = encoders
         self.report = report
         self.lease_minutes = lease_minutes
-        self._base_model = OneBaseModel()
 
-    def attempt(self, spec: ModelSpec) -> Outcome:
-        try:
-            return self._make(spec)
-        except Busy:
-            time.sleep(BUSY_SECONDS)
-            return Outcome("busy")
-        except (InvalidValue, NotFound) as error:
-            return Outcome("refused", str(error))
-        except Exception as error:  # an error of any library in one model must not end the others
-            self._base_model.forget()
-            known = isinstance(error, AttrdbError)
-            return Outcome("failed", str(error) if known else f"{type(error).__name__}: {error}")
+    @classmethod
+    def of(cls, db_path: Path, encoder_specs: Sequence[str], lease_minutes: float, report: Progress) -> ModelMaker:
+        return cls(db_path, [load_encoder(spec) for spec in encoder_specs], report, lease_minutes)
 
-    def _make(self, spec: ModelSpec) -> Outcome:
+    def make(self, task: ModelSpec) -> Outcome:
         db = Database(self.db_path)
-        maker = holder(model_job(db.path, spec.model_id).lock)
+        maker = holder(model_job(db.path, task.model_id).lock)
         if maker and maker["silent_seconds"] < 60 * self.lease_minutes:
-            raise Busy(spec.model_id)  # before the base model is loaded in vain
+            raise Busy(task.model_id)  # before the base model is loaded in vain
         result = ingest_model(
             db,
-            spec.read_exemplars(),
-            spec.settings,
+            task.read_exemplars(),
+            task.settings,
             self.encoders,
-            spec.model_id,
+            task.model_id,
             self.report,
-            self._base_model.load,
+            self.base_model.load,
             self.lease_minutes,
         )
         return Outcome("done" if result.appended else "stored")
 
 
 class LocalExecutor:
-    """Makes one model at a time, in this process."""
+    """Works on one model at a time, in this process."""
 
-    def __init__(self, maker: ModelMaker):
+    def __init__(self, maker: Maker):
         self._maker = maker
-        self._spec: ModelSpec | None = None
+        self._spec: Task | None = None
 
     @property
     def n_free(self) -> int:
@@ -133,10 +161,10 @@ class LocalExecutor:
     def n_running(self) -> int:
         return int(self._spec is not None)
 
-    def submit(self, spec: ModelSpec) -> None:
+    def submit(self, spec: Task) -> None:
         self._spec = spec
 
-    def wait(self) -> Iterator[tuple[ModelSpec, Outcome]]:
+    def wait(self) -> Iterator[tuple[Task, Outcome]]:
         spec, self._spec = self._spec, None
         if spec:
             yield spec, self._maker.attempt(spec)
@@ -155,11 +183,11 @@ class Worker:
     number: int
     process: BaseProcess
     connection: Connection
-    spec: ModelSpec | None = None  # that it is making
+    spec: Task | None = None  # that it is making
     last_message: float = 0.0  # when it came, by time.monotonic()
     stuck: bool = False  # it was killed for its silence
 
-    def assign(self, spec: ModelSpec) -> bool:
+    def assign(self, spec: Task) -> bool:
         """Hand a model over; False if the process has ended."""
         self.spec, self.last_message = spec, time.monotonic()
         try:
@@ -170,16 +198,13 @@ class Worker:
 
 
 class ProcessExecutor:
-    """Makes models in worker processes, each with a GPU where there are as many.
+    """Works on models in worker processes, each with a GPU where there are as many.
 
     A process that ends, is silent for longer than a lease, or reports a failure is replaced by a new one.
     """
 
-    def __init__(
-        self, db_path: Path, encoder_specs: Sequence[str], n_workers: int, report: Progress, lease_minutes: float
-    ):
-        self.db_path = db_path
-        self.encoder_specs = tuple(encoder_specs)
+    def __init__(self, new_maker: NewMaker, n_workers: int, report: Progress, lease_minutes: float):
+        self.new_maker = new_maker
         self.n_workers = n_workers
         self.report = report
         self.lease_minutes = lease_minutes
@@ -193,7 +218,7 @@ class ProcessExecutor:
     def n_running(self) -> int:
         return len(self._busy())
 
-    def submit(self, spec: ModelSpec) -> None:
+    def submit(self, spec: Task) -> None:
         busy = {worker.number for worker in self._busy()}
         number = next(number for number in range(1, self.n_workers + 1) if number not in busy)
         idle = self._workers.get(number)
@@ -204,7 +229,7 @@ class ProcessExecutor:
         self._workers[number] = self._start(number)
         self._workers[number].assign(spec)  # should it have ended, `wait` reports the model as lost
 
-    def wait(self) -> Iterator[tuple[ModelSpec, Outcome]]:
+    def wait(self) -> Iterator[tuple[Task, Outcome]]:
         self._kill_silent()
         workers: dict[Any, Worker] = {worker.connection: worker for worker in self._busy()}
         for connection in wait_for_messages(list(workers), CHECK_SECONDS):
@@ -216,7 +241,7 @@ class ProcessExecutor:
     def _busy(self) -> list[Worker]:
         return [worker for worker in self._workers.values() if worker.spec]
 
-    def _receive(self, worker: Worker) -> Iterator[tuple[ModelSpec, Outcome]]:
+    def _receive(self, worker: Worker) -> Iterator[tuple[Task, Outcome]]:
         """Take a worker's message: progress is reported, an outcome is yielded."""
         spec = worker.spec
         assert spec is not None
@@ -260,7 +285,7 @@ class ProcessExecutor:
     def _start(self, number: int) -> Worker:
         context = multiprocessing.get_context("spawn")  # not fork: neither CUDA nor Lance works after one
         connection, worker_end = context.Pipe()
-        arguments = (worker_end, number, self.n_workers, self.db_path, self.encoder_specs, self.lease_minutes)
+        arguments = (worker_end, number, self.n_workers, self.new_maker)
         process = context.Process(target=_work, args=arguments, daemon=True)
         with _interrupts_blocked():
             process.start()
@@ -295,11 +320,9 @@ def _work(
     connection: Connection,
     number: int,
     n_workers: int,
-    db_path: Path,
-    encoder_specs: Iterable[str],
-    lease_minutes: float,
+    new_maker: NewMaker,
 ) -> None:
-    """A worker process: makes the models that it receives until it is ended."""
+    """A worker process: does the tasks that it receives until it is ended."""
     share_cores(n_workers)
     if (gpu := gpu_of_worker(number)) is not None:
         torch.cuda.set_device(gpu)
@@ -307,7 +330,7 @@ def _work(
     def report(stage: str, done: int, total: int | None, note: str = "") -> None:
         connection.send((stage, done, total, note))
 
-    maker = ModelMaker(db_path, [load_encoder(spec) for spec in encoder_specs], report, lease_minutes)
+    maker = new_maker(report)
     try:
         while True:
             connection.send(maker.attempt(connection.recv()))

@@ -45,10 +45,10 @@ from attrdb.ingest.models.stages import (
     sample_stage,
     settings_hash,
 )
-from attrdb.ingest.models.stored import stored_delta, stored_model
+from attrdb.ingest.models.stored import stored_delta, stored_model, stored_settings
 from attrdb.ingest.monitor.files import read_rows
 from attrdb.ingest.monitor.monitor import Monitor, Monitored, Names
-from attrdb.ingest.options import ModelSettings, SynthesizeSettings
+from attrdb.ingest.options import ModelSettings
 from attrdb.ingest.prompts import TOKEN, Prompt, train_prompt
 from attrdb.ingest.read.corpus import image_rows, register
 from attrdb.progress import Progress, no_progress
@@ -134,7 +134,7 @@ def _run_stages(
     def regularization() -> Regularization | None:
         if not settings.customize.prior_images:
             return None
-        images = _regularization(db, base, exemplars, settings, encoders, record, report)
+        images = regularization_images(db, base, exemplars, settings, encoders, record, report)
         record["regularization"] = list(images.names)
         folder.write_settings(record)
         return images
@@ -181,7 +181,7 @@ def _monitored(model_id: str, level: str, record: dict) -> Monitored:
     )
 
 
-def _regularization(
+def regularization_images(
     db: Database,
     base: BaseModel,
     exemplars: Sequence[Exemplar],
@@ -237,7 +237,7 @@ def regenerate(
     if not is_made_from(_folder_of(name, model_id, base_model), row["base_model_hash"]):
         raise InvalidValue(f"base model {name!r} is not the one that model {model_id!r} was made from; name that one")
     delta = stored_delta(db, row)
-    settings = SynthesizeSettings(**record["synthesize"])
+    settings = stored_settings(record).synthesize
     prompts = [Prompt(n, "", text) for n, text in enumerate(record["prompts"])]
     batches = plan_samples(model_id, prompts, settings)
     known = {plan.image_id for batch in batches for plan in batch}

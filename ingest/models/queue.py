@@ -10,11 +10,12 @@ from __future__ import annotations
 from collections import Counter, deque
 from collections.abc import Container, Sequence
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 
 from attrdb.database import Database
 from attrdb.ingest.encode import load_encoder
-from attrdb.ingest.models.executors import Executor, LocalExecutor, ModelMaker, Outcome, ProcessExecutor
+from attrdb.ingest.models.executors import Executor, LocalExecutor, ModelMaker, Outcome, ProcessExecutor, Task
 from attrdb.ingest.models.specs import ModelSpec
 from attrdb.ingest.options import QueueSettings, check_options
 from attrdb.ingest.read.corpus import register
@@ -28,7 +29,7 @@ DEFAULTS = QueueSettings()
 class Queue:
     """Models that wait, and the results of the others."""
 
-    def __init__(self, specs: Sequence[ModelSpec], job: jobs.Job, report: Progress, retries: int):
+    def __init__(self, specs: Sequence[Task], job: jobs.Job, report: Progress, retries: int):
         self.waiting = deque(specs)
         self.result = JobResult()
         self._job = job
@@ -37,17 +38,17 @@ class Queue:
         self._retries = retries
         self._attempts: Counter[str] = Counter()
 
-    def take(self) -> ModelSpec | None:
+    def take(self) -> Task | None:
         """The next model, which is then no longer waiting."""
         return self.waiting.popleft() if self.waiting else None
 
-    def take_all(self, model_ids: Container[str]) -> list[ModelSpec]:
+    def take_all(self, model_ids: Container[str]) -> list[Task]:
         """The models with these ids, which are then no longer waiting."""
         taken = [spec for spec in self.waiting if spec.model_id in model_ids]
         self.waiting = deque(spec for spec in self.waiting if spec.model_id not in model_ids)
         return taken
 
-    def settle(self, spec: ModelSpec, outcome: Outcome) -> None:
+    def settle(self, spec: Task, outcome: Outcome) -> None:
         """Record how an attempt ended. A model that another process is making, or that may succeed yet, waits again."""
         if outcome.status == "busy":
             self.waiting.append(spec)
@@ -65,14 +66,14 @@ class Queue:
         settled = self.result.n_done + self.result.n_stored + n_failed
         self._report("models", settled, self._total, f"{n_failed} failed" if n_failed else "")
 
-    def _record_failure(self, spec: ModelSpec, outcome: Outcome) -> None:
+    def _record_failure(self, spec: Task, outcome: Outcome) -> None:
         n_attempts = self._attempts[spec.model_id]
         reason = outcome.reason + (f" (attempt {n_attempts})" if n_attempts > 1 else "")
         self.result.failures[spec.model_id] = reason
         self._job.failed({spec.model_id: reason})
         self.report_progress()
 
-    def _record_success(self, spec: ModelSpec, outcome: Outcome) -> None:
+    def _record_success(self, spec: Task, outcome: Outcome) -> None:
         self.result.n_done += outcome.status == "done"
         self.result.n_stored += outcome.status == "stored"
         self._job.n_done = self.result.n_done
@@ -128,4 +129,5 @@ def ingest_models(
 def _executor(maker: ModelMaker, encoder_specs: Sequence[str], settings: QueueSettings) -> Executor:
     if settings.workers == 1:
         return LocalExecutor(maker)
-    return ProcessExecutor(maker.db_path, encoder_specs, settings.workers, maker.report, settings.lease_minutes)
+    new_maker = partial(ModelMaker.of, maker.db_path, tuple(encoder_specs), settings.lease_minutes)
+    return ProcessExecutor(new_maker, settings.workers, maker.report, settings.lease_minutes)

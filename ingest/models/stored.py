@@ -7,6 +7,7 @@ import hashlib
 from attrdb.database import Database
 from attrdb.errors import InvalidValue, NotFound
 from attrdb.ingest.customize.customize import Delta, load_delta
+from attrdb.ingest.options import Concept, CustomizeSettings, ModelSettings, SynthesizeSettings
 from attrdb.store.ids import stored_file
 from attrdb.store.schema import Row
 
@@ -38,3 +39,16 @@ def stored_delta(db: Database, row: Row) -> Delta:
             f"the weights {weights} have changed since model {row['model_id']!r} was stored; put the old ones back"
         )
     return delta
+
+
+def stored_settings(record: dict) -> ModelSettings:
+    """The settings that a model's row has recorded, as far as its training and its samples depend on them."""
+    concepts = record.get("concepts", ())
+    return ModelSettings(
+        kind=record["kind"],
+        category=record["category"],
+        base_model=record["base_model"],
+        customize=CustomizeSettings(**record["customize"]),
+        synthesize=SynthesizeSettings(**record["synthesize"]),
+        concepts=tuple(Concept(concept["token"], concept["kind"], concept["category"]) for concept in concepts),
+    )

@@ -21,6 +21,7 @@ from attrdb.upkeep.removal.choose import Choice
 # Stored influence of a sample sums to 1 if no candidate beyond those stored has a share.
 ROUNDING = 1e-9
 MONITORED = ("monitor_steps", "monitor_changes", "attribution_tables")  # what was noted of each training image
+TRUTH = ("retrainings", "counterfactuals")  # of a model whose exemplars are others now
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,11 @@ SELECT count(*) AS n_rows
 FROM scores
 WHERE sample_id IN (SELECT image_id FROM _chosen) OR candidate_id IN (SELECT image_id FROM _chosen)
 """
+LOSSES = """\
+SELECT count(*)
+FROM counterfactuals
+WHERE sample_id IN (SELECT image_id FROM _chosen) AND model_id NOT IN (SELECT model_id FROM _changed)
+"""
 SCORED = """\
 SELECT DISTINCT scores.method_id, _chosen.role
 FROM scores
@@ -80,11 +86,16 @@ def count(snapshot: Snapshot, choice: Choice, reach: Reach) -> dict[str, int]:
             table: _one(connection, f"SELECT count(*) FROM {table} SEMI JOIN _chosen USING (image_id)")
             for table in MONITORED
         }
+        truth = {
+            table: _one(connection, f"SELECT count(*) FROM {table} SEMI JOIN _changed USING (model_id)")
+            for table in TRUTH
+        }
+        truth["counterfactuals"] += _one(connection, LOSSES)
         return {
             "attributions": _one(connection, f"SELECT coalesce(sum(n_rows), 0)::BIGINT FROM ({ATTRIBUTIONS})"),
             "exemplar_ranks": _one(connection, f"SELECT count(*) FROM ({RANKS})"),
             "scores": _one(connection, SCORES),
-            **{table: n_rows for table, n_rows in monitored.items() if n_rows},
+            **{table: n_rows for table, n_rows in (monitored | truth).items() if n_rows},
         }
 
 
@@ -100,6 +111,9 @@ def delete(writer: Writer, choice: Choice, reach: Reach) -> None:
         writer.delete_matching("scores", ids.rename_columns([column]))
     for table in MONITORED:
         writer.delete_matching(table, ids)
+    for table in TRUTH:
+        writer.delete_matching(table, pa.table({"model_id": pa.array(reach.models, pa.string())}))
+    writer.delete_matching("counterfactuals", ids.rename_columns(["sample_id"]))
 
 
 @contextmanager
