@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import sys
 import time
@@ -28,6 +29,7 @@ from torture.trials import Trial
 from torture.workloads import CUSTOMIZE, WORKLOADS
 
 SHOWN = 50  # trials with problems that are kept
+FOLDERS = re.compile(r"(?<![\w.])(?:/[\w.+-]+)*/(?=[\w.+-])")  # of absolute paths, which are those of a machine
 Part = Callable[[Path, float, int], Iterator[Trial]]
 
 # Each of a folder, a share of the whole, and a seed.
@@ -51,7 +53,7 @@ def run_part(name: str, folder: Path, share: float, seed: int) -> dict:
         for trial in PARTS[name](folder, share, seed):
             groups[trial.group] += 1
             if trial.problems:
-                problems = [problem.replace(f"{ROOT}/", "") for problem in trial.problems]
+                problems = [FOLDERS.sub("", problem) for problem in trial.problems]
                 wrong.append({"group": trial.group, "what": trial.what, "problems": problems})
                 click.echo(f"{name}: {trial}")
             elif sum(groups.values()) % 25 == 0:
