@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from functools import partial
 
 import pytest
 import torch
@@ -220,7 +221,8 @@ def test_a_worker_that_is_stuck_is_ended_and_its_model_made_by_another(tmp_path,
                 worker.connection.recv()
             worker.last_message -= 3600
 
-    executor = ProcessExecutor(path, ENCODERS, 2, report, lease_minutes=10.0)
+    new_maker = partial(executors.ModelMaker.of, path, tuple(ENCODERS), 10.0)
+    executor = ProcessExecutor(new_maker, 2, report, lease_minutes=10.0)
     result = ingest(path, read_specs(wanted), report, executor)
     assert (result.n_done, result.failures) == (3, {})
     [worker] = stuck

@@ -477,4 +477,4 @@ def test_missing_splits_are_named_before_the_images_are_read(learnable, tmp_path
     assert done.exit_code == 1
     assert "no models in split 'val'" in done.stderr
     assert f"with --val-split, or move models: attrdb models set {db.path} MODEL_ID --split val" in done.stderr
-    assert not list(db.path.glob("*train*"))
+    assert not list((db.path / "jobs").glob("*train*"))

@@ -285,6 +285,11 @@ def test_a_model_that_fails_stops_no_other(db, exemplars, tiny_base, toy_encoder
     assert "cannot be read" in result.failures["vase-1"]
 
 
+def test_what_cannot_be_left_out_of_a_model_is_passed_over(db):
+    [task] = queue.tasks(db, "true", ("creator", "image"), "true", TruthSettings())
+    assert [subset.leave for subset in task.left] == ["none", "image", "image", "image"]
+
+
 def test_a_model_without_one_of_its_exemplars_is_refused(db):
     [gone, *_] = db.sql("SELECT image_id FROM exemplars ORDER BY ALL")["image_id"].to_pylist()
     find(db, "image")

@@ -55,9 +55,9 @@ def retraining_id(model_id: str, subset: Subset, settings: TruthSettings) -> str
 
 
 def tasks(db: Database, models: str, leave: Sequence[str], samples: str, settings: TruthSettings) -> list[ModelTask]:
-    """What is to be done for the models that a predicate keeps; without models for which all is stored.
+    """The retrainings of the models that a predicate keeps; without models of which nothing can be left out.
 
-    raises: InvalidValue for a predicate that cannot be used, or a model of which nothing can be left out; NotFound if no
+    raises: InvalidValue for a predicate that cannot be used, or if nothing can be left out of any model; NotFound if no
             model fulfils the predicate
     """
     db.snapshot.check_predicate("samples", samples)
@@ -66,16 +66,19 @@ def tasks(db: Database, models: str, leave: Sequence[str], samples: str, setting
     if not known:
         raise NotFound(f"no model of {db.path} fulfils {models!r}; list them with: attrdb models list {db.path}")
     stored = {row["retraining_id"] for row in db.snapshot.rows("retrainings", columns=["retraining_id"])}
-    found = []
+    found, reasons = [], []
     for model_id, exemplars in exemplar_rows(db, known).items():
         wanted = [Subset(NOTHING)]
         for each in leave:
             try:
                 wanted += subsets(exemplars, each, settings.halves, model_id)
             except InvalidValue as error:
-                raise InvalidValue(f"model {model_id!r} cannot be trained without {each}: {error}") from error
-        left = tuple(each for each in wanted if retraining_id(model_id, each, settings) not in stored)
-        found.append(ModelTask(model_id, left, samples, settings))
+                reasons.append(f"model {model_id!r} cannot be trained without {each}: {error}")
+        if len(wanted) > 1:
+            left = tuple(each for each in wanted if retraining_id(model_id, each, settings) not in stored)
+            found.append(ModelTask(model_id, left, samples, settings))
+    if not found:
+        raise InvalidValue(reasons[0])
     return found
 
 

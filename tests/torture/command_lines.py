@@ -35,7 +35,7 @@ ODD = [
     "--",
     ".",
     "..",
-    "/nowhere/at/all",
+    "/proc/nowhere/at/all",  # root could make a folder anywhere else
     "/proc/self/mem",
     "../precious",
     "../../precious",

@@ -26,7 +26,7 @@ from torture.trials import Trial, traces_in
 from torture.workloads import WORKLOADS, Application, Workload, make_inputs
 
 MIB = 2**20
-NO_PLACE = "/nowhere/at/all"
+NO_PLACE = "/proc/nowhere/at/all"
 # In a file system name space of its own, where the folders for temporary files cannot be written.
 WITHOUT_TMP = ["unshare", "-Urm", "sh", "-c"]
 READ_ONLY_TMP = 'for folder in /tmp /var/tmp; do mount -t tmpfs -o ro,size=4k none $folder; done; exec "$@"'
