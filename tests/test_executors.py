@@ -5,6 +5,7 @@ import signal
 import threading
 import time
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,7 +13,7 @@ import pytest
 
 import attrdb
 from attrdb.ingest.models import executors
-from attrdb.ingest.models.executors import LocalExecutor, Outcome, ProcessExecutor, Worker, lost_outcome
+from attrdb.ingest.models.executors import LocalExecutor, ModelMaker, Outcome, ProcessExecutor, Worker, lost_outcome
 from attrdb.ingest.models.queue import Queue, ingest_models, run
 from attrdb.ingest.models.specs import ModelSpec
 from attrdb.ingest.options import QueueSettings
@@ -187,7 +188,8 @@ def send_done(_number, _nth, connection):
 
 
 def processes(n_workers=2, report=no_progress, lease_minutes=10.0):
-    return ProcessExecutor(Path("nowhere"), ["pixels:2"], n_workers, report, lease_minutes)
+    new_maker = partial(ModelMaker.of, Path("nowhere"), ("pixels:2",), lease_minutes)
+    return ProcessExecutor(new_maker, n_workers, report, lease_minutes)
 
 
 @pytest.mark.parametrize("kind", ["scripted", "local", "processes"])
