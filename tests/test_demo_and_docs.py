@@ -152,7 +152,7 @@ def test_readme_ingest_commands_parse():
     named = {shlex.split(command)[1] for command in appended}
     assert named == {
         "ingest", "encode", "train", "calibrate", "evaluate", "report", "models", "status", "optimize",
-        "check", "export", "upgrade", "index", "attribute", "methods", "score", "backup", "remove", "query",
+        "check", "export", "upgrade", "index", "attribute", "methods", "score", "truth", "backup", "remove", "query",
     }  # fmt: skip
     for command in appended:
         context, words = main, shlex.split(command, comments=True)[1:]
