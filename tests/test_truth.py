@@ -241,7 +241,9 @@ def test_every_retraining_is_stored_with_the_losses_of_all_samples(db):
     samples = set(db.sql("SELECT image_id FROM samples")["image_id"].to_pylist())
     assert len(losses) == 6 * len(samples)
     assert {row["sample_id"] for row in losses} == samples
-    assert find(db, "image", "half", halves=2).n_stored == 1
+    reports = []
+    assert find(db, "image", "half", halves=2, report=lambda *units: reports.append(units)).n_stored == 1
+    assert reports == [("models", 1, 1, "")] * 2
     assert stored(db) == (retrainings, losses)
 
 

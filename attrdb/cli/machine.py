@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import resource
 import tempfile
+from contextlib import suppress
 
 from attrdb.errors import AttrdbError
 
@@ -25,12 +26,9 @@ def prepare() -> None:
 
 def _raise_file_limit() -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != hard:
-        try:
-            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-            soft = hard
-        except (OSError, ValueError):  # macOS has a lower bound of its own
-            pass
+    with suppress(OSError, ValueError):  # macOS has a lower bound of its own
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        soft = hard
     if 0 <= soft < FEWEST_FILES:
         raise AttrdbError(
             f"this process may open {soft} files at once; needed are {FEWEST_FILES}: raise the limit (ulimit -n), then rerun "
@@ -42,7 +40,5 @@ def _choose_temporary_folder() -> None:
     """Python looks for a folder that can be written; Lance takes TMPDIR, or /tmp."""
     if os.access(os.environ.get("TMPDIR") or "/tmp", os.W_OK | os.X_OK):
         return
-    try:
+    with suppress(FileNotFoundError):  # there is none: most commands need none
         os.environ["TMPDIR"] = tempfile.gettempdir()
-    except FileNotFoundError:  # there is none: most commands need none
-        return

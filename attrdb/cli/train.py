@@ -228,12 +228,9 @@ def truth(db: Path, models: str, leave: tuple[str, ...], samples: str, quiet: bo
     queue = ml("ingest.truth.queue")
     from attrdb.cli.output import progress
 
-    split = {
-        kind: kind(**{member.name: options[member.name] for member in fields(kind)})
-        for kind in (TruthSettings, QueueSettings)
-    }
+    settings = TruthSettings(**{member.name: options.pop(member.name) for member in fields(TruthSettings)})
     with progress(quiet) as advance:
-        result = queue.find_truth(db, models, leave, samples, *split.values(), advance)
+        result = queue.find_truth(db, models, leave, samples, settings, QueueSettings(**options), advance)
     click.echo(f"{result.n_done} models trained again, {result.n_stored} were already", err=True)
     for model_id, reason in islice(result.failures.items(), LISTED):
         click.echo(visible(f"failed: {model_id}: {reason}"), err=True)

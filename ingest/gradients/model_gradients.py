@@ -12,13 +12,12 @@ import torch.nn.functional as F
 from PIL import Image
 
 from attrdb.database import Database
-from attrdb.errors import InvalidValue
-from attrdb.ingest.customize.base_model import BaseModel, base_model_folder, is_made_from
+from attrdb.ingest.customize.base_model import BaseModel
 from attrdb.ingest.customize.customize import Delta, encode_prompts, token_ids, token_keys, trained_model
 from attrdb.ingest.customize.denoising import DRAWS, Draws, denoised, latents_of
 from attrdb.ingest.devices import enough_memory
 from attrdb.ingest.models.stages import record_tokens
-from attrdb.ingest.models.stored import stored_delta, stored_model
+from attrdb.ingest.models.stored import check_base_model, stored_delta, stored_model
 from attrdb.store.predicates import among
 from attrdb.store.schema import Row
 
@@ -66,8 +65,7 @@ def model_row(db: Database, model_id: str) -> tuple[Row, Delta]:
             missing or have changed, or the base model is another one now
     """
     row = stored_model(db, model_id, "it has no gradients")
-    if not is_made_from(base_model_folder(row["base_model"]), row["base_model_hash"]):
-        raise InvalidValue(f"base model {row['base_model']!r} is not the one that model {model_id!r} was made from")
+    check_base_model(row)
     return row, stored_delta(db, row)
 
 

@@ -63,7 +63,10 @@ class Task(Protocol):
 class Maker(ABC):
     """Attempts at tasks in this process, which keep the last base model loaded."""
 
-    def __init__(self) -> None:
+    def __init__(self, db_path: Path, report: Progress, lease_minutes: float):
+        self.db_path = db_path
+        self.report = report
+        self.lease_minutes = lease_minutes
         self.base_model = OneBaseModel()
 
     @abstractmethod
@@ -118,11 +121,8 @@ class ModelMaker(Maker):
     def __init__(
         self, db_path: Path, encoders: Sequence[Encoder], report: Progress, lease_minutes: float = LEASE_MINUTES
     ):
-        super().__init__()
-        self.db_path = db_path
+        super().__init__(db_path, report, lease_minutes)
         self.encoders = encoders
-        self.report = report
-        self.lease_minutes = lease_minutes
 
     @classmethod
     def of(cls, db_path: Path, encoder_specs: Sequence[str], lease_minutes: float, report: Progress) -> ModelMaker:

@@ -15,7 +15,16 @@ from pathlib import Path
 
 from attrdb.database import Database
 from attrdb.ingest.encode import load_encoder
-from attrdb.ingest.models.executors import Executor, LocalExecutor, ModelMaker, Outcome, ProcessExecutor, Task
+from attrdb.ingest.models.executors import (
+    Executor,
+    LocalExecutor,
+    Maker,
+    ModelMaker,
+    NewMaker,
+    Outcome,
+    ProcessExecutor,
+    Task,
+)
 from attrdb.ingest.models.specs import ModelSpec
 from attrdb.ingest.options import QueueSettings, check_options
 from attrdb.ingest.read.corpus import register
@@ -91,6 +100,21 @@ def run(queue: Queue, executor: Executor) -> None:
             queue.settle(spec, outcome)
 
 
+def work_off(queue: Queue, executor: Executor) -> None:
+    """`run`, with the progress of the whole before and after it; the executor is closed afterwards."""
+    queue.report_progress()
+    with closing(executor):
+        run(queue, executor)
+    queue.report_progress()
+
+
+def executor_for(maker: Maker, new_maker: NewMaker, settings: QueueSettings) -> Executor:
+    """This process with its own maker for one worker, worker processes for several."""
+    if settings.workers == 1:
+        return LocalExecutor(maker)
+    return ProcessExecutor(new_maker, settings.workers, maker.report, settings.lease_minutes)
+
+
 def ingest_models(
     db_path: Path,
     specs: Sequence[ModelSpec],
@@ -119,15 +143,6 @@ def ingest_models(
         stored = set(db.sql("SELECT model_id FROM models")["model_id"].to_pylist())
         for spec in queue.take_all(stored):  # only their settings are compared: no worker is needed
             queue.settle(spec, maker.attempt(spec))
-        queue.report_progress()
-        with closing(executor or _executor(maker, encoder_specs, settings)) as executor:
-            run(queue, executor)
-        queue.report_progress()
+        new_maker = partial(ModelMaker.of, db_path, tuple(encoder_specs), settings.lease_minutes)
+        work_off(queue, executor or executor_for(maker, new_maker, settings))
     return queue.result
-
-
-def _executor(maker: ModelMaker, encoder_specs: Sequence[str], settings: QueueSettings) -> Executor:
-    if settings.workers == 1:
-        return LocalExecutor(maker)
-    new_maker = partial(ModelMaker.of, maker.db_path, tuple(encoder_specs), settings.lease_minutes)
-    return ProcessExecutor(new_maker, settings.workers, maker.report, settings.lease_minutes)

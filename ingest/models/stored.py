@@ -6,6 +6,7 @@ import hashlib
 
 from attrdb.database import Database
 from attrdb.errors import InvalidValue, NotFound
+from attrdb.ingest.customize.base_model import base_model_folder, is_made_from
 from attrdb.ingest.customize.customize import Delta, load_delta
 from attrdb.ingest.options import Concept, CustomizeSettings, ModelSettings, SynthesizeSettings
 from attrdb.store.ids import stored_file
@@ -25,6 +26,14 @@ def stored_model(db: Database, model_id: str, lacking: str) -> Row:
     if not row["weights_path"]:
         raise InvalidValue(f"model {model_id!r} was imported without its weights; {lacking}")
     return row
+
+
+def check_base_model(row: Row) -> None:
+    """raises: NotFound for a base model that is not where a model's row says, InvalidValue if it is another one now"""
+    if not is_made_from(base_model_folder(row["base_model"]), row["base_model_hash"]):
+        raise InvalidValue(
+            f"base model {row['base_model']!r} is not the one that model {row['model_id']!r} was made from"
+        )
 
 
 def stored_delta(db: Database, row: Row) -> Delta:

@@ -10,7 +10,6 @@ that rerunning the command resumes where it was.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import closing
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -21,8 +20,8 @@ import pyarrow as pa
 from attrdb.database import Database
 from attrdb.errors import InvalidValue, NotFound
 from attrdb.ingest.customize.denoising import DRAWS
-from attrdb.ingest.models.executors import LocalExecutor, Maker, Outcome, ProcessExecutor
-from attrdb.ingest.models.queue import Queue, run
+from attrdb.ingest.models.executors import Maker, Outcome
+from attrdb.ingest.models.queue import Queue, executor_for, work_off
 from attrdb.ingest.options import QueueSettings, TruthSettings, check_options
 from attrdb.ingest.truth.retrain import Retrained, Truth, exemplar_rows
 from attrdb.ingest.truth.subsets import NOTHING, Subset, subsets
@@ -84,10 +83,6 @@ def tasks(db: Database, models: str, leave: Sequence[str], samples: str, setting
 
 class TruthMaker(Maker):
     """Trains models again. Another process that is at the same model is waited for."""
-
-    def __init__(self, db_path: Path, lease_minutes: float, report: Progress):
-        super().__init__()
-        self.db_path, self.lease_minutes, self.report = db_path, lease_minutes, report
 
     def make(self, task: ModelTask) -> Outcome:
         doing = f"model {task.model_id!r} is being trained again"
@@ -172,14 +167,9 @@ def find_truth(
     waiting = tasks(db, models, leave, samples, settings)
     job_settings = {"models": models, "leave": list(leave), "samples": samples, "draws": settings.draws}
     with jobs.running(db.writer, "truth", models, job_settings) as job:
-        queue = Queue([task for task in waiting if task.left], job, report, queue_settings.retries)
-        queue.result.n_stored = sum(not task.left for task in waiting)
-        new_maker = partial(TruthMaker, db_path, queue_settings.lease_minutes)
-        executor = (
-            LocalExecutor(new_maker(report))
-            if queue_settings.workers == 1
-            else ProcessExecutor(new_maker, queue_settings.workers, report, queue_settings.lease_minutes)
-        )
-        with closing(executor):
-            run(queue, executor)
+        queue = Queue(waiting, job, report, queue_settings.retries)
+        for task in queue.take_all({task.model_id for task in waiting if not task.left}):
+            queue.settle(task, Outcome("stored"))
+        new_maker = partial(TruthMaker, db_path, lease_minutes=queue_settings.lease_minutes)
+        work_off(queue, executor_for(new_maker(report), new_maker, queue_settings))
     return queue.result

@@ -12,14 +12,14 @@ import torch
 
 from attrdb.database import Database
 from attrdb.errors import InvalidValue
-from attrdb.ingest.customize.base_model import BaseModel, base_model_folder, is_made_from
+from attrdb.ingest.customize.base_model import BaseModel
 from attrdb.ingest.customize.customize import Delta, Regularization, customize, encode_prompts
 from attrdb.ingest.customize.denoising import DRAWS, Draws, denoised, latents_of
 from attrdb.ingest.devices import enough_memory
 from attrdb.ingest.models.exemplars import Exemplar
 from attrdb.ingest.models.ingest_one import regularization_images
 from attrdb.ingest.models.stages import exemplar_prompts, record_tokens
-from attrdb.ingest.models.stored import stored_delta, stored_model, stored_settings
+from attrdb.ingest.models.stored import check_base_model, stored_delta, stored_model, stored_settings
 from attrdb.ingest.read.pictures import read_picture
 from attrdb.progress import Progress
 from attrdb.store.predicates import among, literal
@@ -55,10 +55,7 @@ class Retrained:
         self.db = db
         self.row = stored_model(db, model_id, "it cannot be trained again")
         self.record: dict[str, Any] = json.loads(self.row["settings"])
-        if not is_made_from(base_model_folder(self.row["base_model"]), self.row["base_model_hash"]):
-            raise InvalidValue(
-                f"base model {self.row['base_model']!r} is not the one that model {model_id!r} was made from"
-            )
+        check_base_model(self.row)
         self.settings = stored_settings(self.record)
         self.exemplars = self._read_exemplars()
         where = f"model_id = {literal(model_id)} AND role = 'sample' AND image IS NOT NULL AND ({samples})"
