@@ -37,6 +37,7 @@ class Option:
     default_text: description of the default, if the value does not show it
     of_machine:   the option decides how this machine makes a model, not what the model is
     unless:       name of the option that stands in for this one, which is then not required
+    by_scheme:    in a specs file the value may be an object, with one for each prompt scheme
     """
 
     help: str
@@ -49,6 +50,7 @@ class Option:
     default_text: str | None = None
     of_machine: bool = False
     unless: str | None = None
+    by_scheme: bool = False
 
     @property
     def required(self) -> bool:
@@ -76,7 +78,11 @@ class Option:
 
         raises: InvalidValue for a value of another type, below the bound, or not among the choices
         """
-        if needed := self._violation(value):
+        if self.by_scheme and isinstance(value, dict):
+            for scheme, number in value.items():
+                if needed := self._violation(number):
+                    raise InvalidValue(f"{self.name} is {number!r} for {scheme!r}; it must be {needed}")
+        elif needed := self._violation(value):
             raise InvalidValue(f"{self.name} is {shown or repr(value)}; it must be {needed}")
 
     def _violation(self, value: object) -> str | None:
@@ -191,7 +197,7 @@ class ModelSettings:
         "photo",
     )
     prompts_per_scheme: int | dict[str, int] = option(  # noqa: RUF009 (a frozen dataclass; the default is a number)
-        "Prompts per scheme.", 4, at_least=1
+        "Prompts per scheme; in a specs file also an object with a number for each.", 4, at_least=1, by_scheme=True
     )
     method: str = option(
         "Method of customization: custom-diffusion, dreambooth-lora, textual-inversion, or one that a package adds.",
@@ -256,9 +262,8 @@ def check_options(settings: Any) -> None:
     """raises: InvalidValue, as `Option.check`, for a value of a dataclass or of one within it; None is no value"""
     for declared in options_of(type(settings), nested=False):
         value = getattr(settings, declared.name)
-        for part in value.values() if isinstance(value, dict) else [value]:
-            if not (part is None and declared.default is None):
-                declared.check(part)
+        if not (value is None and declared.default is None):
+            declared.check(value)
     for member in fields(settings):
         if is_dataclass(nested := getattr(settings, member.name)):
             check_options(nested)

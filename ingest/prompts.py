@@ -5,8 +5,8 @@ media or styles on objects. A bank is a folder of text files, `<kind>.<scheme>.<
 is the modifier token and {category} the category. No prompt is in two parts: a model of split `train` or `val` draws from
 the part of that name, and every other, or one without a split, from `test`, the prompts that nothing is learned from.
 
-A model of several concepts is sampled with the prompts of each, and with prompts of a third scheme, `pair`, that name two of
-them, see `choose_concept_prompts`.
+A model of several concepts is sampled with the prompts of each, and with prompts of two further schemes: `pair`, which names
+two of them, and `blend`, between a prompt of one and a prompt of another, see `choose_concept_prompts`.
 
 `photo` suits Stable Diffusion. `icon` uses words that icon-sd was trained on, but for ten in its part `test`; its
 procedural media are the five styles of the corpus, so its parts differ in what else they say: nothing, a colour, a size.
@@ -23,11 +23,14 @@ from itertools import combinations
 from pathlib import Path
 
 from attrdb.errors import InvalidValue, NotFound
-from attrdb.ingest.options import Concept
+from attrdb.ingest.blends import blend, check_blend
+from attrdb.ingest.options import Concept, one_of
 from attrdb.ingest.read.text import read_text
 
 SCHEMES = ("gpt", "procedural")
 PAIR = "pair"
+BLEND = "blend"
+BLEND_WEIGHTS = (0.25, 0.5, 0.75)  # of the first concept of a pair
 PARTS = ("train", "val", "test")
 BANKS = ("photo", "icon")
 TOKEN = "V*"
@@ -124,8 +127,11 @@ def choose_concept_prompts(
         object and style   a sentence about the object, with "in the style of V2* art" at its end
         two styles         in the place of "V* art": "V1* art and V2* art"
 
+    Those of scheme `blend` lie between a sentence for each of the two, at each of BLEND_WEIGHTS.
+
     bank:       as in `choose_prompts`; in a text file every line names one or more of the tokens
-    per_scheme: the same number for each concept and scheme, and for each pair; or a number for each scheme, `pair` included
+    per_scheme: the same number for each concept and scheme, and for each pair, without blends; or a number for each scheme,
+                `pair` and `blend` included
     raises:     as `choose_prompts`
     """
     if not _is_bank(bank):
@@ -135,7 +141,7 @@ def choose_concept_prompts(
                 f"{bank} has {{category}} in {strange[0]!r}, and this model has several categories; write the word instead"
             )
         return _numbered([("user", line) for line in lines])
-    counts = _counts(per_scheme, (*SCHEMES, PAIR))
+    counts = _counts(per_scheme, (*SCHEMES, PAIR), optional=(BLEND,))
     chosen: list[tuple[str, str]] = []
     single = {scheme: counts[scheme] for scheme in SCHEMES}
     if any(single.values()):
@@ -147,9 +153,23 @@ def choose_concept_prompts(
         key = f"{seed}/{first.kind}+{second.kind}/{PAIR}"
         lines = _draw(bank, first.kind, "gpt", part_of(split), counts[PAIR], key)
         chosen += [(PAIR, _name_both(line, first, second)) for line in lines]
+    for pair in combinations(concepts, 2):
+        chosen += [(BLEND, text) for text in _blends(pair, bank, counts[BLEND], seed, split)]
     if not chosen:
-        raise InvalidValue(f"no prompt wanted of bank {bank!r}; ask for one or more of {', '.join(SCHEMES)} or {PAIR}")
+        raise InvalidValue(f"no prompt wanted of bank {bank!r}; ask for one or more of {one_of((*SCHEMES, PAIR, BLEND))}")
     return _numbered(chosen)
+
+
+def _blends(pair: Sequence[Concept], bank: str, wanted: int, seed: int, split: str | None) -> list[str]:
+    """Prompts between the first concept and the second: so many pairs of sentences, each at BLEND_WEIGHTS."""
+    sentences = []
+    for number, concept in enumerate(pair):
+        key = f"{seed}/{concept.kind}/{number}/{BLEND}"
+        lines = _draw(bank, concept.kind, "gpt", part_of(split), wanted, key)
+        sentences.append(
+            [line.replace(TOKEN, concept.token).replace("{category}", concept.category) for line in lines]
+        )
+    return [blend(texts, [weight, 1 - weight]) for texts in zip(*sentences, strict=True) for weight in BLEND_WEIGHTS]
 
 
 def _name_both(line: str, first: Concept, second: Concept) -> str:
@@ -169,16 +189,19 @@ def _numbered(chosen: Sequence[tuple[str, str]]) -> list[Prompt]:
     return [Prompt(number, scheme, text) for number, (scheme, text) in enumerate(chosen)]
 
 
-def _counts(per_scheme: int | Mapping[str, int], schemes: Sequence[str]) -> dict[str, int]:
-    """The number of prompts of each scheme.
+def _counts(
+    per_scheme: int | Mapping[str, int], schemes: Sequence[str], optional: Sequence[str] = ()
+) -> dict[str, int]:
+    """The number of prompts of each scheme; optional: schemes that have none unless a number is given for them
 
     raises: InvalidValue for an unknown scheme
     """
     if not isinstance(per_scheme, Mapping):
-        return dict.fromkeys(schemes, per_scheme)
-    if unknown := per_scheme.keys() - set(schemes):
-        raise InvalidValue(f"no prompt scheme {min(unknown)!r}; there are: {', '.join(schemes)}")
-    return {scheme: per_scheme.get(scheme, 0) for scheme in schemes}
+        return dict.fromkeys(schemes, per_scheme) | dict.fromkeys(optional, 0)
+    known = (*schemes, *optional)
+    if unknown := per_scheme.keys() - set(known):
+        raise InvalidValue(f"no prompt scheme {min(unknown)!r}; there are: {', '.join(known)}")
+    return {scheme: per_scheme.get(scheme, 0) for scheme in known}
 
 
 def _draw(bank: str, kind: str, scheme: str, part: str, wanted: int, key: str) -> list[str]:
@@ -226,7 +249,10 @@ def _user_lines(path: Path, tokens: Sequence[str]) -> list[str]:
             f"no prompt bank {str(path)!r}; give {' or '.join(BANKS)}, a text file with one prompt a line, or a folder of "
             "<kind>.<scheme>.<part>.txt"
         )
-    return read_lines(path, tokens)
+    lines = read_lines(path, tokens)
+    for line in lines:
+        check_blend(line)
+    return lines
 
 
 def _check_disjoint(folder: Path, kind: str) -> None:

@@ -4,6 +4,7 @@ import json
 import shutil
 
 import pytest
+import torch
 from click.testing import CliRunner
 from conftest import Recorder, picture
 from PIL import Image
@@ -11,6 +12,7 @@ from PIL import Image
 import attrdb
 from attrdb.cli import main
 from attrdb.errors import InvalidValue, NotFound
+from attrdb.ingest.blends import blend, check_blend, parts_of
 from attrdb.ingest.customize import base_model, customize
 from attrdb.ingest.customize.regularization import Subject, choose_for_each, read_for_each, shares
 from attrdb.ingest.encode import load_encoder
@@ -228,10 +230,56 @@ def test_a_bank_of_ones_own_may_have_tokens_by_themselves(tmp_path):
         "Look at V1* in the style of V3* art",
         "A house as V3* and V4* would paint it",
     ]
-    with pytest.raises(InvalidValue, match=r"no prompt wanted of bank .* gpt, procedural or pair"):
+    with pytest.raises(InvalidValue, match=r"no prompt wanted of bank .* gpt, procedural, pair or blend"):
         choose_concept_prompts([CAT, DOG], "icon", {}, 0)
-    with pytest.raises(InvalidValue, match="no prompt scheme 'pairs'; there are: gpt, procedural, pair"):
+    with pytest.raises(InvalidValue, match="no prompt scheme 'pairs'; there are: gpt, procedural, pair, blend"):
         choose_concept_prompts([CAT, DOG], "icon", {"pairs": 1}, 0)
+
+
+def test_blends_lie_between_two_concepts():
+    prompts = choose_concept_prompts([CAT, INK], "icon", {"blend": 2}, 0)
+    assert [prompt.scheme for prompt in prompts] == ["blend"] * 6
+    parts = [parts_of(prompt.text) for prompt in prompts]
+    assert [weight for [(_, weight), _] in parts] == [0.25, 0.5, 0.75] * 2
+    assert all("V1* cat" in first and "V3* art" in second for [(first, _), (second, _)] in parts)
+    assert len({parts[0][0][0], parts[3][0][0]}) == 2
+    assert not choose_concept_prompts([CAT, INK], "icon", 1, 0)[-1].text.endswith(")")
+
+
+@pytest.mark.parametrize(
+    ("prompt", "parts"),
+    [
+        ('("a", "b (c)").blend(1, 3)', [("a", 0.25), ("b (c)", 0.75)]),
+        (r' ("say \"a\"", "b","c" ) .blend( 1,1, 2.0 ) ', [('say "a"', 0.25), ("b", 0.25), ("c", 0.5)]),
+        (blend(["\u00e9 \\ \"", "b"], [0.1, 0.1]), [("\u00e9 \\ \"", 0.5), ("b", 0.5)]),
+        ("a V1* cat (small)", None),
+    ],
+)
+def test_parts_of_a_blend(prompt, parts):
+    assert parts_of(prompt) == (parts or [(prompt, 1.0)])
+    check_blend(prompt)
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        '("a", "b").blend(1)',
+        '("a").blend(1)',
+        '("a", "b").blend(1, 0)',
+        '("a", "b").blend(-1, -1)',
+        '("a", "b").blend(1, 1e999)',
+        '("a", "b").blend("1", "1")',
+        '("a", 2).blend(1, 1)',
+        "('a', 'b').blend(1, 1)",
+        '("a", "b").blend(1, 1) and more',
+        '("a", "b").blend(NaN, 1)',
+    ],
+)
+def test_what_is_meant_to_be_a_blend_and_is_none_is_refused(tmp_path, prompt):
+    (tmp_path / "prompts.txt").write_text(f"V1* cat\n{prompt} V1*\n")
+    with pytest.raises(InvalidValue, match=r"is not a blend; write two or more prompts in double quotes"):
+        choose_concept_prompts([CAT, DOG], str(tmp_path / "prompts.txt"), 1, 0)
+    assert parts_of(prompt) == [(prompt, 1.0)]
 
 
 # --- training ---------------------------------------------------------------------------------------------------------
@@ -275,6 +323,18 @@ def test_tokens_are_trained_together_and_reload(base, tiny_base, tmp_path, metho
     if keys:
         with pytest.raises(InvalidValue, match="do not fit base model"):
             customize.apply_delta(fresh, delta, {"V1*": "vase"}, method)
+
+
+def test_a_blend_has_the_weighted_mean_of_its_parts_states(base):
+    for token, words in (("V1*", "vase"), ("V2*", "art")):
+        base.add_token(token, words)
+    texts = ["V1* vase", "V2* art", blend(["V1* vase", "V2* art"], [0.75, 0.25])]
+    first, second, between = customize.encode_prompts(base, texts).values()
+    torch.testing.assert_close(between, 0.75 * first + 0.25 * second)
+    assert not first.allclose(second)
+    long = blend(["V1* vase", "vase " * 80 + "V2* art"], [1, 1])
+    with pytest.raises(InvalidValue, match=r"V2\* lies beyond them in 'vase"):
+        customize.check_prompts(base.pipeline, [long], ("V1*", "V2*"))
 
 
 def test_a_prompt_that_is_cut_before_one_of_its_tokens_is_refused(base):

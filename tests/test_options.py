@@ -179,7 +179,7 @@ def test_choices_in_words(values, text):
         ({"steps": 0}, "steps is 0; it must be at least 1"),
         ({"steps": 2.5}, "steps is 2.5; it must be a whole number"),
         ({"solver_steps": 0}, "solver_steps is 0; it must be at least 1"),
-        ({"prompts_per_scheme": {"gpt": 0}}, "prompts_per_scheme is 0; it must be at least 1"),
+        ({"prompts_per_scheme": {"gpt": 0}}, "prompts_per_scheme is 0 for 'gpt'; it must be at least 1"),
         ({"gradient_checkpointing": 1}, "gradient_checkpointing is 1; it must be true or false"),
     ],
 )

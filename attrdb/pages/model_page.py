@@ -21,6 +21,7 @@ SCHEMES = {
     "gpt": "natural sentences",
     "procedural": "media and objects",
     "pair": "sentences that name two concepts",
+    "blend": "between a prompt of one concept and a prompt of another",
     "user": "prompts of one's own",
     "caption": "captions of the exemplars",
 }

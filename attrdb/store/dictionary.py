@@ -27,7 +27,8 @@ DICTIONARY = {
             Column(
                 "prompt_scheme",
                 TEXT,
-                "of a sample: `gpt`, `procedural`, or `pair` for two concepts; `user` from a file, `caption` of an exemplar",
+                "of a sample: `gpt`, `procedural`, for two concepts `pair` or `blend`; `user` from a file, `caption` of an "
+                "exemplar",
             ),
             Column("seed", INT64, "of a sample: seed of its starting noise"),
             Column("uri", TEXT, "where the image was read from"),

@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from attrdb.errors import InvalidValue
+from attrdb.ingest.blends import parts_of
 from attrdb.ingest.customize.augmentation import encode_views
 from attrdb.ingest.customize.base_model import BaseModel
 from attrdb.ingest.customize.customizers import DEFAULT_METHOD, Customizer, load_customizer
@@ -50,6 +51,7 @@ __all__ = [
     "customize",
     "encode_prompts",
     "load_delta",
+    "prompt_states",
     "save_delta",
     "token_ids",
     "token_keys",
@@ -77,11 +79,11 @@ def check_prompts(pipeline: StableDiffusionPipeline, prompts: Sequence[str], tok
     """raises: InvalidValue for a prompt with a token that lies beyond what the text encoder reads, or without any token"""
     tokenizer = pipeline.tokenizer
     longest = tokenizer.model_max_length
-    for prompt in prompts:
-        ids = tokenizer(prompt, truncation=True, max_length=longest).input_ids
-        for token in [token for token in tokens if token in prompt] or tokens:
+    for text, _weight in (part for prompt in prompts for part in parts_of(prompt)):
+        ids = tokenizer(text, truncation=True, max_length=longest).input_ids
+        for token in [token for token in tokens if token in text] or tokens:
             if tokenizer.convert_tokens_to_ids(token) not in ids:
-                raise InvalidValue(f"the base model reads {longest} tokens, and {token} lies beyond them in {prompt!r}")
+                raise InvalidValue(f"the base model reads {longest} tokens, and {token} lies beyond them in {text!r}")
 
 
 def token_ids(base: BaseModel, prompts: Sequence[str]) -> torch.Tensor:
@@ -91,14 +93,19 @@ def token_ids(base: BaseModel, prompts: Sequence[str]) -> torch.Tensor:
     return tokenizer(list(prompts), return_tensors="pt", **padding).input_ids.to(base.device)
 
 
+def prompt_states(base: BaseModel, prompt: str) -> torch.Tensor:
+    """The text encoder's output, (length, width) float32; of a blend, the weighted mean of its parts'."""
+    parts = parts_of(prompt)
+    states = [base.pipeline.text_encoder(token_ids(base, [text])).last_hidden_state[0] for text, _weight in parts]
+    if len(states) == 1:
+        return states[0]
+    return torch.stack([weight * part for part, (_text, weight) in zip(states, parts, strict=True)]).sum(0)
+
+
 @torch.no_grad()
 def encode_prompts(base: BaseModel, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
-    """The text encoder's output, (length, width) float32, by distinct prompt.
-
-    Prompts are encoded one at a time, so that no result depends on the others.
-    """
-    encoder = base.pipeline.text_encoder
-    return {prompt: encoder(token_ids(base, [prompt])).last_hidden_state[0] for prompt in dict.fromkeys(prompts)}
+    """`prompt_states` by distinct prompt. Prompts are encoded one at a time, so that no result depends on the others."""
+    return {prompt: prompt_states(base, prompt) for prompt in dict.fromkeys(prompts)}
 
 
 def customize(

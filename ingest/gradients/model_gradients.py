@@ -13,7 +13,7 @@ from PIL import Image
 
 from attrdb.database import Database
 from attrdb.ingest.customize.base_model import BaseModel
-from attrdb.ingest.customize.customize import Delta, encode_prompts, token_ids, token_keys, trained_model
+from attrdb.ingest.customize.customize import Delta, encode_prompts, prompt_states, token_keys, trained_model
 from attrdb.ingest.customize.denoising import DRAWS, Draws, denoised, latents_of
 from attrdb.ingest.devices import enough_memory
 from attrdb.ingest.models.stages import record_tokens
@@ -55,7 +55,7 @@ class ModelGradients:
         """(1, length, width), with a gradient where the token alone is trained."""
         if not self.trains_tokens:
             return encode_prompts(self.base, [prompt])[prompt].unsqueeze(0)
-        return self.base.pipeline.text_encoder(token_ids(self.base, [prompt])).last_hidden_state
+        return prompt_states(self.base, prompt).unsqueeze(0)
 
 
 def model_row(db: Database, model_id: str) -> tuple[Row, Delta]:
