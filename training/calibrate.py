@@ -31,7 +31,7 @@ from attrdb.store.features import Block
 from attrdb.store.methods import DEFAULT_LAM, DEFAULT_TAU
 from attrdb.store.predicates import among
 from attrdb.training.evaluate import features_by_model
-from attrdb.training.train import EVALUATED_ONLY
+from attrdb.training.splits import check_learned
 
 SHARPNESS = 100.0  # of the softplus, as in the released code
 KEPT = 1000  # best candidates of a sample whose similarities are kept one by one
@@ -99,8 +99,7 @@ def calibrate(
             NotFound for an unknown method
     source: Wang et al. 2023, Eq. 5 and 6; here the whole gallery counts, and the optimiser is another
     """
-    if split.startswith(EVALUATED_ONLY):
-        raise InvalidValue(f"--split is {split!r}: test models are for evaluation only; name another split")
+    check_learned(split)
     db.refresh()
     method_id = resolve_method(db.snapshot, method)
     loaded = load_method(db.snapshot, method_id)

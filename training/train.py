@@ -37,12 +37,12 @@ from attrdb.store.predicates import among
 from attrdb.training.evaluate import features_by_model, ranks
 from attrdb.training.objective import Maps, contrastive_loss, regularizer
 from attrdb.training.pairs import Choice, Pairs
+from attrdb.training.splits import check_splits
 
 K = 10  # of the validation recall
 STOPPED_BY = "mean_log_rank"  # one of a mapper's settings; an earlier attrdb stopped by recall
 KINDS = ("object", "style", "both")
 PROMPT_SCHEMES = ("gpt", "procedural", "both")
-EVALUATED_ONLY = "test"  # prefix of the splits that nothing is learned from
 
 
 @dataclass(frozen=True)
@@ -369,13 +369,7 @@ def _check(settings: TrainSettings) -> None:
     ):
         if value not in allowed:
             raise InvalidValue(f"{name} is {value!r}; it must be {', '.join(allowed)}")
-    for option, split in (("--split", settings.split), ("--val-split", settings.val_split)):
-        if split.startswith(EVALUATED_ONLY):
-            raise InvalidValue(f"{option} is {split!r}: test models are for evaluation only; name another split")
-    if settings.split == settings.val_split:
-        raise InvalidValue(
-            f"--split and --val-split are both {settings.split!r}; training and validation need different models"
-        )
+    check_splits(settings.split, settings.val_split)
     for name, least in (("temperature", 0), ("lr", 0)):
         if not (getattr(settings, name) > least and math.isfinite(getattr(settings, name))):
             raise InvalidValue(f"{name} is {getattr(settings, name)}; it must be above 0")

@@ -53,6 +53,13 @@ gallery_option = click.option(
 @DB
 @asked_encoder_option
 @click.option(
+    "--on",
+    type=click.Choice(["pairs", "attribution-table"]),
+    default="pairs",
+    show_default=True,
+    help="What to learn from: pairs of an exemplar and a sample, or the scores of a method.",
+)
+@click.option(
     "--kind",
     type=RenamedChoice(list(KINDS), {"both": "object+style"}),
     help="Kinds of models to learn from. Default: object+style.",
@@ -71,11 +78,19 @@ gallery_option = click.option(
 )
 @renamed("--temperature", "--contrastive-temperature", "temperature")
 @click.option("--lambda-reg", type=click.FloatRange(0), help="Weight of the regularizer. Default: 0.05.")
-@click.option("--lr", type=click.FloatRange(min=0, min_open=True), help="Learning rate. Default: 1e-4.")
-@click.option("--batch", type=click.IntRange(2), help="Pairs per batch, each of another model. Default: 256.")
+@click.option(
+    "--lr", type=click.FloatRange(min=0, min_open=True), help="Learning rate. Default: 1e-4; on a table 1e-3."
+)
+@click.option(
+    "--batch",
+    type=click.IntRange(2),
+    help="Pairs per batch, each of another model. Default: 256; on a table 64 samples.",
+)
 @click.option("--epochs", type=click.IntRange(1), help="Most epochs to train. Default: 100.")
 @click.option(
-    "--patience", type=click.IntRange(1), help="Stop after this many epochs without better ranks. Default: 10."
+    "--patience",
+    type=click.IntRange(1),
+    help="Stop after this many epochs without better ranks. Default: 10; on a table 100 steps.",
 )
 @click.option("--n-candidates", type=click.IntRange(1), help="Pretraining images to validate among. Default: 10000.")
 @click.option(
@@ -83,6 +98,13 @@ gallery_option = click.option(
     type=click.Choice(["none", "mild", "strong"]),
     help="Augmentation of the training images. Default: none.",
 )
+@click.option("--target", metavar="METHOD", help="On a table: the method whose scores are learned. Default: in_run.")
+@click.option(
+    "--loss",
+    type=click.Choice(["soft", "one-hot", "regression", "rank", "rank-bce", "soft+regression"]),
+    help="On a table: see docs/monitoring.md. Default: soft.",
+)
+@click.option("--steps", type=click.IntRange(1), help="On a table: most steps to train. Default: 300.")
 @click.option("--seed", type=int, help="Seed of the draws. Default: 0.")
 @click.option(
     "--mapper-id",
@@ -90,35 +112,51 @@ gallery_option = click.option(
     help="Id of the mapper. Default: encoder, kind and a hash of the settings.",
 )
 @quiet_option
-def train(db: Path, encoder_id: str | None, mapper_id: str | None, quiet: bool, **given: Any) -> None:
-    """Train a mapper on pairs of exemplars and samples, and keep the epoch that ranks validation exemplars best.
+def train(db: Path, encoder_id: str | None, on: str, mapper_id: str | None, quiet: bool, **given: Any) -> None:
+    """Train a mapper, and keep the epoch that ranks validation exemplars best.
+
+    It learns from pairs of exemplars and samples. With --on attribution-table it learns the scores that a method, such as
+    in_run, gave the exemplars of each sample's model (attrdb score); it then scores any image by its picture alone.
 
     Rerunning an interrupted command resumes at the epoch that it had reached.
     """
-    training = ml("training.train")
+    given = {name: value for name, value in given.items() if value is not None}
+    given |= {"kind": KINDS[given["kind"]]} if "kind" in given else {}
+    on_pairs = on == "pairs"
+    training = ml("training.train" if on_pairs else "training.attribution_model")
+    make = training.TrainSettings if on_pairs else training.TableSettings
+    known = {member.name for member in fields(make)}
+    for name in given.keys() - known:
+        raise InvalidValue(
+            f"--{name.replace('_', '-')} is not an option of training on {on.replace('-', ' ')}; leave it out"
+        )
     from attrdb.cli.output import progress
 
-    given["kind"] = KINDS.get(given["kind"])
-    settings = training.TrainSettings(**{name: value for name, value in given.items() if value is not None})
     database = attrdb.open(db)
+    run = training.train if on_pairs else training.train_on_table
     with progress(quiet) as advance:
-        result = training.train(
-            database,
-            stored_encoder_id(database, encoder_id),
-            settings,
-            mapper_id,
-            advance,
-        )
+        result = run(database, stored_encoder_id(database, encoder_id), make(**given), mapper_id, advance)
     if not result.trained:
         click.echo(f"mapper {result.mapper_id} was trained already, nothing to do", err=True)
+    if on_pairs:
+        _tell_ranks(result, training.K)
+    else:
+        click.echo(
+            f"mapper {result.mapper_id}: on validation models its rank correlation with the scores is "
+            f"{result.correlation:.3f} at step {result.best_step}, {result.correlation_before:.3f} without it",
+            err=True,
+        )
+    if not (result.best_epoch if on_pairs else result.best_step):
+        click.echo("nothing that was learned is better than the encoder alone: this mapper changes nothing", err=True)
+
+
+def _tell_ranks(result: Any, k: int) -> None:
     click.echo(
         f"mapper {result.mapper_id}: on validation models the typical rank of an exemplar is "
         f"{math.exp(result.mean_log_rank):,.0f} in epoch {result.best_epoch}, {math.exp(result.mean_log_rank_before):,.0f} "
-        f"without it; recall@{training.K} {result.recall:.3f}, {result.recall_before:.3f} without it",
+        f"without it; recall@{k} {result.recall:.3f}, {result.recall_before:.3f} without it",
         err=True,
     )
-    if not result.best_epoch:
-        click.echo("no epoch ranks them better than the encoder alone: this mapper changes nothing", err=True)
 
 
 @click.command(short_help="Fit the temperature and cut-off of influence.")

@@ -42,7 +42,7 @@ def figures(db: Database, gallery: str = "own", method_ids: Collection[str] = ()
         gains        in recall at 10: of mappers over their encoder's own features, of stored methods over similarity of the
                      first encoder
         general, correlations   the queries general_attribution and benchmark_correlation
-        mappers, calibrations   their rows
+        mappers, attribution_models, calibrations   their rows
     """
 
     def is_shown(row: Row) -> bool:
@@ -71,6 +71,11 @@ def figures(db: Database, gallery: str = "own", method_ids: Collection[str] = ()
         for row in of_gallery("compare_methods", method=method["method_id"], other=other, k=10)
     ]
     calibrations = db.sql("SELECT * FROM calibrations ORDER BY method_id").to_pylist()
+    trained = [
+        _plain(row, ("settings", "metrics", "curves"))
+        for row in mappers
+        if is_shown({"method_id": similarity_id(row["encoder_id"], row["mapper_id"])})
+    ]
     return {
         "gallery": gallery,
         "images_version": db.version,
@@ -82,11 +87,8 @@ def figures(db: Database, gallery: str = "own", method_ids: Collection[str] = ()
         "gains": gains,
         "general": of_gallery("general_attribution"),
         "correlations": of_gallery("benchmark_correlation"),
-        "mappers": [
-            _plain(row, ("settings", "metrics", "curves"))
-            for row in mappers
-            if is_shown({"method_id": similarity_id(row["encoder_id"], row["mapper_id"])})
-        ],
+        "mappers": [row for row in trained if row["trained_on"] != "attribution-table"],
+        "attribution_models": [row for row in trained if row["trained_on"] == "attribution-table"],
         "calibrations": [_plain(row, ("reliability",)) for row in calibrations if is_shown(row)],
     }
 
@@ -223,11 +225,13 @@ def render(db: Database, results: dict[str, Any]) -> str:
 
 
 def _shown_methods(results: dict[str, Any], tuned: Row | None) -> list[Row]:
-    """The methods of the gallery: each encoder alone, the best mapper, then stored methods."""
+    """The methods of the gallery: each encoder alone, the best mapper, attribution models, then stored methods."""
+    learned = [tuned["mapper_id"]] if tuned else []
+    learned += [row["mapper_id"] for row in results["attribution_models"]]
     similarity = [row for row in results["methods"] if row["kind"] == "similarity"]
-    shown = [row for row in similarity if row["mapper_id"] is None]
-    shown += [row for row in similarity if tuned and row["mapper_id"] == tuned["mapper_id"]]
-    return shown + [row for row in results["methods"] if row["kind"] != "similarity"]
+    shown = [row for mapper_id in [None, *learned] for row in similarity if row["mapper_id"] == mapper_id]
+    shown += [row for row in results["methods"] if row["kind"] != "similarity"]
+    return shown or results["methods"]
 
 
 def _queries(db: Database, methods: list[Row]) -> list[Row]:

@@ -88,7 +88,11 @@ DICTIONARY = {
             key_column("mapper_id", "id of the mapper"),
             Column("encoder_id", TEXT, "whose features it maps", required=True),
             Column("form", TEXT, "`affine`, `gain` or `mlp`", required=True),
-            Column("trained_on", TEXT, "kind of the models: `object`, `style` or `both`"),
+            Column(
+                "trained_on",
+                TEXT,
+                "kind of the models: `object`, `style`, `both`; or `attribution-table`",
+            ),
             Column(
                 "parameters",
                 pa.list_(pa.struct([("name", TEXT), ("shape", pa.list_(INT32)), ("values", pa.list_(pa.float32()))])),

@@ -1,0 +1,377 @@
+"""Train an attribution model: a mapper whose cosines follow the scores of a method that watched training, such as `in_run`.
+
+It then scores samples by their pictures alone, also those of models that nobody has watched. The idea of an attribution model
+that is trained on an attribution table is that of MONTRAGE (Brokman et al., ECCV 2024); their model and loss are not public.
+This one is ours: both sides of the mapper are the identity plus a matrix of low rank. The step is kept whose cosines have the
+greatest rank correlation with the scores of validation models.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+import torch.nn.functional as F
+
+from attrdb.attribution.methods import method_rows, resolve_method
+from attrdb.database import Database
+from attrdb.errors import InvalidValue
+from attrdb.progress import Progress, no_progress
+from attrdb.search import index_tuning
+from attrdb.search.mapper import SIDES, Mapper
+from attrdb.store import jobs
+from attrdb.store.job_folders import check_same_settings, train_job
+from attrdb.store.locks import exclusive_lock
+from attrdb.store.predicates import among
+from attrdb.store.schema import feature_matrix
+from attrdb.training.objective import regularizer
+from attrdb.training.splits import check_splits
+from attrdb.training.table_losses import LOSSES, Batch
+
+TRAINED_ON = "attribution-table"
+FORM = "affine"
+SCALED_TO = (5, 95)  # percentiles of a model's scores that are 0 and 1
+STEPS_PER_VALIDATION = 10
+
+
+@dataclass(frozen=True)
+class TableSettings:
+    """All that decides an attribution model, except the database.
+
+    target:      the method whose scores it learns
+    loss:        see `attrdb.training.table_losses`
+    temperature: v of the losses that have one
+    rank:        of the matrix that is added to the identity
+    lambda_reg:  weight of the regularizer
+    n_others:    exemplars of other models for each sample
+    steps:       at most; each takes `batch` samples
+    patience:    training ends after so many steps without a better rank correlation in validation
+    """
+
+    target: str = "in_run"
+    loss: str = "soft"
+    split: str = "train"
+    val_split: str = "val"
+    temperature: float = 0.1
+    rank: int = 16
+    lambda_reg: float = 0.05
+    lr: float = 1e-3
+    batch: int = 64
+    n_others: int = 32
+    steps: int = 300
+    patience: int = 100
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class TableResult:
+    """An attribution model that was trained.
+
+    trained:     False if it was stored already, with these settings
+    correlation: mean over validation models of the mean rank correlation of their samples; `_before`: of the encoder alone
+    """
+
+    mapper_id: str
+    trained: bool
+    best_step: int
+    correlation: float
+    correlation_before: float
+
+
+def train_on_table(
+    db: Database,
+    encoder_id: str | None = None,
+    settings: TableSettings | None = None,
+    mapper_id: str | None = None,
+    report: Progress = no_progress,
+) -> TableResult:
+    """Train an attribution model and store it in `mappers`. A run that was killed starts again, and ends in the same model.
+
+    mapper_id: None makes one from encoder and settings
+    raises:    InvalidValue for an id or settings that cannot be used, a mapper of that id with other settings, splits without
+               scored models, missing features, or a loss that is not finite; NotFound for an unknown encoder or method;
+               Busy if another process trains the mapper
+    source:    after Brokman et al. 2024; model and losses are ours, see the module
+    """
+    settings = settings or TableSettings()
+    _check(settings)
+    db.refresh()
+    encoder_id = db.encoder_id(encoder_id)
+    target = resolve_method(db.snapshot, settings.target)
+    if method_rows(db.snapshot)[target]["kind"] == "similarity":
+        raise InvalidValue(
+            f"method {target!r} compares features; name one with scores, made by attrdb score {db.path} NAME"
+        )
+    record = {"on": TRAINED_ON, "encoder_id": encoder_id, "stopped_by": "correlation", **asdict(settings)}
+    if mapper_id is None:
+        digest = hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+        mapper_id = f"{encoder_id[:80]}-table-{digest[:8]}"
+    with exclusive_lock(train_job(db.path, mapper_id).lock, f"mapper {mapper_id!r} is being trained"):
+        if stored := _stored(db, mapper_id, record):
+            return stored
+        with jobs.running(db.writer, "train", mapper_id, record):
+            result = _trained(db, encoder_id, settings, mapper_id, record, report)
+    index_tuning.measure_trained(db.writer, mapper_id)
+    return result
+
+
+class Table:
+    """The samples of a split with the scores of their models' exemplars, and the features of both.
+
+    samples:   (n_samples, dimension) float32
+    exemplars: (n_exemplars, dimension) float32, of all models
+    own:       (n_samples, n_exemplars) bool: whether the exemplar is of the sample's model
+    values:    (n_samples, n_exemplars) float32: scores, 0 for exemplars of other models
+    models:    (n_samples,) int64: number of each sample's model
+
+    raises: InvalidValue if there is no such sample, or an image has no feature
+    """
+
+    def __init__(self, db: Database, encoder_id: str, target: str, split: str):
+        rows = db.query("attribution_targets", method=target, split=split)
+        if not len(rows):
+            raise InvalidValue(
+                f"{db.path} has no sample in split {split!r} whose exemplars all have a score by {target!r}; score them "
+                f"first: attrdb score {db.path} {target.replace('_', '-')}"
+            )
+        samples, exemplars, models = (rows[name].combine_chunks().dictionary_encode() for name in _KEYS)
+        shape = len(samples.dictionary), len(exemplars.dictionary)
+        at = tuple(torch.from_numpy(part.indices.to_numpy().astype(np.int64)) for part in (samples, exemplars))
+        self.own, self.values = torch.zeros(shape, dtype=torch.bool), torch.zeros(shape)
+        self.own[at] = True
+        self.values[at] = torch.from_numpy(rows["value"].to_numpy().astype(np.float32))
+        self.models = torch.zeros(shape[0], dtype=torch.int64)
+        self.models[at[0]] = torch.from_numpy(models.indices.to_numpy().astype(np.int64))
+        self.n_models = len(models.dictionary)
+        self.samples, self.exemplars = (_features(db, encoder_id, part.dictionary) for part in (samples, exemplars))
+
+    def shares(self) -> torch.Tensor:
+        """Of the positive scores of a sample; a sample without one has equal shares."""
+        positive = self.values.clamp(min=0)
+        positive[positive.sum(1) == 0] = self.own[positive.sum(1) == 0].float()
+        return positive / positive.sum(1, keepdim=True)
+
+    def scaled(self) -> torch.Tensor:
+        """Scores in [0, 1], by the middle of all scores of a model."""
+        scaled = torch.zeros_like(self.values)
+        for model in range(self.n_models):
+            mine = self.own & (self.models == model)[:, None]
+            low, high = np.percentile(self.values[mine].numpy(), SCALED_TO)
+            scaled[mine] = ((self.values[mine] - low) / max(high - low, 1e-12)).clamp(0, 1)
+        return scaled
+
+    def ranks(self) -> torch.Tensor:
+        """In (0, 1]: of a score among those of the sample."""
+        ranks = torch.zeros_like(self.values)
+        for row, own in enumerate(self.own):
+            ranks[row, own] = torch.from_numpy(average_ranks(self.values[row, own].numpy())).float() / own.sum()
+        return ranks
+
+    def correlation(self, mapper: Mapper | None) -> float:
+        """Mean over models of the mean rank correlation, over a sample's own exemplars, of cosines and scores."""
+        s, t = self.samples.numpy(), self.exemplars.numpy()
+        cosines = mapper.samples(s) @ mapper.exemplars(t).T if mapper else s @ t.T
+        by_sample = np.array(
+            [
+                rank_correlation(cosines[row, own], values[own])
+                for row, (own, values) in enumerate(zip(self.own.numpy(), self.values.numpy(), strict=True))
+            ]
+        )
+        models = self.models.numpy()
+        return float(np.mean([by_sample[models == model].mean() for model in range(self.n_models)]))
+
+
+_KEYS = ("sample_id", "exemplar_id", "model_id")
+
+
+def _features(db: Database, encoder_id: str, image_ids: pa.Array) -> torch.Tensor:
+    """(n, dimension) float32, in the order of the ids. raises: InvalidValue if an image has none"""
+    where = f"{among('image_id', image_ids.to_pylist())} AND `{encoder_id}` IS NOT NULL"
+    found = db.images(where, ["image_id", encoder_id])
+    places = pc.index_in(image_ids, found["image_id"].combine_chunks())
+    if places.null_count:
+        missing = image_ids.filter(places.is_null())
+        raise InvalidValue(
+            f"{len(missing):,} images of scored models have no {encoder_id!r} feature, such as {missing[0].as_py()!r}; "
+            f"encode them first: attrdb encode {db.path} --encoder {db.encoders[encoder_id]['spec']}"
+        )
+    return torch.from_numpy(feature_matrix(found[encoder_id])[places.to_numpy()].astype(np.float32))
+
+
+class LowRankMap(torch.nn.Module):
+    """One side of the mapper: x -> x (I + V U^T) + b, of unit length; it starts at the identity."""
+
+    def __init__(self, dimension: int, rank: int):
+        super().__init__()
+        self.u = torch.nn.Parameter(torch.zeros(dimension, rank))
+        self.v = torch.nn.Parameter(torch.randn(dimension, rank) / dimension**0.5)
+        self.bias = torch.nn.Parameter(torch.zeros(dimension))
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        return F.normalize(features + (features @ self.v) @ self.u.T + self.bias, dim=1)
+
+    def weight(self) -> torch.Tensor:
+        """(dimension, dimension): the matrix of `Map` in the objective of mappers."""
+        return torch.eye(len(self.u)) + self.u @ self.v.T
+
+    def deviation(self) -> torch.Tensor:
+        """||W^T W - I||_F of the weight W, from products of its thin factors."""
+        # W^T W - I = [U V] K [U V]^T with W = I + U V^T.
+        thin, rank = torch.cat([self.v, self.u], 1), self.u.shape[1]
+        core = torch.zeros(2 * rank, 2 * rank)
+        core[:rank, :rank] = self.u.T @ self.u
+        core[:rank, rank:] = core[rank:, :rank] = torch.eye(rank)
+        product = (thin.T @ thin) @ core
+        return ((product @ product).trace().clamp(min=0) + 1e-12).sqrt()
+
+
+class LowRankMaps(torch.nn.ModuleDict):
+    """Both sides, by seed."""
+
+    def __init__(self, dimension: int, rank: int, seed: int):
+        with torch.random.fork_rng([]):
+            torch.manual_seed(seed)
+            super().__init__({side: LowRankMap(dimension, rank) for side in SIDES})
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """The `parameters` of a mapper of FORM."""
+        arrays = {}
+        for side in SIDES:
+            arrays[f"{side}.weight"] = self[side].weight().detach().numpy()
+            arrays[f"{side}.bias"] = self[side].bias.detach().numpy().copy()
+        return arrays
+
+
+def _trained(
+    db: Database, encoder_id: str, settings: TableSettings, mapper_id: str, record: dict, report: Progress
+) -> TableResult:
+    table = Table(db, encoder_id, settings.target, settings.split)
+    validation = Table(db, encoder_id, settings.target, settings.val_split)
+    if table.n_models < 2:
+        raise InvalidValue(
+            f"only one model of split {settings.split!r} has scores by {settings.target!r}; training compares models, so it "
+            "needs at least two"
+        )
+    maps = LowRankMaps(table.samples.shape[1], settings.rank, settings.seed)
+
+    def mapper() -> Mapper:
+        return Mapper(mapper_id, encoder_id, FORM, maps.arrays())
+
+    curves: list[dict[str, Any]] = [{"step": 0, "loss": None, "correlation": validation.correlation(None)}]
+    best, best_row = mapper(), curves[0]
+    for step, loss in _steps(table, maps, settings):
+        if step % STEPS_PER_VALIDATION and step != settings.steps:
+            continue
+        curves.append({"step": step, "loss": loss, "correlation": validation.correlation(mapper())})
+        if curves[-1]["correlation"] > best_row["correlation"]:
+            best, best_row = mapper(), curves[-1]
+        values = " -> ".join(f"{row['correlation']:.3f}" for row in (curves[0], best_row, curves[-1]))
+        report("train", step, settings.steps, f"rank correlation {values} (before, best, now)")
+        if step - best_row["step"] >= settings.patience:
+            break
+    metrics = {
+        "best_step": best_row["step"],
+        "correlation": best_row["correlation"],
+        "correlation_before": curves[0]["correlation"],
+        "n_samples": len(table.samples),
+        "n_models": table.n_models,
+        "n_validation_samples": len(validation.samples),
+    }
+    db.writer.add_mapper(
+        {
+            **best.row(),
+            "trained_on": TRAINED_ON,
+            "settings": json.dumps(record, sort_keys=True),
+            "images_version": db.version,
+            "curves": json.dumps(curves),
+            "metrics": json.dumps(metrics),
+            "created_at": datetime.now(UTC),
+        }
+    )
+    return _result(mapper_id, True, metrics)
+
+
+def _steps(table: Table, maps: LowRankMaps, settings: TableSettings):
+    """Train; yields the number of each step and its loss."""
+    logits = torch.nn.Parameter(torch.tensor([-5.0, 10.0]))
+    optimizer = torch.optim.Adam([*maps.parameters(), logits], lr=settings.lr)
+    random = torch.Generator().manual_seed(settings.seed)
+    shares, scaled, ranks = table.shares(), table.scaled(), table.ranks()
+    n_samples, n_exemplars = table.own.shape
+    n_others = min(settings.n_others, n_exemplars)
+    for step in range(1, settings.steps + 1):
+        rows = torch.randperm(n_samples, generator=random)[: settings.batch]
+        own = table.own[rows]
+        chance = torch.rand(len(rows), n_exemplars, generator=random).masked_fill(own, 2)
+        others = torch.zeros_like(own).scatter(1, chance.argsort(1)[:, :n_others], True) & ~own
+        batch = Batch(
+            cosines=maps["sample"](table.samples[rows]) @ maps["exemplar"](table.exemplars).T,
+            own=own,
+            others=others,
+            shares=shares[rows],
+            scaled=scaled[rows],
+            ranks=ranks[rows],
+            drawn=torch.multinomial(own.float(), 1, generator=random)[:, 0],
+            models=table.models[rows],
+            logits=logits,
+        )
+        loss = LOSSES[settings.loss](batch, settings.temperature)
+        if settings.lambda_reg:
+            loss = loss + settings.lambda_reg * regularizer(maps)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if not math.isfinite(loss.item()):
+            raise InvalidValue(
+                f"the loss of step {step} is {loss.item()}; lower the learning rate (lr, {settings.lr:g} now)"
+            )
+        yield step, loss.item()
+
+
+def average_ranks(values: np.ndarray) -> np.ndarray:
+    """Ranks from 1; equal values share the mean of theirs."""
+    _, places, counts = np.unique(values, return_inverse=True, return_counts=True)
+    ranks: np.ndarray = (counts.cumsum() - (counts - 1) / 2)[places]
+    return ranks
+
+
+def rank_correlation(one: np.ndarray, other: np.ndarray) -> float:
+    """Spearman's; 0 where either is constant."""
+    first, second = (ranks - ranks.mean() for ranks in map(average_ranks, (one, other)))
+    scale = np.sqrt((first**2).sum() * (second**2).sum())
+    return float((first * second).sum() / scale) if scale else 0.0
+
+
+def _check(settings: TableSettings) -> None:
+    """raises: InvalidValue for settings that cannot be used; reads nothing"""
+    if settings.loss not in LOSSES:
+        raise InvalidValue(f"loss is {settings.loss!r}; it must be {', '.join(LOSSES)}")
+    check_splits(settings.split, settings.val_split)
+    for name in ("temperature", "lr"):
+        if not (getattr(settings, name) > 0 and math.isfinite(getattr(settings, name))):
+            raise InvalidValue(f"{name} is {getattr(settings, name)}; it must be above 0")
+    for name, least in (("lambda_reg", 0), ("batch", 2), ("rank", 1), ("n_others", 1), ("steps", 1), ("patience", 1)):
+        if not getattr(settings, name) >= least:
+            raise InvalidValue(f"{name} is {getattr(settings, name)}; it must be at least {least}")
+
+
+def _stored(db: Database, mapper_id: str, record: dict) -> TableResult | None:
+    """The result of a mapper that is stored; None if it is not. raises: InvalidValue if it has other settings"""
+    db.refresh()
+    rows = db.sql("SELECT settings, metrics FROM mappers WHERE mapper_id = $id", {"id": mapper_id}).to_pylist()
+    if not rows:
+        return None
+    check_same_settings("mapper", mapper_id, json.loads(rows[0]["settings"]), record, f"in {db.path}")
+    return _result(mapper_id, False, json.loads(rows[0]["metrics"]))
+
+
+def _result(mapper_id: str, trained: bool, metrics: dict) -> TableResult:
+    return TableResult(mapper_id, trained, metrics["best_step"], metrics["correlation"], metrics["correlation_before"])
