@@ -28,7 +28,7 @@ from attrdb.store.predicates import CANDIDATES, literal
 from attrdb.store.schema import TABLES
 
 GROUP = "attrdb.methods"
-BUILT_IN = ("in-run", "gradient-dot", "gradient-cosine", "influence-function", "d-trak", "data-inf")
+BUILT_IN = ("in-run", "gradient-dot", "trac-in", "gradient-cosine", "influence-function", "d-trak", "data-inf")
 ATTRIBUTES = {
     "unit": (str,),
     "lowest": (int, float, type(None)),

@@ -20,6 +20,7 @@ from attrdb.ingest.customize.base_model import load_base_model
 from attrdb.ingest.customize.customize import apply_delta, encode_prompts
 from attrdb.ingest.customize.denoising import Draws
 from attrdb.ingest.gradients import kernels, scorers
+from attrdb.ingest.gradients.checkpoints import checkpoints
 from attrdb.ingest.gradients.model_gradients import model_row, opened, pictures
 from attrdb.ingest.monitor.files import read_gradients
 from attrdb.ingest.score import BUILT_IN, load_scorer, score
@@ -167,6 +168,30 @@ def test_the_run_s_sums_are_multiplied_with_the_sample_s_gradient(db, tiny_base)
         number = kept.exemplars.index(candidate)
         by_hand = sum(float(kept.sums[name][number].flatten() @ part) for name, part in gradient.items())
         assert value == pytest.approx(by_hand, rel=1e-4)
+
+
+def test_checkpoints_are_those_of_the_model_s_own_training(db, tiny_base):
+    base = load_base_model(str(tiny_base))
+    fresh = base.pipeline.unet.state_dict()
+    moments = checkpoints(db, "vase-1", base, 3)
+    row, delta = model_row(db, "vase-1")
+    assert len(moments) == 3
+    assert all(value.equal(moments[-1][name]) for name, value in delta.items())
+    assert not any(value.equal(moments[0][name]) for name, value in delta.items())
+    assert all(value.equal(fresh[name]) for name, value in base.pipeline.unet.state_dict().items())
+    scorer = scorers.GradientScorer("trac-in", "2")
+    [sample] = ids(db, "samples")[:1]
+    [table] = scorer.scores(db, [sample])
+    image, prompt = pictures(db, [sample])[sample]
+    exemplar = table["candidate_id"][0].as_py()
+    products = []
+    for moment in checkpoints(db, "vase-1", base):
+        with opened(base, row, moment, 2) as model:
+            one = model.of_image(image, prompt, "loss")
+            other = model.of_image(pictures(db, [exemplar])[exemplar][0], row["train_prompt"], "loss")
+        products.append(sum(float(a @ b) for a, b in zip(one, other, strict=True)))
+    assert len(products) == 5
+    assert table["score"][0].as_py() == pytest.approx(np.mean(products), rel=1e-4)
 
 
 def test_an_exemplar_scores_highest_for_itself_by_cosine(db, tiny_base):

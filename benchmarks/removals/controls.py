@@ -31,7 +31,7 @@ JOIN exemplars USING (model_id)
 WHERE samples.image_id IN (SELECT unnest($ids))
 GROUP BY ALL
 """
-OF_PROMPT = "LEFT JOIN sample_concepts AS named ON named.sample_id = samples.image_id"
+OF_PROMPT = "LEFT JOIN concept_truth AS named ON named.sample_id = samples.image_id AND named.truth = 'prompt'"
 STEPS = "JOIN monitor_steps AS steps ON steps.model_id = samples.model_id AND steps.image_id = exemplars.image_id"
 TABLE = f"""\
 {OF_PROMPT}

@@ -4,6 +4,7 @@
                         2020 (TracIn, every step a checkpoint) and Wang et al. 2024 (In-Run Data Shapley)
     gradient-dot        the exemplar's gradient at the end of training, times the sample's; TracIn with one checkpoint
     gradient-cosine     the same, without their lengths
+    trac-in             the mean of gradient-dot over 5 checkpoints; training is done again for them
     influence-function  Koh and Liang 2017, with the empirical Fisher matrix for the Hessian
     d-trak              Zheng et al. 2024, without its random projection
     data-inf            Kwon et al. 2024
@@ -13,7 +14,7 @@ NAME:N averages gradients over N timesteps and noises in place of 24.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
@@ -27,6 +28,7 @@ from attrdb.errors import InvalidValue, NotFound
 from attrdb.ingest.customize.base_model import OneBaseModel
 from attrdb.ingest.customize.denoising import DRAWS
 from attrdb.ingest.gradients import kernels
+from attrdb.ingest.gradients.checkpoints import N_CHECKPOINTS, checkpoints
 from attrdb.ingest.gradients.model_gradients import LOSS, SQUARE, ModelGradients, model_row, opened, pictures
 from attrdb.ingest.monitor.files import read_gradients
 from attrdb.store.predicates import among
@@ -53,6 +55,7 @@ Formula = Callable[[Kernels], np.ndarray]
 FORMULAS: dict[str, tuple[str, Formula]] = {
     "in-run": (LOSS, lambda k: k.whole[1]),
     "gradient-dot": (LOSS, lambda k: k.whole[1]),
+    "trac-in": (LOSS, lambda k: k.whole[1]),
     "gradient-cosine": (LOSS, lambda k: kernels.cosine(*k.whole, k.sample_square**0.5)),
     "influence-function": (LOSS, lambda k: kernels.inverse(*k.whole)),
     "d-trak": (SQUARE, lambda k: kernels.inverse(*k.whole)),
@@ -76,6 +79,8 @@ class GradientScorer:
         if name == "gradient-cosine":
             self.lowest, self.highest, self.tau = -1.0, 1.0, 0.05
         self.settings: dict[str, Any] = {"draws": self.n_draws}
+        if name == "trac-in":
+            self.settings["checkpoints"] = N_CHECKPOINTS
         self.bases = OneBaseModel()
         self.unscored: dict[str, str] = {}
 
@@ -99,28 +104,42 @@ class GradientScorer:
         if not exemplars:
             raise InvalidValue(f"model {model_id!r} has no exemplar whose picture is stored")
         base = self.bases.load(row["base_model"])
-        with opened(base, row, delta, self.n_draws) as model:
-            of_exemplars = self._of_exemplars(db, row, model, exemplars, stored)
-            squares = _products(of_exemplars, of_exemplars)
-            for sample_id in sample_ids:
-                if sample_id not in stored:
-                    self.unscored[sample_id] = "its picture is not stored"
-                    continue
-                image, prompt = stored[sample_id]
-                of_sample = [part[None] for part in model.of_image(image, prompt or "", self.measured)]
-                found = Kernels(
+        moments = checkpoints(db, model_id, base) if self.name == "trac-in" else [delta]
+        scores: dict[str, list[np.ndarray]] = {}
+        for moment in moments:
+            with opened(base, row, moment, self.n_draws) as model:
+                of_exemplars = self._of_exemplars(db, row, model, exemplars, stored)
+                for sample_id, found in self._kernels(model, of_exemplars, sample_ids, stored):
+                    scores.setdefault(sample_id, []).append(self.formula(found))
+        for sample_id, of_sample in scores.items():
+            yield pa.table(
+                {
+                    "sample_id": [sample_id] * len(exemplars),
+                    "candidate_id": [exemplar["image_id"] for exemplar in exemplars],
+                    "score": np.mean(of_sample, axis=0),
+                }
+            )
+
+    def _kernels(
+        self, model: ModelGradients, of_exemplars: Gradients, sample_ids: Sequence[str], stored: dict[str, Any]
+    ) -> Iterator[tuple[str, Kernels]]:
+        """Of each sample whose picture is stored."""
+        squares = _products(of_exemplars, of_exemplars)
+        for sample_id in sample_ids:
+            if sample_id not in stored:
+                self.unscored[sample_id] = "its picture is not stored"
+                continue
+            image, prompt = stored[sample_id]
+            of_sample = [part[None] for part in model.of_image(image, prompt or "", self.measured)]
+            yield (
+                sample_id,
+                Kernels(
                     squares,
                     _products(of_exemplars, of_sample)[:, :, 0],
                     float(sum(part.square().sum() for part in of_sample)),
                     np.array(model.sizes()),
-                )
-                yield pa.table(
-                    {
-                        "sample_id": [sample_id] * len(exemplars),
-                        "candidate_id": [exemplar["image_id"] for exemplar in exemplars],
-                        "score": self.formula(found),
-                    }
-                )
+                ),
+            )
 
     def _of_exemplars(
         self, db: Database, row: Row, model: ModelGradients, exemplars: list[Row], stored: dict[str, Any]

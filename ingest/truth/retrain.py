@@ -15,13 +15,14 @@ from attrdb.errors import InvalidValue
 from attrdb.ingest.customize.base_model import BaseModel
 from attrdb.ingest.customize.customize import Delta, Regularization, customize, encode_prompts
 from attrdb.ingest.customize.denoising import DRAWS, Draws, denoised, latents_of
+from attrdb.ingest.customize.observer import Observer
 from attrdb.ingest.devices import enough_memory
 from attrdb.ingest.models.exemplars import Exemplar
 from attrdb.ingest.models.ingest_one import regularization_images
 from attrdb.ingest.models.stages import exemplar_prompts, record_tokens
 from attrdb.ingest.models.stored import check_base_model, stored_delta, stored_model, stored_settings
 from attrdb.ingest.read.pictures import read_picture
-from attrdb.progress import Progress
+from attrdb.progress import Progress, no_progress
 from attrdb.store.predicates import among, literal
 from attrdb.store.schema import Row
 
@@ -102,6 +103,15 @@ class Retrained:
             base.restore()
         return Truth(losses, figures["loss"], delta, time.monotonic() - started)
 
+    def replay(self, base: BaseModel, observer: Observer) -> None:
+        """Train as the model was trained, with its own draws and all exemplars; an observer is told of every step."""
+        base.precision = self.record.get("computed_in", "float32")
+        try:
+            self._prepare(base, no_progress)
+            self._train(base, [], None, no_progress, observer)
+        finally:
+            base.restore()
+
     def is_stored(self, delta: Delta) -> bool:
         """Whether weights are those of the stored model, bit for bit."""
         stored = stored_delta(self.db, self.row)
@@ -124,7 +134,12 @@ class Retrained:
             )
 
     def _train(
-        self, base: BaseModel, left_out: Sequence[str], seed: int | None, report: Progress
+        self,
+        base: BaseModel,
+        left_out: Sequence[str],
+        seed: int | None,
+        report: Progress,
+        observer: Observer | None = None,
     ) -> tuple[Delta, dict[str, Any]]:
         prompts, tokens = exemplar_prompts(self.record), record_tokens(self.record)
         each = [prompts] * len(self.exemplars) if isinstance(prompts, str) else prompts
@@ -145,6 +160,7 @@ class Retrained:
             method=self.row["method"],
             regularization=self._regularization,
             gradient_checkpointing=self.record.get("gradient_checkpointing", False),
+            observer=observer,
             left_out=gone,
         )
 
