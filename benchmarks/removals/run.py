@@ -2,7 +2,7 @@
 
     make     the models of plan.py, monitored, with their samples -> WORK/removals.attrdb
     truth    models of split `test` trained again without each concept, and without random halves
-    score    every method: gradients, controls
+    score    every method: gradients, controls; attribution models, chosen on models of split `val`
     figures  the queries' answers -> FILE
 
 Each stage resumes where it was interrupted; `truth` is the long one, some 10 minutes per model on one core. `score` may run
@@ -11,8 +11,10 @@ beside it.
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 
 import click
@@ -21,12 +23,22 @@ from controls import CONTROLS, Control
 from plan import write_plan
 
 import attrdb
+from attrdb.database import Database
 from attrdb.demo import bundled_icons
 from attrdb.ingest.score import BUILT_IN, score
+from attrdb.store.schema import encoder_id_of
+from attrdb.training.attribution_model import TableResult, TableSettings, train_on_table
+from attrdb.training.table_losses import LOSSES
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from machine import describe
 
 ENCODERS = ("efficientnet-lite0", "pixels:8", "vgg-gram")
 N_CORPUS = 500  # `attrdb evaluate` ranks exemplars among pretraining images; the scores do not depend on them
 NOT_BLENDED = "prompt_scheme <> 'blend'"
+TEMPERATURES = (0.03, 0.1, 0.3)
+LEARNED_ON = "efficientnet-lite0"  # the features of attribution models
+AS_PAIRS = "one-hot"  # the loss of mappers: what pairs alone teach
 
 
 def command(*words: object) -> None:
@@ -79,15 +91,62 @@ def truth(work: Path, workers: int, halves: int, images: bool) -> None:
 @main.command("score")
 @click.argument("work", type=click.Path(exists=True, file_okay=False, path_type=Path))
 def score_all(work: Path) -> None:
-    """Score all samples by every method, and evaluate it."""
+    """Score all samples by every method, train attribution models, and evaluate all of them."""
     db = attrdb.open(database(work))
     for name in CONTROLS:
         score(db, name, Control(name))
     for name in BUILT_IN:
         command("score", db.path, name)
+    chosen = {row["mapper_id"] for row in learned(db) if row["chosen"]}
     db.refresh()
-    for method_id in db.sql("SELECT method_id FROM methods ORDER BY method_id")["method_id"].to_pylist():
-        command("evaluate", db.path, "--method", method_id, "--gallery", "own")
+    for method_id, method in db.methods.items():
+        if method["mapper_id"] is None or method["mapper_id"] in chosen:
+            command("evaluate", db.path, "--method", method_id, "--gallery", "own")
+
+
+def learned(db: Database) -> list[dict]:
+    """The attribution models that were tried. Of pairs' loss and of the others, the best on validation models is chosen."""
+    tried = []
+    for loss, temperature in product(LOSSES, TEMPERATURES):
+        settings = TableSettings(loss=loss, temperature=temperature)
+        name = f"table-{loss.replace('+', '-')}-v{temperature:g}"
+        result: TableResult = train_on_table(db, encoder_id_of(LEARNED_ON), settings, name)
+        tried.append({"loss": loss, "temperature": temperature, **vars(result), "chosen": False})
+    for group in ([row for row in tried if (row["loss"] == AS_PAIRS) == pairs] for pairs in (True, False)):
+        max(group, key=lambda row: row["correlation"])["chosen"] = True
+    return tried
+
+
+@main.command()
+@click.argument("work", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option("--json", "out", type=click.Path(path_type=Path), required=True)
+def figures(work: Path, out: Path) -> None:
+    """Ask the queries, and write their answers."""
+    db = attrdb.open(database(work))
+    tried = learned(db)
+    [best] = [row for row in tried if row["chosen"] and row["loss"] != AS_PAIRS]
+    answers = {
+        name: db.query(name).to_pylist()
+        for name in ("removal_intervals", "between_concepts", "within_concept", "learned_concepts")
+    }
+    answers["between_learned_concepts"] = db.query("between_concepts", learned=True).to_pylist()
+    answers["gains"] = {
+        method: db.query("compare_removals", method=method).to_pylist()
+        for method in ("in_run", f"{encoder_id_of(LEARNED_ON)}/{best['mapper_id']}")
+    }
+    retrainings = db.sql(
+        """
+        SELECT leave, draws, count(DISTINCT model_id) AS n_models, count(*) AS n, median(seconds) AS seconds
+        FROM retrainings GROUP BY ALL ORDER BY ALL
+        """
+    )
+    found = {
+        "machine": describe("torch", "diffusers", "duckdb"),
+        "retrainings": retrainings.to_pylist(),
+        "tried": tried,
+    }
+    lines = (f"{json.dumps(name)}: {json.dumps(value)}" for name, value in (found | answers).items())
+    out.write_text("{\n" + ",\n".join(lines) + "\n}\n")
 
 
 if __name__ == "__main__":
