@@ -156,7 +156,9 @@ def choose_concept_prompts(
     for pair in combinations(concepts, 2):
         chosen += [(BLEND, text) for text in _blends(pair, bank, counts[BLEND], seed, split)]
     if not chosen:
-        raise InvalidValue(f"no prompt wanted of bank {bank!r}; ask for one or more of {one_of((*SCHEMES, PAIR, BLEND))}")
+        raise InvalidValue(
+            f"no prompt wanted of bank {bank!r}; ask for one or more of {one_of((*SCHEMES, PAIR, BLEND))}"
+        )
     return _numbered(chosen)
 
 
@@ -166,9 +168,7 @@ def _blends(pair: Sequence[Concept], bank: str, wanted: int, seed: int, split: s
     for number, concept in enumerate(pair):
         key = f"{seed}/{concept.kind}/{number}/{BLEND}"
         lines = _draw(bank, concept.kind, "gpt", part_of(split), wanted, key)
-        sentences.append(
-            [line.replace(TOKEN, concept.token).replace("{category}", concept.category) for line in lines]
-        )
+        sentences.append([line.replace(TOKEN, concept.token).replace("{category}", concept.category) for line in lines])
     return [blend(texts, [weight, 1 - weight]) for texts in zip(*sentences, strict=True) for weight in BLEND_WEIGHTS]
 
 

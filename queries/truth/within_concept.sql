@@ -29,9 +29,9 @@ WITH ranked AS (
         max(increases.increase) OVER one_sample = increases.increase AS is_top_increase
     FROM loss_increases AS increases
     JOIN exemplars ON exemplars.image_id = increases.name
-    JOIN concept_truth AS prompts
+    JOIN concept_truth AS prompts -- exemplars without a concept_id are those of a model's only concept
         ON prompts.sample_id = increases.sample_id
-        AND prompts.concept_id = exemplars.concept_id
+        AND prompts.concept_id = coalesce(exemplars.concept_id, prompts.concept_id)
     JOIN exemplar_ranks AS ranks
         ON ranks.sample_id = increases.sample_id
         AND ranks.exemplar_id = exemplars.image_id

@@ -9,8 +9,8 @@ SELECT
     removals.concept_id,
     avg(removals.increase) FILTER (prompts.share = 1) AS own_increase,
     stddev_samp(removals.increase) FILTER (prompts.share = 0) AS noise,
-    count_if(prompts.share = 1) AS n_own,
-    count_if(prompts.share = 0) AS n_other,
+    count_if(prompts.share = 1)::BIGINT AS n_own,
+    count_if(prompts.share = 0)::BIGINT AS n_other,
     own_increase > 3 * noise AS is_learned
 FROM concept_truth AS removals
 JOIN concept_truth AS prompts USING (sample_id, concept_id)

@@ -41,10 +41,9 @@ parts AS (
     SELECT
         sample_id,
         model_id,
-        CASE WHEN is_blend THEN texts ELSE [prompt] END AS texts,
-        unnest(range(len(texts))) AS part,
-        texts[part + 1] AS text,
-        CASE WHEN is_blend THEN weights[part + 1] ELSE 1.0 END AS weight
+        unnest(range(CASE WHEN is_blend THEN len(texts) ELSE 1 END)) AS part,
+        unnest(CASE WHEN is_blend THEN texts ELSE [prompt] END) AS text,
+        unnest(CASE WHEN is_blend THEN weights ELSE [1.0] END) AS weight
     FROM parsed
 ),
 named AS (
