@@ -89,8 +89,8 @@ def macro_section(connection: duckdb.DuckDBPyConnection, macro: Relation) -> str
     text = f"### {macro.name}\n\n{macro.summary} {gives}\n\n{call}\n\n{arguments}"
     if macro.returns:
         return text
-    required = ["NULL" for _, default, _ in macro.arguments if not default]
-    return f"{text}\n{type_grid(described(connection, f'{macro.name}({", ".join(required)})'))}"
+    required = ", ".join("NULL" for _, default, _ in macro.arguments if not default)
+    return f"{text}\n{type_grid(described(connection, f'{macro.name}({required})'))}"
 
 
 def named_queries() -> Iterator[str]:

@@ -1,8 +1,8 @@
 """Blends: prompts that lie between others, such as ("a V1* cat", "a V2* dog").blend(0.75, 0.25).
 
 The text encoder reads each part by itself, and the U-Net gets the weighted mean of the parts' states. The form is that of the
-package compel, from which users of diffusers know it. Brokman et al. 2024 evaluate on images of interpolated concepts; how they
-interpolate is not public.
+package compel, from which users of diffusers know it. Brokman et al. 2024 evaluate on images of interpolated concepts; their
+procedure is not public.
 """
 
 from __future__ import annotations

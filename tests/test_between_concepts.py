@@ -388,7 +388,8 @@ def test_between_concepts_is_that_of_a_slow_twin(written, learned):
         for row in table.to_pylist()
     ]
     assert order == sorted(order)
-    assert {figures["top_2"] is None for figures in expected.values()} == {False, True}
+    # Two concepts of each model are learned, so that there is one pair, which no method can miss.
+    assert {figures["top_2"] is None for figures in expected.values()} == ({True} if learned else {False, True})
     assert all(figures["correlation"] is None for case, figures in expected.items() if case[:2] == ("prompt", None))
 
 

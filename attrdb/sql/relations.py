@@ -4,8 +4,8 @@
     -- grain     one row per candidate
     -- argument  k = 10    how many, >= 1
 
-A file with arguments is a table macro, one without is a view. A macro that gives a value instead of rows has a line `-- returns`
-in the place of grain; its file is an expression. The data dictionary is generated from these headers.
+A file with arguments is a table macro, one without is a view. One with a line `-- returns` in
+the place of grain is a scalar macro, whose SQL is an expression. The data dictionary is generated from these headers.
 """
 
 from __future__ import annotations
