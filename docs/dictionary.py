@@ -73,18 +73,24 @@ def views(connection: duckdb.DuckDBPyConnection) -> Iterator[str]:
 
 
 def macros(connection: duckdb.DuckDBPyConnection) -> Iterator[str]:
-    yield "## Macros\n\nCalled in FROM, per row if you like; [sql.md](sql.md) has examples.\n"
+    yield (
+        "## Macros\n\nCalled in FROM, per row if you like; [sql.md](sql.md) has examples. One that returns a value is called "
+        "where a value is.\n"
+    )
     for macro in relations():
         if macro.arguments:
             yield macro_section(connection, macro)
 
 
 def macro_section(connection: duckdb.DuckDBPyConnection, macro: Relation) -> str:
-    required = ["NULL" for _, default, _ in macro.arguments if not default]
-    columns = described(connection, f"{macro.name}({', '.join(required)})")
     arguments = grid(["argument", "meaning"], [[f"`{name}`", meaning] for name, _, meaning in macro.arguments])
     call = f"    {macro.name}({macro.signature})"
-    return f"### {macro.name}\n\n{macro.summary} {sentence(macro.grain)}\n\n{call}\n\n{arguments}\n{type_grid(columns)}"
+    gives = sentence(f"returns {macro.returns}" if macro.returns else macro.grain)
+    text = f"### {macro.name}\n\n{macro.summary} {gives}\n\n{call}\n\n{arguments}"
+    if macro.returns:
+        return text
+    required = ", ".join("NULL" for _, default, _ in macro.arguments if not default)
+    return f"{text}\n{type_grid(described(connection, f'{macro.name}({required})'))}"
 
 
 def named_queries() -> Iterator[str]:

@@ -15,7 +15,8 @@ from collections.abc import Sequence
 from attrdb.errors import InvalidValue
 
 MEANT = re.compile(r"\)\s*\.blend\(")
-FORM = re.compile(r'\s*\((\s*".*"\s*)\)\s*\.blend\(([^()]*)\)\s*')
+# The view concept_truth follows the same rule in SQL.
+FORM = re.compile(r'\s*\((\s*".*"\s*)\)\s*\.blend\(([^()]*)\)\s*', re.ASCII | re.DOTALL)
 
 
 def blend(prompts: Sequence[str], weights: Sequence[float]) -> str:
@@ -44,9 +45,10 @@ def _parsed(prompt: str) -> list[tuple[str, float]] | None:
         return None
     try:
         texts, weights = (json.loads(f"[{part}]") for part in match.groups())
-        fits = len(texts) == len(weights) >= 2 and all(isinstance(text, str) for text in texts)
+        "".join(texts).encode()  # raises for what is no text, half a surrogate pair too
         total = sum(weights)
-        if not fits or not all(weight > 0 for weight in weights) or not math.isfinite(total):
+        positive = all(weight > 0 and not isinstance(weight, bool) for weight in weights)
+        if not len(texts) == len(weights) >= 2 or not positive or not math.isfinite(total):
             return None
     except (ValueError, TypeError, OverflowError, RecursionError):
         return None

@@ -31,6 +31,7 @@ LIGHT = (
     "test_architecture",
     "test_attribution",
     "test_backup",
+    "test_between_concepts",
     "test_checksums",
     "test_contributing",
     "test_database",

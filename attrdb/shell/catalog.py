@@ -33,7 +33,11 @@ def relations(snapshot: Snapshot, user_tables: Mapping[str, pa.Table]) -> dict[s
     """Everything that can stand in FROM, by name; nothing is read but the schemas."""
     # A table that SQL sees through a view of its name is described as that view.
     shown = [(name, "tables", table.grain, "") for name, table in DICTIONARY.items() if name not in STORED]
-    shown += [(one.name, "macros" if one.arguments else "views", one.grain, one.signature) for one in sql_relations()]
+    shown += [
+        (one.name, "macros" if one.arguments else "views", one.grain, one.signature)
+        for one in sql_relations()
+        if not one.returns
+    ]
     shown += [("features", "views", FEATURES_GRAIN, ""), ("unfinished_models", "views", UNFINISHED_GRAIN, "")]
     shown += [(name, "your tables", f"{len(table):,} rows", "") for name, table in user_tables.items()]
     described = {}

@@ -1,10 +1,11 @@
-"""Views and table macros: one SQL file each in queries/views, whose header says what a row is and what a macro takes.
+"""Views and macros: one SQL file each in queries/views, whose header says what a row is and what a macro takes.
 
     -- What the rows say, in one or more lines.
     -- grain     one row per candidate
     -- argument  k = 10    how many, >= 1
 
-A file with arguments is a table macro, one without is a view. The data dictionary is generated from these headers.
+A file with arguments is a table macro, one without is a view. One with a line `-- returns` in
+the place of grain is a scalar macro, whose SQL is an expression. The data dictionary is generated from these headers.
 """
 
 from __future__ import annotations
@@ -19,12 +20,13 @@ import pyarrow as pa
 from attrdb.store.schema import feature_columns
 
 ROLE_VIEWS = ("exemplars", "samples", "pretraining_images")
-RESULT_VIEWS = ("truth_scores",)
+RESULT_VIEWS = ("truth_scores", "loss_increases", "concept_truth", "concept_gate", "concept_scores")
 STORED = ("exemplar_ranks", "attributions", "calibrations")  # tables that SQL sees through a view of their name
 # Each after those that it reads.
 MACROS = (
     "sample_scores",
     "bootstrap_draws",
+    "bootstrap_interval",
     "method_gains",
     "nearest",
     "attribute",
@@ -41,13 +43,14 @@ UNFINISHED_GRAIN = (
 
 @dataclass(frozen=True)
 class Relation:
-    """A view, or a table macro where it has arguments."""
+    """A view, a table macro where it has arguments, or a scalar macro where it returns a value."""
 
     name: str
     summary: str
     grain: str
     arguments: tuple[tuple[str, str, str], ...]  # name, default (empty: required) and meaning
     sql: str
+    returns: str = ""
 
     @property
     def signature(self) -> str:
@@ -57,8 +60,10 @@ class Relation:
     @property
     def create(self) -> str:
         """The statement that makes it."""
-        what = f"MACRO {self.name}({self.signature}) AS TABLE" if self.arguments else f"VIEW {self.name} AS"
-        return f"CREATE {what}\n{self.sql}"
+        if not self.arguments:
+            return f"CREATE VIEW {self.name} AS\n{self.sql}"
+        table = "" if self.returns else " TABLE"
+        return f"CREATE MACRO {self.name}({self.signature}) AS{table}\n{self.sql}"
 
 
 @cache
@@ -75,13 +80,15 @@ def older_view(name: str) -> Relation:
 
 def _read(name: str, file: str) -> Relation:
     text = files("attrdb.queries").joinpath("views", file).read_text(encoding="utf-8")
-    summary, grain, arguments = [], "", []
+    summary, grain, returns, arguments = [], "", "", []
     for line in text.splitlines():
         if not line.startswith("--"):
             break
         word, _, rest = line[2:].strip().partition(" ")
         if word == "grain":
             grain = rest.strip()
+        elif word == "returns":
+            returns = rest.strip()
         elif word == "argument":
             argument = re.fullmatch(r"(\w+)(?: = (\S+))?\s+(.+)", rest.strip())
             if argument is None:
@@ -89,7 +96,7 @@ def _read(name: str, file: str) -> Relation:
             arguments.append((argument[1], argument[2] or "", argument[3]))
         else:
             summary.append(line[2:].strip())
-    return Relation(name, " ".join(summary), grain, tuple(arguments), text)
+    return Relation(name, " ".join(summary), grain, tuple(arguments), text, returns)
 
 
 def features_view(images: pa.Schema) -> str:

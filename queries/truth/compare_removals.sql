@@ -6,7 +6,7 @@
 -- param  $method        VARCHAR = NULL a method_id, encoder_id or mapper_id; default: similarity of the first encoder
 -- param  $n_replicates  INTEGER = 1000 number of bootstrap replicates, >= 1
 -- param  $seed          INTEGER = 0 seed of the bootstrap
--- reads  bootstrap_draws, truth_scores
+-- reads  bootstrap_interval, truth_scores
 -- column draws      VARCHAR fixed or redrawn
 -- column leave      VARCHAR what was left out
 -- column other      VARCHAR the method that it is compared with
@@ -29,46 +29,26 @@ WITH paired AS (
         AND others.method_id <> own.method_id
     GROUP BY own.draws, own.leave, others.method_id, own.model_id
 ),
-numbered AS (
-    SELECT
-        *,
-        count(*) OVER one_method AS n_models,
-        row_number() OVER (one_method ORDER BY model_id) - 1 AS number
-    FROM paired
-    WINDOW one_method AS (PARTITION BY draws, leave, other)
-),
-drawn AS (
-    SELECT sizes.n_models, places.replicate, places.hash % sizes.n_models AS number
-    FROM (SELECT DISTINCT n_models FROM numbered) AS sizes
-    JOIN bootstrap_draws((SELECT max(n_models) FROM numbered), $n_replicates, $seed) AS places
-        ON places.place < sizes.n_models
-),
-replicates AS (
-    SELECT numbered.draws, numbered.leave, numbered.other, drawn.replicate, avg(numbered.gain) AS gain
-    FROM numbered
-    JOIN drawn USING (n_models, number)
-    GROUP BY ALL
-),
-intervals AS (
+gains AS (
     SELECT
         draws,
         leave,
         other,
-        quantile_cont(gain, 0.025) AS gain_low,
-        quantile_cont(gain, 0.975) AS gain_high
-    FROM replicates
+        count(*) AS n_models,
+        avg(gain) AS gain,
+        bootstrap_interval(list(gain ORDER BY model_id), $n_replicates, $seed) AS gain_interval,
+        2.8 * stddev_samp(gain) / sqrt(count(*)) AS detectable
+    FROM paired
     GROUP BY draws, leave, other
 )
 SELECT
-    numbered.draws,
-    numbered.leave,
-    numbered.other,
-    count(*) AS n_models,
-    avg(numbered.gain) AS gain,
-    any_value(intervals.gain_low) AS gain_low,
-    any_value(intervals.gain_high) AS gain_high,
-    2.8 * stddev_samp(numbered.gain) / sqrt(count(*)) AS detectable
-FROM numbered
-JOIN intervals USING (draws, leave, other)
-GROUP BY numbered.draws, numbered.leave, numbered.other
-ORDER BY numbered.draws, numbered.leave, gain DESC, numbered.other
+    draws,
+    leave,
+    other,
+    n_models,
+    gain,
+    gain_interval.low AS gain_low,
+    gain_interval.high AS gain_high,
+    detectable
+FROM gains
+ORDER BY draws, leave, gain DESC, other

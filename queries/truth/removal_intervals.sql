@@ -4,7 +4,7 @@
 -- grain  one row per kind of draws, what was left out and method, best correlation first
 -- param  $n_replicates  INTEGER = 1000 number of bootstrap replicates, >= 1
 -- param  $seed          INTEGER = 0 seed of the bootstrap
--- reads  bootstrap_draws, truth_scores
+-- reads  bootstrap_interval, truth_scores
 -- column draws            VARCHAR fixed or redrawn
 -- column leave            VARCHAR what was left out
 -- column method_id        VARCHAR
@@ -29,58 +29,33 @@ WITH per_model AS (
     FROM truth_scores
     GROUP BY draws, leave, method_id, model_id
 ),
-numbered AS (
-    SELECT
-        *,
-        count(*) OVER one_method AS n_models,
-        row_number() OVER (one_method ORDER BY model_id) - 1 AS number
-    FROM per_model
-    WINDOW one_method AS (PARTITION BY draws, leave, method_id)
-),
-drawn AS (
-    SELECT sizes.n_models, places.replicate, places.hash % sizes.n_models AS number
-    FROM (SELECT DISTINCT n_models FROM numbered) AS sizes
-    JOIN bootstrap_draws((SELECT max(n_models) FROM numbered), $n_replicates, $seed) AS places
-        ON places.place < sizes.n_models
-),
-replicates AS (
-    SELECT
-        numbered.draws,
-        numbered.leave,
-        numbered.method_id,
-        drawn.replicate,
-        avg(numbered.correlation) AS correlation,
-        avg(numbered.top_1) AS top_1
-    FROM numbered
-    JOIN drawn USING (n_models, number)
-    GROUP BY ALL
-),
-intervals AS (
+means AS (
     SELECT
         draws,
         leave,
         method_id,
-        quantile_cont(correlation, 0.025) AS correlation_low,
-        quantile_cont(correlation, 0.975) AS correlation_high,
-        quantile_cont(top_1, 0.025) AS top_1_low,
-        quantile_cont(top_1, 0.975) AS top_1_high
-    FROM replicates
+        count(*) AS n_models,
+        avg(correlation) AS correlation,
+        bootstrap_interval(list(correlation ORDER BY model_id), $n_replicates, $seed) AS correlation_interval,
+        avg(top_1) AS top_1,
+        bootstrap_interval(list(top_1 ORDER BY model_id), $n_replicates, $seed) AS top_1_interval,
+        1 / sqrt(avg(n_retrainings) - 1) AS chance_sd,
+        2.8 * stddev_samp(correlation) / sqrt(count(*)) AS detectable
+    FROM per_model
     GROUP BY draws, leave, method_id
 )
 SELECT
-    numbered.draws,
-    numbered.leave,
-    numbered.method_id,
-    count(*) AS n_models,
-    avg(numbered.correlation) AS correlation,
-    any_value(intervals.correlation_low) AS correlation_low,
-    any_value(intervals.correlation_high) AS correlation_high,
-    avg(numbered.top_1) AS top_1,
-    any_value(intervals.top_1_low) AS top_1_low,
-    any_value(intervals.top_1_high) AS top_1_high,
-    1 / sqrt(avg(numbered.n_retrainings) - 1) AS chance_sd,
-    2.8 * stddev_samp(numbered.correlation) / sqrt(count(*)) AS detectable
-FROM numbered
-JOIN intervals USING (draws, leave, method_id)
-GROUP BY numbered.draws, numbered.leave, numbered.method_id
-ORDER BY numbered.draws, numbered.leave, correlation DESC, numbered.method_id
+    draws,
+    leave,
+    method_id,
+    n_models,
+    correlation,
+    correlation_interval.low AS correlation_low,
+    correlation_interval.high AS correlation_high,
+    top_1,
+    top_1_interval.low AS top_1_low,
+    top_1_interval.high AS top_1_high,
+    chance_sd,
+    detectable
+FROM means
+ORDER BY draws, leave, correlation DESC, method_id
