@@ -12,7 +12,9 @@ import pytest
 from conftest import rows
 
 from attrdb.ingest.blends import parts_of
+from attrdb.pages import report
 from attrdb.store.schema import TABLES
+from attrdb.text import fixed
 
 TOKENS = {"a": ["V1*", "V2*", "V3*", "V4*"], "b": ["V1*", "V2*"], "c": ["V1*", "V2*", "V3*"], "solo": ["V*"]}
 PER_CONCEPT = 3  # exemplars
@@ -573,3 +575,14 @@ def test_an_interval_has_the_draws_of_bootstrap_draws(toy, figures):
 def test_an_interval_of_nothing_is_null(toy):
     statement = "SELECT bootstrap_interval(list(x), 10, 0) AS found FROM (SELECT 1.0 AS x WHERE false)"
     assert toy.sql(statement)["found"].to_pylist() == [{"low": None, "high": None}]
+
+
+def test_the_report_shows_truth_and_concepts(written):
+    db, _ = written
+    page = report.render(db, report.figures(db))
+    for title in ("What models owe to their exemplars", "Between the concepts of a model", "Within a concept"):
+        assert f">{title}</h2>" in page
+    assert "Without one exemplar, fixed draws" in page
+    assert "Truth: what the prompt names" in page
+    for row in db.query("within_concept").to_pylist():
+        assert fixed(row["correlation"], 3) in page.partition('id="within"')[2]

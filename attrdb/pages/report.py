@@ -14,6 +14,7 @@ from attrdb.database import Database
 from attrdb.errors import NotFound
 from attrdb.pages import plots
 from attrdb.pages.html import data_uri
+from attrdb.pages.truth import concept_tables, removal_tables, truth_figures
 from attrdb.store.methods import similarity_id
 from attrdb.store.predicates import among
 from attrdb.store.schema import Row
@@ -43,6 +44,7 @@ def figures(db: Database, gallery: str = "own", method_ids: Collection[str] = ()
                      first encoder
         general, correlations   the queries general_attribution and benchmark_correlation
         mappers, attribution_models, calibrations   their rows
+        removal_intervals, between_concepts, within_concept   answers of these queries
     """
 
     def is_shown(row: Row) -> bool:
@@ -90,6 +92,7 @@ def figures(db: Database, gallery: str = "own", method_ids: Collection[str] = ()
         "mappers": [row for row in trained if row["trained_on"] != "attribution-table"],
         "attribution_models": [row for row in trained if row["trained_on"] == "attribution-table"],
         "calibrations": [_plain(row, ("reliability",)) for row in calibrations if is_shown(row)],
+        **truth_figures(db, is_shown),
     }
 
 
@@ -216,6 +219,9 @@ def render(db: Database, results: dict[str, Any]) -> str:
         cases=by_case,
         cut_offs=CUT_OFFS,
         plots=render_plots(results),
+        removals=removal_tables(results["removal_intervals"]),
+        within=removal_tables(results["within_concept"]),
+        concepts=concept_tables(results["between_concepts"]),
         tuned=tuned,
         queries=_queries(db, _shown_methods(results, tuned)),
         n_unranked=sum(row["n_unranked"] for row in results["cases"]),
