@@ -32,9 +32,9 @@ def prompts(tokens):
     return [*found, (None, "nothing")]
 
 
-def store(db, model, tokens, described):
-    """A customized model of these concepts, with samples of (scheme, prompt)."""
-    several = len(tokens) > 1
+def store(db, model, tokens, described, several=None):
+    """A customized model of these concepts, with samples of (scheme, prompt). several: whether its kind is `concepts`"""
+    several = len(tokens) > 1 if several is None else several
     owners = [token for token in tokens for _ in range(PER_CONCEPT)]
     images = [(f"{model}/e{n}", "exemplar", model, n) for n in range(len(owners))]
     images += [(f"{model}/{n}", "sample", model, n) for n in range(len(described))]
@@ -470,6 +470,26 @@ def test_with_too_few_samples_nothing_is_known_to_be_learned(toy):
         (9.0, None, 1, 1, None),
         (0.0, None, 1, 1, None),
     ]
+
+
+@pytest.mark.parametrize(("own", "is_learned"), [(4.2, False), (4.3, True)])
+def test_the_gate_is_three_standard_deviations(toy, own, is_learned):
+    store(toy, "b", TOKENS["b"], [("gpt", "V1*"), ("gpt", "V2*"), ("gpt", "V2*"), ("pair", "V1* V2*")])
+    losses = {"b/0": own, "b/1": -1.0, "b/2": 1.0, "b/3": 100.0}  # of those without V1*: standard deviation 1.414
+    nothing = dict.fromkeys(losses, 0.0)
+    left = [("none", "", nothing), ("concept", "b/V1*", losses), ("concept", "b/V2*", nothing)]
+    write_truth(toy, [("b", leave, name, [], "fixed", 0, of) for leave, name, of in left])
+    toy.refresh()
+    [found, _] = toy.query("learned_concepts").to_pylist()
+    assert (found["own_increase"], found["noise"], found["is_learned"]) == (own, pytest.approx(2**0.5), is_learned)
+
+
+def test_a_model_of_one_concept_has_nothing_to_tell_apart(toy):
+    store(toy, "one", ["V1*"], [("gpt", "V1*")], several=True)
+    write_scores(toy, "some", {("one/0", f"one/e{n}"): 1.0 for n in range(PER_CONCEPT)})
+    toy.refresh()
+    assert toy.sql("SELECT truth, share FROM concept_truth").to_pylist() == [{"truth": "prompt", "share": 1.0}]
+    assert toy.sql("FROM concept_scores").num_rows == 0
 
 
 # --- prompts ----------------------------------------------------------------------------------------------------------
