@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test coverage lint hooks docs docs-site node benchmark icon-sd gpu gpu-wheels torture clean
+.PHONY: demo test coverage lint hooks docs docs-site node benchmark icon-sd gpu gpu-wheels removals torture clean
 
 demo: $(VENV)/.ready
 	$(BIN)/attrdb demo demo
@@ -47,6 +47,14 @@ torture: $(VENV)/.ready
 # The experiments on IconAbC, from its frozen files; hours on two cores, and it goes on where it was.
 benchmark: $(VENV)/.ready
 	$(BIN)/python benchmarks/iconabc/run.py runs/iconabc --json benchmarks/results/iconabc.json
+	$(BIN)/python benchmarks/report.py
+
+# What models owe to their exemplars, by training them again without some; hours on two cores, and it goes on where it was.
+removals: $(VENV)/.ready
+	$(BIN)/python benchmarks/removals/run.py make runs/removals
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/removals/run.py truth runs/removals --workers 2
+	$(BIN)/python benchmarks/removals/run.py score runs/removals
+	$(BIN)/python benchmarks/removals/run.py figures runs/removals --json benchmarks/results/removals.json
 	$(BIN)/python benchmarks/report.py
 
 # Go on training icon-sd on this machine for MINUTES, from its last checkpoint, and keep what it has then.

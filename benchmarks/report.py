@@ -7,6 +7,7 @@ from pathlib import Path
 
 import attribution
 import searching
+import truth
 from markdown import machine, shown, table
 
 HERE = Path(__file__).parent
@@ -275,6 +276,7 @@ SECTIONS = {
     "training": (training, "benchmarks/training.py --json training.json"),
     "search": (searching.section, "benchmarks/search.py PART ... --json search.json"),
     "iconabc": (attribution.section, "benchmarks/iconabc/run.py runs/iconabc --json iconabc.json"),
+    "removals": (truth.section, "benchmarks/removals/run.py figures runs/removals --json removals.json"),
     "torture": (torture, "-m torture --folder ../runs/torture --json ../benchmarks/results/torture.json"),
 }
 

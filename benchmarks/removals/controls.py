@@ -32,15 +32,15 @@ WHERE samples.image_id IN (SELECT unnest($ids))
 GROUP BY ALL
 """
 OF_PROMPT = "LEFT JOIN concept_truth AS named ON named.sample_id = samples.image_id AND named.truth = 'prompt'"
-STEPS = "JOIN monitor_steps AS steps ON steps.model_id = samples.model_id AND steps.image_id = exemplars.image_id"
+STEPS = "LEFT JOIN monitor_steps AS steps ON steps.model_id = samples.model_id AND steps.image_id = exemplars.image_id"
 TABLE = f"""\
 {OF_PROMPT}
 LEFT JOIN attribution_tables AS progress
     ON progress.image_id = exemplars.image_id AND progress.concept_id = named.concept_id AND progress.measure = 'progress'
 """
 QUERIES = {
-    "visits": ("count(*)::DOUBLE", STEPS),
-    "loss": ("avg(steps.loss)", STEPS),
+    "visits": ("count(steps.image_id)::DOUBLE", STEPS),
+    "loss": ("coalesce(avg(steps.loss), 0)", STEPS),
     "prompt": ("coalesce(sum(named.share) FILTER (named.concept_id = exemplars.concept_id), 0)", OF_PROMPT),
     "progress": ("coalesce(sum(named.share * progress.value), 0)", TABLE),
 }

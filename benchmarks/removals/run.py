@@ -38,6 +38,8 @@ N_CORPUS = 500  # `attrdb evaluate` ranks exemplars among pretraining images; th
 NOT_BLENDED = "prompt_scheme <> 'blend'"
 TEMPERATURES = (0.03, 0.1, 0.3)
 LEARNED_ON = "efficientnet-lite0"  # the features of attribution models
+TAUGHT = "in-run"  # whose scores they learn; the others score the models that are measured
+SLOW = ("trac-in",)  # trains the models again, and differentiates at five checkpoints
 AS_PAIRS = "one-hot"  # the loss of mappers: what pairs alone teach
 
 
@@ -96,7 +98,10 @@ def score_all(work: Path) -> None:
     for name in CONTROLS:
         score(db, name, Control(name))
     for name in BUILT_IN:
-        command("score", db.path, name)
+        samples = (
+            "true" if name == TAUGHT else f"split = 'test' AND {NOT_BLENDED}" if name in SLOW else "split = 'test'"
+        )
+        command("score", db.path, name, "--samples", samples)
     chosen = {row["mapper_id"] for row in learned(db) if row["chosen"]}
     db.refresh()
     for method_id, method in db.methods.items():

@@ -1,0 +1,121 @@
+"""The section of RESULTS.md on removals: what models owe to their exemplars, and which method foretells it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from markdown import machine, table
+
+DISCUSSION = Path(__file__).parent / "removals" / "discussion.md"
+SCHEMES = ("gpt", "procedural", "pair", "blend")
+LEAVES = {"half": "random halves (LDS)", "concept": "each concept", "image": "each image"}
+
+
+def interval(row: dict, name: str = "correlation") -> str:
+    return f"{row[name]:.3f} ({row[f'{name}_low']:.3f} to {row[f'{name}_high']:.3f})"
+
+
+def number(value: float | None) -> str:
+    """Of one model there is no spread."""
+    return "-" if value is None else f"{value:.3f}"
+
+
+def of_name(method_id: str) -> str:
+    """Attribution models by their own name."""
+    return f"`{method_id.rpartition('/')[2]}`"
+
+
+def removals(rows: list[dict]) -> Iterator[str]:
+    for leave, title in LEAVES.items():
+        chosen = [row for row in rows if row["leave"] == leave and row["draws"] == "fixed"]
+        if not chosen:
+            continue
+        body = [
+            [of_name(row["method_id"]), interval(row), f"{row['top_1']:.2f}", number(row["detectable"])]
+            for row in chosen
+        ]
+        yield (
+            f"### Without {title}\n\n{chosen[0]['n_models']} models. By chance, a sample's correlation has a standard "
+            f"deviation of {chosen[0]['chance_sd']:.2f}.\n\n"
+            + table(["method", "rank correlation", "greatest loss found", "smallest detectable mean"], body)
+        )
+
+
+def between(rows: list[dict], truth: str, title: str) -> str:
+    by_method: dict[str, dict[str, dict]] = {}
+    for row in rows:
+        if row["truth"] == truth and row["correlation"] is not None:
+            by_method.setdefault(row["method_id"], {})[row["prompt_scheme"]] = row
+    ordered = sorted(by_method.items(), key=lambda item: -sum(row["correlation"] for row in item[1].values()))
+    body = [
+        [
+            of_name(method),
+            *(f"{of[s]['correlation']:.2f}, {share(of[s]['top_1'])}" if s in of else "-" for s in SCHEMES),
+        ]
+        for method, of in ordered
+    ]
+    return f"### Between concepts: {title}\n\n" + table(["method", *SCHEMES], body)
+
+
+def share(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.0f} %"
+
+
+def gains(found: dict[str, list[dict]], leave: str) -> Iterator[str]:
+    for method, rows in found.items():
+        chosen = [row for row in rows if row["leave"] == leave and row["draws"] == "fixed"]
+        if chosen:
+            parts = [f"{of_name(row['other'])} {interval_of_gain(row)}" for row in chosen]
+            yield f"What {of_name(method)} gains over: " + "; ".join(parts) + ".\n"
+
+
+def interval_of_gain(row: dict) -> str:
+    return f"{row['gain']:+.3f} ({row['gain_low']:+.3f} to {row['gain_high']:+.3f})"
+
+
+def tried(rows: Iterable[dict]) -> str:
+    body = [
+        [
+            row["loss"],
+            f"{row['temperature']:g}",
+            f"{row['correlation']:.3f}",
+            str(row["best_step"]),
+            "yes" if row["chosen"] else "",
+        ]
+        for row in rows
+    ]
+    before = next(iter(rows))["correlation_before"]
+    return (
+        "### Attribution models on validation models\n\nMean rank correlation of cosines with the scores of `in_run`; of the "
+        f"encoder alone {before:.3f}. The best of the losses is chosen, and beside it the best with the loss of pairs.\n\n"
+        + table(["loss", "v", "rank correlation", "step", "chosen"], body)
+    )
+
+
+def section(results: dict) -> str:
+    counts = [
+        [row["leave"], row["draws"], str(row["n_models"]), str(row["n"]), f"{row['seconds']:.0f}"]
+        for row in results["retrainings"]
+    ]
+    concepts = [row for row in results["learned_concepts"] if row["draws"] == "fixed"]
+    n_learned = sum(bool(row["is_learned"]) for row in concepts)
+    parts = [
+        "## What models owe to their exemplars\n\nModels of four concepts (two objects, two styles) with four pictures each, "
+        "trained again without some of them, with the same draws; the rank correlation, over retrainings, of the summed "
+        "scores of what was left out with a sample's loss then. Mean over models, with the middle 95 % of a bootstrap over "
+        f"models. Random scores have 0. Baselines: benchmarks/removals/controls.py. {machine(results['machine'])}\n"
+        + table(["left out", "draws", "models", "retrainings", "seconds, median"], counts),
+        *removals(results["removal_intervals"]),
+        *gains(results["gains"], "half"),
+        "### Between concepts\n\nRank correlation over a model's samples and concepts of scores and truth, and how often the "
+        "concept of the greatest truth comes first; by prompt scheme. "
+        f"{n_learned} of {len(concepts)} concepts were learned: their own samples lose more than three times what unrelated "
+        "samples vary by. All concepts count.\n",
+        between(results["between_concepts"], "prompt", "what the prompt names"),
+        between(results["between_concepts"], "fixed", "what samples lose without each concept"),
+        tried(results["tried"]),
+    ]
+    if DISCUSSION.exists():
+        parts.append(DISCUSSION.read_text(encoding="utf-8"))
+    return "\n".join(parts)
