@@ -30,6 +30,10 @@ def parts_of(prompt: str) -> list[tuple[str, float]]:
     return _parsed(prompt) or [(prompt, 1.0)]
 
 
+def is_blend(prompt: str) -> bool:
+    return _parsed(prompt) is not None
+
+
 def check_blend(prompt: str) -> None:
     """raises: InvalidValue for a prompt that is meant to be a blend and cannot be read as one"""
     if MEANT.search(prompt) and not _parsed(prompt):

@@ -15,6 +15,7 @@ The sentences are ours: the paper's lists are in a supplement that we do not hav
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from itertools import combinations
 from pathlib import Path
 
 from attrdb.errors import InvalidValue, NotFound
-from attrdb.ingest.blends import blend, check_blend
+from attrdb.ingest.blends import blend, check_blend, is_blend
 from attrdb.ingest.options import Concept, one_of
 from attrdb.ingest.read.text import read_text
 
@@ -96,7 +97,7 @@ def choose_prompts(
     """
     if not _is_bank(bank):
         lines = _user_lines(Path(bank), (TOKEN,) if kind in TRAIN_PROMPTS else ())
-        return _numbered([("user", line.replace("{category}", category)) for line in lines])
+        return _numbered([("user", _with_category(line, category)) for line in lines])
     if kind not in TRAIN_PROMPTS:
         raise InvalidValue(f"bank {bank!r} has no prompts for {kind} models; give a text file with one prompt a line")
     counts = _counts(per_scheme, SCHEMES)
@@ -105,7 +106,7 @@ def choose_prompts(
     chosen = []
     for scheme in SCHEMES:
         lines = _draw(bank, kind, scheme, part_of(split), counts[scheme], f"{seed}/{kind}/{scheme}")
-        chosen += [(scheme, line.replace("{category}", category)) for line in lines]
+        chosen += [(scheme, _with_category(line, category)) for line in lines]
     if not chosen:
         raise InvalidValue(f"no prompt wanted of bank {bank!r}; ask for one or more of {' or '.join(SCHEMES)}")
     return _numbered(chosen)
@@ -183,6 +184,11 @@ def _name_both(line: str, first: Concept, second: Concept) -> str:
         style = f" in the style of {second.token} art"
         return line.removesuffix(".").replace(replaced, names[0]).replace("{category}", first.category) + style
     return line.replace(replaced, " and ".join(names)).replace("{category}", first.category)
+
+
+def _with_category(line: str, category: str) -> str:
+    """A line with the category in its place, within the quotes of a blend as well."""
+    return line.replace("{category}", json.dumps(category, ensure_ascii=False)[1:-1] if is_blend(line) else category)
 
 
 def _numbered(chosen: Sequence[tuple[str, str]]) -> list[Prompt]:

@@ -260,6 +260,14 @@ def test_parts_of_a_blend(prompt, parts):
     check_blend(prompt)
 
 
+def test_a_category_with_quotes_stays_within_those_of_a_blend(tmp_path):
+    line = '("V* {category}", "a {category}").blend(1, 1)'
+    (tmp_path / "prompts.txt").write_text(f"{line}\nV* {{category}}\n")
+    blended, plain = choose_prompts("object", '12" \\ record', str(tmp_path / "prompts.txt"), 1, 0)
+    assert parts_of(blended.text) == [('V* 12" \\ record', 0.5), ('a 12" \\ record', 0.5)]
+    assert plain.text == 'V* 12" \\ record'
+
+
 @pytest.mark.parametrize(
     "prompt",
     [
@@ -332,6 +340,9 @@ def test_a_blend_has_the_weighted_mean_of_its_parts_states(base):
     first, second, between = customize.encode_prompts(base, texts).values()
     torch.testing.assert_close(between, 0.75 * first + 0.25 * second)
     assert not first.allclose(second)
+    customize.check_prompts(base.pipeline, [blend(["V1* vase", "a dog"], [1, 1])], ("V1*", "V2*"))
+    with pytest.raises(InvalidValue, match=r"V1\* lies beyond them in '\(\"a"):
+        customize.check_prompts(base.pipeline, [blend(["a cat", "a dog"], [1, 1])], ("V1*", "V2*"))
     long = blend(["V1* vase", "vase " * 80 + "V2* art"], [1, 1])
     with pytest.raises(InvalidValue, match=r"V2\* lies beyond them in 'vase"):
         customize.check_prompts(base.pipeline, [long], ("V1*", "V2*"))

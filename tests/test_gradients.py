@@ -194,6 +194,19 @@ def test_checkpoints_are_those_of_the_model_s_own_training(db, tiny_base):
     assert table["score"][0].as_py() == pytest.approx(np.mean(products), rel=1e-4)
 
 
+def test_a_model_that_is_not_made_again_as_it_was_has_no_checkpoints(db, tmp_path, tiny_base):
+    other = attrdb.open(shutil.copytree(db.path, tmp_path / "other.attrdb"))
+    row, _ = model_row(other, "vase-1")
+    record = json.loads(row["settings"])
+    record["customize"]["lr"] *= 1.01
+    other.writer.upsert("models", [row | {"settings": json.dumps(record)}])
+    other.refresh()
+    scorer = scorers.GradientScorer("trac-in", "2")
+    assert not list(scorer.scores(other, ids(other, "samples")))
+    assert set(scorer.unscored) == set(ids(other, "samples"))
+    assert "trained again, model 'vase-1' gets other weights here" in next(iter(scorer.unscored.values()))
+
+
 def test_an_exemplar_scores_highest_for_itself_by_cosine(db, tiny_base):
     """The gradient of a picture with its own training prompt is its own."""
     scorer = scorers.GradientScorer("gradient-cosine", "4")

@@ -82,6 +82,8 @@ def test_older_moments_can_still_be_read(oldest):
     then = attrdb.open(oldest, at=3)
     assert then.sql("SELECT count(*) AS n FROM images")["n"].to_pylist() == [3]
     assert then.sql("SELECT count(*) AS n FROM jobs")["n"].to_pylist() == [0]
+    assert then.query("between_concepts").num_rows == then.query("within_concept").num_rows == 0
+    assert then.sql("SELECT concept_id FROM exemplars LIMIT 0").num_rows == 0
 
 
 def test_results_belong_to_methods_from_6_on(before_methods):

@@ -11,13 +11,12 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 import torch
 import torch.nn.functional as F
 
@@ -30,15 +29,13 @@ from attrdb.search.mapper import SIDES, Mapper
 from attrdb.store import jobs
 from attrdb.store.job_folders import check_same_settings, train_job
 from attrdb.store.locks import exclusive_lock
-from attrdb.store.predicates import among
-from attrdb.store.schema import feature_matrix
+from attrdb.training.attribution_table import Table
 from attrdb.training.objective import regularizer
 from attrdb.training.splits import check_splits
-from attrdb.training.table_losses import LOSSES, Batch
+from attrdb.training.table_losses import LOSSES, OUTLIERS, Batch
 
 TRAINED_ON = "attribution-table"
 FORM = "affine"
-SCALED_TO = (5, 95)  # percentiles of a model's scores that are 0 and 1
 STEPS_PER_VALIDATION = 10
 
 
@@ -123,89 +120,6 @@ def train_on_table(
     return result
 
 
-class Table:
-    """The samples of a split with the scores of their models' exemplars, and the features of both.
-
-    samples:   (n_samples, dimension) float32
-    exemplars: (n_exemplars, dimension) float32, of all models
-    own:       (n_samples, n_exemplars) bool: whether the exemplar is of the sample's model
-    values:    (n_samples, n_exemplars) float32: scores, 0 for exemplars of other models
-    models:    (n_samples,) int64: number of each sample's model
-
-    raises: InvalidValue if there is no such sample, or an image has no feature
-    """
-
-    def __init__(self, db: Database, encoder_id: str, target: str, split: str):
-        rows = db.query("attribution_targets", method=target, split=split)
-        if not len(rows):
-            raise InvalidValue(
-                f"{db.path} has no sample in split {split!r} whose exemplars all have a score by {target!r}; score them "
-                f"first: attrdb score {db.path} {target.replace('_', '-')}"
-            )
-        samples, exemplars, models = (rows[name].combine_chunks().dictionary_encode() for name in _KEYS)
-        shape = len(samples.dictionary), len(exemplars.dictionary)
-        at = tuple(torch.from_numpy(part.indices.to_numpy().astype(np.int64)) for part in (samples, exemplars))
-        self.own, self.values = torch.zeros(shape, dtype=torch.bool), torch.zeros(shape)
-        self.own[at] = True
-        self.values[at] = torch.from_numpy(rows["value"].to_numpy().astype(np.float32))
-        self.models = torch.zeros(shape[0], dtype=torch.int64)
-        self.models[at[0]] = torch.from_numpy(models.indices.to_numpy().astype(np.int64))
-        self.n_models = len(models.dictionary)
-        self.samples, self.exemplars = (_features(db, encoder_id, part.dictionary) for part in (samples, exemplars))
-
-    def shares(self) -> torch.Tensor:
-        """Of the positive scores of a sample; a sample without one has equal shares."""
-        positive = self.values.clamp(min=0)
-        positive[positive.sum(1) == 0] = self.own[positive.sum(1) == 0].float()
-        return positive / positive.sum(1, keepdim=True)
-
-    def scaled(self) -> torch.Tensor:
-        """Scores in [0, 1], by the middle of all scores of a model."""
-        scaled = torch.zeros_like(self.values)
-        for model in range(self.n_models):
-            mine = self.own & (self.models == model)[:, None]
-            low, high = np.percentile(self.values[mine].numpy(), SCALED_TO)
-            scaled[mine] = ((self.values[mine] - low) / max(high - low, 1e-12)).clamp(0, 1)
-        return scaled
-
-    def ranks(self) -> torch.Tensor:
-        """In (0, 1]: of a score among those of the sample."""
-        ranks = torch.zeros_like(self.values)
-        for row, own in enumerate(self.own):
-            ranks[row, own] = torch.from_numpy(average_ranks(self.values[row, own].numpy())).float() / own.sum()
-        return ranks
-
-    def correlation(self, mapper: Mapper | None) -> float:
-        """Mean over models of the mean rank correlation, over a sample's own exemplars, of cosines and scores."""
-        s, t = self.samples.numpy(), self.exemplars.numpy()
-        cosines = mapper.samples(s) @ mapper.exemplars(t).T if mapper else s @ t.T
-        by_sample = np.array(
-            [
-                rank_correlation(cosines[row, own], values[own])
-                for row, (own, values) in enumerate(zip(self.own.numpy(), self.values.numpy(), strict=True))
-            ]
-        )
-        models = self.models.numpy()
-        return float(np.mean([by_sample[models == model].mean() for model in range(self.n_models)]))
-
-
-_KEYS = ("sample_id", "exemplar_id", "model_id")
-
-
-def _features(db: Database, encoder_id: str, image_ids: pa.Array) -> torch.Tensor:
-    """(n, dimension) float32, in the order of the ids. raises: InvalidValue if an image has none"""
-    where = f"{among('image_id', image_ids.to_pylist())} AND `{encoder_id}` IS NOT NULL"
-    found = db.images(where, ["image_id", encoder_id])
-    places = pc.index_in(image_ids, found["image_id"].combine_chunks())
-    if places.null_count:
-        missing = image_ids.filter(places.is_null())
-        raise InvalidValue(
-            f"{len(missing):,} images of scored models have no {encoder_id!r} feature, such as {missing[0].as_py()!r}; "
-            f"encode them first: attrdb encode {db.path} --encoder {db.encoders[encoder_id]['spec']}"
-        )
-    return torch.from_numpy(feature_matrix(found[encoder_id])[places.to_numpy()].astype(np.float32))
-
-
 class LowRankMap(torch.nn.Module):
     """One side of the mapper: x -> x (I + V U^T) + b, of unit length; it starts at the identity."""
 
@@ -224,7 +138,7 @@ class LowRankMap(torch.nn.Module):
 
     def deviation(self) -> torch.Tensor:
         """||W^T W - I||_F of the weight W, from products of its thin factors."""
-        # W^T W - I = [U V] K [U V]^T with W = I + U V^T.
+        # W^T W - I = [V U] K [V U]^T with W = I + U V^T.
         thin, rank = torch.cat([self.v, self.u], 1), self.u.shape[1]
         core = torch.zeros(2 * rank, 2 * rank)
         core[:rank, :rank] = self.u.T @ self.u
@@ -299,31 +213,17 @@ def _trained(
     return _result(mapper_id, True, metrics)
 
 
-def _steps(table: Table, maps: LowRankMaps, settings: TableSettings):
+def _steps(table: Table, maps: LowRankMaps, settings: TableSettings) -> Iterator[tuple[int, float]]:
     """Train; yields the number of each step and its loss."""
     logits = torch.nn.Parameter(torch.tensor([-5.0, 10.0]))
     optimizer = torch.optim.Adam([*maps.parameters(), logits], lr=settings.lr)
     random = torch.Generator().manual_seed(settings.seed)
-    shares, scaled, ranks = table.shares(), table.scaled(), table.ranks()
-    n_samples, n_exemplars = table.own.shape
-    n_others = min(settings.n_others, n_exemplars)
+    targets = table.shares(), table.scaled(), table.ranks()
     for step in range(1, settings.steps + 1):
-        rows = torch.randperm(n_samples, generator=random)[: settings.batch]
-        own = table.own[rows]
-        chance = torch.rand(len(rows), n_exemplars, generator=random).masked_fill(own, 2)
-        others = torch.zeros_like(own).scatter(1, chance.argsort(1)[:, :n_others], True) & ~own
-        batch = Batch(
-            cosines=maps["sample"](table.samples[rows]) @ maps["exemplar"](table.exemplars).T,
-            own=own,
-            others=others,
-            shares=shares[rows],
-            scaled=scaled[rows],
-            ranks=ranks[rows],
-            drawn=torch.multinomial(own.float(), 1, generator=random)[:, 0],
-            models=table.models[rows],
-            logits=logits,
+        rows = torch.randperm(len(table.samples), generator=random)[: settings.batch]
+        loss = LOSSES[settings.loss](
+            _batch(table, targets, rows, maps, logits, settings.n_others, random), settings.temperature
         )
-        loss = LOSSES[settings.loss](batch, settings.temperature)
         if settings.lambda_reg:
             loss = loss + settings.lambda_reg * regularizer(maps)
         loss.backward()
@@ -336,18 +236,53 @@ def _steps(table: Table, maps: LowRankMaps, settings: TableSettings):
         yield step, loss.item()
 
 
-def average_ranks(values: np.ndarray) -> np.ndarray:
-    """Ranks from 1; equal values share the mean of theirs."""
-    _, places, counts = np.unique(values, return_inverse=True, return_counts=True)
-    ranks: np.ndarray = (counts.cumsum() - (counts - 1) / 2)[places]
-    return ranks
+def _batch(
+    table: Table,
+    targets: Sequence[torch.Tensor],
+    rows: torch.Tensor,
+    maps: LowRankMaps,
+    logits: torch.Tensor,
+    n_others: int,
+    random: torch.Generator,
+) -> Batch:
+    """Some samples against the exemplars of their models, and against others that are drawn for each of them."""
+    held, columns = table.held[rows], table.columns[rows]
+    first, counts = columns[:, :1], held.sum(1, keepdim=True)
+    # Of the other exemplars, which are those before a model's own and those behind them.
+    chance = torch.rand(len(rows), n_others, generator=random)
+    drawn_others = (chance * (len(table.exemplars) - counts)).long()
+    drawn_others += counts * (drawn_others >= first)
+    used, places = torch.cat([columns[held], drawn_others.flatten()]).unique(return_inverse=True)
+    row_of, _ = held.nonzero(as_tuple=True)
+    own_places, other_places = places[: len(row_of)], places[len(row_of) :].reshape(len(rows), n_others)
 
+    def spread(values: torch.Tensor) -> torch.Tensor:
+        whole = torch.zeros(len(rows), len(used), dtype=values.dtype)
+        whole[row_of, own_places] = values[held]
+        return whole
 
-def rank_correlation(one: np.ndarray, other: np.ndarray) -> float:
-    """Spearman's; 0 where either is constant."""
-    first, second = (ranks - ranks.mean() for ranks in map(average_ranks, (one, other)))
-    scale = np.sqrt((first**2).sum() * (second**2).sum())
-    return float((first * second).sum() / scale) if scale else 0.0
+    def marked(places: torch.Tensor, which: torch.Tensor) -> torch.Tensor:
+        mask = torch.zeros(len(rows), len(used), dtype=torch.bool)
+        at, place = which.nonzero(as_tuple=True)
+        mask[at, places[at, place]] = True
+        return mask
+
+    drawn = torch.multinomial(held.float(), 1, generator=random)
+    everyone = torch.ones(len(rows), n_others, dtype=torch.bool)
+    few = torch.arange(n_others) < (OUTLIERS * counts).ceil()
+    shares, scaled, ranks = (spread(values[rows]) for values in targets)
+    return Batch(
+        cosines=maps["sample"](table.samples[rows]) @ maps["exemplar"](table.exemplars[used]).T,
+        own=spread(held),
+        others=marked(other_places, everyone),
+        outliers=marked(other_places, few),
+        shares=shares,
+        scaled=scaled,
+        ranks=ranks,
+        drawn=torch.searchsorted(used, columns.gather(1, drawn)[:, 0]),
+        models=table.models[rows],
+        logits=logits,
+    )
 
 
 def _check(settings: TableSettings) -> None:

@@ -9,7 +9,7 @@ Every loss sees a batch of samples, the exemplars of their own models, and some 
     rank-bce         the logistic loss of a + b cosine against the exemplar's rank, with few of other models
     soft+regression  soft, and half of regression
 
-All but the first two are after METHODS of attrdb; what MONTRAGE uses is not public.
+Soft and regression are ours; rank-bce is after FastGDA. What MONTRAGE uses is not public.
 """
 
 from __future__ import annotations
@@ -28,20 +28,22 @@ OUTLIERS = 0.1  # exemplars of other models for each own one, in `rank-bce`
 class Batch:
     """Samples against exemplars, each (n_samples, n_exemplars) but for `logits`.
 
-    cosines: with a gradient
-    own:     whether the exemplar is of the sample's model
-    others:  whether it is one of those of other models that count for this sample
-    shares:  of the positive scores of the sample's exemplars; each row sums to 1
-    scaled:  scores in [0, 1], see `attrdb.training.attribution_model`
-    ranks:   in (0, 1], of the scores within a sample; the greatest is 1
-    drawn:   (n_samples,): an exemplar of each sample's model, drawn at random
-    models:  (n_samples,): number of each sample's model
-    logits:  (2,): a and b of `rank-bce`
+    cosines:  with a gradient
+    own:      whether the exemplar is of the sample's model
+    others:   whether it is one of those of other models that count for this sample
+    outliers: few of these, for `rank-bce`
+    shares:   of the positive scores of the sample's exemplars; each row sums to 1
+    scaled:   scores in [0, 1], see `attrdb.training.attribution_model`
+    ranks:    in (0, 1], of the scores within a sample; the greatest is 1
+    drawn:    (n_samples,): an exemplar of each sample's model, drawn at random
+    models:   (n_samples,): number of each sample's model
+    logits:   (2,): a and b of `rank-bce`
     """
 
     cosines: torch.Tensor
     own: torch.Tensor
     others: torch.Tensor
+    outliers: torch.Tensor
     shares: torch.Tensor
     scaled: torch.Tensor
     ranks: torch.Tensor
@@ -92,8 +94,7 @@ def rank(batch: Batch, temperature: float) -> torch.Tensor:
 
 
 def rank_bce(batch: Batch, _temperature: float) -> torch.Tensor:
-    n_outliers = (OUTLIERS * batch.own.sum(1, keepdim=True)).ceil()
-    counted = batch.own | (batch.others & (batch.others.cumsum(1) <= n_outliers))
+    counted = batch.own | batch.outliers
     start, slope = batch.logits
     losses = F.binary_cross_entropy_with_logits(start + slope * batch.cosines, batch.ranks, reduction="none")
     return losses[counted].mean()

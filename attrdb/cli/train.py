@@ -102,7 +102,7 @@ gallery_option = click.option(
 @click.option(
     "--loss",
     type=click.Choice(["soft", "one-hot", "regression", "rank", "rank-bce", "soft+regression"]),
-    help="On a table: see docs/monitoring.md. Default: soft.",
+    help="On a table: see docs/training.md. Default: soft.",
 )
 @click.option("--steps", type=click.IntRange(1), help="On a table: most steps to train. Default: 300.")
 @click.option("--seed", type=int, help="Seed of the draws. Default: 0.")
@@ -113,12 +113,13 @@ gallery_option = click.option(
 )
 @quiet_option
 def train(db: Path, encoder_id: str | None, on: str, mapper_id: str | None, quiet: bool, **given: Any) -> None:
-    """Train a mapper, and keep the epoch that ranks validation exemplars best.
+    """Train a mapper, and keep what does best on validation models.
 
     It learns from pairs of exemplars and samples. With --on attribution-table it learns the scores that a method, such as
     in_run, gave the exemplars of each sample's model (attrdb score); it then scores any image by its picture alone.
 
-    Rerunning an interrupted command resumes at the epoch that it had reached.
+    Rerunning an interrupted command resumes at the epoch that it had reached; on a table, which takes a minute, it starts
+    again.
     """
     given = {name: value for name, value in given.items() if value is not None}
     given |= {"kind": KINDS[given["kind"]]} if "kind" in given else {}

@@ -16,12 +16,24 @@ TRUTHS = {
     "redrawn": "what samples lose without each concept, training with new draws",
 }
 
+# What the queries are about; without any, they would look through all ranks for nothing.
+ASKED = """\
+SELECT
+    (SELECT count(*) FROM retrainings) AS n_retrainings,
+    (SELECT count(*) FROM (SELECT model_id FROM concepts GROUP BY model_id HAVING count(*) > 1)) AS n_of_several
+"""
+
 
 def truth_figures(db: Database, is_shown: Callable[[Row], bool]) -> dict[str, list[Row]]:
     """Answers of the queries on truth, by name, of the methods that are shown; empty where there is none."""
+    [counts] = db.sql(ASKED).to_pylist()
+    asked = {
+        "removal_intervals": counts["n_retrainings"],
+        "between_concepts": counts["n_of_several"],
+        "within_concept": counts["n_retrainings"],
+    }
     return {
-        name: [row for row in db.query(name).to_pylist() if is_shown(row)]
-        for name in ("removal_intervals", "between_concepts", "within_concept")
+        name: [row for row in db.query(name).to_pylist() if is_shown(row)] if n else [] for name, n in asked.items()
     }
 
 

@@ -24,7 +24,7 @@ from attrdb.sql.arrow_types import exact
 from attrdb.sql.changes import changes
 from attrdb.sql.limits import UNLIMITED, Limits, any_left_behind, default_memory, limited, needs_more
 from attrdb.sql.read_only import check_read_only
-from attrdb.sql.relations import STORED, Relation, features_view, older_view, relations
+from attrdb.sql.relations import STORED, Relation, exemplars_before_8, features_view, older_view, relations
 from attrdb.store.predicates import among
 from attrdb.store.schema import SHOWN_WITH_MODEL, TABLES, Row
 from attrdb.store.snapshot import Snapshot
@@ -107,9 +107,11 @@ def table_name(name: str, snapshot: Snapshot) -> str:
     return f"_{name}" if _is_of_today(name, snapshot) else f"_{name}_5"
 
 
-def older_views(snapshot: Snapshot) -> list[Relation]:
-    """Views that give the tables of a moment before schema 6 the columns of today."""
-    return [older_view(name) for name in STORED if not _is_of_today(name, snapshot)]
+def shown_relations(snapshot: Snapshot) -> list[Relation]:
+    """Views and macros in the order in which they are made; those of an older moment have the columns of today."""
+    older = [older_view(name) for name in STORED if not _is_of_today(name, snapshot)]
+    replaced = {} if "concept_id" in snapshot.tables["images"].schema.names else {"exemplars": exemplars_before_8()}
+    return [*older, *(replaced.get(relation.name, relation) for relation in relations())]
 
 
 def _is_of_today(name: str, snapshot: Snapshot) -> bool:
@@ -194,7 +196,7 @@ def _catalog(snapshot: Snapshot, memory: int) -> duckdb.DuckDBPyConnection:
         _sql_type(_CHANGE),
         type=PythonUDFType.ARROW,
     )
-    for relation in (*older_views(snapshot), *relations()):
+    for relation in shown_relations(snapshot):
         connection.execute(relation.create)
     connection.execute(f"SET memory_limit = '{memory}B'")
     connection.execute("SET lock_configuration = true")

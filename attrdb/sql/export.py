@@ -15,8 +15,7 @@ import pyarrow.parquet as pq
 from attrdb import formats
 from attrdb.errors import AttrdbError, InvalidValue, StorageError
 from attrdb.progress import Progress, no_progress
-from attrdb.sql.connection import method_table, older_views, table_name
-from attrdb.sql.relations import relations
+from attrdb.sql.connection import method_table, shown_relations, table_name
 from attrdb.store.lance_errors import storage
 from attrdb.store.predicates import literal
 from attrdb.store.schema import SHOWN_WITH_MODEL, feature_columns
@@ -167,7 +166,7 @@ def _write_duckdb(snapshot: Snapshot, file: Path, left_out: set[str], report: Pr
                 raise
             connection.unregister("_rows")
             counts[name] = connection.sql(f'SELECT count(*) FROM "{table_name(name, snapshot)}"').fetchall()[0][0]
-        for view in (*older_views(snapshot), *relations()):
+        for view in shown_relations(snapshot):
             if not view.arguments:
                 connection.execute(view.create)
     return counts

@@ -78,6 +78,12 @@ def older_view(name: str) -> Relation:
     return _read(f"_{name}", f"before_6/{name}.sql")
 
 
+@cache
+def exemplars_before_8() -> Relation:
+    """The view `exemplars` of a moment at which images had no concept_id."""
+    return _read("exemplars", "before_8/exemplars.sql")
+
+
 def _read(name: str, file: str) -> Relation:
     text = files("attrdb.queries").joinpath("views", file).read_text(encoding="utf-8")
     summary, grain, returns, arguments = [], "", "", []

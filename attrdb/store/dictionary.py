@@ -104,9 +104,9 @@ DICTIONARY = {
             Column(
                 "curves",
                 TEXT,
-                "JSON text: an object per epoch: loss, and recall and mean log rank in validation",
+                "JSON text: an object per epoch or step: loss; in validation recall and mean log rank, or rank correlation",
             ),
-            Column("metrics", TEXT, "JSON text: of the epoch that was kept"),
+            Column("metrics", TEXT, "JSON text: of the epoch or step that was kept"),
             Column("created_at", TIMESTAMP, "when its row was written"),
         ),
     ),

@@ -79,7 +79,7 @@ def make(work: Path, workers: int) -> None:
 @main.command()
 @click.argument("work", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.option("--workers", default=1, show_default=True)
-@click.option("--halves", default=32, show_default=True)
+@click.option("--halves", default=16, show_default=True)
 @click.option("--images", is_flag=True, help="Also leave out each image.")
 def truth(work: Path, workers: int, halves: int, images: bool) -> None:
     """Train the models of split `test` again."""

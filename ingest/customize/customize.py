@@ -79,9 +79,10 @@ def check_prompts(pipeline: StableDiffusionPipeline, prompts: Sequence[str], tok
     """raises: InvalidValue for a prompt with a token that lies beyond what the text encoder reads, or without any token"""
     tokenizer = pipeline.tokenizer
     longest = tokenizer.model_max_length
-    for text, _weight in (part for prompt in prompts for part in parts_of(prompt)):
-        ids = tokenizer(text, truncation=True, max_length=longest).input_ids
-        for token in [token for token in tokens if token in text] or tokens:
+    for prompt in prompts:
+        named = [(text, token) for text, _weight in parts_of(prompt) for token in tokens if token in text]
+        for text, token in named or [(prompt, token) for token in tokens]:
+            ids = tokenizer(text, truncation=True, max_length=longest).input_ids
             if tokenizer.convert_tokens_to_ids(token) not in ids:
                 raise InvalidValue(f"the base model reads {longest} tokens, and {token} lies beyond them in {text!r}")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from attrdb.database import Database
+from attrdb.errors import InvalidValue
 from attrdb.ingest.customize.base_model import BaseModel
 from attrdb.ingest.customize.customize import Delta
 from attrdb.ingest.customize.observer import Run, Step
@@ -36,8 +37,13 @@ def checkpoints(db: Database, model_id: str, base: BaseModel, n: int = N_CHECKPO
     """The weights of a model after each n-th part of its training, the end included; fewer than n for fewer steps.
 
     base:   fresh, and left fresh
-    raises: as `Retrained`
+    raises: as `Retrained`, and InvalidValue if this machine does not make the stored weights again
     """
-    kept = _Kept(n)
-    Retrained(db, model_id).replay(base, kept)
+    kept, model = _Kept(n), Retrained(db, model_id)
+    model.replay(base, kept)
+    if not model.is_stored(kept.deltas[-1]):
+        raise InvalidValue(
+            f"trained again, model {model_id!r} gets other weights here; score it on the machine that made it, with the same "
+            "number of threads"
+        )
     return kept.deltas

@@ -25,7 +25,8 @@ import torch
 
 from attrdb.database import Database
 from attrdb.errors import InvalidValue, NotFound
-from attrdb.ingest.customize.base_model import OneBaseModel
+from attrdb.ingest.customize.base_model import BaseModel, OneBaseModel
+from attrdb.ingest.customize.customize import Delta
 from attrdb.ingest.customize.denoising import DRAWS
 from attrdb.ingest.gradients import kernels
 from attrdb.ingest.gradients.checkpoints import N_CHECKPOINTS, checkpoints
@@ -83,6 +84,7 @@ class GradientScorer:
             self.settings["checkpoints"] = N_CHECKPOINTS
         self.bases = OneBaseModel()
         self.unscored: dict[str, str] = {}
+        self.replayed: tuple[str, list[Delta]] | None = None
 
     def scores(self, db: Database, sample_ids: Sequence[str]) -> Iterable[pa.Table]:
         """The exemplars of each sample's own model. A sample that cannot be scored is in `unscored`, with the reason."""
@@ -104,7 +106,7 @@ class GradientScorer:
         if not exemplars:
             raise InvalidValue(f"model {model_id!r} has no exemplar whose picture is stored")
         base = self.bases.load(row["base_model"])
-        moments = checkpoints(db, model_id, base) if self.name == "trac-in" else [delta]
+        moments = self._checkpoints(db, model_id, base) if self.name == "trac-in" else [delta]
         scores: dict[str, list[np.ndarray]] = {}
         for moment in moments:
             with opened(base, row, moment, self.n_draws) as model:
@@ -119,6 +121,12 @@ class GradientScorer:
                     "score": np.mean(of_sample, axis=0),
                 }
             )
+
+    def _checkpoints(self, db: Database, model_id: str, base: BaseModel) -> list[Delta]:
+        """Those of the last model are kept: `scores` may be asked for its samples in several parts."""
+        if self.replayed is None or self.replayed[0] != model_id:
+            self.replayed = model_id, checkpoints(db, model_id, base)
+        return self.replayed[1]
 
     def _kernels(
         self, model: ModelGradients, of_exemplars: Gradients, sample_ids: Sequence[str], stored: dict[str, Any]

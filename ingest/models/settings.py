@@ -9,6 +9,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from attrdb.errors import InvalidValue, NotFound
+from attrdb.ingest.blends import check_blend
 from attrdb.ingest.customize.base_model import base_model_folder, read_profile
 from attrdb.ingest.customize.customizers import DEFAULT_METHOD, load_customizer
 from attrdb.ingest.models.concepts import check_category, check_concepts, joined_categories
@@ -145,6 +146,7 @@ def _plain_prompts(path: Path) -> list[Prompt]:
         raise NotFound(f"no prompt file {path}; name a text file with one prompt per line")
     lines = [line.strip() for line in read_text(path).splitlines()]
     for number, line in enumerate(lines, 1):
+        check_blend(line)
         if TOKEN in line:
             raise InvalidValue(f"{path} line {number} has {TOKEN}, and models of kind 'mixed' have no token: {line!r}")
     prompts = [line for line in lines if line]

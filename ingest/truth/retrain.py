@@ -107,7 +107,7 @@ class Retrained:
         """Train as the model was trained, with its own draws and all exemplars; an observer is told of every step."""
         base.precision = self.record.get("computed_in", "float32")
         try:
-            self._prepare(base, no_progress)
+            self._prepare_regularization(base, no_progress)
             self._train(base, [], None, no_progress, observer)
         finally:
             base.restore()
@@ -118,12 +118,16 @@ class Retrained:
         return stored.keys() == delta.keys() and all(torch.equal(stored[name], delta[name]) for name in delta)
 
     def _prepare(self, base: BaseModel, report: Progress) -> None:
-        """Encode samples, and read or generate regularization images, with the fresh base model."""
+        """Encode samples, and prepare regularization images, with the fresh base model."""
         for number, sample in enumerate(self.samples):
             if sample["image_id"] not in self._latents:
                 image = read_picture(sample["image_id"], sample["image"]).image
                 self._latents[sample["image_id"]] = latents_of(base, image)
                 report("encode", number + 1, len(self.samples))
+        self._prepare_regularization(base, report)
+
+    def _prepare_regularization(self, base: BaseModel, report: Progress) -> None:
+        """Read or generate regularization images, with the fresh base model."""
         if self.settings.customize.prior_images and self._regularization is None:
             tokens = self.record.get("exemplar_tokens", [None] * len(self.exemplars))
             exemplars = [

@@ -1,5 +1,5 @@
--- What an attribution model learns: the scores that a method gives the exemplars of each sample's own model. Samples whose
--- model has an exemplar without a score are left out.
+-- What an attribution model learns: the scores that a method gives the exemplars of each sample's own model. Samples without a
+-- score for one of these exemplars are left out.
 -- source attrdb
 -- grain  one row per sample and exemplar of its model
 -- param  $method     VARCHAR = NULL a stored method, such as in_run

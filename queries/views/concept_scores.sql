@@ -20,8 +20,8 @@ scored AS (
         members.concept_id,
         avg(ranks.score) AS score,
         sum(greatest(ranks.score, 0.0)) AS positive
-    FROM members
-    JOIN _exemplar_ranks AS ranks USING (exemplar_id)
+    FROM _exemplar_ranks AS ranks  -- first: DuckDB builds its hash table of the other one, which is small
+    JOIN members USING (exemplar_id)
     WHERE ranks.gallery = 'own' AND ranks.score IS NOT NULL
     GROUP BY ranks.method_id, ranks.sample_id, members.model_id, members.concept_id
     QUALIFY sum(count(*)) OVER (PARTITION BY ranks.method_id, ranks.sample_id) = any_value(members.n_exemplars)
