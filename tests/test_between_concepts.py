@@ -12,7 +12,6 @@ import pytest
 from conftest import rows
 
 from attrdb.ingest.blends import parts_of
-from attrdb.pages import report
 from attrdb.store.schema import TABLES
 from attrdb.text import fixed
 
@@ -598,6 +597,9 @@ def test_an_interval_of_nothing_is_null(toy):
 
 
 def test_the_report_shows_truth_and_concepts(written):
+    pytest.importorskip("jinja2")
+    from attrdb.pages import report
+
     db, _ = written
     page = report.render(db, report.figures(db))
     for title in ("What models owe to their exemplars", "Between the concepts of a model", "Within a concept"):

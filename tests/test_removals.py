@@ -1,6 +1,7 @@
 """The experiment on removals: its plan, and all of its stages at a size that takes seconds."""
 
 import hashlib
+import importlib
 import json
 import sys
 from collections import Counter
@@ -19,18 +20,15 @@ FOLDER = ROOT / "benchmarks"
 @pytest.fixture(scope="module")
 def programs():
     """plan.py, controls.py and run.py, and truth.py, which writes their section."""
-    names = [str(FOLDER), str(FOLDER / "removals")]
-    sys.path[:0] = names
-    import controls
-    import plan
-    import run
-    import truth
-
-    yield {"plan": plan, "run": run, "controls": controls, "truth": truth}
-    for name in ("controls", "plan", "run", "truth"):
-        del sys.modules[name]
+    names, folders = ("controls", "plan", "run", "truth"), [str(FOLDER), str(FOLDER / "removals")]
+    of_others = {name: sys.modules.pop(name) for name in names if name in sys.modules}  # such as IconAbC's plan
+    sys.path[:0] = folders
+    yield {name: importlib.import_module(name) for name in names}
     for name in names:
-        sys.path.remove(name)
+        del sys.modules[name]
+    sys.modules.update(of_others)
+    for folder in folders:
+        sys.path.remove(folder)
 
 
 def pictures(folder, spec):
