@@ -107,7 +107,7 @@ def section(results: dict) -> str:
         f"models. Random scores have 0. Baselines: benchmarks/removals/controls.py. {machine(results['machine'])}\n"
         + table(["left out", "draws", "models", "retrainings", "seconds, median"], counts),
         *removals(results["removal_intervals"]),
-        *gains(results["gains"], "half"),
+        *gains(results["gains"], "concept"),
         "### Between concepts\n\nRank correlation over a model's samples and concepts of scores and truth, and how often the "
         "concept of the greatest truth comes first; by prompt scheme. "
         f"{n_learned} of {len(concepts)} concepts were learned: their own samples lose more than three times what unrelated "

@@ -112,7 +112,7 @@ def test_real_needs_a_database(program):
     [
         ("appending", ["--rows", 2000, "--dimension", 8, "--models", 3, "--optimize-every", 2], "Appending models"),
         ("importing", ["--rows", 2000, "--dimension", 8, "--shards", 2, "--rounds", 1], "Importing embeddings"),
-        ("monitoring", ["--steps", 20, "--questions", 2, "--models", 50], "Monitoring"),
+        ("monitoring", ["--steps", 10, "--questions", 2, "--models", 50], "Monitoring"),
         (
             "training",
             ["--models", 40, "--samples", 3, "--dimension", 8, "--batch", 16, "--rounds", 1],

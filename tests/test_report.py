@@ -223,7 +223,7 @@ def test_a_case_of_one_model_has_no_interval():
     environment.filters["fixed"] = fixed
     value = environment.from_string(macro).module.value
     assert value([0.8125, 0.8125, 0.8125], 1).strip() == "0.813"
-    assert "0.700–0.901" in value([0.8125, 0.7, 0.9005], 2)
+    assert "0.700 to 0.901" in value([0.8125, 0.7, 0.9005], 2)
 
 
 def test_a_case_without_a_split_says_so():

@@ -40,6 +40,7 @@ TEMPERATURES = (0.03, 0.1, 0.3)
 LEARNED_ON = "efficientnet-lite0"  # the features of attribution models
 TAUGHT = "in-run"  # whose scores they learn; the others score the models that are measured
 SLOW = ("trac-in",)  # trains the models again, and differentiates at five checkpoints
+COMPARED = ("d_trak", "in_run")  # and the attribution model, each with all methods
 AS_PAIRS = "one-hot"  # the loss of mappers: what pairs alone teach
 
 
@@ -137,7 +138,8 @@ def figures(work: Path, out: Path) -> None:
     answers["between_learned_concepts"] = db.query("between_concepts", learned=True).to_pylist()
     answers["gains"] = {
         method: db.query("compare_removals", method=method).to_pylist()
-        for method in ("in_run", f"{encoder_id_of(LEARNED_ON)}/{best['mapper_id']}")
+        for method in (*COMPARED, f"{encoder_id_of(LEARNED_ON)}/{best['mapper_id']}")
+        if method in db.methods
     }
     retrainings = db.sql(
         """
