@@ -279,8 +279,10 @@ def test_what_cannot_be_learned(db, settings, problem):
 
 
 def test_a_method_that_is_not_there(db):
-    with pytest.raises(NotFound, match="no method 'd_trak' in"):
+    with pytest.raises(NotFound, match=r"no scores by 'd_trak'; make them first: attrdb score .* d-trak"):
         train_on_table(db, settings=TableSettings(target="d_trak"))
+    with pytest.raises(NotFound, match="no method 'mine' in"):
+        train_on_table(db, settings=TableSettings(target="mine"))
 
 
 def test_images_without_features_are_named(db):

@@ -22,7 +22,8 @@ import torch.nn.functional as F
 
 from attrdb.attribution.methods import method_rows, resolve_method
 from attrdb.database import Database
-from attrdb.errors import InvalidValue
+from attrdb.errors import InvalidValue, NotFound
+from attrdb.ingest.score import BUILT_IN
 from attrdb.progress import Progress, no_progress
 from attrdb.search import index_tuning
 from attrdb.search.mapper import SIDES, Mapper
@@ -102,7 +103,7 @@ def train_on_table(
     _check(settings)
     db.refresh()
     encoder_id = db.encoder_id(encoder_id)
-    target = resolve_method(db.snapshot, settings.target)
+    target = _resolved(db, settings.target)
     if method_rows(db.snapshot)[target]["kind"] == "similarity":
         raise InvalidValue(
             f"method {target!r} compares features; name one with scores, made by attrdb score {db.path} NAME"
@@ -162,6 +163,14 @@ class LowRankMaps(torch.nn.ModuleDict):
             arrays[f"{side}.weight"] = self[side].weight().detach().numpy()
             arrays[f"{side}.bias"] = self[side].bias.detach().numpy().copy()
         return arrays
+
+
+def _resolved(db: Database, target: str) -> str:
+    """raises: NotFound, with the command that makes the scores of a built-in method"""
+    scorer = target.replace("_", "-")
+    if scorer in BUILT_IN and target not in method_rows(db.snapshot):
+        raise NotFound(f"{db.path} has no scores by {target!r}; make them first: attrdb score {db.path} {scorer}")
+    return resolve_method(db.snapshot, target)
 
 
 def _trained(
