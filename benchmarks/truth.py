@@ -111,9 +111,10 @@ def section(results: dict) -> str:
         "### Between concepts\n\nRank correlation over a model's samples and concepts of scores and truth, and how often the "
         "concept of the greatest truth comes first; by prompt scheme. "
         f"{n_learned} of {len(concepts)} concepts were learned: their own samples lose more than three times what unrelated "
-        "samples vary by. All concepts count.\n",
+        "samples vary by. All concepts count unless it is said otherwise.\n",
         between(results["between_concepts"], "prompt", "what the prompt names"),
         between(results["between_concepts"], "fixed", "what samples lose without each concept"),
+        between(results["between_learned_concepts"], "fixed", "the same, of learned concepts alone"),
         tried(results["tried"]),
     ]
     if DISCUSSION.exists():

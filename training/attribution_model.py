@@ -8,12 +8,9 @@ greatest rank correlation with the scores of validation models.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
 from typing import Any
 
 import numpy as np
@@ -31,8 +28,9 @@ from attrdb.store import jobs
 from attrdb.store.job_folders import check_same_settings, train_job
 from attrdb.store.locks import exclusive_lock
 from attrdb.training.attribution_table import Table
+from attrdb.training.checks import check_choice, check_numbers, check_splits
+from attrdb.training.mapper_rows import default_mapper_id, store_mapper, stored_texts
 from attrdb.training.objective import regularizer
-from attrdb.training.splits import check_splits
 from attrdb.training.table_losses import LOSSES, OUTLIERS, Batch
 
 TRAINED_ON = "attribution-table"
@@ -110,8 +108,7 @@ def train_on_table(
         )
     record = {"on": TRAINED_ON, "encoder_id": encoder_id, "stopped_by": "correlation", **asdict(settings)}
     if mapper_id is None:
-        digest = hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
-        mapper_id = f"{encoder_id[:80]}-table-{digest[:8]}"
+        mapper_id = default_mapper_id(encoder_id, "table", record)
     with exclusive_lock(train_job(db.path, mapper_id).lock, f"mapper {mapper_id!r} is being trained"):
         if stored := _stored(db, mapper_id, record):
             return stored
@@ -208,17 +205,7 @@ def _trained(
         "n_models": table.n_models,
         "n_validation_samples": len(validation.samples),
     }
-    db.writer.add_mapper(
-        {
-            **best.row(),
-            "trained_on": TRAINED_ON,
-            "settings": json.dumps(record, sort_keys=True),
-            "images_version": db.version,
-            "curves": json.dumps(curves),
-            "metrics": json.dumps(metrics),
-            "created_at": datetime.now(UTC),
-        }
-    )
+    store_mapper(db, best, TRAINED_ON, record, curves, metrics)
     return _result(mapper_id, True, metrics)
 
 
@@ -296,25 +283,18 @@ def _batch(
 
 def _check(settings: TableSettings) -> None:
     """raises: InvalidValue for settings that cannot be used; reads nothing"""
-    if settings.loss not in LOSSES:
-        raise InvalidValue(f"loss is {settings.loss!r}; it must be {', '.join(LOSSES)}")
+    check_choice("loss", settings.loss, LOSSES)
     check_splits(settings.split, settings.val_split)
-    for name in ("temperature", "lr"):
-        if not (getattr(settings, name) > 0 and math.isfinite(getattr(settings, name))):
-            raise InvalidValue(f"{name} is {getattr(settings, name)}; it must be above 0")
-    for name, least in (("lambda_reg", 0), ("batch", 2), ("rank", 1), ("n_others", 1), ("steps", 1), ("patience", 1)):
-        if not getattr(settings, name) >= least:
-            raise InvalidValue(f"{name} is {getattr(settings, name)}; it must be at least {least}")
+    check_numbers(settings, {"lambda_reg": 0, "batch": 2, "rank": 1, "n_others": 1, "steps": 1, "patience": 1})
 
 
 def _stored(db: Database, mapper_id: str, record: dict) -> TableResult | None:
     """The result of a mapper that is stored; None if it is not. raises: InvalidValue if it has other settings"""
-    db.refresh()
-    rows = db.sql("SELECT settings, metrics FROM mappers WHERE mapper_id = $id", {"id": mapper_id}).to_pylist()
-    if not rows:
+    if (stored := stored_texts(db, mapper_id)) is None:
         return None
-    check_same_settings("mapper", mapper_id, json.loads(rows[0]["settings"]), record, f"in {db.path}")
-    return _result(mapper_id, False, json.loads(rows[0]["metrics"]))
+    settings, metrics, _ = stored
+    check_same_settings("mapper", mapper_id, settings, record, f"in {db.path}")
+    return _result(mapper_id, False, metrics)
 
 
 def _result(mapper_id: str, trained: bool, metrics: dict) -> TableResult:

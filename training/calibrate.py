@@ -30,8 +30,8 @@ from attrdb.search.mapper import Mapper
 from attrdb.store.features import Block
 from attrdb.store.methods import DEFAULT_LAM, DEFAULT_TAU
 from attrdb.store.predicates import among
+from attrdb.training.checks import check_learned
 from attrdb.training.evaluate import features_by_model
-from attrdb.training.splits import check_learned
 
 SHARPNESS = 100.0  # of the softplus, as in the released code
 KEPT = 1000  # best candidates of a sample whose similarities are kept one by one

@@ -10,13 +10,10 @@ A job that was killed resumes at its last epoch when it is rerun, and ends in th
 
 from __future__ import annotations
 
-import hashlib
 import io
-import json
 import math
 from collections import defaultdict
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +31,11 @@ from attrdb.store.files import write_whole
 from attrdb.store.job_folders import JobFolder, check_same_settings, train_job
 from attrdb.store.locks import exclusive_lock
 from attrdb.store.predicates import among
+from attrdb.training.checks import check_choice, check_numbers, check_splits
 from attrdb.training.evaluate import features_by_model, ranks
+from attrdb.training.mapper_rows import default_mapper_id, store_mapper, stored_texts
 from attrdb.training.objective import Maps, contrastive_loss, regularizer
 from attrdb.training.pairs import Choice, Pairs
-from attrdb.training.splits import check_splits
 
 K = 10  # of the validation recall
 STOPPED_BY = "mean_log_rank"  # one of a mapper's settings; an earlier attrdb stopped by recall
@@ -119,8 +117,7 @@ def train(
     encoder_id = db.encoder_id(encoder_id)
     record = {"encoder_id": encoder_id, "stopped_by": STOPPED_BY, **asdict(settings)}
     if mapper_id is None:
-        digest = hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
-        mapper_id = f"{encoder_id[:80]}-{settings.kind}-{digest[:8]}"
+        mapper_id = default_mapper_id(encoder_id, settings.kind, record)
     job = train_job(db.path, mapper_id)
     if stored := _stored(db, mapper_id, record):
         return stored
@@ -231,17 +228,7 @@ class _Training:
 
 def _store(training: _Training, record: dict) -> TrainResult:
     metrics, curves = training.metrics(), training.curves
-    training.db.writer.add_mapper(
-        {
-            **training.mapper().row(),
-            "trained_on": training.settings.kind,
-            "settings": json.dumps(record, sort_keys=True),
-            "images_version": training.db.version,
-            "curves": json.dumps(curves),
-            "metrics": json.dumps(metrics),
-            "created_at": datetime.now(UTC),
-        }
-    )
+    store_mapper(training.db, training.mapper(), training.settings.kind, record, curves, metrics)
     return _result(training.mapper_id, True, metrics, curves)
 
 
@@ -367,15 +354,9 @@ def _check(settings: TrainSettings) -> None:
         ("prompt_scheme", settings.prompt_scheme, PROMPT_SCHEMES),
         ("augment", settings.augment, tuple(VIEWS)),
     ):
-        if value not in allowed:
-            raise InvalidValue(f"{name} is {value!r}; it must be {', '.join(allowed)}")
+        check_choice(name, value, allowed)
     check_splits(settings.split, settings.val_split)
-    for name, least in (("temperature", 0), ("lr", 0)):
-        if not (getattr(settings, name) > least and math.isfinite(getattr(settings, name))):
-            raise InvalidValue(f"{name} is {getattr(settings, name)}; it must be above 0")
-    for name, least in (("lambda_reg", 0), ("batch", 2), ("epochs", 1), ("patience", 1), ("n_candidates", 1)):
-        if not getattr(settings, name) >= least:
-            raise InvalidValue(f"{name} is {getattr(settings, name)}; it must be at least {least}")
+    check_numbers(settings, {"lambda_reg": 0, "batch": 2, "epochs": 1, "patience": 1, "n_candidates": 1})
 
 
 def _begin(job: JobFolder, mapper_id: str, record: dict) -> None:
@@ -403,10 +384,8 @@ def _stored(db: Database, mapper_id: str, record: dict) -> TrainResult | None:
 
     raises: InvalidValue if it was trained with other settings
     """
-    db.refresh()
-    rows = db.sql("SELECT settings, metrics, curves FROM mappers WHERE mapper_id = $id", {"id": mapper_id}).to_pylist()
-    if not rows:
+    if (stored := stored_texts(db, mapper_id)) is None:
         return None
-    _check_same(mapper_id, json.loads(rows[0]["settings"]), record, f"in {db.path}")
-    metrics, curves = json.loads(rows[0]["metrics"]), json.loads(rows[0]["curves"])
+    settings, metrics, curves = stored
+    _check_same(mapper_id, settings, record, f"in {db.path}")
     return _result(mapper_id, False, metrics, curves)
