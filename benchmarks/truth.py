@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from markdown import machine, table
@@ -74,23 +74,30 @@ def interval_of_gain(row: dict) -> str:
     return f"{row['gain']:+.3f} ({row['gain_low']:+.3f} to {row['gain_high']:+.3f})"
 
 
-def tried(rows: Iterable[dict]) -> str:
+def tried(rows: Sequence[dict]) -> str:
+    """The best step of each loss, by teacher and features."""
+    kept: dict[tuple[str, str], list[dict]] = {}
+    for row in rows:
+        kept.setdefault((row["teacher"], row["features"]), []).append(row)
+    losses = list(dict.fromkeys(row["loss"] for row in rows))
     body = [
-        [
-            row["loss"],
-            f"{row['temperature']:g}",
-            f"{row['correlation']:.3f}",
-            str(row["best_step"]),
-            "yes" if row["chosen"] else "",
-        ]
-        for row in rows
+        [f"`{teacher}`", f"`{features}`", number(of[0]["correlation_before"]), *(best_of(of, loss) for loss in losses)]
+        for (teacher, features), of in kept.items()
     ]
-    before = next(iter(rows))["correlation_before"]
     return (
-        "### Attribution models on validation models\n\nMean rank correlation of cosines with the scores of `in_run`; of the "
-        f"encoder alone {before:.3f}. The best of the losses is chosen, and beside it the best with the loss of pairs.\n\n"
-        + table(["loss", "v", "rank correlation", "step", "chosen"], body)
+        "### Attribution models on validation models\n\nMean rank correlation of cosines with the scores of the teacher, of "
+        "the best temperature v of each loss; `one-hot` learns pairs, and no scores. Of each teacher, and of pairs, the best "
+        "is chosen (bold).\n\n" + table(["teacher", "features", "before", *losses], body)
     )
+
+
+def best_of(rows: list[dict], loss: str) -> str:
+    of_loss = [row for row in rows if row["loss"] == loss]
+    if not of_loss:
+        return "-"
+    best = max(of_loss, key=lambda row: row["correlation"])
+    found = f"{best['correlation']:.3f} (v {best['temperature']:g})"
+    return f"**{found}**" if best["chosen"] else found
 
 
 def section(results: dict) -> str:

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from importlib.metadata import entry_points
 from typing import Any, Protocol
 
@@ -22,10 +24,11 @@ from attrdb.errors import AttrdbError, InvalidValue, NotFound
 from attrdb.progress import Progress, no_progress
 from attrdb.store import jobs
 from attrdb.store.ids import check_id, lock_file
-from attrdb.store.jobs import JobResult
+from attrdb.store.jobs import Job, JobResult
 from attrdb.store.locks import exclusive_lock
 from attrdb.store.predicates import CANDIDATES, literal
 from attrdb.store.schema import TABLES
+from attrdb.store.snapshot import Snapshot
 
 GROUP = "attrdb.methods"
 BUILT_IN = ("in-run", "gradient-dot", "trac-in", "gradient-cosine", "influence-function", "d-trak", "data-inf")
@@ -63,18 +66,29 @@ class Scorer(Protocol):
         ...
 
 
-def load_scorer(spec: str) -> Scorer:
-    """The scorer that attrdb or an installed package makes of NAME or NAME:ARGUMENT.
+def load_scorers(specs: Sequence[str]) -> dict[str, Scorer]:
+    """By spec, NAME or NAME:ARGUMENT: scorers of attrdb or of an installed package. attrdb's own share what they compute.
 
     raises: NotFound for an unknown name, InvalidValue for a wrong argument, and, with the package named, if it fails or is no
             `Scorer`
     """
-    name, _, argument = spec.partition(":")
-    plugins.check_clash(GROUP, name, BUILT_IN, "a method")
-    if name in BUILT_IN:
-        from attrdb.ingest.gradients.scorers import GradientScorer  # imports torch
+    ours = [spec for spec in specs if name_of(spec) in BUILT_IN]
+    for spec in specs:
+        plugins.check_clash(GROUP, name_of(spec), BUILT_IN, "a method")
+    scorers = {spec: _added_scorer(spec) for spec in specs if spec not in ours}
+    if ours:
+        from attrdb.ingest.gradients.scorers import gradient_scorers  # imports torch
 
-        return GradientScorer(name, argument)
+        scorers |= gradient_scorers(ours)
+    return {spec: scorers[spec] for spec in specs}
+
+
+def name_of(spec: str) -> str:
+    return spec.partition(":")[0]
+
+
+def _added_scorer(spec: str) -> Scorer:
+    name, _, argument = spec.partition(":")
     added = plugins.load(GROUP, name, lambda loaded: loaded(argument), _check_scorer, f"method {spec!r}")
     if added is not None:
         return added
@@ -102,45 +116,100 @@ def score(
     method_id: str | None = None,
     report: Progress = no_progress,
 ) -> JobResult:
-    """Score the samples that a predicate keeps, in commits of SAMPLES_PER_COMMIT; a rerun skips those that have scores.
+    """As `score_all`, by one method.
 
     method_id: of the method in the database; made from the spec for None
-    raises:    InvalidValue for a wrong id or predicate, scores that cannot be stored, or a method of that id with other
-               settings; NotFound if no sample fulfils the predicate; Busy if another process scores by the same method,
-               or images are taken out meanwhile
     """
     method_id = method_id_of(spec, method_id)
+    return score_all(db, {method_id: (spec, scorer)}, samples, report)[method_id]
+
+
+def score_all(
+    db: Database,
+    methods: Mapping[str, tuple[str, Scorer]],
+    samples: str = "true",
+    report: Progress = no_progress,
+) -> dict[str, JobResult]:
+    """Score the samples that a predicate keeps, in commits of SAMPLES_PER_COMMIT; a rerun skips those that have scores.
+
+    methods: spec and scorer, by method_id
+    returns: counts of samples, by method_id
+    raises:  InvalidValue for a predicate that cannot be used, scores that cannot be stored, or a method of that id with other
+             settings; NotFound if no sample fulfils the predicate; Busy if another process scores by one of the methods, or
+             images are taken out meanwhile
+    """
     db.refresh()
     db.snapshot.check_predicate("samples", samples)
-    _register(db, method_id, spec, scorer)
+    for method_id, (spec, scorer) in methods.items():
+        _register(db, method_id, spec, scorer)
     snapshot = db.snapshot
     known = db.images(f"role = 'sample' AND ({samples})", ["image_id"])["image_id"].to_pylist()
     if not known:
         raise NotFound(f"no sample of {db.path} fulfils {samples!r}")
     candidates = pc.unique(db.images(CANDIDATES, ["image_id"])["image_id"].combine_chunks())
+    with ExitStack() as stack:
+        scorings = []
+        for method_id, (spec, scorer) in methods.items():
+            job, left = stack.enter_context(_job(db, method_id, spec, scorer, samples, known))
+            scorings.append(_Scoring(db, snapshot, candidates, method_id, spec, scorer, job, left))
+        waiting = sorted(set().union(*(scoring.left for scoring in scorings)))
+        for start in range(0, len(waiting), SAMPLES_PER_COMMIT):
+            for scoring in scorings:
+                report("score", len(known) - len(waiting) + start, len(known), f"by {scoring.method_id}")
+                scoring.store(waiting[start : start + SAMPLES_PER_COMMIT])
+        report("score", len(known), len(known))
+        return {scoring.method_id: scoring.job.result(set(known)) for scoring in scorings}
+
+
+@contextmanager
+def _job(
+    db: Database, method_id: str, spec: str, scorer: Scorer, samples: str, known: Sequence[str]
+) -> Iterator[tuple[Job, set[str]]]:
+    """The job of one method, and the samples that have no scores by it yet."""
     with (
         exclusive_lock(lock_file(db.path, "score", method_id), f"samples of {db.path} are being scored by {method_id}"),
         jobs.running(db.writer, "score", method_id, {"spec": spec, "samples": samples} | scorer.settings) as job,
     ):
         scored = db.snapshot.rows("scores", f"method_id = {literal(method_id)}", ["sample_id"])
-        left = sorted(set(known) - {row["sample_id"] for row in scored})
+        left = set(known) - {row["sample_id"] for row in scored}
         job.n_stored = len(known) - len(left)
-        for start in range(0, len(left), SAMPLES_PER_COMMIT):
-            report("score", job.n_stored + start, len(known))
-            part = left[start : start + SAMPLES_PER_COMMIT]
-            tables = _asked(spec, scorer, db, part)
-            rows = pa.concat_tables([_conformed(table, part, candidates) for table in tables] or [_NONE])
-            _check_repeats(rows, spec)
-            method = pa.array([method_id] * len(rows), pa.string())
-            db.writer.append_rows("scores", rows.append_column("method_id", method), snapshot)
-            done = pc.unique(rows["sample_id"]).to_pylist()
-            job.mended(done)
-            reasons: dict[str, str] = getattr(scorer, "unscored", {})
-            missing = set(part) - set(done)
-            job.failed({sample_id: reasons.get(sample_id, f"{spec} gives it no score") for sample_id in missing})
-            job.n_done += len(done)
-        report("score", len(known), len(known))
-    return job.result(set(known))
+        yield job, left
+
+
+@dataclass(frozen=True)
+class _Scoring:
+    """Scoring by one method.
+
+    snapshot:   of the images when it began
+    candidates: image_ids that may have scores
+    left:       samples that had no scores when it began
+    """
+
+    db: Database
+    snapshot: Snapshot
+    candidates: pa.Array
+    method_id: str
+    spec: str
+    scorer: Scorer
+    job: Job
+    left: set[str]
+
+    def store(self, sample_ids: Sequence[str]) -> None:
+        """Score those that are left of some samples, in one commit."""
+        part = [each for each in sample_ids if each in self.left]
+        if not part:
+            return
+        tables = _asked(self.spec, self.scorer, self.db, part)
+        rows = pa.concat_tables([_conformed(table, part, self.candidates) for table in tables] or [_NONE])
+        _check_repeats(rows, self.spec)
+        method = pa.array([self.method_id] * len(rows), pa.string())
+        self.db.writer.append_rows("scores", rows.append_column("method_id", method), self.snapshot)
+        done = pc.unique(rows["sample_id"]).to_pylist()
+        self.job.mended(done)
+        reasons: dict[str, str] = getattr(self.scorer, "unscored", {})
+        missing = set(part) - set(done)
+        self.job.failed({each: reasons.get(each, f"{self.spec} gives it no score") for each in missing})
+        self.job.n_done += len(done)
 
 
 def _asked(spec: str, scorer: Scorer, db: Database, sample_ids: Sequence[str]) -> list[pa.Table]:

@@ -1,5 +1,6 @@
 """Gradient methods: algebra against slow twins of the weights' size, gradients against autograd, and the command."""
 
+import importlib
 import json
 import re
 import shutil
@@ -21,9 +22,10 @@ from attrdb.ingest.customize.customize import apply_delta, encode_prompts
 from attrdb.ingest.customize.denoising import Draws
 from attrdb.ingest.gradients import kernels, scorers
 from attrdb.ingest.gradients.checkpoints import checkpoints
-from attrdb.ingest.gradients.model_gradients import model_row, opened, pictures
+from attrdb.ingest.gradients.model_gradients import ModelGradients, model_row, opened, pictures
+from attrdb.ingest.gradients.shared import FORMULAS, Kernels
 from attrdb.ingest.monitor.files import read_gradients
-from attrdb.ingest.score import BUILT_IN, load_scorer, score
+from attrdb.ingest.score import BUILT_IN, load_scorers, score, score_all
 
 # --- the algebra -------------------------------------------------------------------------------------------------------
 
@@ -143,7 +145,7 @@ def test_draws_are_the_same_for_all_and_spread_over_time(tiny_base):
 
 @pytest.mark.parametrize("name", BUILT_IN)
 def test_every_sample_has_a_score_of_each_exemplar_of_its_model(db, name):
-    result = score(db, f"{name}:2", load_scorer(f"{name}:2"))
+    result = score(db, f"{name}:2", load_scorers([f"{name}:2"])[f"{name}:2"])
     assert (result.n_done + result.n_stored, result.failures) == (len(ids(db, "samples")), {})
     method_id = f"{name.replace('-', '_')}_2"
     rows = db.sql("FROM scores WHERE method_id = $m ORDER BY ALL", {"m": method_id}).to_pylist()
@@ -152,8 +154,59 @@ def test_every_sample_has_a_score_of_each_exemplar_of_its_model(db, name):
     }
     assert all(np.isfinite(row["score"]) for row in rows)
     assert db.query("recall_at_k", k=1) is not None
-    again = score(db, f"{name}:2", load_scorer(f"{name}:2"))
+    again = score(db, f"{name}:2", load_scorers([f"{name}:2"])[f"{name}:2"])
     assert again.n_done == 0
+
+
+def test_methods_at_once_give_the_same_scores_from_fewer_gradients(db, monkeypatch):
+    """Those of the loss and those of the output's square, once each; checkpoints before the last besides."""
+    counted, of_image = [], ModelGradients.of_image
+    monkeypatch.setattr(ModelGradients, "of_image", lambda *args: counted.append(args[-1]) or of_image(*args))
+    specs = [f"{name}:3" for name in BUILT_IN]
+
+    def scored(*groups):
+        counted.clear()
+        for group in groups:
+            loaded = load_scorers(group)
+            score_all(db, {f"{spec[:-2]}_of_{len(groups)}": (spec, loaded[spec]) for spec in group})
+        rows = db.sql("FROM scores WHERE method_id LIKE '%of_' || $n ORDER BY ALL", {"n": len(groups)}).to_pylist()
+        return {(row["method_id"][:-2], row["sample_id"], row["candidate_id"]): row["score"] for row in rows}, len(
+            counted
+        )
+
+    at_once, n_at_once = scored(specs)
+    one_by_one, n_one_by_one = scored(*([spec] for spec in specs))
+    n_samples, n_exemplars = len(ids(db, "samples")), len(ids(db, "exemplars"))
+    assert at_once == pytest.approx(one_by_one, rel=1e-5, abs=1e-9)
+    assert len(at_once) == len(specs) * n_samples * n_exemplars
+    assert n_at_once == 6 * (n_samples + n_exemplars)
+    assert n_one_by_one == 11 * (n_samples + n_exemplars) - n_exemplars  # those of in-run are stored
+
+
+def test_a_method_that_needs_what_is_missing_stops_no_other(db, tmp_path, tiny_base, exemplars):  # noqa: F811
+    other = attrdb.open(shutil.copytree(db.path, tmp_path / "other.attrdb"))
+    ingest(other, exemplars, tiny_base, ToyEncoder(), "unwatched", monitor="off")
+    done = CliRunner().invoke(main, ["score", str(other.path), "in-run:5", "d-trak:5", "gradient-dot:5"])
+    n = len(ids(other, "samples"))
+    assert done.exit_code == 1
+    assert f"{n // 2} samples scored by in_run_5, 0 were already, {n // 2} got no score" in done.stderr
+    assert f"{n} samples scored by d_trak_5, 0 were already\n" in done.stderr
+    assert f"{n} samples scored by gradient_dot_5, 0 were already\n" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["d-trak", "in-run", "--method-id", "mine"], "--method-id names one method, and 2 are given"),
+        (["d-trak:2", "d-trak_2"], "d-trak:2, d-trak_2 make 1 ids of methods"),
+    ],
+)
+def test_methods_that_cannot_be_told_apart(db, words, said, monkeypatch):
+    scoring = importlib.import_module("attrdb.ingest.score")
+    monkeypatch.setattr(scoring, "load_scorers", dict.fromkeys)
+    done = CliRunner().invoke(main, ["score", str(db.path), *words])
+    assert done.exit_code == 1
+    assert said in done.stderr
 
 
 def test_the_run_s_sums_are_multiplied_with_the_sample_s_gradient(db, tiny_base):
@@ -209,7 +262,6 @@ def test_a_model_that_is_not_made_again_as_it_was_has_no_checkpoints(db, tmp_pat
 
 def test_an_exemplar_scores_highest_for_itself_by_cosine(db, tiny_base):
     """The gradient of a picture with its own training prompt is its own."""
-    scorer = scorers.GradientScorer("gradient-cosine", "4")
     row, delta = model_row(db, "vase-1")
     stored = pictures(db, ids(db, "exemplars"))
     with opened(load_base_model(str(tiny_base)), row, delta, 4) as model:
@@ -218,8 +270,8 @@ def test_an_exemplar_scores_highest_for_itself_by_cosine(db, tiny_base):
         [[sum(float(a @ b) for a, b in zip(x, y, strict=True)) for y in of_exemplars] for x in of_exemplars]
     )
     for number in range(len(matrix)):
-        found = scorer.formula(
-            scorers.Kernels(matrix[None], matrix[None, number], matrix[number, number], np.array([1]))
+        found = FORMULAS["gradient-cosine"].scores(
+            Kernels(matrix[None], matrix[None, number], matrix[number, number], np.array([1]))
         )
         assert found.argmax() == number
         assert found.max() == pytest.approx(1, abs=1e-6)
@@ -250,7 +302,7 @@ def test_a_model_that_cannot_be_scored_is_named_and_stops_no_other(db, tmp_path,
     n_samples = len(ids(other, "samples"))
 
     def scored(spec):
-        result = score(other, spec, load_scorer(spec))
+        result = score(other, spec, load_scorers([spec])[spec])
         reasons = {row["reason"] for row in other.sql("FROM failures").to_pylist()}
         return result.n_done + result.n_stored, reasons
 

@@ -78,12 +78,12 @@ def work(programs, tmp_path_factory):
         assert done.exit_code == 0, done.output
 
     with pytest.MonkeyPatch.context() as patch:
-        changed = {"write_plan": small, "command": command, "ENCODERS": ("pixels:8",), "LEARNED_ON": "pixels:8"}
-        changed |= {"N_CORPUS": 3, "TEMPERATURES": (0.1,), "BUILT_IN": ("in-run",)}
+        changed = {"write_plan": small, "command": command, "ENCODERS": ("pixels:8",), "LEARNED_ON": ("pixels:8",)}
+        changed |= {"N_CORPUS": 3, "TEMPERATURES": (0.1,), "BUILT_IN": ("in-run", "d-trak"), "SLOW": ("gradient-dot",)}
         for name, value in changed.items():
             patch.setattr(run, name, value)
         staged("make", folder)
-        staged("truth", folder, "--halves", 3)
+        staged("truth", folder, "--halves", 3, "--images", 1)
         staged("score", folder)
         staged("figures", folder, "--json", folder / "removals.json")
     return folder
@@ -92,12 +92,17 @@ def work(programs, tmp_path_factory):
 def test_every_stage_runs_and_the_section_is_written(programs, work):
     found = json.loads((work / "removals.json").read_text())
     counts = {(row["leave"], row["draws"]): (row["n_models"], row["n"]) for row in found["retrainings"]}
-    assert counts == {("concept", "fixed"): (1, 4), ("half", "fixed"): (1, 3), ("none", "fixed"): (1, 1)}
+    assert counts == {
+        ("concept", "fixed"): (1, 4),
+        ("image", "fixed"): (1, 16),
+        ("half", "fixed"): (1, 3),
+        ("none", "fixed"): (1, 1),
+    }
     controls = programs["controls"].CONTROLS
     methods = {row["method_id"].rpartition("/")[2] for row in found["removal_intervals"]}
     chosen = {row["mapper_id"] for row in found["tried"] if row["chosen"]}
-    assert methods == {"pixels_8", "in_run", *controls, *chosen}
-    assert len(chosen) == 2
+    assert methods == {"pixels_8", "in_run", "d_trak", "gradient_dot", *controls, *chosen}
+    assert len(chosen) == 3
     assert len(found["learned_concepts"]) == 4
     page = programs["truth"].section(found)
     for title in ("### Without random halves (LDS)", "### Between concepts: what the prompt names", "`in_run`"):

@@ -203,34 +203,47 @@ def calibrate(
 
 @click.command(short_help="Score candidates by gradients, or by a package's method.")
 @DB
-@click.argument("scorer")
+@click.argument("scorers", metavar="SCORER...", nargs=-1, required=True)
 @click.option(
     "--samples", metavar="PREDICATE", default="true", help="Score the samples that fulfil PREDICATE. Default: all."
 )
-@click.option("--method-id", type=Id("method", new=True), help="Id of the method. Default: SCORER in lower case.")
+@click.option(
+    "--method-id", type=Id("method", new=True), help="Id of the method, of a single SCORER. Default: it, in lower case."
+)
 @quiet_option
-def score(db: Path, scorer: str, samples: str, method_id: str | None, quiet: bool) -> None:
-    """Score candidates of samples by SCORER (NAME or NAME:ARGUMENT), and store the scores.
+def score(db: Path, scorers: tuple[str, ...], samples: str, method_id: str | None, quiet: bool) -> None:
+    """Score candidates of samples by each SCORER (NAME or NAME:ARGUMENT), and store the scores.
 
     SCORER is in-run, gradient-dot, trac-in, gradient-cosine, influence-function, d-trak or data-inf, which score the
     exemplars of a sample's own model by gradients of its training loss, over 24 draws of noise (NAME:N for N of them), or
     one that an installed package adds. in-run needs models that were made with --monitor changes; trac-in trains each
-    model again.
+    model again. Give several at once: they share the gradients, which take most of the time.
 
-    The method then works with --method in attribute, evaluate, calibrate and report. Rerunning the command resumes it, and
+    The methods then work with --method in attribute, evaluate, calibrate and report. Rerunning the command resumes it, and
     scores samples that are new.
     """
     scoring = importlib.import_module("attrdb.ingest.score")
     from attrdb.cli.output import progress
 
-    if scorer.partition(":")[0] in scoring.BUILT_IN:
+    specs = list(dict.fromkeys(scorers))
+    if method_id is not None and len(specs) > 1:
+        raise InvalidValue(f"--method-id names one method, and {len(specs)} are given; score them one by one")
+    if any(scoring.name_of(spec) in scoring.BUILT_IN for spec in specs):
         ml("ingest.gradients.scorers")
-    method_id = scoring.method_id_of(scorer, method_id)
+    loaded = scoring.load_scorers(specs)
+    methods = {scoring.method_id_of(spec, method_id): (spec, loaded[spec]) for spec in specs}
+    if len(methods) < len(specs):
+        raise InvalidValue(
+            f"{', '.join(specs)} make {len(methods)} ids of methods; score them one by one, with --method-id"
+        )
     with progress(quiet) as advance:
-        result = scoring.score(attrdb.open(db), scorer, scoring.load_scorer(scorer), samples, method_id, advance)
-    failed = f", {len(result.failures):,} got no score (see failures)" if result.failures else ""
-    click.echo(f"{result.n_done:,} samples scored by {method_id}, {result.n_stored:,} were already{failed}", err=True)
-    if result.failures:
+        results = scoring.score_all(attrdb.open(db), methods, samples, advance)
+    for scored_by, result in results.items():
+        failed = f", {len(result.failures):,} got no score (see failures)" if result.failures else ""
+        click.echo(
+            f"{result.n_done:,} samples scored by {scored_by}, {result.n_stored:,} were already{failed}", err=True
+        )
+    if any(result.failures for result in results.values()):
         raise click.exceptions.Exit(1)
 
 

@@ -25,10 +25,10 @@ from plan import write_plan
 import attrdb
 from attrdb.database import Database
 from attrdb.demo import bundled_icons
-from attrdb.ingest.score import BUILT_IN, score
+from attrdb.ingest.score import BUILT_IN, method_id_of, score
 from attrdb.store.schema import encoder_id_of
-from attrdb.training.attribution_model import TableResult, TableSettings, train_on_table
-from attrdb.training.table_losses import LOSSES
+from attrdb.training.attribution_model import TableSettings, train_on_table
+from attrdb.training.table_losses import LOSSES, WITH_TEMPERATURE
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from machine import describe
@@ -37,10 +37,10 @@ ENCODERS = ("efficientnet-lite0", "pixels:8", "vgg-gram")
 N_CORPUS = 500  # `attrdb evaluate` ranks exemplars among pretraining images; the scores do not depend on them
 NOT_BLENDED = "prompt_scheme <> 'blend'"
 TEMPERATURES = (0.03, 0.1, 0.3)
-LEARNED_ON = "efficientnet-lite0"  # the features of attribution models
-TAUGHT = "in-run"  # whose scores they learn; the others score the models that are measured
+LEARNED_ON = ("efficientnet-lite0", "vgg-gram")  # the features of attribution models
+TEACHERS = ("in-run", "d-trak")  # whose scores they learn; the others score the models that are measured
 SLOW = ("trac-in",)  # trains the models again, and differentiates at five checkpoints
-COMPARED = ("d_trak", "in_run")  # and the attribution model, each with all methods
+COMPARED = ("d_trak", "in_run")  # and attribution models, each with all methods
 AS_PAIRS = "one-hot"  # the loss of mappers: what pairs alone teach
 
 
@@ -80,15 +80,16 @@ def make(work: Path, workers: int) -> None:
 @main.command()
 @click.argument("work", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.option("--workers", default=1, show_default=True)
-@click.option("--halves", default=16, show_default=True)
-@click.option("--images", is_flag=True, help="Also leave out each image.")
-def truth(work: Path, workers: int, halves: int, images: bool) -> None:
+@click.option("--halves", default=8, show_default=True)
+@click.option("--images", default=6, show_default=True, help="Of so many models, leave out each image.")
+def truth(work: Path, workers: int, halves: int, images: int) -> None:
     """Train the models of split `test` again."""
-    shared = ("truth", database(work), "--models", "split = 'test'", "--workers", workers)
-    command(*shared, "--leave", "concept")
-    command(*shared, "--leave", "half", "--halves", halves, "--samples", NOT_BLENDED)
+    shared = ("truth", database(work), "--workers", workers, "--models")
+    command(*shared, "split = 'test'", "--leave", "concept")
+    command(*shared, "split = 'test'", "--leave", "half", "--halves", halves, "--samples", NOT_BLENDED)
     if images:
-        command(*shared, "--leave", "image", "--samples", NOT_BLENDED)
+        some = f"split = 'test' AND model_id < 'test-{images:02d}'"
+        command(*shared, some, "--leave", "image", "--samples", NOT_BLENDED)
 
 
 @main.command("score")
@@ -98,11 +99,10 @@ def score_all(work: Path) -> None:
     db = attrdb.open(database(work))
     for name in CONTROLS:
         score(db, name, Control(name))
-    for name in BUILT_IN:
-        samples = (
-            "true" if name == TAUGHT else f"split = 'test' AND {NOT_BLENDED}" if name in SLOW else "split = 'test'"
-        )
-        command("score", db.path, name, "--samples", samples)
+    measured = [name for name in BUILT_IN if name not in SLOW]
+    command("score", db.path, *measured, "--samples", "split = 'test'")
+    command("score", db.path, *TEACHERS, "--samples", "split <> 'test'")
+    command("score", db.path, *SLOW, "--samples", f"split = 'test' AND {NOT_BLENDED}")
     chosen = {row["mapper_id"] for row in learned(db) if row["chosen"]}
     db.refresh()
     for method_id, method in db.methods.items():
@@ -111,16 +111,30 @@ def score_all(work: Path) -> None:
 
 
 def learned(db: Database) -> list[dict]:
-    """The attribution models that were tried. Of pairs' loss and of the others, the best on validation models is chosen."""
+    """The attribution models that were tried. The best on validation models are chosen, see `groups`."""
     tried = []
-    for loss, temperature in product(LOSSES, TEMPERATURES):
-        settings = TableSettings(loss=loss, temperature=temperature)
-        name = f"table-{loss.replace('+', '-')}-v{temperature:g}"
-        result: TableResult = train_on_table(db, encoder_id_of(LEARNED_ON), settings, name)
-        tried.append({"loss": loss, "temperature": temperature, **vars(result), "chosen": False})
-    for group in ([row for row in tried if (row["loss"] == AS_PAIRS) == pairs] for pairs in (True, False)):
+    for teacher, features, name in product(TEACHERS, LEARNED_ON, LOSSES):
+        target = method_id_of(teacher)
+        for temperature in TEMPERATURES if name in WITH_TEMPERATURE else TEMPERATURES[:1]:
+            if name == AS_PAIRS and teacher != TEACHERS[0]:
+                continue  # its pairs are the same
+            settings = TableSettings(target=target, loss=name, temperature=temperature)
+            encoder_id = encoder_id_of(features)
+            mapper_id = f"{target}-{name.replace('+', '-')}-v{temperature:g}-{encoder_id}"
+            result = train_on_table(db, encoder_id, settings, mapper_id)
+            asked = {"teacher": target, "features": encoder_id, "loss": name, "temperature": temperature}
+            tried.append(asked | vars(result) | {"chosen": False})
+    for group in groups(tried):
         max(group, key=lambda row: row["correlation"])["chosen"] = True
     return tried
+
+
+def groups(tried: list[dict]) -> list[list[dict]]:
+    """By teacher, those of the loss of pairs in a group of their own."""
+    kept = {row["teacher"]: [] for row in tried} | {AS_PAIRS: []}
+    for row in tried:
+        kept[AS_PAIRS if row["loss"] == AS_PAIRS else row["teacher"]].append(row)
+    return [group for group in kept.values() if group]
 
 
 @main.command()
@@ -130,7 +144,7 @@ def figures(work: Path, out: Path) -> None:
     """Ask the queries, and write their answers."""
     db = attrdb.open(database(work))
     tried = learned(db)
-    [best] = [row for row in tried if row["chosen"] and row["loss"] != AS_PAIRS]
+    best = [f"{row['features']}/{row['mapper_id']}" for row in tried if row["chosen"] and row["loss"] != AS_PAIRS]
     answers = {
         name: db.query(name).to_pylist()
         for name in ("removal_intervals", "between_concepts", "within_concept", "learned_concepts")
@@ -138,7 +152,7 @@ def figures(work: Path, out: Path) -> None:
     answers["between_learned_concepts"] = db.query("between_concepts", learned=True).to_pylist()
     answers["gains"] = {
         method: db.query("compare_removals", method=method).to_pylist()
-        for method in (*COMPARED, f"{encoder_id_of(LEARNED_ON)}/{best['mapper_id']}")
+        for method in (*COMPARED, *best)
         if method in db.methods
     }
     retrainings = db.sql(

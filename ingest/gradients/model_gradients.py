@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -29,9 +29,8 @@ class ModelGradients:
 
     def __init__(self, base: BaseModel, parameters: dict[str, torch.Tensor], tokens: Sequence[str], draws: Draws):
         self.base, self.draws = base, draws
-        keys = token_keys(tokens).values()
-        self.parameters = {name: weight for name, weight in parameters.items() if name not in keys} or parameters
-        self.trains_tokens = self.parameters.keys() <= set(keys)
+        self.parameters = differentiated(parameters, tokens)
+        self.trains_tokens = self.parameters.keys() <= set(token_keys(tokens).values())
 
     def sizes(self) -> list[int]:
         return [weight.numel() for weight in self.parameters.values()]
@@ -56,6 +55,12 @@ class ModelGradients:
         if not self.trains_tokens:
             return encode_prompts(self.base, [prompt])[prompt].unsqueeze(0)
         return prompt_states(self.base, prompt).unsqueeze(0)
+
+
+def differentiated(weights: dict[str, torch.Tensor], tokens: Iterable[str]) -> dict[str, torch.Tensor]:
+    """The trained weights without the tokens' embeddings; these alone, where nothing else is trained."""
+    keys = token_keys(list(tokens)).values()
+    return {name: weight for name, weight in weights.items() if name not in keys} or weights
 
 
 def model_row(db: Database, model_id: str) -> tuple[Row, Delta]:

@@ -1,0 +1,240 @@
+"""Several gradient methods at once: what they share is computed once.
+
+A sample's gradient takes as long as a step of training; a method's formula on inner products of gradients takes next to nothing.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from PIL import Image
+
+from attrdb.database import Database
+from attrdb.errors import AttrdbError, InvalidValue, NotFound
+from attrdb.ingest.customize.base_model import BaseModel, OneBaseModel
+from attrdb.ingest.customize.customize import Delta
+from attrdb.ingest.gradients import kernels
+from attrdb.ingest.gradients.checkpoints import checkpoints
+from attrdb.ingest.gradients.model_gradients import (
+    LOSS,
+    SQUARE,
+    ModelGradients,
+    differentiated,
+    model_row,
+    opened,
+    pictures,
+)
+from attrdb.ingest.models.stages import record_tokens
+from attrdb.ingest.monitor.files import read_gradients
+from attrdb.store.schema import Row
+
+Gradients = list[torch.Tensor]  # by trained weight, flat; of several images (n, size)
+Picture = tuple[Image.Image, str | None]  # with its prompt
+MODELS_KEPT = 256  # whose scores wait to be asked for: a commit has samples of no more
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """Inner products by layer: of the exemplars (n_layers, n, n), of a sample with them (n_layers, n), and with itself."""
+
+    exemplars: np.ndarray
+    sample: np.ndarray
+    sample_square: float
+    sizes: np.ndarray
+
+    @property
+    def whole(self) -> tuple[np.ndarray, np.ndarray]:
+        return self.exemplars.sum(axis=0), self.sample.sum(axis=0)
+
+
+@dataclass(frozen=True)
+class Formula:
+    """What a method multiplies a sample's gradient by, and what it makes of the products.
+
+    measured: what is differentiated: LOSS or SQUARE
+    exemplars: whether their gradients are those of this 'moment' of training, or of the whole 'run'
+    """
+
+    measured: str
+    scores: Callable[[Kernels], np.ndarray]
+    exemplars: str = "moment"
+
+
+FORMULAS = {
+    "in-run": Formula(LOSS, lambda k: k.whole[1], "run"),
+    "gradient-dot": Formula(LOSS, lambda k: k.whole[1]),
+    "trac-in": Formula(LOSS, lambda k: k.whole[1]),
+    "gradient-cosine": Formula(LOSS, lambda k: kernels.cosine(*k.whole, k.sample_square**0.5)),
+    "influence-function": Formula(LOSS, lambda k: kernels.inverse(*k.whole)),
+    "d-trak": Formula(SQUARE, lambda k: kernels.inverse(*k.whole)),
+    "data-inf": Formula(LOSS, lambda k: kernels.data_inf(k.exemplars, k.sample, k.sizes)),
+}
+AT_CHECKPOINTS = "trac-in"  # its scores are a mean over moments of training; the others' are those at its end
+
+
+@dataclass
+class ModelScores:
+    """Scores of a model's samples by several methods, until they are asked for.
+
+    scores:    (n_exemplars,) by method and sample_id
+    exemplars: image_ids, in the order of the scores
+    failures:  by method, why it scores no sample of this model
+    unscored:  by sample_id, why no method scores it
+    """
+
+    scores: dict[str, dict[str, np.ndarray]]
+    exemplars: list[str] = field(default_factory=list)
+    failures: dict[str, AttrdbError] = field(default_factory=dict)
+    unscored: dict[str, str] = field(default_factory=dict)
+
+    def holds(self, name: str, sample_ids: Sequence[str]) -> bool:
+        return name in self.failures or set(sample_ids) <= self.scores[name].keys() | self.unscored.keys()
+
+
+class SharedGradients:
+    """Gradients over the same draws of noise, for several methods.
+
+    names: of FORMULAS; whichever is asked first has the samples scored by all of them
+    """
+
+    def __init__(self, n_draws: int, names: Sequence[str]):
+        self.n_draws, self.names = n_draws, list(names)
+        self._bases = OneBaseModel()
+        self._waiting: dict[tuple[str, str], ModelScores] = {}
+        self._replayed: tuple[str, list[Delta]] | None = None
+
+    def of_model(self, db: Database, model_id: str, sample_ids: Sequence[str], name: str) -> ModelScores:
+        """The scores of a model's samples, among them those by one method: its caller takes them out."""
+        key = str(db.path), model_id
+        if key not in self._waiting or not self._waiting[key].holds(name, sample_ids):
+            found = ModelScores({each: {} for each in self.names})
+            try:
+                self._score(db, model_id, sample_ids, found)
+            except (InvalidValue, NotFound) as error:  # of this model: the others are scored
+                found.failures |= dict.fromkeys(self.names, error)
+            self._waiting.pop(key, None)
+            self._waiting[key] = found
+            while len(self._waiting) > MODELS_KEPT:
+                del self._waiting[next(iter(self._waiting))]
+        return self._waiting[key]
+
+    def _score(self, db: Database, model_id: str, sample_ids: Sequence[str], found: ModelScores) -> None:
+        """raises: InvalidValue or NotFound for a model whose weights, exemplars or base model are missing"""
+        row, delta = model_row(db, model_id)
+        exemplars = db.sql(EXEMPLARS, {"id": model_id}).to_pylist()
+        stored = pictures(db, [*sample_ids, *(exemplar["image_id"] for exemplar in exemplars)])
+        trained_on: dict[str, Picture] = {
+            each["image_id"]: (stored[each["image_id"]][0], each["train_prompt"])
+            for each in exemplars
+            if each["image_id"] in stored
+        }
+        if not trained_on:
+            raise InvalidValue(f"model {model_id!r} has no exemplar whose picture is stored")
+        found.exemplars = list(trained_on)
+        found.unscored = {each: "its picture is not stored" for each in sample_ids if each not in stored}
+        samples = {each: stored[each] for each in sample_ids if each in stored}
+        base = self._bases.load(row["base_model"])
+        earlier = self._checkpoints(db, model_id, base, found)[:-1]
+        of_run = self._of_run(db, row, delta, found)
+        names = [name for name in self.names if name not in found.failures]
+        moments = [(moment, [AT_CHECKPOINTS]) for moment in earlier] + [(delta, names)]
+        added: dict[tuple[str, str], list[np.ndarray]] = {}
+        for moment, of_moment in moments:
+            with opened(base, row, moment, self.n_draws) as model:
+                for pair, scores in _scores_at(model, of_moment, trained_on, of_run, samples).items():
+                    added.setdefault(pair, []).append(scores)
+        for (name, sample_id), of_moments in added.items():
+            found.scores[name][sample_id] = np.mean(of_moments, axis=0)
+
+    def _checkpoints(self, db: Database, model_id: str, base: BaseModel, found: ModelScores) -> list[Delta]:
+        """The last are the stored weights. Those of the last model are kept: it may be asked for in several parts."""
+        if AT_CHECKPOINTS not in self.names:
+            return []
+        if self._replayed is None or self._replayed[0] != model_id:
+            try:
+                self._replayed = model_id, checkpoints(db, model_id, base)
+            except (InvalidValue, NotFound) as error:
+                found.failures[AT_CHECKPOINTS] = error
+                return []
+        return self._replayed[1]
+
+    def _of_run(self, db: Database, row: Row, delta: Delta, found: ModelScores) -> dict[str, torch.Tensor]:
+        """(n, size) by trained weight: the exemplars' gradients, summed over all steps; empty where they are not needed."""
+        if "in-run" not in self.names:
+            return {}
+        try:
+            kept = read_gradients(db.path, row["weights_path"])
+            weights = differentiated(delta, record_tokens(json.loads(row["settings"])))
+            if kept.sums.keys() != weights.keys() or not set(found.exemplars) <= set(kept.exemplars):
+                raise InvalidValue(
+                    f"the gradients kept of model {row['model_id']!r} are not of its weights and exemplars"
+                )
+        except (InvalidValue, NotFound) as error:
+            found.failures["in-run"] = error
+            return {}
+        order = [kept.exemplars.index(image_id) for image_id in found.exemplars]
+        return {name: sums[order].flatten(1) for name, sums in kept.sums.items()}
+
+
+def _scores_at(
+    model: ModelGradients,
+    names: Sequence[str],
+    exemplars: Mapping[str, Picture],
+    of_run: Mapping[str, torch.Tensor],
+    samples: Mapping[str, Picture],
+) -> dict[tuple[str, str], np.ndarray]:
+    """(n_exemplars,) by method and sample_id, with the weights of one moment."""
+    sides: dict[tuple[str, str], Gradients] = {}
+    for formula in (FORMULAS[name] for name in names):
+        side = formula.exemplars, formula.measured
+        if side not in sides:
+            sides[side] = (
+                [of_run[name] for name in model.parameters]
+                if formula.exemplars == "run"
+                else _of_images(model, exemplars, formula.measured)
+            )
+    squares = {side: _products(gradients, gradients) for side, gradients in sides.items()}
+    sizes = np.array(model.sizes())
+    found = {}
+    for sample_id, (image, prompt) in samples.items():
+        of_sample = {
+            measured: model.of_image(image, prompt or "", measured) for measured in {side[1] for side in sides}
+        }
+        products = {
+            side: Kernels(
+                squares[side],
+                _products(gradients, [part[None] for part in of_sample[side[1]]])[:, :, 0],
+                float(sum(part.square().sum() for part in of_sample[side[1]])),
+                sizes,
+            )
+            for side, gradients in sides.items()
+        }
+        for name in names:
+            formula = FORMULAS[name]
+            found[name, sample_id] = formula.scores(products[formula.exemplars, formula.measured])
+    return found
+
+
+def _of_images(model: ModelGradients, images: Mapping[str, Picture], measured: str) -> Gradients:
+    """(n, size) by trained weight."""
+    of_each = [model.of_image(image, prompt or "", measured) for image, prompt in images.values()]
+    return [torch.stack(parts) for parts in zip(*of_each, strict=True)]
+
+
+def _products(one: Gradients, other: Gradients) -> np.ndarray:
+    """(n_layers, n, m) float64: inner products of n and m images' gradients."""
+    return np.stack([(a @ b.T).double().numpy() for a, b in zip(one, other, strict=True)])
+
+
+EXEMPLARS = """\
+SELECT exemplars.image_id, coalesce(concepts.train_prompt, models.train_prompt, exemplars.prompt) AS train_prompt
+FROM exemplars
+JOIN models USING (model_id)
+LEFT JOIN concepts ON concepts.concept_id = exemplars.concept_id
+WHERE exemplars.model_id = $id
+ORDER BY exemplars.image_id
+"""
