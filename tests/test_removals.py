@@ -3,6 +3,7 @@
 import hashlib
 import importlib
 import json
+import shutil
 import sys
 from collections import Counter
 from itertools import product
@@ -20,7 +21,7 @@ FOLDER = ROOT / "benchmarks"
 @pytest.fixture(scope="module")
 def programs():
     """plan.py, controls.py and run.py, and truth.py, which writes their section."""
-    names, folders = ("controls", "plan", "run", "truth"), [str(FOLDER), str(FOLDER / "removals")]
+    names, folders = ("controls", "kept", "plan", "run", "truth"), [str(FOLDER), str(FOLDER / "removals")]
     of_others = {name: sys.modules.pop(name) for name in names if name in sys.modules}  # such as IconAbC's plan
     sys.path[:0] = folders
     yield {name: importlib.import_module(name) for name in names}
@@ -131,3 +132,24 @@ def test_controls_score_what_they_say(work):
         assert scores["visits", *key] == visits.get(exemplar["image_id"], 0)
         assert -1 <= scores["latents", *key] <= 1
         assert 0 <= scores["random", *key] < 1
+
+
+def test_truth_is_kept_for_models_and_samples_that_are_the_same(programs, work, tmp_path):
+    kept, file = programs["kept"], tmp_path / "truth.parquet"
+    db = attrdb.open(shutil.copytree(work / "removals.attrdb", tmp_path / "removals.attrdb"))
+    truth = "SELECT * FROM retrainings JOIN counterfactuals USING (retraining_id) ORDER BY retraining_id, sample_id"
+    before = db.sql(truth).to_pylist()
+    n = len({row["retraining_id"] for row in before})
+    assert kept.keep(db, file) == n > 20
+    assert kept.restore(db, file) == (0, 0)
+    db.writer.delete("retrainings", "leave = 'concept'")
+    db.writer.delete("counterfactuals", "retraining_id LIKE '%/concept/%'")
+    db.refresh()
+    assert kept.restore(db, file) == (4, 0)
+    assert db.sql(truth).to_pylist() == before
+    for table in ("retrainings", "counterfactuals"):
+        db.writer.delete(table, "true")
+    db.writer.update("models", "split = 'test'", {"weights_hash": "0" * 64})
+    db.refresh()
+    assert kept.restore(db, file) == (0, n)
+    assert db.sql(truth).to_pylist() == []

@@ -4,6 +4,7 @@
     truth    models of split `test` trained again without each concept, and without random halves
     score    every method: gradients, controls; attribution models, chosen on models of split `val`
     figures  the queries' answers -> FILE
+    keep     what `truth` has found -> truth.parquet; `restore` takes it from there, for models that are the same
 
 Each stage resumes where it was interrupted; `truth` is the long one, some 10 minutes per model on one core. `score` may run
 beside it.
@@ -20,6 +21,7 @@ from pathlib import Path
 import click
 import pyarrow.parquet as pq
 from controls import CONTROLS, Control
+from kept import FILE, keep, restore
 from plan import write_plan
 
 import attrdb
@@ -90,6 +92,21 @@ def truth(work: Path, workers: int, halves: int, images: int) -> None:
     if images:
         some = f"split = 'test' AND model_id < 'test-{images:02d}'"
         command(*shared, some, "--leave", "image", "--samples", NOT_BLENDED)
+
+
+@main.command("keep")
+@click.argument("work", type=click.Path(exists=True, file_okay=False, path_type=Path))
+def keep_truth(work: Path) -> None:
+    """Keep what `truth` has found, in truth.parquet."""
+    click.echo(f"{keep(attrdb.open(database(work)))} retrainings kept in {FILE}")
+
+
+@main.command("restore")
+@click.argument("work", type=click.Path(exists=True, file_okay=False, path_type=Path))
+def restore_truth(work: Path) -> None:
+    """Take what was kept in truth.parquet, in place of training again."""
+    n_same, n_other = restore(attrdb.open(database(work)))
+    click.echo(f"{n_same} retrainings restored; {n_other} are of models or samples that came out otherwise here")
 
 
 @main.command("score")
