@@ -198,7 +198,7 @@ def test_a_method_that_needs_what_is_missing_stops_no_other(db, tmp_path, tiny_b
     ("words", "said"),
     [
         (["d-trak", "in-run", "--method-id", "mine"], "--method-id names one method, and 2 are given"),
-        (["d-trak:2", "d-trak_2"], "d-trak:2, d-trak_2 make 1 ids of methods"),
+        (["d-trak:2", "d-trak_2"], "d-trak:2 and d-trak_2 would both be method 'd_trak_2'"),
     ],
 )
 def test_methods_that_cannot_be_told_apart(db, words, said, monkeypatch):

@@ -17,8 +17,8 @@ def problems(trials):
 
 def test_jobs_that_get_a_signal_at_a_random_moment_and_are_given_again(tmp_path):
     some = tuple(workload for workload in WORKLOADS if workload.name in KILLED)
-    trials = list(kills(2 * len(some), seed=0, folder=tmp_path, workloads=some))
-    assert len(trials) == 2 * len(KILLED)
+    trials = list(kills(len(some), seed=0, folder=tmp_path, workloads=some))
+    assert len(trials) == len(KILLED)
     assert not problems(trials)
     assert sum(trial.inside for trial in trials) >= len(trials) / 2
 

@@ -231,11 +231,15 @@ def score(db: Path, scorers: tuple[str, ...], samples: str, method_id: str | Non
     if any(scoring.name_of(spec) in scoring.BUILT_IN for spec in specs):
         ml("ingest.gradients.scorers")
     loaded = scoring.load_scorers(specs)
-    methods = {scoring.method_id_of(spec, method_id): (spec, loaded[spec]) for spec in specs}
-    if len(methods) < len(specs):
-        raise InvalidValue(
-            f"{', '.join(specs)} make {len(methods)} ids of methods; score them one by one, with --method-id"
-        )
+    methods: dict[str, Any] = {}
+    for spec in specs:
+        scored_by = scoring.method_id_of(spec, method_id)
+        if scored_by in methods:
+            raise InvalidValue(
+                f"{methods[scored_by][0]} and {spec} would both be method {scored_by!r}; score them one by one, with "
+                "--method-id"
+            )
+        methods[scored_by] = spec, loaded[spec]
     with progress(quiet) as advance:
         results = scoring.score_all(attrdb.open(db), methods, samples, advance)
     for scored_by, result in results.items():
