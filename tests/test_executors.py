@@ -2,6 +2,8 @@
 
 import multiprocessing
 import signal
+import subprocess
+import sys
 import threading
 import time
 from contextlib import closing
@@ -292,3 +294,23 @@ def test_a_worker_that_never_starts_costs_an_attempt_and_does_not_hang(tmp_path,
     monkeypatch.setattr(ProcessExecutor, "_start", start)
     queue, _ = work_off(tmp_path, processes(), ["red"], retries=1)
     assert queue.result.failures == {"red": "its worker process ended with exit code 1 (attempt 2)"}
+
+
+@pytest.mark.parametrize(
+    ("platform", "has_gpu", "started"),
+    [("linux", False, "forkserver"), ("linux", True, "spawn"), ("darwin", False, "spawn"), ("win32", False, "spawn")],
+)
+def test_how_workers_are_started(monkeypatch, platform, has_gpu, started):
+    monkeypatch.setattr(executors.sys, "platform", platform)
+    monkeypatch.setattr(executors.torch.cuda, "is_available", lambda: has_gpu)
+    assert executors._context().get_start_method() == started
+
+
+def test_what_workers_fork_from_has_not_imported_what_does_not_survive_a_fork():
+    """Lance warns of it. The import is a process's own, so that no other test has made it."""
+    program = (
+        "import sys, attrdb.ingest.customize.customize, torch\n"
+        "print('lance' in sys.modules, torch.cuda.is_initialized())"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", "False"]
