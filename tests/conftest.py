@@ -149,17 +149,24 @@ def empty(tmp_path: Path):
     return attrdb.create(tmp_path / "toy.attrdb")
 
 
-@pytest.fixture
-def toy(empty):
-    """Three pretraining images at 10, 20 and 90 degrees, and a model with exemplars at 0 and 40 and samples at 2 and 35."""
-    empty.writer.add_encoder(**TOY)
+@pytest.fixture(scope="session")
+def toy_database(tmp_path_factory):
+    """Only to be copied."""
+    db = attrdb.create(tmp_path_factory.mktemp("toy") / "toy.attrdb")
+    db.writer.add_encoder(**TOY)
     corpus = [("p10", "pretraining", None, 10), ("p20", "pretraining", None, 20), ("p90", "pretraining", None, 90)]
-    empty.writer.append_images(rows(corpus))
+    db.writer.append_images(rows(corpus))
     model = [("m/e0", "exemplar", "m", 0), ("m/e40", "exemplar", "m", 40), ("m/0/1", "sample", "m", 2)]
     model += [("m/0/2", "sample", "m", 35)]
     table = rows(model, prompt_scheme=pa.array([None, None, "gpt", "gpt"]))
-    empty.writer.append_model(table, {"model_id": "m", "kind": "style", "n_exemplars": 2, "n_samples": 2})
-    return empty
+    db.writer.append_model(table, {"model_id": "m", "kind": "style", "n_exemplars": 2, "n_samples": 2})
+    return db.path
+
+
+@pytest.fixture
+def toy(toy_database, tmp_path):
+    """Three pretraining images at 10, 20 and 90 degrees, and a model with exemplars at 0 and 40 and samples at 2 and 35."""
+    return attrdb.open(shutil.copytree(toy_database, tmp_path / "toy.attrdb"))
 
 
 class ToyEncoder:

@@ -275,7 +275,7 @@ def test_sql_and_python_agree(toy):
         assert by_id.get(row["image_id"], 0) == pytest.approx(row["influence"], abs=1e-12)
 
 
-def test_questions_that_cannot_be_answered(toy, empty):
+def test_questions_that_cannot_be_answered(toy):
     with pytest.raises(NotFound, match="no image 'nobody'"):
         toy.attribute("nobody")
     with pytest.raises(NotFound, match=r"no encoder 'clip' in .*; it has: toy_2"):
