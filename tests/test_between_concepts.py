@@ -573,7 +573,20 @@ def test_a_sample_without_a_prompt_has_no_prompt_truth(toy):
     assert values(found) == {("b/1", "b/V1*"): (1.0,), ("b/1", "b/V2*"): (0.0,)}
 
 
-# --- intervals --------------------------------------------------------------------------------------------------------
+# --- ranks and intervals --------------------------------------------------------------------------------------------
+
+
+def test_an_average_rank_is_that_of_a_group_with_ties_shared(toy):
+    chance = random.Random(0)
+    rows = [(chance.choice("ab"), chance.choice([None, 1]), chance.randrange(6) / 2) for _ in range(60)]
+    table = pa.table(dict(zip(("one", "other", "figure"), map(list, zip(*rows, strict=True)), strict=True)))
+    found = toy.sql(
+        "SELECT *, average_rank(figure, (one, other)) AS rank FROM rows", relations={"rows": table}
+    ).to_pylist()
+    for row in found:
+        group = [figure for one, other, figure in rows if (one, other) == (row["one"], row["other"])]
+        below, same = sum(each < row["figure"] for each in group), group.count(row["figure"])
+        assert row["rank"] == below + (same + 1) / 2
 
 
 @pytest.mark.parametrize("figures", [[0.5], [1.0, 4.0], [0.1, 0.9, 0.4, 0.4, 2.0, -3.0, 8.0]])

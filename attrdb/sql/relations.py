@@ -22,11 +22,11 @@ from attrdb.store.schema import feature_columns
 ROLE_VIEWS = ("exemplars", "samples", "pretraining_images")
 RESULT_VIEWS = ("truth_scores", "loss_increases", "concept_truth", "concept_gate", "concept_scores")
 STORED = ("exemplar_ranks", "attributions", "calibrations")  # tables that SQL sees through a view of their name
+VALUE_MACROS = ("average_rank", "bootstrap_interval")  # of their arguments alone
 # Each after those that it reads.
 MACROS = (
     "sample_scores",
     "bootstrap_draws",
-    "bootstrap_interval",
     "method_gains",
     "nearest",
     "attribute",
@@ -69,7 +69,7 @@ class Relation:
 @cache
 def relations() -> tuple[Relation, ...]:
     """All views and macros, in the order in which they are made."""
-    return tuple(_read(name, f"{name}.sql") for name in (*ROLE_VIEWS, *STORED, *RESULT_VIEWS, *MACROS))
+    return tuple(_read(name, f"{name}.sql") for name in (*ROLE_VIEWS, *STORED, *VALUE_MACROS, *RESULT_VIEWS, *MACROS))
 
 
 @cache

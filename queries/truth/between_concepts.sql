@@ -24,14 +24,10 @@ WITH ranked AS (
     SELECT
         scores.*,
         samples.prompt_scheme,
-        rank() OVER (one_model ORDER BY scores.share)
-            + (count(*) OVER (one_model ORDER BY scores.share RANGE CURRENT ROW) - 1) / 2 AS share_rank,
-        rank() OVER (one_model ORDER BY scores.truth_share)
-            + (count(*) OVER (one_model ORDER BY scores.truth_share RANGE CURRENT ROW) - 1) / 2 AS truth_share_rank,
-        rank() OVER (one_sample ORDER BY scores.score)
-            + (count(*) OVER (one_sample ORDER BY scores.score RANGE CURRENT ROW) - 1) / 2 AS score_rank,
-        rank() OVER (one_sample ORDER BY scores.truth_share)
-            + (count(*) OVER (one_sample ORDER BY scores.truth_share RANGE CURRENT ROW) - 1) / 2 AS truth_rank,
+        average_rank(scores.share, (scores.method_id, scores.truth, scores.model_id, samples.prompt_scheme)) AS share_rank,
+        average_rank(scores.truth_share, (scores.method_id, scores.truth, scores.model_id, samples.prompt_scheme)) AS truth_share_rank,
+        average_rank(scores.score, (scores.method_id, scores.truth, scores.sample_id)) AS score_rank,
+        average_rank(scores.truth_share, (scores.method_id, scores.truth, scores.sample_id)) AS truth_rank,
         max(scores.score) OVER one_sample = scores.score AS is_top_score,
         max(scores.truth_share) OVER one_sample = scores.truth_share AS is_top_truth
     FROM concept_scores AS scores
@@ -39,9 +35,7 @@ WITH ranked AS (
     WHERE
         NOT $learned
         OR scores.concept_id IN (SELECT concept_id FROM concept_gate WHERE draws = 'fixed' AND is_learned)
-    WINDOW
-        one_model AS (PARTITION BY scores.method_id, scores.truth, scores.model_id, samples.prompt_scheme),
-        one_sample AS (PARTITION BY scores.method_id, scores.truth, scores.sample_id)
+    WINDOW one_sample AS (PARTITION BY scores.method_id, scores.truth, scores.sample_id)
 ),
 per_sample AS (
     SELECT

@@ -21,10 +21,8 @@ WITH ranked AS (
         ranks.method_id,
         increases.model_id,
         increases.sample_id,
-        rank() OVER (one_sample ORDER BY ranks.score)
-            + (count(*) OVER (one_sample ORDER BY ranks.score RANGE CURRENT ROW) - 1) / 2 AS score_rank,
-        rank() OVER (one_sample ORDER BY increases.increase)
-            + (count(*) OVER (one_sample ORDER BY increases.increase RANGE CURRENT ROW) - 1) / 2 AS increase_rank,
+        average_rank(ranks.score, (increases.draws, ranks.method_id, increases.sample_id)) AS score_rank,
+        average_rank(increases.increase, (increases.draws, ranks.method_id, increases.sample_id)) AS increase_rank,
         max(ranks.score) OVER one_sample = ranks.score AS is_top_score,
         max(increases.increase) OVER one_sample = increases.increase AS is_top_increase
     FROM loss_increases AS increases

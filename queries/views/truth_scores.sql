@@ -43,10 +43,8 @@ ranked AS (
         sums.method_id,
         losses.*,
         sums.score,
-        rank() OVER (one_sample ORDER BY sums.score)
-            + (count(*) OVER (one_sample ORDER BY sums.score RANGE CURRENT ROW) - 1) / 2 AS score_rank,
-        rank() OVER (one_sample ORDER BY losses.loss)
-            + (count(*) OVER (one_sample ORDER BY losses.loss RANGE CURRENT ROW) - 1) / 2 AS loss_rank,
+        average_rank(sums.score, (sums.method_id, losses.draws, losses.leave, losses.sample_id)) AS score_rank,
+        average_rank(losses.loss, (sums.method_id, losses.draws, losses.leave, losses.sample_id)) AS loss_rank,
         max(sums.score) OVER one_sample = sums.score AS is_top_score,
         max(losses.loss) OVER one_sample = losses.loss AS is_top_loss
     FROM losses
