@@ -22,8 +22,9 @@ def number(value: float | None) -> str:
 
 
 def of_name(method_id: str) -> str:
-    """Attribution models by their own name."""
-    return f"`{method_id.rpartition('/')[2]}`"
+    """Attribution models by their own name, the encoder of latents by what it encodes."""
+    name = method_id.rpartition("/")[2].removeprefix("torchscript_").partition("_size_")[0]
+    return f"`{name}`"
 
 
 def removals(rows: list[dict]) -> Iterator[str]:
@@ -81,7 +82,12 @@ def tried(rows: Sequence[dict]) -> str:
         kept.setdefault((row["teacher"], row["features"]), []).append(row)
     losses = list(dict.fromkeys(row["loss"] for row in rows))
     body = [
-        [f"`{teacher}`", f"`{features}`", number(of[0]["correlation_before"]), *(best_of(of, loss) for loss in losses)]
+        [
+            f"`{teacher}`",
+            of_name(features),
+            number(of[0]["correlation_before"]),
+            *(best_of(of, loss) for loss in losses),
+        ]
         for (teacher, features), of in kept.items()
     ]
     return (

@@ -53,6 +53,19 @@ def test_the_inverse_is_that_of_a_matrix_of_the_weights_size(gradients, damping)
     assert kernels.inverse(g @ g.T, g @ q, damping) == pytest.approx(twin, rel=1e-8)
 
 
+def test_an_inverse_by_layer_is_that_of_a_matrix_of_blocks(gradients):
+    twin = np.zeros(4)
+    for g, q in gradients:
+        lam = 0.5 * np.trace(g @ g.T) / 4 / 4
+        twin += q @ np.linalg.inv(g.T @ g / 4 + lam * np.eye(g.shape[1])) @ g.T
+    of_layers = np.stack([images @ images.T for images, _ in gradients])
+    queries = np.stack([images @ query for images, query in gradients])
+    assert kernels.inverse_by_layer(of_layers, queries, 0.5) == pytest.approx(twin, rel=1e-8)
+    lengths = np.array([1.0, 10.0, 0.1])  # of the gradients of a layer
+    longer = kernels.inverse_by_layer(of_layers * lengths[:, None, None] ** 2, queries * lengths[:, None] ** 2, 0.5)
+    assert longer == pytest.approx(twin, rel=1e-8)
+
+
 def test_data_inf_is_a_mean_of_inverses_layer_by_layer(gradients):
     twin = np.zeros(4)
     for images, query in gradients:
@@ -180,7 +193,7 @@ def test_methods_at_once_give_the_same_scores_from_fewer_gradients(db, monkeypat
     assert at_once == pytest.approx(one_by_one, rel=1e-5, abs=1e-9)
     assert len(at_once) == len(specs) * n_samples * n_exemplars
     assert n_at_once == 6 * (n_samples + n_exemplars)
-    assert n_one_by_one == 11 * (n_samples + n_exemplars) - n_exemplars  # those of in-run are stored
+    assert n_one_by_one == 12 * (n_samples + n_exemplars) - n_exemplars  # those of in-run are stored
 
 
 def test_a_method_that_needs_what_is_missing_stops_no_other(db, tmp_path, tiny_base, exemplars):  # noqa: F811

@@ -214,10 +214,10 @@ def calibrate(
 def score(db: Path, scorers: tuple[str, ...], samples: str, method_id: str | None, quiet: bool) -> None:
     """Score candidates of samples by each SCORER (NAME or NAME:ARGUMENT), and store the scores.
 
-    SCORER is in-run, gradient-dot, trac-in, gradient-cosine, influence-function, d-trak or data-inf, which score the
-    exemplars of a sample's own model by gradients of its training loss, over 24 draws of noise (NAME:N for N of them), or
-    one that an installed package adds. in-run needs models that were made with --monitor changes; trac-in trains each
-    model again. Give several at once: they share the gradients, which take most of the time.
+    SCORER is in-run, gradient-dot, trac-in, gradient-cosine, influence-function, d-trak, d-trak-layers or data-inf, which
+    score the exemplars of a sample's own model by gradients of its training loss, over 24 draws of noise (NAME:N for N of
+    them), or one that an installed package adds. in-run needs models that were made with --monitor changes; trac-in
+    trains each model again. Give several at once: they share the gradients, which take most of the time.
 
     The methods then work with --method in attribute, evaluate, calibrate and report. Rerunning the command resumes it, and
     scores samples that are new.

@@ -1,26 +1,25 @@
-"""Scores that a method must beat, for `attrdb.ingest.score.score`.
+"""What a method must beat: scores of next to nothing, for `attrdb.ingest.score.score`, and the similarity of latents.
 
 random    a number drawn for each sample and exemplar
 visits    how often training drew the exemplar
 loss      the exemplar's mean training loss, over all its visits
 prompt    1 for exemplars of the concepts that the sample's prompt names, by its weights; nothing of the pictures
 progress  progress of K and V (`attribution_tables`) of the prompt's concepts, by its weights; nothing of the pictures
-latents   cosine of the autoencoder's latents, sample and exemplar; a similarity
 """
 
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import torch.nn.functional as F
+import torch
 
 from attrdb.database import Database
 from attrdb.ingest.customize.base_model import load_base_model
-from attrdb.ingest.customize.denoising import latents_of
-from attrdb.ingest.gradients.model_gradients import pictures
 
 PAIRS = """\
 SELECT samples.image_id AS sample_id, exemplars.image_id AS candidate_id,
@@ -44,7 +43,8 @@ QUERIES = {
     "prompt": ("coalesce(sum(named.share) FILTER (named.concept_id = exemplars.concept_id), 0)", OF_PROMPT),
     "progress": ("coalesce(sum(named.share * progress.value), 0)", TABLE),
 }
-CONTROLS = ("random", *QUERIES, "latents")
+CONTROLS = ("random", *QUERIES)
+ID_COLUMNS = ["sample_id", "candidate_id"]
 
 
 class Control:
@@ -62,19 +62,30 @@ class Control:
             score, joined = QUERIES[self.name]
             yield db.sql(PAIRS.format(score=score, joined=joined), {"ids": list(sample_ids)})
             return
-        pairs = db.sql(PAIRS.format(score="0.0", joined=""), {"ids": list(sample_ids)}).to_pylist()
-        ids = {(row["sample_id"], row["candidate_id"]) for row in pairs}
-        yield pa.Table.from_pylist(
-            [{"sample_id": one, "candidate_id": other, "score": value} for (one, other), value in self._of(db, ids)]
-        )
+        pairs = db.sql(PAIRS.format(score="0.0", joined=""), {"ids": list(sample_ids)}).select(ID_COLUMNS)
+        digests = (hashlib.sha256("/".join(pair.values()).encode()).digest() for pair in pairs.to_pylist())
+        scores = [int.from_bytes(digest[:4]) / 2**32 for digest in digests]
+        yield pairs.append_column("score", pa.array(scores, pa.float64()))
 
-    def _of(self, db: Database, pairs: set[tuple[str, str]]) -> Iterable[tuple[tuple[str, str], float]]:
-        if self.name == "random":
-            for pair in sorted(pairs):
-                yield pair, int.from_bytes(hashlib.sha256("/".join(pair).encode()).digest()[:4]) / 2**32
-            return
-        base = load_base_model("icon-sd")
-        images = pictures(db, sorted({image_id for pair in pairs for image_id in pair}))
-        latents = {image_id: latents_of(base, image).flatten() for image_id, (image, _) in images.items()}
-        for one, other in sorted(pairs):
-            yield (one, other), float(F.cosine_similarity(latents[one], latents[other], dim=0))
+
+class Latents(torch.nn.Module):
+    """The mean of a picture's latents, (n, channels x height x width), of pictures (n, 3, side, side) from -1 to 1."""
+
+    def __init__(self, autoencoder: torch.nn.Module):
+        super().__init__()
+        self.encoder, self.quant_conv = autoencoder.encoder, autoencoder.quant_conv
+
+    def forward(self, pictures: torch.Tensor) -> torch.Tensor:
+        encoded = self.encoder(pictures)
+        moments = encoded if self.quant_conv is None else self.quant_conv(encoded)
+        return moments.chunk(2, dim=1)[0].flatten(1)
+
+
+def save_latents_encoder(file: Path) -> str:
+    """Save the base model's autoencoder as an encoder, see docs/encoders.md; returns its spec."""
+    base = load_base_model("icon-sd")
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")  # of a tracer that is to go, and of shapes that are constant here
+        picture = torch.zeros(1, 3, base.resolution, base.resolution)
+        torch.jit.trace(Latents(base.pipeline.vae).eval(), picture).save(str(file))
+    return f"torchscript:{file.resolve()}?size={base.resolution}&mean=half&std=half"

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import click
 import pyarrow.parquet as pq
-from controls import CONTROLS, Control
+from controls import CONTROLS, Control, save_latents_encoder
 from kept import FILE, keep, restore
 from plan import write_plan
 
@@ -39,10 +39,10 @@ ENCODERS = ("efficientnet-lite0", "pixels:8", "vgg-gram")
 N_CORPUS = 500  # `attrdb evaluate` ranks exemplars among pretraining images; the scores do not depend on them
 NOT_BLENDED = "prompt_scheme <> 'blend'"
 TEMPERATURES = (0.03, 0.1, 0.3)
-LEARNED_ON = ("efficientnet-lite0", "vgg-gram")  # the features of attribution models
-TEACHERS = ("in-run", "d-trak")  # whose scores they learn; the others score the models that are measured
+NOT_LEARNED_ON = ("pixels:8",)  # an attribution model is tried on the features of every other encoder
+TEACHERS = ("in-run", "d-trak-layers")  # whose scores they learn; the others score the models that are measured
 SLOW = ("trac-in",)  # trains the models again, and differentiates at five checkpoints
-COMPARED = ("d_trak", "in_run")  # and attribution models, each with all methods
+COMPARED = ("d_trak_layers", "in_run")  # and attribution models, each with all methods
 AS_PAIRS = "one-hot"  # the loss of mappers: what pairs alone teach
 
 
@@ -74,7 +74,8 @@ def make(work: Path, workers: int) -> None:
     corpus = work / "corpus.parquet"
     pretraining = pq.read_table(bundled_icons(), filters=[("role", "=", "pretraining")])
     pq.write_table(pretraining.slice(0, N_CORPUS), corpus)
-    encoders = [word for spec in ENCODERS for word in ("--encoder", spec)]
+    specs_of_encoders = (*ENCODERS, save_latents_encoder(work / "latents.pt"))
+    encoders = [word for spec in specs_of_encoders for word in ("--encoder", spec)]
     command("ingest", "corpus", database(work), corpus, *encoders)
     command("ingest", "models", database(work), specs, "--base-model", "icon-sd", "--workers", workers, *encoders)
 
@@ -130,20 +131,25 @@ def score_all(work: Path) -> None:
 def learned(db: Database) -> list[dict]:
     """The attribution models that were tried. The best on validation models are chosen, see `groups`."""
     tried = []
-    for teacher, features, name in product(TEACHERS, LEARNED_ON, LOSSES):
+    features = [each for each in db.snapshot.encoders if each not in map(encoder_id_of, NOT_LEARNED_ON)]
+    for teacher, encoder_id, name in product(TEACHERS, features, LOSSES):
         target = method_id_of(teacher)
         for temperature in TEMPERATURES if name in WITH_TEMPERATURE else TEMPERATURES[:1]:
             if name == AS_PAIRS and teacher != TEACHERS[0]:
                 continue  # its pairs are the same
             settings = TableSettings(target=target, loss=name, temperature=temperature)
-            encoder_id = encoder_id_of(features)
-            mapper_id = f"{target}-{name.replace('+', '-')}-v{temperature:g}-{encoder_id}"
+            mapper_id = f"{target}-{name.replace('+', '-')}-v{temperature:g}-{short(encoder_id)}"
             result = train_on_table(db, encoder_id, settings, mapper_id)
             asked = {"teacher": target, "features": encoder_id, "loss": name, "temperature": temperature}
             tried.append(asked | vars(result) | {"chosen": False})
     for group in groups(tried):
         max(group, key=lambda row: row["correlation"])["chosen"] = True
     return tried
+
+
+def short(encoder_id: str) -> str:
+    """Without kind and settings of one that is a file."""
+    return encoder_id.removeprefix("torchscript_").partition("_size_")[0]
 
 
 def groups(tried: list[dict]) -> list[list[dict]]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import numpy as np
 
 DAMPING = 1e-2  # of the mean diagonal of K / n
+LAYER_DAMPING = 1.0  # the same, of one layer; of 0.001 to 1 the best on four models that nothing else is measured on
 DATAINF_DAMPING = 0.1  # of the mean square of a layer's gradients; Kwon et al. 2024, section 5
 
 
@@ -31,6 +32,16 @@ def inverse(kernel: np.ndarray, query: np.ndarray, damping: float = DAMPING) -> 
     n = len(kernel)
     damped = kernel + np.eye(n) * max(damping * np.trace(kernel) / n, np.finfo(kernel.dtype).tiny)
     return n * np.linalg.solve(damped, query)
+
+
+def inverse_by_layer(kernels: np.ndarray, queries: np.ndarray, damping: float = LAYER_DAMPING) -> np.ndarray:
+    """(n,): the sum over layers of their `inverse`: weights of different layers are taken to have nothing in common.
+
+    kernels: (n_layers, n, n); queries: (n_layers, n)
+    source:  ours, after the blocks of influence functions by EK-FAC (Grosse et al. 2023); every layer counts alike, however
+             long its gradients are
+    """
+    return np.sum([inverse(kernel, query, damping) for kernel, query in zip(kernels, queries, strict=True)], axis=0)
 
 
 def data_inf(kernels: np.ndarray, queries: np.ndarray, sizes: np.ndarray) -> np.ndarray:

@@ -7,6 +7,7 @@
     trac-in             the mean of gradient-dot over 5 checkpoints; training is done again for them
     influence-function  Koh and Liang 2017, with the empirical Fisher matrix for the Hessian
     d-trak              Zheng et al. 2024, without its random projection
+    d-trak-layers       the same, layer by layer; ours
     data-inf            Kwon et al. 2024
 
 NAME:N averages gradients over N timesteps and noises in place of 24. Their formulas are in `shared`.

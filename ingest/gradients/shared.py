@@ -71,6 +71,7 @@ FORMULAS = {
     "gradient-cosine": Formula(LOSS, lambda k: kernels.cosine(*k.whole, k.sample_square**0.5)),
     "influence-function": Formula(LOSS, lambda k: kernels.inverse(*k.whole)),
     "d-trak": Formula(SQUARE, lambda k: kernels.inverse(*k.whole)),
+    "d-trak-layers": Formula(SQUARE, lambda k: kernels.inverse_by_layer(k.exemplars, k.sample)),
     "data-inf": Formula(LOSS, lambda k: kernels.data_inf(k.exemplars, k.sample, k.sizes)),
 }
 AT_CHECKPOINTS = "trac-in"  # its scores are a mean over moments of training; the others' are those at its end
