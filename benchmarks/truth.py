@@ -92,8 +92,9 @@ def tried(rows: Sequence[dict]) -> str:
     ]
     return (
         "### Attribution models on validation models\n\nMean rank correlation of cosines with the scores of the teacher, of "
-        "the best temperature v of each loss; `one-hot` learns pairs, and no scores. Of each teacher, and of pairs, the best "
-        "is chosen (bold).\n\n" + table(["teacher", "features", "before", *losses], body)
+        "the best temperature v of each loss; `one-hot` learns pairs, and no scores. Of each teacher and encoder, the best "
+        "is chosen (bold), and beside it the best of pairs.\n\n"
+        + table(["teacher", "features", "before", *losses], body)
     )
 
 

@@ -153,11 +153,12 @@ def short(encoder_id: str) -> str:
 
 
 def groups(tried: list[dict]) -> list[list[dict]]:
-    """By teacher, those of the loss of pairs in a group of their own."""
-    kept = {row["teacher"]: [] for row in tried} | {AS_PAIRS: []}
+    """By encoder and teacher, those of pairs' loss in a group of their own."""
+    kept: dict[tuple[str, str], list[dict]] = {}
     for row in tried:
-        kept[AS_PAIRS if row["loss"] == AS_PAIRS else row["teacher"]].append(row)
-    return [group for group in kept.values() if group]
+        taught_by = AS_PAIRS if row["loss"] == AS_PAIRS else row["teacher"]
+        kept.setdefault((row["features"], taught_by), []).append(row)
+    return list(kept.values())
 
 
 @main.command()
