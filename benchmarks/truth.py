@@ -75,6 +75,19 @@ def interval_of_gain(row: dict) -> str:
     return f"{row['gain']:+.3f} ({row['gain_low']:+.3f} to {row['gain_high']:+.3f})"
 
 
+def within(rows: list[dict]) -> Iterator[str]:
+    """Of fixed draws; nothing where no image was left out."""
+    chosen = [row for row in rows if row["draws"] == "fixed"]
+    if chosen:
+        body = [[of_name(row["method_id"]), interval(row), share(row["top_1"])] for row in chosen]
+        yield (
+            "### Within a concept\n\nRank correlation of the scores of a concept's exemplars with what a sample of this "
+            "concept alone loses without each of them, and how often the exemplar that is missed most comes first. "
+            f"{chosen[0]['n_models']} models, {chosen[0]['n_samples']} samples, four exemplars for each; by chance, the first "
+            "is right in 25 %.\n\n" + table(["method", "rank correlation", "first"], body)
+        )
+
+
 def tried(rows: Sequence[dict]) -> str:
     """The best step of each loss, by teacher and features."""
     kept: dict[tuple[str, str], list[dict]] = {}
@@ -129,6 +142,7 @@ def section(results: dict) -> str:
         between(results["between_concepts"], "prompt", "what the prompt names"),
         between(results["between_concepts"], "fixed", "what samples lose without each concept"),
         between(results["between_learned_concepts"], "fixed", "the same, of learned concepts alone"),
+        *within(results["within_concept"]),
         tried(results["tried"]),
     ]
     if DISCUSSION.exists():

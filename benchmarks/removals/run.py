@@ -84,7 +84,7 @@ def make(work: Path, workers: int) -> None:
 @click.argument("work", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.option("--workers", default=1, show_default=True)
 @click.option("--halves", default=8, show_default=True)
-@click.option("--images", default=6, show_default=True, help="Of so many models, leave out each image.")
+@click.option("--images", default=4, show_default=True, help="Of so many models, leave out each image.")
 def truth(work: Path, workers: int, halves: int, images: int) -> None:
     """Train the models of split `test` again."""
     shared = ("truth", database(work), "--workers", workers, "--models")
@@ -168,7 +168,10 @@ def figures(work: Path, out: Path) -> None:
     """Ask the queries, and write their answers."""
     db = attrdb.open(database(work))
     tried = learned(db)
-    best = [f"{row['features']}/{row['mapper_id']}" for row in tried if row["chosen"] and row["loss"] != AS_PAIRS]
+    best = [
+        max((row for row in tried if row["teacher"] == method_id_of(teacher)), key=lambda row: row["correlation"])
+        for teacher in TEACHERS
+    ]
     answers = {
         name: db.query(name).to_pylist()
         for name in ("removal_intervals", "between_concepts", "within_concept", "learned_concepts")
@@ -176,7 +179,7 @@ def figures(work: Path, out: Path) -> None:
     answers["between_learned_concepts"] = db.query("between_concepts", learned=True).to_pylist()
     answers["gains"] = {
         method: db.query("compare_removals", method=method).to_pylist()
-        for method in (*COMPARED, *best)
+        for method in (*COMPARED, *(f"{row['features']}/{row['mapper_id']}" for row in best))
         if method in db.methods
     }
     retrainings = db.sql(
