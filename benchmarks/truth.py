@@ -83,8 +83,8 @@ def within(rows: list[dict]) -> Iterator[str]:
         yield (
             "### Within a concept\n\nRank correlation of the scores of a concept's exemplars with what a sample of this "
             "concept alone loses without each of them, and how often the exemplar that is missed most comes first. "
-            f"{chosen[0]['n_models']} models, {chosen[0]['n_samples']} samples, four exemplars for each; by chance, the first "
-            "is right in 25 %.\n\n" + table(["method", "rank correlation", "first"], body)
+            f"{chosen[0]['n_models']} models, {chosen[0]['n_samples']} samples, four exemplars for each; by chance, the "
+            "first is right in 25 %.\n\n" + table(["method", "rank correlation", "first"], body)
         )
 
 
