@@ -23,7 +23,7 @@ def number(value: float | None) -> str:
 
 def of_name(method_id: str) -> str:
     """Attribution models by their own name, the encoder of latents by what it encodes."""
-    name = method_id.rpartition("/")[2].removeprefix("torchscript_").partition("_size_")[0]
+    name = method_id.rpartition("/")[2].removeprefix("torchscript_").partition("_mean_")[0]
     return f"`{name}`"
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import click
 import pyarrow.parquet as pq
-from controls import CONTROLS, Control, save_latents_encoder
+from controls import CONTROLS, Control, latents_encoders
 from kept import FILE, keep, restore
 from plan import write_plan
 
@@ -74,7 +74,7 @@ def make(work: Path, workers: int) -> None:
     corpus = work / "corpus.parquet"
     pretraining = pq.read_table(bundled_icons(), filters=[("role", "=", "pretraining")])
     pq.write_table(pretraining.slice(0, N_CORPUS), corpus)
-    specs_of_encoders = (*ENCODERS, save_latents_encoder(work / "latents.pt"))
+    specs_of_encoders = (*ENCODERS, *latents_encoders(work / "latents.pt"))
     encoders = [word for spec in specs_of_encoders for word in ("--encoder", spec)]
     command("ingest", "corpus", database(work), corpus, *encoders)
     command("ingest", "models", database(work), specs, "--base-model", "icon-sd", "--workers", workers, *encoders)
@@ -148,8 +148,8 @@ def learned(db: Database) -> list[dict]:
 
 
 def short(encoder_id: str) -> str:
-    """Without kind and settings of one that is a file."""
-    return encoder_id.removeprefix("torchscript_").partition("_size_")[0]
+    """Without the kind and most settings of one that is a file."""
+    return encoder_id.removeprefix("torchscript_").partition("_mean_")[0]
 
 
 def groups(tried: list[dict]) -> list[list[dict]]:
