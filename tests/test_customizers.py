@@ -275,7 +275,7 @@ def test_regenerates_the_stored_samples(empty, exemplar_folder, tiny_base, metho
     ]
 
 
-def test_what_cannot_be_regenerated(empty, exemplar_folder, tiny_base, toy_encoder, toy):
+def test_what_cannot_be_regenerated(exemplar_folder, tiny_base, toy_encoder, toy):
     with pytest.raises(NotFound, match="no customized model 'vase-9'"):
         next(ingest_one.regenerate(toy, "vase-9"))
     with pytest.raises(InvalidValue, match="'m' was imported without its weights"):

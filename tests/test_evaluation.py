@@ -152,7 +152,7 @@ def test_evaluating_again_changes_nothing(toy):
     assert toy.sql("SELECT * EXCLUDE (images_version) FROM exemplar_ranks ORDER BY ALL").to_pylist() == before
 
 
-def test_evaluations_that_cannot_be_made(toy, empty, tmp_path):
+def test_evaluations_that_cannot_be_made(toy, tmp_path):
     with pytest.raises(InvalidValue, match="gallery is 'mine'; it must be own or all"):
         evaluate(toy, gallery="mine")
     with pytest.raises(NotFound, match="no method 'clip'"):

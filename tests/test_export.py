@@ -75,9 +75,9 @@ def test_a_duckdb_file_needs_nothing_but_duckdb(pictured, tmp_path):
         assert (types["toy_2"], types["image"]) == ("FLOAT[2]", "BLOB")
         counts = {
             view: connection.sql(f"SELECT count(*) FROM {view}").fetchall()[0][0]
-            for view in ("exemplars", "samples", "pretraining_images")
+            for view in ("exemplars", "samples", "pretraining_images", "truth_scores")
         }
-        assert counts == {"exemplars": 2, "samples": 2, "pretraining_images": 4}
+        assert counts == {"exemplars": 2, "samples": 2, "pretraining_images": 4, "truth_scores": 0}
         nearest = connection.sql(
             "SELECT image_id FROM pretraining_images WHERE toy_2 IS NOT NULL "
             "ORDER BY array_cosine_similarity(toy_2, [1, 0]::FLOAT[2]) DESC"

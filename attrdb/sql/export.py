@@ -16,6 +16,7 @@ from attrdb import formats
 from attrdb.errors import AttrdbError, InvalidValue, StorageError
 from attrdb.progress import Progress, no_progress
 from attrdb.sql.connection import method_table, shown_relations, table_name
+from attrdb.sql.relations import VALUE_MACROS
 from attrdb.store.lance_errors import storage
 from attrdb.store.predicates import literal
 from attrdb.store.schema import SHOWN_WITH_MODEL, feature_columns
@@ -167,7 +168,7 @@ def _write_duckdb(snapshot: Snapshot, file: Path, left_out: set[str], report: Pr
             connection.unregister("_rows")
             counts[name] = connection.sql(f'SELECT count(*) FROM "{table_name(name, snapshot)}"').fetchall()[0][0]
         for view in shown_relations(snapshot):
-            if not view.arguments:
+            if not view.arguments or view.name in VALUE_MACROS:
                 connection.execute(view.create)
     return counts
 

@@ -7,7 +7,7 @@
 -- param  $n_replicates  INTEGER = 1000 number of bootstrap replicates, >= 1
 -- param  $seed          INTEGER = 0 seed of the bootstrap
 -- param  $learned       BOOLEAN = false count only concepts that concept_gate finds learned, with fixed draws
--- reads  bootstrap_interval, concept_gate, concept_scores, samples
+-- reads  average_rank, bootstrap_interval, concept_gate, concept_scores, samples
 -- column truth                 VARCHAR prompt, fixed or redrawn
 -- column prompt_scheme         VARCHAR
 -- column method_id             VARCHAR

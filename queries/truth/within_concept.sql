@@ -6,7 +6,7 @@
 -- grain  one row per kind of draws and method, best correlation first
 -- param  $n_replicates  INTEGER = 1000 number of bootstrap replicates, >= 1
 -- param  $seed          INTEGER = 0 seed of the bootstrap
--- reads  bootstrap_interval, concept_truth, exemplar_ranks, exemplars, loss_increases
+-- reads  average_rank, bootstrap_interval, concept_truth, exemplar_ranks, exemplars, loss_increases
 -- column draws            VARCHAR fixed or redrawn
 -- column method_id        VARCHAR
 -- column n_models         BIGINT
