@@ -2,8 +2,6 @@
 
 import multiprocessing
 import signal
-import subprocess
-import sys
 import threading
 import time
 from contextlib import closing
@@ -304,13 +302,3 @@ def test_how_workers_are_started(monkeypatch, platform, has_gpu, started):
     monkeypatch.setattr(executors.sys, "platform", platform)
     monkeypatch.setattr(executors.torch.cuda, "is_available", lambda: has_gpu)
     assert executors._context().get_start_method() == started
-
-
-def test_what_workers_fork_from_has_not_imported_what_does_not_survive_a_fork():
-    """Lance warns of it. The import is a process's own, so that no other test has made it."""
-    program = (
-        "import sys, attrdb.ingest.customize.customize, torch\n"
-        "print('lance' in sys.modules, torch.cuda.is_initialized())"
-    )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["False", "False"]

@@ -175,7 +175,9 @@ def test_methods_at_once_give_the_same_scores_from_fewer_gradients(db, monkeypat
     """Those of the loss and those of the output's square, once each; checkpoints before the last besides."""
     counted, of_image = [], ModelGradients.of_image
     monkeypatch.setattr(ModelGradients, "of_image", lambda *args: counted.append(args[-1]) or of_image(*args))
-    specs = [f"{name}:3" for name in BUILT_IN]
+    [method] = db.sql("SELECT method FROM models")["method"].to_pylist()
+    replayed = method == "custom-diffusion"  # of one method: it takes long
+    specs = [f"{name}:3" for name in BUILT_IN if replayed or name != "trac-in"]
 
     def scored(*groups):
         counted.clear()
@@ -192,8 +194,10 @@ def test_methods_at_once_give_the_same_scores_from_fewer_gradients(db, monkeypat
     n_samples, n_exemplars = len(ids(db, "samples")), len(ids(db, "exemplars"))
     assert at_once == pytest.approx(one_by_one, rel=1e-5, abs=1e-9)
     assert len(at_once) == len(specs) * n_samples * n_exemplars
-    assert n_at_once == 6 * (n_samples + n_exemplars)
-    assert n_one_by_one == 12 * (n_samples + n_exemplars) - n_exemplars  # those of in-run are stored
+    earlier = 4 if replayed else 0  # checkpoints
+    assert n_at_once == (2 + earlier) * (n_samples + n_exemplars)
+    n_alone = 7 + (1 + earlier if replayed else 0)
+    assert n_one_by_one == n_alone * (n_samples + n_exemplars) - n_exemplars  # those of in-run are stored
 
 
 def test_a_method_that_needs_what_is_missing_stops_no_other(db, tmp_path, tiny_base, exemplars):  # noqa: F811

@@ -21,6 +21,8 @@ CORE = {"lance", "duckdb"}
         ("attrdb.training.evaluate", CORE),
         ("attrdb.ingest.score", CORE),
         ("attrdb.ingest.encode.add_encoder", CORE),
+        # What workers fork from: neither Lance nor DuckDB, which would not survive it.
+        ("attrdb.ingest.customize.customize", {"torch", "diffusers", "transformers"}),
     ],
 )
 def test_heavy_packages_that_an_import_loads(module, loaded):
