@@ -90,7 +90,8 @@ def work(programs, tmp_path_factory):
             "TEMPERATURES": (0.1,),
             "LOSSES": ("soft", "one-hot"),
             "TableSettings": partial(run.TableSettings, steps=20),
-            "BUILT_IN": ("in-run", "d-trak-layers"),
+            "BUILT_IN": ("in-run",),
+            "TEACHERS": ("in-run",),
             "SLOW": ("gradient-dot",),
         }
         for name, value in changed.items():
@@ -109,8 +110,8 @@ def test_every_stage_runs_and_the_section_is_written(programs, work):
     controls = programs["controls"].CONTROLS
     methods = {row["method_id"].rpartition("/")[2] for row in found["removal_intervals"]}
     chosen = {row["mapper_id"] for row in found["tried"] if row["chosen"]}
-    assert methods == {"pixels_8", *LATENTS, "in_run", "d_trak_layers", "gradient_dot", *controls, *chosen}
-    assert len(chosen) == 6
+    assert methods == {"pixels_8", *LATENTS, "in_run", "gradient_dot", *controls, *chosen}
+    assert len(chosen) == 4
     assert len(found["learned_concepts"]) == 4
     page = programs["truth"].section(found)
     for title in ("### Without random halves (LDS)", "### Between concepts: what the prompt names", "`in_run`"):
