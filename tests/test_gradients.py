@@ -172,7 +172,7 @@ def test_every_sample_has_a_score_of_each_exemplar_of_its_model(db, name):
 
 
 def test_methods_at_once_give_the_same_scores_from_fewer_gradients(db, monkeypatch):
-    """Those of the loss and those of the output's square, once each; checkpoints before the last besides."""
+    """Those of the loss and those of the output's square, once each, and those of checkpoints."""
     counted, of_image = [], ModelGradients.of_image
     monkeypatch.setattr(ModelGradients, "of_image", lambda *args: counted.append(args[-1]) or of_image(*args))
     [method] = db.sql("SELECT method FROM models")["method"].to_pylist()
@@ -194,9 +194,9 @@ def test_methods_at_once_give_the_same_scores_from_fewer_gradients(db, monkeypat
     n_samples, n_exemplars = len(ids(db, "samples")), len(ids(db, "exemplars"))
     assert at_once == pytest.approx(one_by_one, rel=1e-5, abs=1e-9)
     assert len(at_once) == len(specs) * n_samples * n_exemplars
-    earlier = 4 if replayed else 0  # checkpoints
-    assert n_at_once == (2 + earlier) * (n_samples + n_exemplars)
-    n_alone = 7 + (1 + earlier if replayed else 0)
+    at_checkpoints = 5 if replayed else 0
+    assert n_at_once == (2 + at_checkpoints) * (n_samples + n_exemplars)
+    n_alone = 7 + at_checkpoints
     assert n_one_by_one == n_alone * (n_samples + n_exemplars) - n_exemplars  # those of in-run are stored
 
 

@@ -23,9 +23,10 @@ import pyarrow as pa
 
 from attrdb.database import Database
 from attrdb.errors import InvalidValue
+from attrdb.ingest.customize.base_model import OneBaseModel
 from attrdb.ingest.customize.denoising import DRAWS
 from attrdb.ingest.gradients.checkpoints import N_CHECKPOINTS
-from attrdb.ingest.gradients.shared import SharedGradients
+from attrdb.ingest.gradients.shared import SharedGradients, shares_with
 from attrdb.store.predicates import among
 
 
@@ -73,11 +74,14 @@ class GradientScorer:
 
 
 def gradient_scorers(specs: Sequence[str]) -> dict[str, GradientScorer]:
-    """By spec, NAME or NAME:DRAWS; those over the same number of draws share their gradients."""
+    """By spec, NAME or NAME:DRAWS; those that have gradients in common share them, and all share the base model."""
+    bases, groups = OneBaseModel(), dict[Any, list[str]]()
     words = {spec: spec.partition(":") for spec in specs}
-    draws = {spec: n_draws(name, argument) for spec, (name, _, argument) in words.items()}
-    shared = {n: SharedGradients(n, [words[spec][0] for spec in specs if draws[spec] == n]) for n in draws.values()}
-    return {spec: GradientScorer(name, argument, shared[draws[spec]]) for spec, (name, _, argument) in words.items()}
+    key_of = {spec: (n_draws(name, argument), *shares_with(name)) for spec, (name, _, argument) in words.items()}
+    for spec, (name, _, _) in words.items():
+        groups.setdefault(key_of[spec], []).append(name)
+    shared = {key: SharedGradients(key[0], names, bases) for key, names in groups.items()}
+    return {spec: GradientScorer(name, argument, shared[key_of[spec]]) for spec, (name, _, argument) in words.items()}
 
 
 def n_draws(name: str, argument: str) -> int:

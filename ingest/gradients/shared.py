@@ -96,17 +96,24 @@ class ModelScores:
         return name in self.failures or set(sample_ids) <= self.scores[name].keys() | self.unscored.keys()
 
 
+def shares_with(name: str) -> tuple[str, bool]:
+    """Methods with the same value have the gradients of a sample in common."""
+    return FORMULAS[name].measured, name == AT_CHECKPOINTS
+
+
 class SharedGradients:
-    """Gradients over the same draws of noise, for several methods.
+    """Gradients over the same draws of noise, for methods that have them in common, see `shares_with`.
 
     names: of FORMULAS; whichever is asked first has the samples scored by all of them
+    bases: the base model that others use too; None: its own
     """
 
-    def __init__(self, n_draws: int, names: Sequence[str]):
+    def __init__(self, n_draws: int, names: Sequence[str], bases: OneBaseModel | None = None):
         self.n_draws, self.names = n_draws, list(names)
-        self._bases = OneBaseModel()
+        [(self.measured, self.at_checkpoints)] = {shares_with(name) for name in names}
+        self._bases = bases or OneBaseModel()
         self._waiting: dict[tuple[str, str], ModelScores] = {}
-        self._replayed: tuple[str, list[Delta]] | None = None
+        self._replayed: tuple[tuple[str, str], list[Delta]] | None = None
 
     def of_model(self, db: Database, model_id: str, sample_ids: Sequence[str], name: str) -> ModelScores:
         """The scores of a model's samples, among them those by one method: its caller takes them out."""
@@ -139,28 +146,22 @@ class SharedGradients:
         found.unscored = {each: "its picture is not stored" for each in sample_ids if each not in stored}
         samples = {each: stored[each] for each in sample_ids if each in stored}
         base = self._bases.load(row["base_model"])
-        earlier = self._checkpoints(db, model_id, base, found)[:-1]
+        moments = self._checkpoints(db, model_id, base) if self.at_checkpoints else [delta]
         of_run = self._of_run(db, row, delta, found)
-        names = [name for name in self.names if name not in found.failures]
-        moments = [(moment, [AT_CHECKPOINTS]) for moment in earlier] + [(delta, names)]
         added: dict[tuple[str, str], list[np.ndarray]] = {}
-        for moment, of_moment in moments:
+        for moment in moments:
             with opened(base, row, moment, self.n_draws) as model:
-                for pair, scores in _scores_at(model, of_moment, trained_on, of_run, samples).items():
+                names = [name for name in self.names if name not in found.failures]
+                for pair, scores in self._at_moment(model, names, trained_on, of_run, samples).items():
                     added.setdefault(pair, []).append(scores)
         for (name, sample_id), of_moments in added.items():
             found.scores[name][sample_id] = np.mean(of_moments, axis=0)
 
-    def _checkpoints(self, db: Database, model_id: str, base: BaseModel, found: ModelScores) -> list[Delta]:
-        """The last are the stored weights. Those of the last model are kept: it may be asked for in several parts."""
-        if AT_CHECKPOINTS not in self.names:
-            return []
-        if self._replayed is None or self._replayed[0] != model_id:
-            try:
-                self._replayed = model_id, checkpoints(db, model_id, base)
-            except (InvalidValue, NotFound) as error:
-                found.failures[AT_CHECKPOINTS] = error
-                return []
+    def _checkpoints(self, db: Database, model_id: str, base: BaseModel) -> list[Delta]:
+        """Those of the last model are kept: it may be asked for in several parts."""
+        key = str(db.path), model_id
+        if self._replayed is None or self._replayed[0] != key:
+            self._replayed = key, checkpoints(db, model_id, base)
         return self._replayed[1]
 
     def _of_run(self, db: Database, row: Row, delta: Delta, found: ModelScores) -> dict[str, torch.Tensor]:
@@ -180,44 +181,32 @@ class SharedGradients:
         order = [kept.exemplars.index(image_id) for image_id in found.exemplars]
         return {name: sums[order].flatten(1) for name, sums in kept.sums.items()}
 
-
-def _scores_at(
-    model: ModelGradients,
-    names: Sequence[str],
-    exemplars: Mapping[str, Picture],
-    of_run: Mapping[str, torch.Tensor],
-    samples: Mapping[str, Picture],
-) -> dict[tuple[str, str], np.ndarray]:
-    """(n_exemplars,) by method and sample_id, with the weights of one moment."""
-    sides: dict[tuple[str, str], Gradients] = {}
-    for formula in (FORMULAS[name] for name in names):
-        side = formula.exemplars, formula.measured
-        if side not in sides:
-            sides[side] = (
-                [of_run[name] for name in model.parameters]
-                if formula.exemplars == "run"
-                else _of_images(model, exemplars, formula.measured)
-            )
-    squares = {side: _products(gradients, gradients) for side, gradients in sides.items()}
-    sizes = np.array(model.sizes())
-    found = {}
-    for sample_id, (image, prompt) in samples.items():
-        of_sample = {
-            measured: model.of_image(image, prompt or "", measured) for measured in {side[1] for side in sides}
-        }
-        products = {
-            side: Kernels(
-                squares[side],
-                _products(gradients, [part[None] for part in of_sample[side[1]]])[:, :, 0],
-                float(sum(part.square().sum() for part in of_sample[side[1]])),
-                sizes,
-            )
-            for side, gradients in sides.items()
-        }
-        for name in names:
-            formula = FORMULAS[name]
-            found[name, sample_id] = formula.scores(products[formula.exemplars, formula.measured])
-    return found
+    def _at_moment(
+        self,
+        model: ModelGradients,
+        names: Sequence[str],
+        exemplars: Mapping[str, Picture],
+        of_run: Mapping[str, torch.Tensor],
+        samples: Mapping[str, Picture],
+    ) -> dict[tuple[str, str], np.ndarray]:
+        """(n_exemplars,) by method and sample_id, with the weights of one moment."""
+        sides = {FORMULAS[name].exemplars for name in names}
+        multiplied = {"run": [of_run[name] for name in model.parameters]} if "run" in sides else {}
+        if "moment" in sides:
+            multiplied["moment"] = _of_images(model, exemplars, self.measured)
+        squares = {side: _products(gradients, gradients) for side, gradients in multiplied.items()}
+        sizes = np.array(model.sizes())
+        found = {}
+        for sample_id, (image, prompt) in samples.items():
+            of_sample = [part[None] for part in model.of_image(image, prompt or "", self.measured)]
+            square = float(sum(part.square().sum() for part in of_sample))
+            kernels_of = {
+                side: Kernels(squares[side], _products(gradients, of_sample)[:, :, 0], square, sizes)
+                for side, gradients in multiplied.items()
+            }
+            for name in names:
+                found[name, sample_id] = FORMULAS[name].scores(kernels_of[FORMULAS[name].exemplars])
+        return found
 
 
 def _of_images(model: ModelGradients, images: Mapping[str, Picture], measured: str) -> Gradients:
