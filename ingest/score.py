@@ -31,7 +31,16 @@ from attrdb.store.schema import TABLES
 from attrdb.store.snapshot import Snapshot
 
 GROUP = "attrdb.methods"
-BUILT_IN = ("in-run", "gradient-dot", "trac-in", "gradient-cosine", "influence-function", "d-trak", "d-trak-layers", "data-inf")
+BUILT_IN = (
+    "in-run",
+    "gradient-dot",
+    "trac-in",
+    "gradient-cosine",
+    "influence-function",
+    "d-trak",
+    "d-trak-layers",
+    "data-inf",
+)
 ATTRIBUTES = {
     "unit": (str,),
     "lowest": (int, float, type(None)),

@@ -1,6 +1,6 @@
 """Several gradient methods at once: what they share is computed once.
 
-A sample's gradient takes as long as a step of training; a method's formula on inner products of gradients takes next to nothing.
+A sample's gradient takes as long as a step of training; a formula on inner products of gradients takes next to nothing.
 """
 
 from __future__ import annotations
