@@ -22,9 +22,13 @@ def number(value: float | None) -> str:
 
 
 def of_name(method_id: str) -> str:
-    """Attribution models by their own name, the encoder of latents by what it encodes."""
-    name = method_id.rpartition("/")[2].removeprefix("torchscript_").partition("_mean_")[0]
-    return f"`{name}`"
+    """Attribution models by their own name."""
+    return f"`{short(method_id.rpartition('/')[2])}`"
+
+
+def short(encoder_id: str) -> str:
+    """Without the kind and most settings of one that is a file."""
+    return encoder_id.removeprefix("torchscript_").partition("_mean_")[0]
 
 
 def removals(rows: list[dict]) -> Iterator[str]:

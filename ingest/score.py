@@ -128,6 +128,7 @@ def score(
     """As `score_all`, by one method.
 
     method_id: of the method in the database; made from the spec for None
+    raises:    InvalidValue for a wrong id, and as `score_all`
     """
     method_id = method_id_of(spec, method_id)
     return score_all(db, {method_id: (spec, scorer)}, samples, report)[method_id]
@@ -152,7 +153,7 @@ def score_all(
     for method_id, (spec, scorer) in methods.items():
         _register(db, method_id, spec, scorer)
     snapshot = db.snapshot
-    known = db.images(f"role = 'sample' AND ({samples})", ["image_id"])["image_id"].to_pylist()
+    known = set(db.images(f"role = 'sample' AND ({samples})", ["image_id"])["image_id"].to_pylist())
     if not known:
         raise NotFound(f"no sample of {db.path} fulfils {samples!r}")
     candidates = pc.unique(db.images(CANDIDATES, ["image_id"])["image_id"].combine_chunks())
@@ -167,12 +168,12 @@ def score_all(
                 report("score", len(known) - len(waiting) + start, len(known), f"by {scoring.method_id}")
                 scoring.store(waiting[start : start + SAMPLES_PER_COMMIT])
         report("score", len(known), len(known))
-        return {scoring.method_id: scoring.job.result(set(known)) for scoring in scorings}
+        return {scoring.method_id: scoring.job.result(known) for scoring in scorings}
 
 
 @contextmanager
 def _job(
-    db: Database, method_id: str, spec: str, scorer: Scorer, samples: str, known: Sequence[str]
+    db: Database, method_id: str, spec: str, scorer: Scorer, samples: str, known: set[str]
 ) -> Iterator[tuple[Job, set[str]]]:
     """The job of one method, and the samples that have no scores by it yet."""
     with (
@@ -180,7 +181,7 @@ def _job(
         jobs.running(db.writer, "score", method_id, {"spec": spec, "samples": samples} | scorer.settings) as job,
     ):
         scored = db.snapshot.rows("scores", f"method_id = {literal(method_id)}", ["sample_id"])
-        left = set(known) - {row["sample_id"] for row in scored}
+        left = known - {row["sample_id"] for row in scored}
         job.n_stored = len(known) - len(left)
         yield job, left
 

@@ -1,6 +1,5 @@
 """Gradient methods: algebra against slow twins of the weights' size, gradients against autograd, and the command."""
 
-import importlib
 import json
 import re
 import shutil
@@ -22,8 +21,8 @@ from attrdb.ingest.customize.customize import apply_delta, encode_prompts
 from attrdb.ingest.customize.denoising import Draws
 from attrdb.ingest.gradients import kernels, scorers
 from attrdb.ingest.gradients.checkpoints import checkpoints
+from attrdb.ingest.gradients.formulas import FORMULAS, Kernels
 from attrdb.ingest.gradients.model_gradients import ModelGradients, model_row, opened, pictures
-from attrdb.ingest.gradients.shared import FORMULAS, Kernels
 from attrdb.ingest.monitor.files import read_gradients
 from attrdb.ingest.score import BUILT_IN, load_scorers, score, score_all
 
@@ -200,7 +199,7 @@ def test_methods_at_once_give_the_same_scores_from_fewer_gradients(db, monkeypat
     assert n_one_by_one == n_alone * (n_samples + n_exemplars) - n_exemplars  # those of in-run are stored
 
 
-def test_a_method_that_needs_what_is_missing_stops_no_other(db, tmp_path, tiny_base, exemplars):  # noqa: F811
+def test_a_method_that_needs_what_is_missing_stops_no_other(db, tmp_path, tiny_base, exemplars, monkeypatch):  # noqa: F811
     other = attrdb.open(shutil.copytree(db.path, tmp_path / "other.attrdb"))
     ingest(other, exemplars, tiny_base, ToyEncoder(), "unwatched", monitor="off")
     done = CliRunner().invoke(main, ["score", str(other.path), "in-run:5", "d-trak:5", "gradient-dot:5"])
@@ -209,6 +208,9 @@ def test_a_method_that_needs_what_is_missing_stops_no_other(db, tmp_path, tiny_b
     assert f"{n // 2} samples scored by in_run_5, 0 were already, {n // 2} got no score" in done.stderr
     assert f"{n} samples scored by d_trak_5, 0 were already\n" in done.stderr
     assert f"{n} samples scored by gradient_dot_5, 0 were already\n" in done.stderr
+    monkeypatch.setattr(ModelGradients, "of_image", None)  # where no method can score, no gradient is computed
+    result = score(other, "in-run:6", load_scorers(["in-run:6"])["in-run:6"], "model_id = 'unwatched'")
+    assert len(result.failures) == n // 2
 
 
 @pytest.mark.parametrize(
@@ -218,9 +220,7 @@ def test_a_method_that_needs_what_is_missing_stops_no_other(db, tmp_path, tiny_b
         (["d-trak:2", "d-trak_2"], "d-trak:2 and d-trak_2 would both be method 'd_trak_2'"),
     ],
 )
-def test_methods_that_cannot_be_told_apart(db, words, said, monkeypatch):
-    scoring = importlib.import_module("attrdb.ingest.score")
-    monkeypatch.setattr(scoring, "load_scorers", dict.fromkeys)
+def test_methods_that_cannot_be_told_apart(db, words, said):
     done = CliRunner().invoke(main, ["score", str(db.path), *words])
     assert done.exit_code == 1
     assert said in done.stderr

@@ -112,4 +112,4 @@ LOSSES: dict[str, Callable[[Batch, float], torch.Tensor]] = {
     "rank-bce": rank_bce,
     "soft+regression": soft_and_regression,
 }
-WITH_TEMPERATURE = LOSSES.keys() - {"regression", "rank-bce"}
+WITH_TEMPERATURE = LOSSES.keys() - {"regression", "rank-bce"}  # the others are the same at every temperature

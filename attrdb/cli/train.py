@@ -228,18 +228,18 @@ def score(db: Path, scorers: tuple[str, ...], samples: str, method_id: str | Non
     specs = list(dict.fromkeys(scorers))
     if method_id is not None and len(specs) > 1:
         raise InvalidValue(f"--method-id names one method, and {len(specs)} are given; score them one by one")
-    if any(scoring.name_of(spec) in scoring.BUILT_IN for spec in specs):
-        ml("ingest.gradients.scorers")
-    loaded = scoring.load_scorers(specs)
-    methods: dict[str, Any] = {}
+    spec_of: dict[str, str] = {}
     for spec in specs:
         scored_by = scoring.method_id_of(spec, method_id)
-        if scored_by in methods:
+        if scored_by in spec_of:
             raise InvalidValue(
-                f"{methods[scored_by][0]} and {spec} would both be method {scored_by!r}; score them one by one, with "
-                "--method-id"
+                f"{spec_of[scored_by]} and {spec} would both be method {scored_by!r}; score them one by one, with --method-id"
             )
-        methods[scored_by] = spec, loaded[spec]
+        spec_of[scored_by] = spec
+    if any(scoring.name_of(spec) in scoring.BUILT_IN for spec in specs):
+        ml("ingest.gradients.scorers")
+    scorers_of = scoring.load_scorers(specs)
+    methods = {scored_by: (spec, scorers_of[spec]) for scored_by, spec in spec_of.items()}
     with progress(quiet) as advance:
         results = scoring.score_all(attrdb.open(db), methods, samples, advance)
     for scored_by, result in results.items():

@@ -34,6 +34,7 @@ from attrdb.training.table_losses import LOSSES, WITH_TEMPERATURE
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from machine import describe
+from truth import short
 
 ENCODERS = ("efficientnet-lite0", "pixels:8", "vgg-gram")
 N_CORPUS = 500  # `attrdb evaluate` ranks exemplars among pretraining images; the scores do not depend on them
@@ -145,11 +146,6 @@ def learned(db: Database) -> list[dict]:
     for group in groups(tried):
         max(group, key=lambda row: row["correlation"])["chosen"] = True
     return tried
-
-
-def short(encoder_id: str) -> str:
-    """Without the kind and most settings of one that is a file."""
-    return encoder_id.removeprefix("torchscript_").partition("_mean_")[0]
 
 
 def groups(tried: list[dict]) -> list[list[dict]]:

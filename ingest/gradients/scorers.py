@@ -10,7 +10,7 @@
     d-trak-layers       the same, layer by layer; ours
     data-inf            Kwon et al. 2024
 
-NAME:N averages gradients over N timesteps and noises in place of 24. Their formulas are in `shared`.
+NAME:N averages gradients over N timesteps and noises in place of 24. Their formulas are in `formulas`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ from attrdb.errors import InvalidValue
 from attrdb.ingest.customize.base_model import OneBaseModel
 from attrdb.ingest.customize.denoising import DRAWS
 from attrdb.ingest.gradients.checkpoints import N_CHECKPOINTS
-from attrdb.ingest.gradients.shared import SharedGradients, shares_with
+from attrdb.ingest.gradients.formulas import shares_with
+from attrdb.ingest.gradients.shared import SharedGradients
 from attrdb.store.predicates import among
 
 

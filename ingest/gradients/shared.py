@@ -6,7 +6,7 @@ A sample's gradient takes as long as a step of training; a formula on inner prod
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -17,11 +17,9 @@ from attrdb.database import Database
 from attrdb.errors import AttrdbError, InvalidValue, NotFound
 from attrdb.ingest.customize.base_model import BaseModel, OneBaseModel
 from attrdb.ingest.customize.customize import Delta
-from attrdb.ingest.gradients import kernels
 from attrdb.ingest.gradients.checkpoints import checkpoints
+from attrdb.ingest.gradients.formulas import FORMULAS, Kernels, shares_with
 from attrdb.ingest.gradients.model_gradients import (
-    LOSS,
-    SQUARE,
     ModelGradients,
     differentiated,
     model_row,
@@ -35,46 +33,6 @@ from attrdb.store.schema import Row
 Gradients = list[torch.Tensor]  # by trained weight, flat; of several images (n, size)
 Picture = tuple[Image.Image, str | None]  # with its prompt
 MODELS_KEPT = 256  # whose scores wait to be asked for: a commit has samples of no more
-
-
-@dataclass(frozen=True)
-class Kernels:
-    """Inner products by layer: of the exemplars (n_layers, n, n), of a sample with them (n_layers, n), and with itself."""
-
-    exemplars: np.ndarray
-    sample: np.ndarray
-    sample_square: float
-    sizes: np.ndarray
-
-    @property
-    def whole(self) -> tuple[np.ndarray, np.ndarray]:
-        return self.exemplars.sum(axis=0), self.sample.sum(axis=0)
-
-
-@dataclass(frozen=True)
-class Formula:
-    """What a method multiplies a sample's gradient by, and what it makes of the products.
-
-    measured: what is differentiated: LOSS or SQUARE
-    exemplars: whether their gradients are those of this 'moment' of training, or of the whole 'run'
-    """
-
-    measured: str
-    scores: Callable[[Kernels], np.ndarray]
-    exemplars: str = "moment"
-
-
-FORMULAS = {
-    "in-run": Formula(LOSS, lambda k: k.whole[1], "run"),
-    "gradient-dot": Formula(LOSS, lambda k: k.whole[1]),
-    "trac-in": Formula(LOSS, lambda k: k.whole[1]),
-    "gradient-cosine": Formula(LOSS, lambda k: kernels.cosine(*k.whole, k.sample_square**0.5)),
-    "influence-function": Formula(LOSS, lambda k: kernels.inverse(*k.whole)),
-    "d-trak": Formula(SQUARE, lambda k: kernels.inverse(*k.whole)),
-    "d-trak-layers": Formula(SQUARE, lambda k: kernels.inverse_by_layer(k.exemplars, k.sample)),
-    "data-inf": Formula(LOSS, lambda k: kernels.data_inf(k.exemplars, k.sample, k.sizes)),
-}
-AT_CHECKPOINTS = "trac-in"  # its scores are a mean over moments of training; the others' are those at its end
 
 
 @dataclass
@@ -94,11 +52,6 @@ class ModelScores:
 
     def holds(self, name: str, sample_ids: Sequence[str]) -> bool:
         return name in self.failures or set(sample_ids) <= self.scores[name].keys() | self.unscored.keys()
-
-
-def shares_with(name: str) -> tuple[str, bool]:
-    """Methods with the same value have the gradients of a sample in common."""
-    return FORMULAS[name].measured, name == AT_CHECKPOINTS
 
 
 class SharedGradients:
@@ -148,10 +101,12 @@ class SharedGradients:
         base = self._bases.load(row["base_model"])
         moments = self._checkpoints(db, model_id, base) if self.at_checkpoints else [delta]
         of_run = self._of_run(db, row, delta, found)
+        names = [name for name in self.names if name not in found.failures]
+        if not names:
+            return
         added: dict[tuple[str, str], list[np.ndarray]] = {}
         for moment in moments:
             with opened(base, row, moment, self.n_draws) as model:
-                names = [name for name in self.names if name not in found.failures]
                 for pair, scores in self._at_moment(model, names, trained_on, of_run, samples).items():
                     added.setdefault(pair, []).append(scores)
         for (name, sample_id), of_moments in added.items():

@@ -25,7 +25,8 @@ WITH ranked AS (
         scores.*,
         samples.prompt_scheme,
         average_rank(scores.share, (scores.method_id, scores.truth, scores.model_id, samples.prompt_scheme)) AS share_rank,
-        average_rank(scores.truth_share, (scores.method_id, scores.truth, scores.model_id, samples.prompt_scheme)) AS truth_share_rank,
+        average_rank(scores.truth_share, (scores.method_id, scores.truth, scores.model_id, samples.prompt_scheme))
+            AS truth_share_rank,
         average_rank(scores.score, (scores.method_id, scores.truth, scores.sample_id)) AS score_rank,
         average_rank(scores.truth_share, (scores.method_id, scores.truth, scores.sample_id)) AS truth_rank,
         max(scores.score) OVER one_sample = scores.score AS is_top_score,
