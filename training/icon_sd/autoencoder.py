@@ -93,20 +93,22 @@ def train_autoencoder(
 ) -> AutoencoderKL:
     """The autoencoder after `vae_images` images, or as many as the stage has time for: see `finished` in its checkpoint.
 
+    One that is finished stays as it is, whatever the call asks for: the U-Net has learned its latents.
+
     In a quarter of the steps the latents are halved and must decode to the scene at half its size: latents that scale as
     pictures do are easier for the U-Net to learn (after Kouzelis et al. 2025, EQ-VAE).
     sprites: with their pixels on the device
     minutes: of training, over all calls, after which it is finished too; the learning rate falls in time for that
     """
     learner = Learner(settings, execution)
-    step, before = 0, 0.0
+    n_steps = math.ceil(settings.vae_images / settings.vae_batch)
+    step, before, finished = 0, 0.0, False
     if state := stage.load():
         learner.vae.load_state_dict(state["vae"])
         if "optimizer" in state:
             load_moments(learner.optimizer, state["optimizer"])
-        step, before = state["step"], state["seconds"]
-    n_steps = math.ceil(settings.vae_images / settings.vae_batch)
-    seconds, finished = before, step >= n_steps or before >= 60 * minutes
+        step, before, finished = state["step"], state["seconds"], state["finished"]
+    seconds = before
     losses: list[torch.Tensor] = []
     scenes = SceneBatches(sprites, settings.vae_batch, settings.seed, step).loaded(execution.workers)
     begun = time.monotonic()

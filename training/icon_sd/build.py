@@ -37,6 +37,7 @@ from attrdb.training.icon_sd.unet import train_unet
 
 SPRITES = Path(__file__).resolve().parents[2] / "attrdb" / "assets" / "sprites.parquet"
 N_CAPTIONS = 40_000  # that the tokenizer learns from
+COMPILED_FROM = 45  # minutes of a call; compiling takes 3, and saves a seventh of each step
 
 
 def learned_tokenizer(sprites: Sprites, settings: IconSdSettings, folder: Path) -> CLIPTokenizer:
@@ -163,7 +164,7 @@ def main(
 ) -> None:
     """Train icon-sd for some minutes, or resume its training, and export it."""
     settings = TINY if tiny else replace(IconSdSettings(), **options)
-    execution = Execution(device, workers, recorded)
+    execution = Execution(device, workers, recorded, compiled=is_cpu(device) and minutes >= COMPILED_FROM)
     torch.backends.cudnn.benchmark = True  # a GPU's shapes stay the same
     with exclusive_run(run_folder):
         figures = build(sprites, run_folder, out, settings, minutes, execution, start, lr_end, vae_minutes)

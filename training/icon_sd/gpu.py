@@ -7,6 +7,11 @@ pyarrow and click, and perhaps nothing else. attrdb need not be installed. Packa
 A task that is done is skipped. A task that has too little time waits for the next call. A task that fails or overruns does
 not stop the next. OUT gets a log per task and the results as `results.tar.00`, `.01` ..., in parts of at most PART bytes;
 `--unpack OUT --into FOLDER` joins them.
+
+Where the size of what is carried there is limited, delete what no task needs, and get it back afterwards:
+
+    rm $(python3 training/icon_sd/gpu.py --unneeded)
+    git restore .
 """
 
 from __future__ import annotations
@@ -30,6 +35,12 @@ PART = 15 * 2**20  # bytes
 GRACE = 30  # seconds that a task may take beyond its minutes: to start, and to write its results
 QUIET = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 ROOMS = ("ingest", "training", "queries")
+# Tracked files that no task needs, the largest.
+UNNEEDED = (
+    "attrdb/assets/icon-sd/text_encoder/model.safetensors",
+    "attrdb/assets/icon-sd/unet/diffusion_pytorch_model.safetensors",
+    "benchmarks/iconabc/images.parquet",
+)
 
 
 Way = tuple[tuple[str, ...], ...]
@@ -233,7 +244,11 @@ def main() -> int:
     parser.add_argument("--rehearse", type=Path, metavar="SPRITES", help="Tiny sizes, with the sprites of this file.")
     parser.add_argument("--unpack", type=Path, metavar="OUT", help="Join the parts in OUT instead.")
     parser.add_argument("--into", type=Path, default=Path("results"), help="Where --unpack puts them.")
+    parser.add_argument("--unneeded", action="store_true", help="List tracked files that no task needs instead.")
     options = parser.parse_args()
+    if options.unneeded:
+        print("\n".join(str(ROOT / name) for name in UNNEEDED))
+        return 0
     if options.unpack:
         unpack(options.unpack, options.into)
         return 0

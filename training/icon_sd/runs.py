@@ -27,11 +27,13 @@ class Execution:
     device:   cpu or cuda
     workers:  processes that draw scenes ahead; with 0 this process draws them
     recorded: a GPU repeats a recording of the step, see `Recorded`
+    compiled: a CPU compiles the step of the U-Net first, which takes some minutes
     """
 
     device: str
     workers: int = 0
     recorded: bool = False
+    compiled: bool = False
 
 
 @contextmanager
