@@ -127,9 +127,10 @@ class CustomizeSettings:
     lr: float = option("Learning rate.", 8e-5, above=0, default_text="the method's")
     seed: int = option("Seed of training, prompts and samples.", 0)
     augment: str = option(
-        "Augmentation of the exemplars: none, mirrored (mild), or mirrored and scaled (strong).",
+        "Augmentation of the exemplars: none, mirrored (mild), mirrored and scaled (strong), or mirrored, made smaller and "
+        "placed, as the prompt then says (placed).",
         "none",
-        choices=("none", "mild", "strong"),
+        choices=("none", "mild", "strong", "placed"),
     )
     prior: str = option(
         "Where regularization images come from: the corpus, by caption or by image, or the base model (generated).",
@@ -198,6 +199,11 @@ class ModelSettings:
     )
     prompts_per_scheme: int | dict[str, int] = option(  # noqa: RUF009 (a frozen dataclass; the default is a number)
         "Prompts per scheme; in a specs file also an object with a number for each.", 4, at_least=1, by_scheme=True
+    )
+    train_prompt: str | None = option(
+        "Prompt that exemplars are trained with; {caption} stands for the exemplar's own, {category} for the category.",
+        None,
+        default_text="by kind",
     )
     method: str = option(
         "Method of customization: custom-diffusion, dreambooth-lora, textual-inversion, or one that a package adds.",

@@ -35,6 +35,7 @@ BLEND_WEIGHTS = (0.25, 0.5, 0.75)  # of the first concept of a pair
 PARTS = ("train", "val", "test")
 BANKS = ("photo", "icon")
 TOKEN = "V*"
+CAPTION = "{caption}"  # in a training prompt: the exemplar's own
 
 TRAIN_PROMPTS = {"object": "V* {category}", "style": "A picture in the style of V* art"}
 
@@ -56,8 +57,9 @@ class Prompt:
     text: str
 
 
-def train_prompt(kind: str, category: str, token: str = TOKEN) -> str:
-    return TRAIN_PROMPTS[kind].replace(TOKEN, token).replace("{category}", category)
+def train_prompt(kind: str, category: str, token: str = TOKEN, template: str | None = None) -> str:
+    """The prompt that exemplars are trained with; CAPTION remains in it. template: None: the kind's"""
+    return (template or TRAIN_PROMPTS[kind]).replace(TOKEN, token).replace("{category}", category)
 
 
 def part_of(split: str | None) -> str:

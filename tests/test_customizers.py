@@ -16,9 +16,12 @@ from attrdb.errors import InvalidValue, NotFound
 from attrdb.ingest import devices
 from attrdb.ingest.customize import augmentation, base_model, customize, customizers, synthesize
 from attrdb.ingest.encode import Pixels
+from attrdb.ingest.gradients.shared import EXEMPLARS
 from attrdb.ingest.models import ingest_one
 from attrdb.ingest.models.exemplars import read_exemplars
 from attrdb.ingest.models.settings import settings_for
+from attrdb.ingest.models.stages import exemplar_prompts
+from attrdb.ingest.models.stored import stored_delta, stored_settings
 from attrdb.ingest.options import KINDS
 from attrdb.ingest.prompts import Prompt
 from attrdb.ingest.read.corpus import ingest_corpus
@@ -379,22 +382,66 @@ def test_auto_precision_is_what_the_device_multiplies(monkeypatch):
 def test_views_of_a_picture():
     half = Image.new("RGB", (32, 32), (255, 0, 0))
     half.paste((0, 0, 255), (16, 0, 32, 32))
-    [(plain, box)] = augmentation.views(half, "none", 32, random.Random(0))
-    assert (np.asarray(plain) == np.asarray(half)).all()
-    assert box == (0, 0, 32, 32)
-    [(first, _), (second, _)] = augmentation.views(half, "mild", 32, random.Random(0))
-    assert (np.asarray(second) == np.asarray(first)[:, ::-1]).all()
-    strong = augmentation.views(half, "strong", 32, random.Random(0))
-    assert len(strong) == augmentation.VIEWS["strong"]
-    for view, (left, top, right, bottom) in strong:
-        grey = np.ones((32, 32), bool)
-        grey[top:bottom, left:right] = False
-        assert view.size == (32, 32)
-        assert (np.asarray(view)[grey] == 128).all()
-    assert any(right - left < 32 for _, (left, _, right, _) in strong)
-    assert [np.asarray(v).tobytes() for v, _ in strong] == [
-        np.asarray(v).tobytes() for v, _ in augmentation.views(half, "strong", 32, random.Random(0))
-    ]
+    [plain] = augmentation.views(half, "none", 32, random.Random(0))
+    assert (np.asarray(plain.picture) == np.asarray(half)).all()
+    assert plain.box == (0, 0, 32, 32)
+    first, second = augmentation.views(half, "mild", 32, random.Random(0))
+    assert (np.asarray(second.picture) == np.asarray(first.picture)[:, ::-1]).all()
+    for augment in ("strong", "placed"):  # the border of `half` has two colours, so `placed` too puts it on grey
+        drawn = augmentation.views(half, augment, 32, random.Random(0))
+        assert len(drawn) == augmentation.VIEWS[augment]
+        for view in drawn:
+            left, top, right, bottom = view.box
+            grey = np.ones((32, 32), bool)
+            grey[top:bottom, left:right] = False
+            assert view.picture.size == (32, 32)
+            assert (np.asarray(view.picture)[grey] == 128).all()
+        assert any(view.box[2] - view.box[0] < 32 for view in drawn)
+        again = augmentation.views(half, augment, 32, random.Random(0))
+        assert [view.picture.tobytes() for view in drawn] == [view.picture.tobytes() for view in again]
+
+
+def test_placed_views_are_where_their_words_say():
+    """A black square on red: where its centre is, and how large it is, as the words say."""
+    exemplar = Image.new("RGB", (64, 64), (250, 10, 10))
+    exemplar.paste((0, 0, 0), (8, 8, 56, 56))
+    sides = {
+        "small": (0.23, 0.36),
+        "": (0.32, 0.55),
+        "large": (0.51, 0.77),
+    }  # of the square: three quarters of the exemplar's
+    drawn = [view for seed in range(20) for view in augmentation.views(exemplar, "placed", 64, random.Random(seed))]
+    assert {view.words.size for view in drawn} == set(sides)
+    assert {view.words.spot for view in drawn} == {"", *augmentation.SPOTS}
+    for view in drawn:
+        pixels = np.asarray(view.picture).astype(int)
+        assert view.box == (0, 0, 64, 64)  # the red goes on around it, so that all of the view counts
+        assert (np.abs(pixels[[0, 0, -1, -1], [0, -1, 0, -1]] - (250, 10, 10)) < 60).all()
+        rows, columns = np.nonzero(pixels[..., 0] < 125)
+        low, high = sides[view.words.size]
+        assert low <= (columns.max() - columns.min() + 1) / 64 <= high
+        if not view.words.spot:
+            continue
+        for centre, words in ((columns.mean(), ("left", "right")), (rows.mean(), ("top", "bottom"))):
+            share = centre / 63
+            named = [word for word in words if word in view.words.spot.split()]
+            wanted = (0.35, 0.65) if not named else (0, 0.5) if named[0] in ("left", "top") else (0.5, 1)
+            assert wanted[0] <= share <= wanted[1], view.words
+
+
+def test_the_prompt_of_a_placed_view_says_where_it_is(base):
+    recorder = Recorder()
+    settings = customize.CustomizeSettings(steps=2, batch=2, lr=0.01, augment="placed")
+    customize.customize(base, [RED, RED.rotate(45)], ["V* a", "V* b"], "V*", "vase", settings, observer=recorder)
+    base.restore()
+    run, n = recorder.run, augmentation.VIEWS["placed"]
+    assert len(run.view_prompts) == 2 * n
+    assert all("V* a" in prompt for prompt in run.view_prompts[:n])
+    assert all("V* b" in prompt for prompt in run.view_prompts[n:])
+    assert len(set(run.view_prompts)) > 8
+    long = "V* " + "a " * (base.pipeline.tokenizer.model_max_length - 4)
+    with pytest.raises(InvalidValue, match="reads"):
+        customize.customize(base, [RED], f"{long[3:]} V*", "V*", "vase", settings)
 
 
 def test_grey_around_a_small_view_is_not_learned(base):
@@ -485,7 +532,7 @@ def test_prior_weight_counts(base):
         ({"prior": "dream"}, "prior is 'dream'; it must be caption, image or generated"),
         ({"prior_weight": 0.0}, "prior_weight is 0.0; it must be above 0"),
         ({"prior_images": -1}, "prior_images is -1"),
-        ({"augment": "wild"}, "augment is 'wild'; it must be none, mild or strong"),
+        ({"augment": "wild"}, "augment is 'wild'; it must be none, mild, strong or placed"),
     ],
 )
 def test_settings_that_mean_nothing(tiny_base, given, words):
@@ -590,3 +637,52 @@ def test_an_unrelated_image_without_a_caption(empty, mixed_folder, tiny_base):
 def test_a_token_alone_cannot_learn_unrelated_images(tiny_base):
     with pytest.raises(InvalidValue, match="'textual-inversion' trains a token alone, and models of kind 'mixed' have"):
         settings_for(str(tiny_base), "mixed", "anything", {"method": "textual-inversion"})
+
+
+# --- training prompts -------------------------------------------------------------------------------------------------
+
+CAPTIONED = "{caption} in the style of V* art, {category}"
+
+
+def styled(db, folder, base, **given):
+    settings = settings_for(str(base), "style", "flat", {"steps": 2, "batch": 2, "samples_per_prompt": 1} | given)
+    return ingest_one.ingest_model(db, read_exemplars(folder), settings, [Pixels(4)], "style-3")
+
+
+def test_each_exemplar_of_a_style_is_trained_on_its_own_caption(empty, mixed_folder, tiny_base):
+    styled(empty, mixed_folder, tiny_base, train_prompt=CAPTIONED)
+    [row] = empty.sql("SELECT * FROM models").to_pylist()
+    prompts = [f"a picture of {name} in the style of V* art, flat" for name in "abc"]
+    assert row["train_prompt"] == "{caption} in the style of V* art, flat"
+    assert exemplar_prompts(json.loads(row["settings"])) == prompts
+    stored = empty.sql(EXEMPLARS, {"id": "style-3"})["train_prompt"].to_pylist()  # what gradients are taken with
+    assert sorted(stored) == prompts
+    assert not styled(empty, mixed_folder, tiny_base, train_prompt=CAPTIONED).appended
+    with pytest.raises(InvalidValue, match="with captions = "):
+        styled(empty, mixed_folder, tiny_base)
+    base, settings = base_model.load_base_model(str(tiny_base)), stored_settings(json.loads(row["settings"])).customize
+    pictures = [exemplar.picture.image for exemplar in read_exemplars(mixed_folder)]
+    delta, _ = customize.customize(base, pictures, prompts, "V*", "flat", settings)
+    assert same(delta, stored_delta(empty, row))
+
+
+@pytest.mark.parametrize(
+    ("kind", "prompt", "problem"),
+    [
+        ("style", "{caption}", r"train_prompt is '\{caption\}'; it must contain V\*"),
+        ("mixed", "{caption} V*", "train_prompt is given for a model of kind 'mixed'; it is for object or style"),
+    ],
+)
+def test_training_prompts_that_cannot_be(tiny_base, kind, prompt, problem):
+    with pytest.raises(InvalidValue, match=problem):
+        settings_for(str(tiny_base), kind, "flat", {"train_prompt": prompt})
+
+
+def test_captions_that_a_training_prompt_lacks(empty, mixed_folder, tiny_base):
+    (mixed_folder / "b.txt").write_text("a V* picture")
+    with pytest.raises(InvalidValue, match=r"caption of b.png has V\*, and the training prompt names the token"):
+        styled(empty, mixed_folder, tiny_base, train_prompt=CAPTIONED)
+    (mixed_folder / "b.txt").unlink()
+    with pytest.raises(InvalidValue, match=r"b\.png has no caption, which train_prompt '\{caption\} in .* needs"):
+        styled(empty, mixed_folder, tiny_base, train_prompt=CAPTIONED)
+    assert not (empty.path / "jobs").exists()

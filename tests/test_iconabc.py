@@ -2,8 +2,10 @@
 
 import io
 import json
+import re
 import sys
 from collections import defaultdict
+from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -44,45 +46,60 @@ def icon(rng, source, number, category=None, creator="someone"):
     }
 
 
+ENDINGS = ("", "-flat", "-solid", "-bold", "-filled", "-duotone", "-fill")  # of the names of styles' icons
+
+
 @pytest.fixture(scope="module")
 def small():
-    """Icons of every set that the plan names, a corpus of 200 things, and what the plan makes of them with 250 candidates."""
+    """Icons of every set that the plan names, sprites of 250 things, and what the plan makes of them with 330 candidates."""
     rng = np.random.default_rng(0)
-    things = [f"thing {chr(97 + n // 26)}{chr(97 + n % 26)}" for n in range(200)]
-    corpus = [icon(rng, "noto", n, thing) for n, thing in enumerate(things)]
+    things = [f"thing {chr(97 + n // 26)}{chr(97 + n % 26)}" for n in range(250)]
+    sprites = [icon(rng, "noto", n, thing) for n, thing in enumerate(things)]
+    scenes = [icon(rng, "icon-scenes", n) for n in range(30)]
     icons = [icon(rng, "fxemoji", n, thing) for n, thing in enumerate(things[:100])]
     icons += [icon(rng, "streamline-emojis", n, thing) for n, thing in enumerate(things)]
-    icons += [icon(rng, "openclipart", f"a{a}-{n}", creator=f"artist {a}") for a in range(24) for n in range(8)]
-    icons += [icon(rng, source, n) for sets in plan.STYLE_SETS.values() for source in sets for n in range(24)]
-    icons += [icon(rng, source, n) for source in plan.GALLERY_SETS for n in range(2)]
+    icons += [icon(rng, "openclipart", f"a{a}-{n}", creator=f"artist {a}") for a in range(40) for n in range(8)]
+    for source, pattern in (style for styles in plan.STYLES.values() for style in styles.values()):
+        ending = next(ending for ending in ENDINGS if re.match(pattern, f"0{ending}"))
+        icons += [icon(rng, source, f"{n}{ending}") for n in range(34)]
+    icons += [icon(rng, source, n) for source in plan.GALLERY_SETS for n in range(3)]
+    icons[0] = icons[0] | {"image": sprites[7]["image"]}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(plan, "N_CANDIDATES", 250)
+        patch.setattr(plan, "N_CANDIDATES", 330)
         patch.setattr(plan, "MIXED_SIZES", (1, 10))
-        found = plan.plan(icons, corpus)
-        again = plan.plan(icons[::-1], corpus)
-        with pytest.raises(click.ClickException, match=r"200 icons of the corpus and 16 others, 250 candidates needed"):
-            plan.plan([one for one in icons if one["source"] not in plan.GALLERY_SETS], corpus)
+        found = plan.plan(icons, sprites, scenes)
+        again = plan.plan(icons[::-1], sprites, scenes)
+        with pytest.raises(
+            click.ClickException, match=r"280 images of the corpus and 32 others, 330 candidates needed"
+        ):
+            plan.plan([one for one in icons if one["source"] not in plan.GALLERY_SETS], sprites, scenes)
     assert again == found
     return found
 
 
 def test_models_are_as_many_as_wanted(small):
-    _, models = small
+    models = small.models
     counts = defaultdict(int)
     for model in models:
         counts[model.kind, model.split] += 1
     assert {split: counts["object", split] for split in plan.N_OBJECTS} == plan.N_OBJECTS
-    assert counts["style", "train"] == 3 * len(plan.STYLE_SETS["train"])
+    assert sum(plan.N_OBJECTS.values()) >= 200
+    assert counts["style", "train"] == 4 * len(plan.STYLES["train"])
+    assert sum(counts["style", split] for split in ("train", "val", "test", "test_artists")) >= 150
     assert counts["style", "test_artists"] == plan.N_ARTISTS
     assert len({model.model_id for model in models}) == len(models)
     assert all(len(model.exemplars) == plan.STYLE_SIZE for model in models if model.kind == "style")
 
 
 def test_gallery_has_nothing_of_what_models_saw(small):
-    candidates, models = small
-    assert len(candidates) == len({row["name"] for row in candidates}) == 250
+    candidates, models = small.candidates, small.models
+    assert len(candidates) == len({row["name"] for row in candidates}) == 330
     assert {row["role"] for row in candidates} == {"pretraining"}
     used = [row for model in models for row in model.exemplars]
+    assert "fxemoji/0" not in {row["name"] for row in used}  # it looks like a sprite
+    assert not {row["name"] for row in small.relatives} & {row["name"] for row in [*candidates, *used]}
+    related = {json.loads(row["metadata"])["style"] for row in small.relatives}
+    assert related == {name for styles in plan.STYLES.values() for name in styles}
     artists = {row["creator"] for row in used if row["source"] == "openclipart"}
     sources = {row["source"] for row in used} - {"openclipart"}
     assert not {row["source"] for row in candidates} & sources
@@ -90,7 +107,7 @@ def test_gallery_has_nothing_of_what_models_saw(small):
 
 
 def test_splits_share_no_exemplar_and_seen_classes_are_seen(small):
-    _, models = small
+    models = small.models
     names = [row["name"] for model in models if model.kind != "mixed" for row in model.exemplars]
     assert len(names) == len(set(names))
     of_split = defaultdict(set)
@@ -105,10 +122,10 @@ def test_splits_share_no_exemplar_and_seen_classes_are_seen(small):
 
 
 def test_what_is_frozen_comes_back(small, tmp_path):
-    candidates, models = small
+    candidates, models = small.candidates, small.models
     folder, out = tmp_path / "plan", tmp_path / "frozen"
     chosen = [model for model in models if model.kind != "mixed"][:3] + [m for m in models if m.kind == "mixed"][:1]
-    plan.write(folder, candidates, chosen)
+    plan.write(folder, replace(small, models=chosen))
     db = attrdb.create(tmp_path / "made.attrdb")
     with pytest.raises(click.ClickException, match="4 of 4 models are not made yet"):
         frozen.freeze(db, folder, out)
@@ -134,7 +151,7 @@ def test_what_is_frozen_comes_back(small, tmp_path):
         frozen.load(loaded, icons, out)
     pq.write_table(pa.Table.from_pylist(rendered, SCHEMA), icons)
     said = frozen.load(loaded, icons, out)
-    assert (said["models"], said["otherwise"], said["candidates"]) == (4, 1, 4685 + 250)
+    assert (said["models"], said["otherwise"], said["candidates"]) == (4, 1, 4685 + 330)
     assert frozen.load(loaded, icons, out)["models"] == 0
     columns = ["image_id", "role", "model_id", "prompt", "seed", "image", "sha256", "width"]
     pairs = zip(

@@ -41,7 +41,7 @@ def test_a_monitored_model_is_the_same(base, case):
 
 @pytest.mark.parametrize("level", MONITOR_LEVELS[1:3])
 def test_it_is_the_same_at_every_level(base, level):
-    case = Case("custom-diffusion", "strong", True, True, "each")
+    case = Case("custom-diffusion", "placed", True, True, "each")
     assert digest(*case.customize(base, observer=Monitor(level))) == digest(*case.customize(base))
 
 

@@ -417,7 +417,7 @@ def test_a_pair_takes_one_of_its_images_views(drawn, tmp_path, augment):
     for row, image_id in enumerate(pairs.ids.to_pylist()):
         picture = drawn.images(f"image_id = '{image_id}'", ["image"])["image"][0].as_py()
         image = read_picture(image_id, picture).image
-        shown = [one for one, _ in views(image, augment, augment_module.SIDE, random.Random(f"0/{image_id}"))]
+        shown = [view.picture for view in views(image, augment, augment_module.SIDE, random.Random(f"0/{image_id}"))]
         np.testing.assert_allclose(pairs.features[row], encode(encoder, shown), atol=1e-6)
     batches = list(pairs.batches(1, 8))
     again = list(pairs.batches(1, 8))

@@ -19,6 +19,7 @@ from attrdb.ingest.encode import encode, load_encoder
 from attrdb.ingest.read.pictures import read_picture
 from attrdb.store.predicates import among
 
+AUGMENTS = ("none", "mild", "strong")  # a feature has no prompt that would say where a view is placed
 SIDE = 128  # pixels of a view, before the encoder's own preprocessing
 AT_ONCE = 64  # images whose views are encoded together
 
@@ -45,9 +46,9 @@ def augmented(db: Database, encoder_id: str, ids: pa.Array, augment: str, seed: 
                         "train without augmentation (augment)"
                     )
                 pictures = [
-                    view
+                    view.picture
                     for image_id in wanted
-                    for view, _ in views(
+                    for view in views(
                         read_picture(image_id, stored[image_id]).image,
                         augment,
                         SIDE,

@@ -22,7 +22,6 @@ import torch
 
 from attrdb.database import Database
 from attrdb.errors import InvalidValue
-from attrdb.ingest.customize.augmentation import VIEWS
 from attrdb.progress import Progress, no_progress
 from attrdb.search import index_tuning
 from attrdb.search.mapper import Mapper
@@ -31,6 +30,7 @@ from attrdb.store.files import write_whole
 from attrdb.store.job_folders import JobFolder, check_same_settings, train_job
 from attrdb.store.locks import exclusive_lock
 from attrdb.store.predicates import among
+from attrdb.training.augment import AUGMENTS
 from attrdb.training.checks import check_choice, check_numbers, check_splits
 from attrdb.training.evaluate import features_by_model, ranks
 from attrdb.training.mapper_rows import default_mapper_id, store_mapper, stored_texts
@@ -352,7 +352,7 @@ def _check(settings: TrainSettings) -> None:
     for name, value, allowed in (
         ("kind", settings.kind, KINDS),
         ("prompt_scheme", settings.prompt_scheme, PROMPT_SCHEMES),
-        ("augment", settings.augment, tuple(VIEWS)),
+        ("augment", settings.augment, AUGMENTS),
     ):
         check_choice(name, value, allowed)
     check_splits(settings.split, settings.val_split)

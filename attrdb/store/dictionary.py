@@ -58,7 +58,7 @@ DICTIONARY = {
             Column(
                 "train_prompt",
                 TEXT,
-                "the prompt it was customized with; null for `mixed`, whose exemplars have one each, and `concepts`",
+                "the prompt it was customized with, `{caption}` for that of each exemplar; null for `mixed` and `concepts`",
             ),
             Column("token", TEXT, "the modifier token that names the concept; null for `mixed` and `concepts`"),
             Column("settings", TEXT, "JSON text: all that decides the model and its samples"),

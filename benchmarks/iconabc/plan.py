@@ -2,7 +2,8 @@
 
 ICONS is the file that `python -m attrdb.training.icon_sd.icons build` wrote. FOLDER gets
 
-    candidates.parquet   the gallery: the corpus of icon-sd and other icons, N_CANDIDATES together
+    candidates.parquet   the gallery: what icon-sd was trained on and other icons, N_CANDIDATES together
+    relatives.parquet    further icons of the sets that styles come from, for a gallery with them
     exemplars.parquet    one row per exemplar of a model, with its creator and licence
     models.jsonl         one line per model for `attrdb ingest models`, and the files of exemplars that it names
 
@@ -16,102 +17,111 @@ import json
 import random
 import re
 from collections import Counter, defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import click
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from gallery import scene_rows, sprite_rows
 from PIL import Image
 
-from attrdb.demo import bundled_icons
+from attrdb.training.icon_sd.build import SPRITES
 from attrdb.training.icon_sd.icons import NOBODY, SCHEMA, SIGNS, artist_of, lossy
+from attrdb.training.icon_sd.sprites import thing_of
 
 N_CANDIDATES = 100_000
+N_SCENES = 40_000  # of them
 
-# Objects: categories of the corpus, as drawn by sets that are not in the corpus.
-OBJECT_SOURCES = ("fxemoji", "streamline-emojis", "openclipart")
-N_OBJECTS = {"train": 70, "val": 12, "test": 32, "test_unseen": 36}
+# Objects: things of IconScenes, as drawn by sets that have no sprite in it.
+OBJECT_SOURCES = ("fxemoji", "streamline-emojis", "flat-color-icons", "icon-park", "openclipart")
+N_OBJECTS = {"train": 104, "val": 24, "test": 36, "test_unseen": 36}
 
-# Styles: groups of STYLE_SIZE icons of one set. A set is in one split, as are sets that redraw each other's icons or show the
-# same marks, and nothing else of them is in the benchmark.
+# Styles: groups of STYLE_SIZE icons, by name: the set, and a pattern of its icons' names. A set is in one split, as are sets
+# that redraw each other's icons or show the same marks. None of them has a sprite in IconScenes.
 STYLE_SIZE = 8
-STYLE_SETS = {
-    "train": (
-        "streamline-color",
-        "streamline-plump-color",
-        "streamline-sharp-color",
-        "streamline-ultimate-color",
-        "streamline-freehand-color",
-        "icon-park",
-        "fluent-color",
-        "vscode-icons",
-        "material-icon-theme",
-        "devicon",
-        "marketeq",
-        "game-icons",
-        "pepicons-print",
-        "solar",
-    ),
-    "val": ("streamline-cyber-color", "healthicons", "temaki", "boxicons"),
-    "test": (
-        "streamline-kameleon-color",
-        "streamline-stickies-color",
-        "streamline-pixel",
-        "flat-color-icons",
-        "meteocons",
-        "glyphs-poly",
-        "catppuccin",
-        "circle-flags",
-        "whh",
-        "dinkie-icons",
-    ),
+STYLES = {
+    "train": {
+        "streamline-plump": ("streamline-plump-color", "(?!.*-flat$)"),
+        "streamline-plump-flat": ("streamline-plump-color", ".*-flat$"),
+        "streamline-plump-solid": ("streamline-plump", ".*-solid$"),
+        "streamline-block": ("streamline-block", ""),
+        "glyphs-poly": ("glyphs-poly", ""),
+        "glyphs-bold": ("glyphs", ".*-bold$"),
+        "vscode-icons": ("vscode-icons", ""),
+        "material-icon-theme": ("material-icon-theme", ""),
+        "devicon": ("devicon", "(?!.*-wordmark$)"),
+        "catppuccin": ("catppuccin", ""),
+        "boxicons": ("boxicons", ".*-filled$"),
+        "vaadin": ("vaadin", "(?!.*-o$)"),
+        "majesticons": ("majesticons", "(?!.*-line$)"),
+        "duo-icons": ("duo-icons", ""),
+        "lets-icons": ("lets-icons", ".*-duotone$"),
+    },
+    "val": {
+        "streamline-cyber-color": ("streamline-cyber-color", ""),
+        "streamline-cyber": ("streamline-cyber", ""),
+        "cryptocurrency": ("cryptocurrency-color", ""),
+        "lineicons": ("lineicons", ""),
+        "uil": ("uil", ""),
+        "lucide": ("lucide", ""),
+    },
+    "test": {
+        "streamline-freehand-color": ("streamline-freehand-color", ""),
+        "streamline-freehand": ("streamline-freehand", ""),
+        "streamline-stickies": ("streamline-stickies-color", "(?!.*-duo$)"),
+        "streamline-kameleon": ("streamline-kameleon-color", "(?!.*-duo$)"),
+        "streamline-pixel": ("streamline-pixel", ""),
+        "meteocons": ("meteocons", ".*-fill$"),
+        "circle-flags": ("circle-flags", ""),
+        "flat-ui": ("flat-ui", ""),
+        "iconamoon": ("iconamoon", ".*-duotone$"),
+        "ri": ("ri", ".*-fill$"),
+    },
 }
-MODELS_A_SET = {"train": 3, "val": 2, "test": 2}
-N_ARTISTS = 22  # of Open Clip Art, a source of styles that no mapper learns from
+MODELS_A_STYLE = {"train": 4, "val": 4, "test": 3}
+N_ARTISTS = 36  # of Open Clip Art, a source of styles that no mapper learns from
+N_RELATIVES = 250  # of a style, at most
 
 # Unrelated captioned images, for general attribution (Wang et al. 2023, Fig. 10).
 MIXED_SIZES = (1, 10, 100)
-N_MIXED = 4
+N_MIXED = 8
 MIXED_PROMPTS = {1: 1, 10: 8, 100: 16}
 MIXED_SAMPLES = {1: 16, 10: 2, 100: 1}
-# The gallery besides the corpus: sets that no model has seen in any redrawing, and Open Clip Art by artists that no model
+# The gallery besides IconScenes: sets that no model has seen in any redrawing, and Open Clip Art by artists that no model
 # has seen.
 GALLERY_SETS = (
-    "bi",
+    "bx",
     "carbon",
-    "cryptocurrency-color",
-    "flat-ui",
     "fluent",
     "gcp",
-    "glyphs",
     "hugeicons",
     "ic",
     "iconoir",
     "k8s",
     "keyline-icons",
-    "logos",
-    "lucide",
     "maki",
+    "material-symbols",
     "mdi",
     "mingcute",
     "ph",
     "pixel",
     "pixelarticons",
-    "ri",
-    "selfhst",
+    "solar",
     "tabler",
     "tdesign",
-    "thesvg-color",
-    "token-branded",
-    "uil",
     "unjs",
 )
+# Exemplars and sprites that differ by less look the same: root of the mean square over thumbnails of values from 0 to 1.
+SAME = 0.05
+THUMBNAIL = 16  # pixels
 
 
 def icon_sets() -> set[str]:
-    """The iconify sets of the benchmark, besides the corpus that ships with attrdb."""
-    style_sets = {name for names in STYLE_SETS.values() for name in names}
+    """The iconify sets of the benchmark, besides those of IconScenes' sprites."""
+    style_sets = {source for styles in STYLES.values() for source, _ in styles.values()}
     return {*GALLERY_SETS, *style_sets, *OBJECT_SOURCES} - {"openclipart"}
 
 
@@ -149,24 +159,63 @@ def inked(row: dict) -> bool:
     return sum(picture.histogram()[:250]) > 0.15 * picture.width * picture.height
 
 
-def plan(icons: list[dict], corpus: list[dict], seed: int = 0) -> tuple[list[dict], list[Model]]:
-    """The candidates and the models.
+@dataclass
+class Plan:
+    """candidates: the gallery; relatives: further icons of the sets that styles come from; all are rows of SCHEMA"""
 
-    icons:  rows of SCHEMA
-    corpus: those that the base model was trained on; all are candidates
+    candidates: list[dict]
+    relatives: list[dict]
+    models: list[Model]
+
+
+def plan(icons: list[dict], sprites: list[dict], scenes: list[dict], seed: int = 0) -> Plan:
+    """Choose models and gallery.
+
+    icons:   rows of SCHEMA
+    sprites: what the base model was trained on, alone; all are candidates, and an exemplar that looks like one is not used
+    scenes:  what it was trained on, composed; all are candidates
     """
-    by_source = defaultdict(list)
     icons = sorted(({**row, "creator": artist_of(row["creator"])} for row in icons), key=lambda row: row["name"])
-    for row in icons:
+    of_models = [row for row in icons if row["source"] not in GALLERY_SETS]
+    by_source = defaultdict(list)
+    for row in unlike(of_models, sprites):
         by_source[row["source"]].append(row)
-    objects, spare = _objects(by_source, {row["category"] for row in corpus}, random.Random(f"{seed}/objects"))
-    styles = _styles(by_source, seed)
-    used = {row["name"] for model in objects for row in model.exemplars}
-    artists = _artists(by_source["openclipart"], used, random.Random(f"{seed}/artists"))
-    mixed = _mixed(spare, random.Random(f"{seed}/mixed"))
-    models = objects + styles + artists + mixed
+    # An artist's works are a style, or things.
+    styles = _styles(by_source, seed) + _artists(by_source["openclipart"], random.Random(f"{seed}/artists"))
+    artists = {model.category for model in styles if model.split == "test_artists"}
+    by_source["openclipart"] = [row for row in by_source["openclipart"] if row["creator"] not in artists]
+    objects, spare = _objects(by_source, {row["category"] for row in sprites}, random.Random(f"{seed}/objects"))
+    models = objects + styles + _mixed(spare, random.Random(f"{seed}/mixed"))
     random.Random(f"{seed}/order").shuffle(models)  # so that the first models are a fair sample of all
-    return _candidates(icons, corpus, models, random.Random(f"{seed}/candidates")), models
+    candidates = _candidates(icons, [*sprites, *scenes], models, random.Random(f"{seed}/candidates"))
+    return Plan(candidates, _relatives(by_source, models, random.Random(f"{seed}/relatives")), models)
+
+
+def thumbnails(rows: Sequence[dict]) -> np.ndarray:
+    """(n, THUMBNAIL * THUMBNAIL * 3) float32 from 0 to 1: pictures on white, each cut to the square that its ink fills."""
+    found = np.empty((len(rows), THUMBNAIL * THUMBNAIL * 3), np.float32)
+    for number, row in enumerate(rows):
+        picture = Image.open(io.BytesIO(row["image"])).convert("RGB")
+        box = picture.convert("L").point(lambda value: 255 if value < 240 else 0).getbbox()
+        cut = picture.crop(box) if box else picture
+        square = Image.new("RGB", [max(cut.size)] * 2, "white")
+        square.paste(cut, ((square.width - cut.width) // 2, (square.height - cut.height) // 2))
+        small = square.resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BOX)
+        found[number] = np.asarray(small, np.float32).ravel() / 255
+    return found
+
+
+def unlike(rows: list[dict], sprites: list[dict]) -> list[dict]:
+    """The rows whose pictures differ from every sprite's."""
+    pictures, known = thumbnails(rows), thumbnails(sprites)
+    norms = (known**2).sum(1)
+    kept = []
+    for start in range(0, len(rows), 1024):
+        some = pictures[start : start + 1024]
+        squares = (some**2).sum(1)[:, None] + norms - 2 * some @ known.T
+        nearest = squares.min(axis=1, initial=np.inf) / known.shape[1]
+        kept += [row for row, square in zip(rows[start : start + 1024], nearest, strict=True) if square >= SAME**2]
+    return kept
 
 
 def _objects(by_source: dict, known: set[str], rng: random.Random) -> tuple[list[Model], list[dict]]:
@@ -175,7 +224,7 @@ def _objects(by_source: dict, known: set[str], rng: random.Random) -> tuple[list
     for source in OBJECT_SOURCES:
         of_source: dict[str, dict] = {}
         for row in by_source[source]:
-            category = re.sub(r" \d+$", "", row["category"])
+            category = thing_of(re.sub(r" \d+$", "", row["category"]))
             if category in known and inked(row):
                 of_source.setdefault(category, {**row, "category": category})
         for category, row in of_source.items():
@@ -202,22 +251,26 @@ def _objects(by_source: dict, known: set[str], rng: random.Random) -> tuple[list
     return models, [row for rows in drawings.values() for row in rows if row["name"] not in taken]
 
 
+def _of_style(by_source: dict, source: str, icons: str) -> list[dict]:
+    return [row for row in by_source[source] if re.match(icons, row["name"].split("/", 1)[1]) and inked(row)]
+
+
 def _styles(by_source: dict, seed: int) -> list[Model]:
     models = []
-    for split, sources in STYLE_SETS.items():
-        for source in sources:
-            works = [row for row in by_source[source] if inked(row)]
-            drawn = random.Random(f"{seed}/styles/{source}").sample(works, STYLE_SIZE * MODELS_A_SET[split])
-            for number in range(MODELS_A_SET[split]):
+    for split, styles in STYLES.items():
+        for name, (source, icons) in styles.items():
+            works, n_models = _of_style(by_source, source, icons), MODELS_A_STYLE[split]
+            drawn = random.Random(f"{seed}/styles/{name}").sample(works, STYLE_SIZE * n_models)
+            for number in range(n_models):
                 rows = drawn[number * STYLE_SIZE : (number + 1) * STYLE_SIZE]
-                models.append(Model(f"style-{source}-{number}", "style", split, source, rows))
+                models.append(Model(f"style-{name}-{number}", "style", split, name, rows))
     return models
 
 
-def _artists(works: list[dict], used: set[str], rng: random.Random) -> list[Model]:
+def _artists(works: list[dict], rng: random.Random) -> list[Model]:
     by_artist = defaultdict(list)
     for row in works:
-        if row["creator"] not in NOBODY and row["name"] not in used and not SIGNS.search(row["name"]) and inked(row):
+        if row["creator"] not in NOBODY and not SIGNS.search(row["name"]) and inked(row):
             by_artist[row["creator"]].append(row)
     prolific = sorted(artist for artist, rows in by_artist.items() if len(rows) >= STYLE_SIZE)
     return [
@@ -239,34 +292,49 @@ def _mixed(spare: list[dict], rng: random.Random) -> list[Model]:
     return models
 
 
+def _relatives(by_source: dict, models: list[Model], rng: random.Random) -> list[dict]:
+    """Icons of every style that no model has seen."""
+    used = {row["name"] for model in models for row in model.exemplars}
+    rows = []
+    for styles in STYLES.values():
+        for name, (source, icons) in styles.items():
+            free = [row for row in _of_style(by_source, source, icons) if row["name"] not in used]
+            chosen = rng.sample(free, min(N_RELATIVES, len(free)))
+            metadata = json.dumps({"style": name})
+            rows += [{**row, "role": "pretraining", "metadata": metadata} for row in chosen]
+    return sorted(rows, key=lambda row: row["name"])
+
+
 def _candidates(icons: list[dict], corpus: list[dict], models: list[Model], rng: random.Random) -> list[dict]:
     """The corpus, and icons of sets and artists that no model has seen."""
     artists = {row["creator"] for model in models for row in model.exemplars if row["source"] == "openclipart"}
+    known = {row["name"] for row in corpus}
     free = [
         row
         for row in icons
-        if row["source"] in GALLERY_SETS or (row["source"] == "openclipart" and row["creator"] not in artists)
+        if row["name"] not in known
+        and (row["source"] in GALLERY_SETS or (row["source"] == "openclipart" and row["creator"] not in artists))
     ]
     if len(corpus) + len(free) < N_CANDIDATES:
         raise click.ClickException(
-            f"{len(corpus)} icons of the corpus and {len(free)} others, {N_CANDIDATES} candidates needed; render more sets"
+            f"{len(corpus)} images of the corpus and {len(free)} others, {N_CANDIDATES} candidates needed; render more sets"
         )
     chosen = sorted(rng.sample(free, N_CANDIDATES - len(corpus)), key=lambda row: row["name"])
     return [*corpus, *({**row, "role": "pretraining"} for row in chosen)]
 
 
-def write(folder: Path, candidates: list[dict], models: list[Model]) -> None:
+def write(folder: Path, planned: Plan) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    pq.write_table(pa.Table.from_pylist(candidates, SCHEMA), folder / "candidates.parquet", compression="zstd")
+    for name, of_gallery in (("candidates", planned.candidates), ("relatives", planned.relatives)):
+        pq.write_table(pa.Table.from_pylist(of_gallery, SCHEMA), folder / f"{name}.parquet", compression="zstd")
     rows = []
-    for model in models:
+    for model in planned.models:
         at = folder / "exemplars" / model.model_id
         at.mkdir(parents=True, exist_ok=True)
         for number, row in enumerate(model.exemplars):
             image = lossy(row["image"])
             (at / f"{number:03d}.webp").write_bytes(image)
-            if model.kind == "mixed":
-                (at / f"{number:03d}.txt").write_text(row["category"])
+            (at / f"{number:03d}.txt").write_text(thing_of(row["category"]) or row["category"])
             metadata = json.dumps({"model_id": model.model_id})
             rows.append({**row, "role": "exemplar", "split": model.split, "image": image, "metadata": metadata})
         if model.prompts:
@@ -274,7 +342,7 @@ def write(folder: Path, candidates: list[dict], models: list[Model]) -> None:
             prompts.parent.mkdir(exist_ok=True)
             prompts.write_text("\n".join(model.prompts) + "\n")
     pq.write_table(pa.Table.from_pylist(rows, SCHEMA), folder / "exemplars.parquet", compression="zstd")
-    (folder / "models.jsonl").write_text("".join(json.dumps(model.spec()) + "\n" for model in models))
+    (folder / "models.jsonl").write_text("".join(json.dumps(model.spec()) + "\n" for model in planned.models))
 
 
 @click.command()
@@ -282,11 +350,11 @@ def write(folder: Path, candidates: list[dict], models: list[Model]) -> None:
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), required=True)
 def main(icons: Path, out: Path) -> None:
     """Choose candidates, exemplars and models, and write the files of the next steps."""
-    corpus = pq.read_table(bundled_icons(), filters=[("role", "=", "pretraining")]).to_pylist()
-    candidates, models = plan(pq.read_table(icons).to_pylist(), corpus)
-    write(out, candidates, models)
-    click.echo(f"candidates: {len(candidates)}")
-    for (kind, split), count in sorted(Counter((model.kind, model.split) for model in models).items()):
+    sprites, scenes = list(sprite_rows(SPRITES)), list(scene_rows(SPRITES, N_SCENES))
+    planned = plan(pq.read_table(icons).to_pylist(), sprites, scenes)
+    write(out, planned)
+    click.echo(f"candidates: {len(planned.candidates)}, relatives: {len(planned.relatives)}")
+    for (kind, split), count in sorted(Counter((model.kind, model.split) for model in planned.models).items()):
         click.echo(f"{kind} {split}: {count} models")
 
 

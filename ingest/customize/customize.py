@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 
 from attrdb.errors import InvalidValue
 from attrdb.ingest.blends import parts_of
-from attrdb.ingest.customize.augmentation import encode_views
+from attrdb.ingest.customize.augmentation import SIZES, Words, encode_views, view_prompts
 from attrdb.ingest.customize.base_model import BaseModel
 from attrdb.ingest.customize.customizers import DEFAULT_METHOD, Customizer, load_customizer
 from attrdb.ingest.customize.observer import Observer, Run, observing
@@ -151,7 +151,12 @@ def customize(
     try:
         ids = {token: base.add_token(token, words) for token, words in tokens.items()}
         if tokens:
-            check_prompts(base.pipeline, list(dict.fromkeys(prompts)), tokens)
+            before = SIZES if settings.augment == "placed" else ("",)
+            check_prompts(
+                base.pipeline,
+                [Words(size).added_to(text) for text in dict.fromkeys(prompts) for size in before],
+                tokens,
+            )
         with (
             enough_memory(base.device, _doing(base, settings), _advice(gradient_checkpointing)),
             _trained_parameters(base, customizer, ids, settings.seed) as parameters,
@@ -168,6 +173,7 @@ def customize(
                 prompts=tuple(prompts),
                 prior_prompts=tuple(regularization.prompts) if regularization else (),
                 n_views=exemplar_set.latents.n_views,
+                view_prompts=tuple(view_prompts(exemplar_set.latents, prompts)),
                 parameters=parameters,
                 _optimizer=optimizer,
             )
@@ -212,9 +218,10 @@ def _encode(
     def report_start(*_: object) -> None:
         report("customize", 0, settings.steps)
 
+    latents = encode_views(base, exemplars, settings.augment, settings.seed, report_start)
+    of_views = view_prompts(latents, prompts)
     exemplar_set = ImageSet(
-        encode_views(base, exemplars, settings.augment, settings.seed, report_start),
-        _trained_prompts(base, prompts) if trains_token else _fixed_prompts(base, prompts),
+        latents, _trained_prompts(base, of_views) if trains_token else _fixed_prompts(base, of_views)
     )
     if regularization is None:
         return exemplar_set, None

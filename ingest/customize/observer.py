@@ -29,7 +29,8 @@ class Run:
     tokens:        the new tokens, one per concept; empty if there are none
     prompts:       the prompt of each exemplar
     prior_prompts: the prompt of each regularization image, empty if there are none
-    n_views:       number of augmented views of each exemplar, see `views.VIEWS`; a regularization image has one
+    n_views:       number of augmented views of each exemplar, see `augmentation.VIEWS`; a regularization image has one
+    view_prompts:  the prompt of each view; view v of exemplar e has that of number e * n_views + v
     parameters:    the trained tensors themselves, by their names in the delta; not to be changed
     """
 
@@ -40,6 +41,7 @@ class Run:
     prompts: tuple[str, ...]
     prior_prompts: tuple[str, ...]
     n_views: int
+    view_prompts: tuple[str, ...]
     parameters: Mapping[str, torch.Tensor] = field(repr=False)
     _optimizer: torch.optim.AdamW = field(repr=False)
 

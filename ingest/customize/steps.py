@@ -43,10 +43,10 @@ class Diverged(InvalidValue):
 
 
 class Prompts(Protocol):
-    def states(self, images: torch.Tensor) -> torch.Tensor:
-        """(n, length, width) float32, states of the prompts of n images; (1, length, width) if all images share one.
+    def states(self, rows: torch.Tensor) -> torch.Tensor:
+        """(n, length, width) float32, states of the prompts of n views; (1, length, width) if all views share one.
 
-        images: (n,) int64, on the CPU: indices of the images
+        rows: (n,) int64, on the CPU: the views, by their rows in `Latents`
         """
 
 
@@ -55,14 +55,14 @@ class FixedPrompts:
     """Prompts whose states are the same in every step.
 
     encoded:   (n_distinct, length, width) float32
-    prompt_of: (n_images,) int64, on the CPU: index of each image's prompt
+    prompt_of: (n_views,) int64, on the CPU: index of each view's prompt
     """
 
     encoded: torch.Tensor
     prompt_of: torch.Tensor
 
-    def states(self, images: torch.Tensor) -> torch.Tensor:
-        return self.encoded[self.prompt_of[images]]
+    def states(self, rows: torch.Tensor) -> torch.Tensor:
+        return self.encoded[self.prompt_of[rows]]
 
 
 @dataclass(frozen=True)
@@ -70,17 +70,17 @@ class TrainedPrompts:
     """Prompts with a token that is being trained: they are encoded anew in every step.
 
     token_ids: (n_distinct, length) int64
-    prompt_of: (n_images,) int64, on the CPU: index of each image's prompt
+    prompt_of: (n_views,) int64, on the CPU: index of each view's prompt
     """
 
     text_encoder: torch.nn.Module
     token_ids: torch.Tensor
     prompt_of: torch.Tensor
 
-    def states(self, images: torch.Tensor) -> torch.Tensor:
+    def states(self, rows: torch.Tensor) -> torch.Tensor:
         if len(self.token_ids) == 1:
             return self.text_encoder(self.token_ids).last_hidden_state
-        distinct, row_of = self.prompt_of[images].unique(return_inverse=True)
+        distinct, row_of = self.prompt_of[rows].unique(return_inverse=True)
         return self.text_encoder(self.token_ids[distinct]).last_hidden_state[row_of]
 
 
@@ -198,7 +198,10 @@ class Batches:
 
     def _states(self, draws: list[Draw]) -> torch.Tensor:
         """(n_slots or 1, length, width) float32."""
-        parts = [images.prompts.states(draw.images) for images, draw in zip(self.image_sets, draws, strict=True)]
+        parts = [
+            images.prompts.states(draw.images * images.latents.n_views + draw.views)
+            for images, draw in zip(self.image_sets, draws, strict=True)
+        ]
         if len(parts) == 1:
             return parts[0]
         return torch.cat([states.expand(len(draw.images), -1, -1) for states, draw in zip(parts, draws, strict=True)])

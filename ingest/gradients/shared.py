@@ -176,7 +176,9 @@ def _products(one: Gradients, other: Gradients) -> np.ndarray:
 
 
 EXEMPLARS = """\
-SELECT exemplars.image_id, coalesce(concepts.train_prompt, models.train_prompt, exemplars.prompt) AS train_prompt
+SELECT exemplars.image_id,
+    replace(coalesce(concepts.train_prompt, models.train_prompt, '{caption}'), '{caption}', coalesce(exemplars.prompt, ''))
+        AS train_prompt
 FROM exemplars
 JOIN models USING (model_id)
 LEFT JOIN concepts ON concepts.concept_id = exemplars.concept_id

@@ -39,6 +39,7 @@ from attrdb.ingest.models.stages import (
     SampleBatch,
     check_same,
     customize_stage,
+    exemplar_prompts,
     leased_job,
     open_job,
     record_tokens,
@@ -49,7 +50,7 @@ from attrdb.ingest.models.stored import stored_delta, stored_model, stored_setti
 from attrdb.ingest.monitor.files import read_rows
 from attrdb.ingest.monitor.monitor import Monitor, Monitored, Names
 from attrdb.ingest.options import ModelSettings
-from attrdb.ingest.prompts import TOKEN, Prompt, train_prompt
+from attrdb.ingest.prompts import CAPTION, TOKEN, Prompt, train_prompt
 from attrdb.ingest.read.corpus import image_rows, register
 from attrdb.progress import Progress, no_progress
 from attrdb.store.blocklist import blocklist
@@ -211,7 +212,9 @@ def regularization_images(
 def _plain_prompts(record: dict) -> list[str]:
     """The training prompts without modifier tokens: that of the model, of each concept or of each exemplar."""
     prompts = [concept["train_prompt"] for concept in record.get("concepts", ())]
-    prompts = prompts or record.get("captions") or [record["train_prompt"]]
+    if not prompts:
+        of_exemplars = exemplar_prompts(record)
+        prompts = [of_exemplars] if isinstance(of_exemplars, str) else of_exemplars
     tokens = list(record_tokens(record)) or [TOKEN]
     for token in tokens:
         prompts = [prompt.replace(token, "") for prompt in prompts]
@@ -317,8 +320,9 @@ def _record(settings: ModelSettings, exemplars: Sequence[Exemplar], prompts: lis
         return record | {"exemplar_tokens": [exemplar.token for exemplar in exemplars]}
     del record["concepts"]
     if settings.kind == "mixed":
-        return record | {"captions": captions(exemplars)}
-    return record | {"train_prompt": train_prompt(settings.kind, settings.category)}
+        return record | {"captions": captions(exemplars, settings)}
+    record["train_prompt"] = train_prompt(settings.kind, settings.category, template=settings.train_prompt)
+    return record | ({"captions": captions(exemplars, settings)} if CAPTION in record["train_prompt"] else {})
 
 
 def _image_rows(

@@ -24,7 +24,16 @@ from attrdb.ingest.options import (
     one_of,
     options_of,
 )
-from attrdb.ingest.prompts import BANKS, TOKEN, Prompt, choose_concept_prompts, choose_prompts, paper_counts
+from attrdb.ingest.prompts import (
+    BANKS,
+    CAPTION,
+    TOKEN,
+    TRAIN_PROMPTS,
+    Prompt,
+    choose_concept_prompts,
+    choose_prompts,
+    paper_counts,
+)
 from attrdb.ingest.read.text import read_text
 from attrdb.store.ids import LONGEST, check_id
 
@@ -104,6 +113,13 @@ def _check(settings: ModelSettings) -> None:
         raise InvalidValue(
             f"token_from is {settings.customize.token_from!r}; it must be words that the base model knows"
         )
+    if settings.train_prompt is not None:
+        if settings.kind not in TRAIN_PROMPTS:
+            raise InvalidValue(
+                f"train_prompt is given for a model of kind {settings.kind!r}; it is for {one_of(list(TRAIN_PROMPTS))}"
+            )
+        if TOKEN not in settings.train_prompt:
+            raise InvalidValue(f"train_prompt is {settings.train_prompt!r}; it must contain {TOKEN}")
     if settings.kind == "mixed" and settings.method == "textual-inversion":
         raise InvalidValue(
             f"method {settings.method!r} trains a token alone, and models of kind 'mixed' have none; choose another method"
@@ -120,7 +136,7 @@ def prompts_of(settings: ModelSettings, exemplars: Sequence[Exemplar]) -> list[P
     """
     if settings.kind == "mixed":
         if settings.prompts in BANKS:
-            return [Prompt(n, "caption", text) for n, text in enumerate(dict.fromkeys(captions(exemplars)))]
+            return [Prompt(n, "caption", text) for n, text in enumerate(dict.fromkeys(captions(exemplars, settings)))]
         return _plain_prompts(Path(settings.prompts))
     if settings.kind == "concepts":
         return choose_concept_prompts(
@@ -155,22 +171,23 @@ def _plain_prompts(path: Path) -> list[Prompt]:
     return [Prompt(n, "user", prompt) for n, prompt in enumerate(prompts)]
 
 
-def captions(exemplars: Sequence[Exemplar]) -> list[str]:
-    """The exemplars' captions, which a model of kind `mixed` is trained with.
+def captions(exemplars: Sequence[Exemplar], settings: ModelSettings) -> list[str]:
+    """The exemplars' captions, which a model of kind `mixed` is trained with, and any whose training prompt has CAPTION.
 
     raises: InvalidValue if an exemplar has none, or a caption contains the modifier token
     """
+    of_kind = settings.kind == "mixed"
+    needed_by, instead = ("kind 'mixed'", "kind") if of_kind else (f"train_prompt {settings.train_prompt!r}", "prompt")
     for exemplar in exemplars:
         name, caption = exemplar.picture.name, exemplar.fields.get("prompt")
         if not caption:
             raise InvalidValue(
-                f"exemplar {name} has no caption, which kind 'mixed' needs; write one into a .txt file beside it, or choose "
-                "another kind"
+                f"exemplar {name} has no caption, which {needed_by} needs; write one into a .txt file beside it, or choose "
+                f"another {instead}"
             )
         if TOKEN in caption:
-            raise InvalidValue(
-                f"the caption of {name} has {TOKEN}, and models of kind 'mixed' have no token: {caption!r}"
-            )
+            why = "models of kind 'mixed' have no token" if of_kind else "the training prompt names the token"
+            raise InvalidValue(f"the caption of {name} has {TOKEN}, and {why}: {caption!r}")
     return [exemplar.fields["prompt"] for exemplar in exemplars]
 
 
@@ -201,8 +218,8 @@ def check_model(settings: ModelSettings, exemplars: Sequence[Exemplar], model_id
             )
         if first.picture.name != exemplar.picture.name:
             raise InvalidValue(f"exemplars {names} are the same file; keep one")
-    if settings.kind == "mixed":
-        captions(exemplars)
+    if settings.kind == "mixed" or CAPTION in (settings.train_prompt or ""):
+        captions(exemplars, settings)
     if settings.concepts:
         tokens = [exemplar.token for exemplar in exemplars]
         for concept in settings.concepts:

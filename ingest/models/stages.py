@@ -41,7 +41,7 @@ from attrdb.ingest.encode.stream import ahead
 from attrdb.ingest.monitor import files as monitor_files
 from attrdb.ingest.monitor.monitor import Monitored
 from attrdb.ingest.options import MODEL_OPTIONS, CustomizeSettings, SynthesizeSettings
-from attrdb.ingest.prompts import TOKEN
+from attrdb.ingest.prompts import CAPTION, TOKEN
 from attrdb.ingest.read.pictures import Picture, read_picture, webp
 from attrdb.progress import Progress
 from attrdb.store.files import write_whole
@@ -175,7 +175,8 @@ def exemplar_prompts(record: dict) -> str | list[str]:
     if "concepts" in record:
         prompts = {concept["token"]: concept["train_prompt"] for concept in record["concepts"]}
         return [prompts[token] for token in record["exemplar_tokens"]]
-    return record["train_prompt"] or record["captions"]
+    template = record["train_prompt"] or CAPTION
+    return [template.replace(CAPTION, caption) for caption in record["captions"]] if CAPTION in template else template
 
 
 @dataclass(frozen=True)

@@ -92,7 +92,8 @@ class SlotGradients:
         """(n_slots, width) by token: gradients with respect to its embedding, from those with respect to the states."""
         run = self.run
         exemplars = step.is_exemplar.nonzero().flatten()
-        prompts = [run.prompts[image] for image in step.images[exemplars]]
+        rows = step.images[exemplars] * run.n_views + step.views[exemplars]
+        prompts = [run.view_prompts[row] for row in rows]
         with torch.enable_grad(), _embeddings_of_each(run, self.tokens, len(prompts)) as embeddings:
             states = run.base.pipeline.text_encoder(token_ids(run.base, prompts)).last_hidden_state
             gradients = torch.autograd.grad(states, list(embeddings.values()), of_states[exemplars])

@@ -1,0 +1,79 @@
+"""The pictures that icon-sd was trained on, as rows of a gallery: scenes of its training, and its sprites alone."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import torch
+from PIL import Image
+
+from attrdb.training.icon_sd.parts import IconSdSettings
+from attrdb.training.icon_sd.scenes import Composer, Sprites, compose, pack
+from attrdb.training.icon_sd.stream import draw_batch
+from attrdb.training.icon_sd.unet import RENEWED
+
+SCENES = "icon-scenes"  # the source of scenes
+QUALITY = 92  # of WebP
+
+
+def scene_rows(sprites_file: Path, n: int) -> Iterator[dict]:
+    """The first n scenes that a CPU draws when it trains icon-sd; rows of `icons.SCHEMA`."""
+    settings = IconSdSettings()
+    sprites, credits_of = Sprites.read(sprites_file), _credits(sprites_file)
+    composer, size = Composer(sprites), settings.unet_batch // RENEWED
+    for step in range(-(-n // size)):
+        scenes = draw_batch(composer, size, settings.seed + 1, step)[: n - step * size]
+        with torch.no_grad():
+            pictures = (compose(pack(scenes), sprites.pixels, settings.size) * 255).round().byte()
+        for number, (scene, pixels) in enumerate(zip(scenes, pictures.permute(0, 2, 3, 1).numpy(), strict=True)):
+            used = [thing.sprite for thing in scene.things]
+            names, creators, licenses = zip(*(credits_of[sprite] for sprite in used), strict=True)
+            yield {
+                "name": f"{SCENES}/{step * size + number:06d}",
+                "role": "pretraining",
+                "source": SCENES,
+                "category": " and ".join(sprites.things[sprite] for sprite in used),
+                "prompt": scene.caption,
+                "creator": "; ".join(dict.fromkeys(creators)),
+                "license": " AND ".join(sorted(set(licenses))),
+                "uri": f"python:attrdb.training.icon_sd.scenes#{settings.seed + 1}/{step}/{number}",
+                "metadata": json.dumps({"sprites": names}),
+                **_picture(Image.fromarray(pixels)),
+            }
+
+
+def sprite_rows(sprites_file: Path) -> Iterator[dict]:
+    """Each sprite alone, on white; rows of `icons.SCHEMA`."""
+    for row in pq.read_table(sprites_file).to_pylist():
+        sprite = Image.open(io.BytesIO(row["image"]))
+        cover = sprite.convert("L") if row["mono"] else sprite.convert("RGBA").getchannel("A")
+        picture = Image.new("RGB", sprite.size, "white")
+        picture.paste(Image.new("RGB", sprite.size) if row["mono"] else sprite.convert("RGB"), mask=cover)
+        yield {
+            "name": row["name"],
+            "role": "pretraining",
+            "source": row["source"],
+            "category": row["thing"],
+            "prompt": f"{row['thing']} in the style of {row['style']} art",
+            "creator": row["creator"],
+            "license": row["license"],
+            "uri": f"file:attrdb/assets/sprites.parquet#{row['name']}",
+            "metadata": json.dumps({"style": row["style"]}),
+            **_picture(picture),
+        }
+
+
+def _credits(sprites_file: Path) -> list[tuple[str, str, str]]:
+    """Name, creator and licence of every sprite."""
+    rows = pq.read_table(sprites_file, columns=["name", "creator", "license"]).to_pylist()
+    return [(row["name"], row["creator"], row["license"]) for row in rows]
+
+
+def _picture(picture: Image.Image) -> dict:
+    encoded = io.BytesIO()
+    picture.save(encoded, "WEBP", quality=QUALITY, method=6)
+    return {"split": None, "width": picture.width, "height": picture.height, "image": encoded.getvalue()}
