@@ -15,14 +15,16 @@ import pyarrow.parquet as pq
 import pytest
 import timm
 import torch
+from diffusers import StableDiffusionPipeline
 from PIL import Image
 from safetensors.torch import save_file
 
 from attrdb.demo import bundled_icons
-from attrdb.errors import InvalidValue
+from attrdb.errors import AttrdbError, InvalidValue
 from attrdb.ingest.encode import EfficientNetLite0, Pixels, encode, encode_file, load_encoder, weights
 from attrdb.ingest.encode.stream import ahead, encode_stream
 from attrdb.ingest.read.pictures import read_picture
+from attrdb.store.schema import encoder_id_of
 
 
 @pytest.fixture(scope="module")
@@ -107,6 +109,41 @@ def test_vgg_gram_is_the_gram_matrix_of_its_layers():
     wanted = gram[np.triu_indices(24)]
     np.testing.assert_allclose(found[:300], wanted / np.linalg.norm(wanted), atol=1e-5)
     np.testing.assert_allclose(np.linalg.norm(found.reshape(3, 300), axis=1), 1, rtol=1e-5)
+
+
+# --- reconstructions --------------------------------------------------------------------------------------------------
+
+
+def test_pictures_that_went_through_an_autoencoder(tiny_base, icons, monkeypatch):
+    """As the pipeline's own image processor and autoencoder make them; the encoder is found again from another folder."""
+    monkeypatch.chdir(tiny_base.parent)
+    encoder = load_encoder(f"vae:{tiny_base.name}+pixels:4")
+    assert encoder.spec == f"vae:{tiny_base}+pixels:4"
+    assert encoder_id_of(encoder.spec) == f"vae_{tiny_base.name}_pixels_4".replace("-", "_")
+    pipeline = StableDiffusionPipeline.from_pretrained(tiny_base, local_files_only=True, use_safetensors=True)
+    shown = [image.resize((32, 32)) for image in list(icons.values())[:3]]
+    x = pipeline.image_processor.preprocess(shown)
+    with torch.no_grad():
+        decoded = pipeline.vae.decode(pipeline.vae.encode(x).latent_dist.mean).sample
+    reconstructed = pipeline.image_processor.postprocess(decoded)
+    assert reconstructed[0].tobytes() != shown[0].tobytes()
+    found = encode(load_encoder(encoder.spec), shown)
+    np.testing.assert_allclose(found, encode(load_encoder("pixels:4"), reconstructed), atol=0.01)
+    assert encoder.weights_fingerprint.endswith("-none")
+
+
+@pytest.mark.parametrize(
+    ("spec", "problem"),
+    [
+        ("vae:icon-sd", "names no base model and encoder; give vae:BASE\\+ENCODER"),
+        ("vae:+pixels:8", "names no base model and encoder"),
+        ("vae:icon-sd+pixel:8", "no encoder 'pixel:8'"),
+        ("vae:nothing+pixels:8", "no base model 'nothing'"),
+    ],
+)
+def test_reconstructions_that_cannot_be(spec, problem):
+    with pytest.raises(AttrdbError, match=problem):
+        load_encoder(spec)
 
 
 # --- open_clip, timm, TorchScript -------------------------------------------------------------------------------------

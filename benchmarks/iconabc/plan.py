@@ -36,7 +36,7 @@ N_CANDIDATES = 100_000
 N_SCENES = 40_000  # of them
 
 # Objects: things of IconScenes, as drawn by sets that have no sprite in it.
-OBJECT_SOURCES = ("fxemoji", "streamline-emojis", "flat-color-icons", "icon-park", "openclipart")
+OBJECT_SOURCES = ("fxemoji", "streamline-emojis", "flat-color-icons", "icon-park")
 N_OBJECTS = {"train": 104, "val": 24, "test": 36, "test_unseen": 36}
 
 # Styles: groups of STYLE_SIZE icons, by name: the set, and a pattern of its icons' names. A set is in one split, as are sets
@@ -47,7 +47,7 @@ STYLES = {
         "streamline-plump": ("streamline-plump-color", "(?!.*-flat$)"),
         "streamline-plump-flat": ("streamline-plump-color", ".*-flat$"),
         "streamline-plump-solid": ("streamline-plump", ".*-solid$"),
-        "streamline-block": ("streamline-block", ""),
+        "ri": ("ri", ".*-fill$"),
         "glyphs-poly": ("glyphs-poly", ""),
         "glyphs-bold": ("glyphs", ".*-bold$"),
         "vscode-icons": ("vscode-icons", ""),
@@ -78,11 +78,11 @@ STYLES = {
         "circle-flags": ("circle-flags", ""),
         "flat-ui": ("flat-ui", ""),
         "iconamoon": ("iconamoon", ".*-duotone$"),
-        "ri": ("ri", ".*-fill$"),
+        "streamline-block": ("streamline-block", ""),
     },
 }
 MODELS_A_STYLE = {"train": 4, "val": 4, "test": 3}
-N_ARTISTS = 36  # of Open Clip Art, a source of styles that no mapper learns from
+MODELS_AN_ARTIST = 2  # at most; of Open Clip Art, a source of styles that no mapper learns from
 N_RELATIVES = 250  # of a style, at most
 
 # Unrelated captioned images, for general attribution (Wang et al. 2023, Fig. 10).
@@ -122,7 +122,7 @@ THUMBNAIL = 16  # pixels
 def icon_sets() -> set[str]:
     """The iconify sets of the benchmark, besides those of IconScenes' sprites."""
     style_sets = {source for styles in STYLES.values() for source, _ in styles.values()}
-    return {*GALLERY_SETS, *style_sets, *OBJECT_SOURCES} - {"openclipart"}
+    return {*GALLERY_SETS, *style_sets, *OBJECT_SOURCES}
 
 
 @dataclass
@@ -180,10 +180,7 @@ def plan(icons: list[dict], sprites: list[dict], scenes: list[dict], seed: int =
     by_source = defaultdict(list)
     for row in unlike(of_models, sprites):
         by_source[row["source"]].append(row)
-    # An artist's works are a style, or things.
     styles = _styles(by_source, seed) + _artists(by_source["openclipart"], random.Random(f"{seed}/artists"))
-    artists = {model.category for model in styles if model.split == "test_artists"}
-    by_source["openclipart"] = [row for row in by_source["openclipart"] if row["creator"] not in artists]
     objects, spare = _objects(by_source, {row["category"] for row in sprites}, random.Random(f"{seed}/objects"))
     models = objects + styles + _mixed(spare, random.Random(f"{seed}/mixed"))
     random.Random(f"{seed}/order").shuffle(models)  # so that the first models are a fair sample of all
@@ -268,15 +265,19 @@ def _styles(by_source: dict, seed: int) -> list[Model]:
 
 
 def _artists(works: list[dict], rng: random.Random) -> list[Model]:
+    """Styles of the artists who have enough works."""
     by_artist = defaultdict(list)
     for row in works:
         if row["creator"] not in NOBODY and not SIGNS.search(row["name"]) and inked(row):
             by_artist[row["creator"]].append(row)
-    prolific = sorted(artist for artist, rows in by_artist.items() if len(rows) >= STYLE_SIZE)
-    return [
-        Model(f"artist-{slug(artist)}", "style", "test_artists", artist, rng.sample(by_artist[artist], STYLE_SIZE))
-        for artist in sorted(rng.sample(prolific, min(N_ARTISTS, len(prolific))))
-    ]
+    models = []
+    for artist, rows in sorted(by_artist.items()):
+        n_models = min(MODELS_AN_ARTIST, len(rows) // STYLE_SIZE)
+        drawn = rng.sample(rows, STYLE_SIZE * n_models)
+        for number in range(n_models):
+            works = drawn[number * STYLE_SIZE : (number + 1) * STYLE_SIZE]
+            models.append(Model(f"artist-{slug(artist)}-{number}", "style", "test_artists", artist, works))
+    return models
 
 
 def _mixed(spare: list[dict], rng: random.Random) -> list[Model]:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import AutoencoderKL, StableDiffusionPipeline
 from diffusers.utils import logging as diffusers_logging
 from transformers.utils import logging as transformers_logging
 
@@ -294,6 +294,26 @@ def quiet_libraries() -> None:
     for logging in (diffusers_logging, transformers_logging):
         logging.set_verbosity_error()
         logging.disable_progress_bar()
+
+
+def load_autoencoder(folder: Path, device: str | None = None) -> AutoencoderKL:
+    """The autoencoder of a base model's folder, frozen and in float32.
+
+    raises: InvalidValue if it does not load
+    """
+    quiet_libraries()
+    try:
+        vae = AutoencoderKL.from_pretrained(
+            folder,
+            subfolder="vae",
+            local_files_only=True,
+            use_safetensors=True,
+            variant=variant_of(folder),
+            torch_dtype=torch.float32,
+        )
+    except Exception as error:  # diffusers and safetensors raise kinds of their own
+        raise InvalidValue(f"the autoencoder of base model {folder} does not load: {error}") from error
+    return vae.requires_grad_(False).eval().to(device or default_device())
 
 
 def load_base_model(name: str, device: str | None = None) -> BaseModel:

@@ -6,6 +6,7 @@
     open_clip:ARCH/PRETRAINED    the image tower of an open_clip model; PRETRAINED is one of its tags or a checkpoint
     timm:NAME, timm:NAME/FILE    a timm model's pooled features, with the weights that NAME names or a checkpoint
     torchscript:FILE             any network saved as TorchScript
+    vae:BASE+ENCODER             another encoder, of pictures that went through the autoencoder of a base model
     PREFIX or PREFIX:ARGUMENT    what an installed package adds under the entry point group attrdb.encoders
 
 An encoder's identity is its spec, its preprocessing and a fingerprint of its weights. docs/encoders.md says more.
@@ -23,7 +24,7 @@ from PIL import Image
 
 from attrdb.database import Database
 from attrdb.errors import InvalidValue
-from attrdb.ingest.encode import plugins
+from attrdb.ingest.encode import plugins, reconstructed
 from attrdb.ingest.encode.bundled import EfficientNetLite0, Pixels, VggGram
 from attrdb.ingest.encode.spec import nearest
 from attrdb.ingest.encode.stream import SMALL_BATCH, encode_stream, unit_features
@@ -48,6 +49,7 @@ FORMS = {
     "open_clip": "open_clip:ARCH/PRETRAINED",
     "timm": "timm:NAME or timm:NAME/FILE",
     "torchscript": "torchscript:FILE",
+    reconstructed.PREFIX: "vae:BASE+ENCODER (such as vae:icon-sd+pixels:8)",
 }
 
 
@@ -87,6 +89,9 @@ def load_encoder(spec: str) -> Encoder:
         from attrdb.ingest.encode.networks import LOADERS  # torch is imported only where it is used
 
         return LOADERS[prefix](argument)
+    if colon and prefix == reconstructed.PREFIX:
+        base_model, inner = reconstructed.split(argument)
+        return reconstructed.Reconstructed(base_model, load_encoder(inner))
     if added := plugins.load(spec, prefix, argument):
         return added
     known = ", ".join([*FORMS.values(), *plugins.names()])
