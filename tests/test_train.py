@@ -28,7 +28,7 @@ from attrdb.store.job_folders import train_job
 from attrdb.training import augment as augment_module
 from attrdb.training import pairs as pairs_module
 from attrdb.training.evaluate import evaluate
-from attrdb.training.objective import Maps
+from attrdb.training.objective import STORED_FORMS, Maps
 from attrdb.training.pairs import Choice, Pairs
 from attrdb.training.train import TrainSettings, Validation, train
 
@@ -110,7 +110,7 @@ def test_batches_lie_in_one_position_and_none_is_of_one_pair(positions, size, si
 # --- training ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("form", ["affine", "gain", "mlp"])
+@pytest.mark.parametrize("form", STORED_FORMS)
 def test_a_mapper_learns_what_tells(learnable, db, form):
     settings = TrainSettings(form=form, lr=0.01, batch=72, epochs=50)
     result = train(db, settings=settings)
@@ -297,7 +297,7 @@ def test_ranks_that_rise_far_from_the_first_ten_keep_training_going(db, monkeypa
         ),
         ({"kind": "thing"}, "kind is 'thing'; it must be object, style, both"),
         ({"prompt_scheme": "x"}, "prompt_scheme is 'x'; it must be gpt, procedural, both"),
-        ({"form": "cubic"}, "form is 'cubic'; it must be affine, gain, mlp"),
+        ({"form": "cubic"}, "form is 'cubic'; it must be affine, gain, mlp, released-gain, released-mlp"),
         ({"temperature": 0}, "temperature is 0; it must be above 0"),
         ({"lr": float("nan")}, "lr is nan; it must be above 0"),
         ({"batch": 1}, "batch is 1; it must be at least 2"),

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 
 from attrdb.errors import InvalidValue
-from attrdb.search.mapper import ARRAYS, FORMS, SIDES
+from attrdb.search.mapper import ARRAYS, SIDES
 
+# The form that a mapper is stored in, by the form that is trained. The released ones are those of the authors' code, whose
+# ablation is Wang et al. 2023, Fig. 7: a gain without a bias, and two layers that do not start at the identity.
+STORED_FORMS = {"affine": "affine", "gain": "gain", "mlp": "mlp", "released-gain": "gain", "released-mlp": "mlp"}
 HIDDEN = 256  # of the form mlp
+RELEASED_WIDTHS = (512, 256)  # hidden, and of what comes out
 
 
 class Map(torch.nn.Module):
-    """One side of a mapper, see `attrdb.search.mapper.Mapper`; it starts at the identity."""
+    """One side of a mapper of a form but released-mlp, see `attrdb.search.mapper.Mapper`; it starts at the identity."""
 
     def __init__(self, form: str, dimension: int):
         super().__init__()
@@ -26,9 +32,12 @@ class Map(torch.nn.Module):
             "up_bias": torch.zeros(HIDDEN),
             "down": torch.zeros(dimension, HIDDEN),
         }
-        self.form = form
-        for name in ARRAYS[form]:
-            self.register_parameter(name, torch.nn.Parameter(start[name]))
+        self.form = STORED_FORMS[form]
+        for name in ARRAYS[self.form]:
+            if (form, name) == ("released-gain", "bias"):
+                self.register_buffer(name, start[name])
+            else:
+                self.register_parameter(name, torch.nn.Parameter(start[name]))
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         """(n, dimension) features to (n, dimension), unit length."""
@@ -44,6 +53,41 @@ class Map(torch.nn.Module):
         identity = torch.eye(len(self.weight), dtype=self.weight.dtype, device=self.weight.device)
         return (self.weight.T @ self.weight - identity).norm()
 
+    def arrays(self) -> dict[str, torch.Tensor]:
+        """By name, see `attrdb.search.mapper.ARRAYS`."""
+        return {name: getattr(self, name) for name in ARRAYS[self.form]}
+
+
+class ReleasedMlp(torch.nn.Module):
+    """One side of a mapper of form released-mlp: two layers with batch normalization between them, started at random."""
+
+    def __init__(self, dimension: int):
+        super().__init__()
+        hidden, out = RELEASED_WIDTHS[0], min(RELEASED_WIDTHS[1], dimension)
+        self.first, self.norm = torch.nn.Linear(dimension, hidden), torch.nn.BatchNorm1d(hidden)
+        self.second = torch.nn.Linear(hidden, out)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """(n, dimension) features to (n, 256), or fewer if the dimension is; unit length."""
+        return F.normalize(self.second(self.norm(self.first(features)).relu()), dim=1)
+
+    def deviation(self) -> torch.Tensor:
+        """0: no matrix of it could be the identity."""
+        return self.first.weight.new_zeros(())
+
+    def arrays(self) -> dict[str, torch.Tensor]:
+        """Those of the form mlp that map the same, with zeros after the values that come out."""
+        dimension, out = self.first.in_features, self.second.out_features
+        scale = self.norm.weight / (self.norm.running_var + self.norm.eps).sqrt()
+        empty = self.first.weight.new_zeros
+        return {
+            "weight": empty(dimension, dimension),
+            "bias": torch.cat([self.second.bias, empty(dimension - out)]),
+            "up": self.first.weight * scale[:, None],
+            "up_bias": (self.first.bias - self.norm.running_mean) * scale + self.norm.bias,
+            "down": torch.cat([self.second.weight, empty(dimension - out, self.second.in_features)]),
+        }
+
 
 class Maps(torch.nn.ModuleDict):
     """Both sides of a mapper: h as 'exemplar' and h~ as 'sample'.
@@ -52,16 +96,21 @@ class Maps(torch.nn.ModuleDict):
     """
 
     def __init__(self, form: str, dimension: int, seed: int = 0):
-        if form not in FORMS:
-            raise InvalidValue(f"form is {form!r}; it must be {', '.join(FORMS)}")
+        if form not in STORED_FORMS:
+            raise InvalidValue(f"form is {form!r}; it must be {', '.join(STORED_FORMS)}")
+        make = ReleasedMlp if form == "released-mlp" else partial(Map, form)
         with torch.random.fork_rng([]):
             torch.manual_seed(seed)
-            super().__init__({side: Map(form, dimension) for side in SIDES})
-        self.form = form
+            super().__init__({side: make(dimension) for side in SIDES})
+        self.form, self.starts_at_identity = STORED_FORMS[form], form != "released-mlp"
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """The `parameters` of `attrdb.search.mapper.Mapper`."""
-        return {name: value.detach().cpu().numpy().copy() for name, value in self.state_dict().items()}
+        """The `parameters` of `attrdb.search.mapper.Mapper`, whose form is `form`."""
+        return {
+            f"{side}.{name}": value.detach().cpu().numpy().copy()
+            for side in SIDES
+            for name, value in self[side].arrays().items()
+        }
 
 
 def contrastive_loss(exemplars: torch.Tensor, samples: torch.Tensor, temperature: float) -> torch.Tensor:

@@ -48,7 +48,7 @@ class TrainSettings:
     """All that decides a mapper, except the database.
 
     kind:           of the models that it learns from: object, style, or both
-    form:           of the maps, see `attrdb.search.mapper.Mapper`
+    form:           of the maps, see `objective.STORED_FORMS`
     temperature:    v of Eq. 3; the paper has 1
     lambda_reg:     weight of the regularizer; the paper has 0.05
     lr, batch:      of Adam; the paper does not state them
@@ -147,13 +147,14 @@ class _Training:
         if self.checkpoint.exists():
             self._resume()
         else:
-            self.curves: list[dict[str, Any]] = [{"epoch": 0, "loss": None, **self.validation.measure(self.mapper())}]
+            self.curves: list[dict[str, Any]] = [{"epoch": 0, "loss": None, **self.validation.measure(None)}]
             self._keep_maps()
 
     @property
     def best(self) -> dict[str, Any]:
-        """The epoch with the lowest mean log rank; the first of equal ones."""
-        return min(self.curves, key=lambda epoch: (epoch["mean_log_rank"], epoch["epoch"]))
+        """The epoch with the lowest mean log rank; the first of equal ones. Epoch 0 is the features without a mapper."""
+        epochs = self.curves if self.maps.starts_at_identity else self.curves[1:] or self.curves
+        return min(epochs, key=lambda epoch: (epoch["mean_log_rank"], epoch["epoch"]))
 
     @property
     def is_over(self) -> bool:
@@ -161,7 +162,7 @@ class _Training:
         return last >= self.settings.epochs or last - self.best["epoch"] >= self.settings.patience
 
     def mapper(self) -> Mapper:
-        return Mapper(self.mapper_id, self.encoder_id, self.settings.form, self.maps.arrays())
+        return Mapper(self.mapper_id, self.encoder_id, self.maps.form, self.maps.arrays())
 
     def run(self, report: Progress) -> None:
         """Train until it is over; the maps are then those of the best epoch."""
@@ -305,8 +306,8 @@ class Validation:
     def n_samples(self) -> int:
         return sum(len(ids) for (ids, _), _ in self.models)
 
-    def measure(self, mapper: Mapper) -> dict[str, float]:
-        """recall (at K) and mean_log_rank (natural logarithm), over the exemplars of a sample.
+    def measure(self, mapper: Mapper | None) -> dict[str, float]:
+        """recall (at K) and mean_log_rank (natural logarithm), over the exemplars of a sample; None: without a mapper.
 
         Both are averaged over the samples of a kind and prompt scheme, then over kinds and schemes, as in the paper.
         """

@@ -64,7 +64,11 @@ gallery_option = click.option(
     type=RenamedChoice(list(KINDS), {"both": "object+style"}),
     help="Kinds of models to learn from. Default: object+style.",
 )
-@click.option("--form", type=click.Choice(["affine", "gain", "mlp"]), help="Form of the maps. Default: affine.")
+@click.option(
+    "--form",
+    type=click.Choice(["affine", "gain", "mlp", "released-gain", "released-mlp"]),
+    help="Form of the maps. Default: affine.",
+)
 @click.option(
     "--prompt-scheme", type=click.Choice(["gpt", "procedural", "both"]), help="Prompts of the samples. Default: both."
 )
