@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from attrdb.errors import InvalidValue
-from attrdb.search.mapper import FORMS, Mapper
+from attrdb.search.mapper import Mapper
 from attrdb.training.objective import STORED_FORMS, Maps, contrastive_loss, regularizer
 
 
