@@ -37,7 +37,7 @@ class IconSdSettings:
     text_width: int = 192
     text_layers: int = 3
     unet_channels: tuple[int, ...] = (96, 160)
-    unet_batch: int = 128
+    unet_batch: int = 64
     unet_lr: float = 5e-4
     ema: float = 0.9995
     seed: int = 0

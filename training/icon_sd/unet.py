@@ -25,9 +25,9 @@ from attrdb.training.icon_sd.scenes import Sprites, compose
 from attrdb.training.icon_sd.stream import Packed, SceneBatches, together
 
 AHEAD = 4  # batches that are composed and encoded at a time where a step is recorded
-FIRST_BATCHES = 32  # of new scenes, which fill a pool at first
+FIRST_BATCHES = 64  # of new scenes, which fill a pool at first
 POOL = 24_576  # scenes whose latents a CPU keeps
-WARM_UP = 300  # steps of each call, since its optimizer may be new
+WARM_UP = 300  # steps of a new optimizer
 RENEWED = 4  # on a CPU one scene in so many of a batch is new; the others come from the pool
 
 
@@ -179,8 +179,8 @@ class Learner:
         torch._foreach_lerp_(self._averages, self._weights, 1 - decay)
 
 
-def _learning_rate(settings: IconSdSettings, n_steps: int, spent: float, lr_end: float) -> float:
-    """The rate after n_steps of a call and a share of its time: it warms up, and falls evenly to lr_end of itself."""
+def _learning_rate(settings: IconSdSettings, n_steps: float, spent: float, lr_end: float) -> float:
+    """The rate after n_steps of an optimizer and a share of the call's time: it warms up, and falls evenly to lr_end."""
     return settings.unet_lr * min(1.0, (n_steps + 1) / WARM_UP) * (1 - (1 - lr_end) * spent)
 
 
@@ -199,8 +199,10 @@ def train_unet(
     lr_end:  share of the learning rate that is left at the end of the stage's time; it falls evenly. 1: it stays
     """
     learner = Learner(tokenizer, settings, execution)
+    is_new = True
     if state := stage.load():
         learner.load(state)
+        is_new = "optimizer" not in state
     counts = learner.counts
     pool = POOL if is_cpu(execution.device) else 0
     ahead = AHEAD if execution.recorded else 1
@@ -210,7 +212,8 @@ def train_unet(
     losses: list[torch.Tensor] = []
     late = stage.late
     while not late:
-        lr = _learning_rate(settings, counts.step - first, (time.monotonic() - begun) / budget, lr_end)
+        n_steps = counts.step - first if is_new else math.inf
+        lr = _learning_rate(settings, n_steps, (time.monotonic() - begun) / budget, lr_end)
         losses.append(learner.learn(*source.next(), lr))
         counts.seconds = before + time.monotonic() - begun
         late = stage.late
