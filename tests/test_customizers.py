@@ -429,6 +429,20 @@ def test_placed_views_are_where_their_words_say():
             assert wanted[0] <= share <= wanted[1], view.words
 
 
+@pytest.mark.parametrize(
+    ("prompt", "placed"),
+    [
+        ("V* bell", "small V* bell on the left"),
+        ("a V* bell", "a small V* bell on the left"),
+        ("an owl in the style of V* art", "a small owl in the style of V* art on the left"),
+        ("the V*", "the small V* on the left"),
+    ],
+)
+def test_words_of_a_view_in_a_prompt(prompt, placed):
+    assert augmentation.Words("small", "on the left").added_to(prompt) == placed
+    assert augmentation.Words().added_to(prompt) == prompt
+
+
 def test_the_prompt_of_a_placed_view_says_where_it_is(base):
     recorder = Recorder()
     settings = customize.CustomizeSettings(steps=2, batch=2, lr=0.01, augment="placed")
@@ -680,7 +694,7 @@ def test_training_prompts_that_cannot_be(tiny_base, kind, prompt, problem):
 
 def test_captions_that_a_training_prompt_lacks(empty, mixed_folder, tiny_base):
     (mixed_folder / "b.txt").write_text("a V* picture")
-    with pytest.raises(InvalidValue, match=r"caption of b.png has V\*, and the training prompt names the token"):
+    with pytest.raises(InvalidValue, match=r"b\.png has V\*, and the training prompt names the token"):
         styled(empty, mixed_folder, tiny_base, train_prompt=CAPTIONED)
     (mixed_folder / "b.txt").unlink()
     with pytest.raises(InvalidValue, match=r"b\.png has no caption, which train_prompt '\{caption\} in .* needs"):

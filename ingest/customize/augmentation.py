@@ -39,19 +39,28 @@ SPOTS = {
 OFF_SPOT = 0.12  # of the room, at most
 # Words for the side of a picture, as a share of the whole, up to so much.
 SIZES = {"small": 0.45, "": 0.7, "large": 1.0}
+ARTICLES = {"a": "a", "an": "a", "the": "the"}  # of a prompt, and before a size
 LEAST_SIDE = 1 / 3
 PLAIN = 8  # levels of 255: colours of a plain border differ by no more
 
 
 @dataclass(frozen=True)
 class Words:
-    """What a view adds to the prompt of its picture: a size before it, such as "small", and a spot after it."""
+    """What a view adds to the prompt of its picture: a size before it, such as "small", and a spot after it.
+
+    "a V* bell" becomes "a small V* bell on the left".
+    """
 
     size: str = ""
     spot: str = ""
 
     def added_to(self, prompt: str) -> str:
-        return " ".join(filter(None, (self.size, prompt, self.spot)))
+        article, _, rest = prompt.partition(" ")
+        if self.size and article in ARTICLES:
+            prompt = f"{ARTICLES[article]} {self.size} {rest}"
+        elif self.size:
+            prompt = f"{self.size} {prompt}"
+        return f"{prompt} {self.spot}" if self.spot else prompt
 
 
 @dataclass(frozen=True)
