@@ -288,6 +288,22 @@ def test_a_finished_autoencoder_stays_as_it_is(few, tmp_path, minutes):
         torch.testing.assert_close(one, other, rtol=0, atol=0)
 
 
+def test_a_decoder_is_refined_and_latents_stay_what_they_are(few, tmp_path):
+    stage = Stage(tmp_path, "vae", 0.001)
+    with pytest.raises(InvalidValue, match="is not finished; train it to its end first"):
+        autoencoder.refine_decoder(few, TINY, stage, CPU)
+    before = autoencoder.train_autoencoder(few, TINY, Stage(tmp_path, "vae"), CPU).state_dict()
+    autoencoder.refine_decoder(few, TINY, stage, CPU)
+    autoencoder.refine_decoder(few, TINY, stage, CPU)
+    state = stage.load()
+    moved = {name for name, value in state["vae"].items() if not value.equal(before[name])}
+    assert state["refined"] >= 2
+    assert moved
+    assert all(name.startswith(("decoder.", "post_quant_conv.")) for name in moved)
+    again = autoencoder.train_autoencoder(few, TINY, Stage(tmp_path, "vae"), CPU)  # the U-Net's stage begins with it
+    assert again.state_dict()["decoder.conv_out.bias"].equal(state["vae"]["decoder.conv_out.bias"])
+
+
 def test_batches_do_not_depend_on_the_number_of_workers(few):
     def captions(workers):
         batches = stream.SceneBatches(few, 4, 0, 2).loaded(workers)

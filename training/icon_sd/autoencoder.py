@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
 
+from attrdb.errors import InvalidValue
 from attrdb.ingest.devices import resolved_precision
 from attrdb.training.icon_sd.parts import IconSdSettings, new_vae
 from attrdb.training.icon_sd.recorded import Recorded, adamw, load_moments, memory_format, set_rate
@@ -43,15 +44,20 @@ def _loss(decoded: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
 
 
 class Learner:
-    """The autoencoder, its optimizer, and the two kinds of step that it learns by."""
+    """The autoencoder, its optimizer, and the two kinds of step that it learns by.
 
-    def __init__(self, settings: IconSdSettings, execution: Execution):
-        self.settings, self.device = settings, execution.device
+    decoder_alone: the encoder stays as it is, and no step is of halved latents, which nothing makes any more
+    """
+
+    def __init__(self, settings: IconSdSettings, execution: Execution, decoder_alone: bool = False):
+        self.settings, self.device, self.decoder_alone = settings, execution.device, decoder_alone
         torch.manual_seed(settings.seed)
         self.vae = new_vae(settings).to(self.device, memory_format=memory_format(self.device))
-        self.optimizer = adamw(
-            self.vae.parameters(), settings.vae_lr, execution.recorded, betas=(0.9, 0.99), weight_decay=0.0
-        )
+        if decoder_alone:
+            self.vae.encoder.requires_grad_(False)
+            self.vae.quant_conv.requires_grad_(False)
+        self.trained = [weight for weight in self.vae.parameters() if weight.requires_grad]
+        self.optimizer = adamw(self.trained, settings.vae_lr, execution.recorded, betas=(0.9, 0.99), weight_decay=0.0)
         kind, bf16 = torch.device(self.device).type, resolved_precision("auto", self.device) == "bf16"
         # What autocast keeps of a step does not outlive its recording.
         self.autocast = partial(torch.autocast, kind, torch.bfloat16, bf16, cache_enabled=not execution.recorded)
@@ -65,7 +71,7 @@ class Learner:
         side = x.shape[-1] // vae_factor(self.settings)
         shape = (len(x), self.settings.latent_channels, side, side)
         noise = torch.randn(shape, generator=generator, device=self.device)
-        halved = random.Random(seed).random() < HALVED
+        halved = not self.decoder_alone and random.Random(seed).random() < HALVED
         set_rate(self.optimizer, lr)
         return self.steps[halved](x, noise)
 
@@ -78,7 +84,7 @@ class Learner:
             decoded = self.vae.decode(latents).sample.float()
         loss = _loss(decoded, x) + self.settings.kl_weight * posterior.kl().float().mean()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.vae.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(self.trained, 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad()
         return loss.detach()
@@ -129,6 +135,40 @@ def train_autoencoder(
         if late or finished:
             break
     return learner.vae.eval().requires_grad_(False)
+
+
+def refine_decoder(sprites: Sprites, settings: IconSdSettings, stage: Stage, execution: Execution) -> float:
+    """Train the decoder of a finished autoencoder for the stage's time, and replace the stage's checkpoint; its decibels.
+
+    What a U-Net has learned stays right, since the encoder stays. The learning rate falls to zero over the call.
+    sprites: with their pixels on the device
+    raises:  InvalidValue for an autoencoder that is not finished
+    """
+    state = stage.load()
+    if state is None or not state["finished"]:
+        raise InvalidValue(f"the autoencoder of {stage.checkpoint.parent} is not finished; train it to its end first")
+    learner = Learner(settings, execution, decoder_alone=True)
+    learner.vae.load_state_dict(state["vae"])
+    begun, budget = time.monotonic(), max(1e-9, stage.deadline - time.monotonic())
+    step, refined = state["step"], state.get("refined", 0)
+    scenes = SceneBatches(sprites, settings.vae_batch, settings.seed + 3, refined).loaded(execution.workers)
+    losses: list[torch.Tensor] = []
+    late = False
+    for x in _pictures(scenes, sprites, settings, AHEAD if execution.recorded else 1):
+        seconds = time.monotonic() - begun
+        losses.append(learner.learn(x, step + refined, settings.vae_lr * _rate(min(1.0, seconds / budget))))
+        refined += 1
+        late = stage.late
+        if stage.report_is_due(seconds) or late:
+            loss = round(float(torch.stack(losses).mean()), 5)
+            losses.clear()
+            decibels = round(reconstruction(learner.vae, sprites, settings), 2)
+            stage.log(refined=refined * settings.vae_batch, loss=loss, decibels=decibels, seconds=round(seconds, 1))
+        if stage.save_is_due or late:
+            stage.save(state | {"vae": learner.vae.state_dict(), "refined": refined})
+        if late:
+            break
+    return decibels
 
 
 def _pictures(scenes: Iterator[Packed], sprites: Sprites, settings: IconSdSettings, n: int) -> Iterator[torch.Tensor]:

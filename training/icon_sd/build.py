@@ -9,6 +9,8 @@ The stages. Each resumes from its last checkpoint, and finishes before the next 
     U-Net         with the text encoder, on latents of scenes (unet.py)
     export        fp16 safetensors, EMA weights, and `training.json` with the figures
 
+`--decoder` trains the decoder of a finished autoencoder further: latents stay what they are, and the U-Net is not touched.
+
 `--minutes` bounds the call; rerunning the command resumes the stage that was cut. The command runs on a CPU and on a GPU.
 """
 
@@ -29,7 +31,7 @@ from diffusers import StableDiffusionPipeline
 from transformers import CLIPTokenizer
 
 from attrdb.ingest.devices import is_cpu
-from attrdb.training.icon_sd.autoencoder import reconstruction, set_scale, train_autoencoder
+from attrdb.training.icon_sd.autoencoder import reconstruction, refine_decoder, set_scale, train_autoencoder
 from attrdb.training.icon_sd.parts import TINY, IconSdSettings, export, train_tokenizer
 from attrdb.training.icon_sd.runs import Execution, Stage, check_settings, exclusive_run
 from attrdb.training.icon_sd.scenes import Composer, Sprites
@@ -80,6 +82,7 @@ def build(
     start: Path | None = None,
     lr_end: float = 1.0,
     vae_minutes: float = math.inf,
+    decoder_alone: bool = False,
 ) -> dict:
     """Run the stages for so many minutes and export the pipeline as it is then; the figures, as in `training.json`.
 
@@ -87,6 +90,7 @@ def build(
     start:       an exported pipeline to begin a new run at
     lr_end:      see `train_unet`
     vae_minutes: `minutes` of `train_autoencoder`
+    decoder_alone: train the decoder of a finished autoencoder, see `refine_decoder`, and export nothing
     raises:      InvalidValue for a run that began with other settings
     """
     end = time.monotonic() + 60 * minutes
@@ -97,6 +101,8 @@ def build(
     tokenizer = learned_tokenizer(sprites, settings, run_folder / "tokenizer")
     sprites = replace(sprites, pixels=sprites.pixels.to(execution.device))
     stage = Stage(run_folder, "vae", (end - time.monotonic()) / 60)
+    if decoder_alone:
+        return {"decibels": refine_decoder(sprites, settings, stage, execution)}
     vae = train_autoencoder(sprites, settings, stage, execution, vae_minutes)
     vae_state = stage.load() or {}
     vae_images = vae_state["step"] * settings.vae_batch
@@ -144,6 +150,7 @@ def build(
     type=click.Path(exists=True, file_okay=False, path_type=Path),
     help="An exported pipeline to begin a new run at.",
 )
+@click.option("--decoder", "decoder_alone", is_flag=True, help="Train the decoder of a finished autoencoder instead.")
 @click.option("--recorded", is_flag=True, help="A GPU repeats a recording of each step.")
 @click.option("--workers", type=int, default=0, show_default=True, help="Processes that draw scenes ahead.")
 @click.option("--tiny", is_flag=True, help="Rehearse with the smallest sizes that run.")
@@ -156,6 +163,7 @@ def main(
     lr_end: float,
     vae_minutes: float,
     start: Path | None,
+    decoder_alone: bool,
     recorded: bool,
     workers: int,
     tiny: bool,
@@ -167,9 +175,11 @@ def main(
     execution = Execution(device, workers, recorded, compiled=is_cpu(device) and minutes >= COMPILED_FROM)
     torch.backends.cudnn.benchmark = True  # a GPU's shapes stay the same
     with exclusive_run(run_folder):
-        figures = build(sprites, run_folder, out, settings, minutes, execution, start, lr_end, vae_minutes)
+        figures = build(
+            sprites, run_folder, out, settings, minutes, execution, start, lr_end, vae_minutes, decoder_alone
+        )
     click.echo(json.dumps({name: value for name, value in figures.items() if name != "settings"}))
-    if "settings" not in figures:
+    if "settings" not in figures and not decoder_alone:
         click.echo("nothing is exported before the U-Net has begun; rerun the command", err=True)
         raise SystemExit(3)
 

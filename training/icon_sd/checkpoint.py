@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from attrdb.training.icon_sd.runs import Stage
 
 FOLDER = Path(__file__).resolve().parent / "checkpoint"
-COUNTS = {"vae": ("step", "seconds", "finished"), "unet": ("step", "images", "seconds", "loss")}
+COUNTS = {"vae": ("step", "seconds", "finished", "refined"), "unet": ("step", "images", "seconds", "loss")}
 
 
 def save(run: Path, folder: Path = FOLDER) -> list[str]:
@@ -37,7 +37,9 @@ def save(run: Path, folder: Path = FOLDER) -> list[str]:
             key: (value.half() if value.is_floating_point() else value).contiguous() for key, value in tensors.items()
         }
         save_file(weights, folder / f"{name}.safetensors")
-        (folder / f"{name}.json").write_text(json.dumps({count: state[count] for count in counts}, indent=2) + "\n")
+        (folder / f"{name}.json").write_text(
+            json.dumps({count: state[count] for count in counts if count in state}, indent=2) + "\n"
+        )
         log = run / f"{name}.jsonl"
         if log.is_file():
             shutil.copyfile(log, folder / log.name)
