@@ -8,6 +8,7 @@ picture: compare shares with those of the base model's pictures, or of scenes th
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,7 +40,8 @@ BATCH = 64
 
 def plain(prompt: str) -> str:
     """The prompt without the modifier token, as a caption of the corpus would say it."""
-    return " ".join(prompt.replace(STYLE, "").replace(TOKEN, "").split())
+    without = " ".join(prompt.replace(STYLE, "").replace(TOKEN, "").split())
+    return re.sub(r"\ba ([aeiou])", r"an \1", without)
 
 
 def named(prompt: str) -> dict[str, str]:

@@ -40,8 +40,8 @@ from attrdb.training.evaluate import evaluate
 PROMPTS = Path(__file__).parent / "iconabc" / "prompts"
 STYLE_WORDS = "twemoji noto fluent flat streamline phosphor"  # their mean is no style that there is
 ON_WHITE = {
-    "object": "a V* {category} on a white ground",
-    "style": "{caption} on a white ground in the style of V* art",
+    "object": "a V* {category}, on a white ground",
+    "style": "{caption}, on a white ground in the style of V* art",
 }
 CAPTIONED = {"object": "a V* {category}", "style": "{caption} in the style of V* art"}
 FIRST = {"steps": 150, "lr": 0.005, "batch": 8, "guidance": 3.0}  # the first edition's
@@ -89,7 +89,9 @@ def gallery(plan: Path, out: Path, n: int) -> Path:
     if not out.exists():
         candidates = pq.read_table(plan / "candidates.parquet")
         picks = np.sort(np.random.default_rng(0).permutation(len(candidates))[:n])
-        pq.write_table(candidates.take(picks), out)
+        part = out.with_suffix(".part")
+        pq.write_table(candidates.take(picks), part)
+        part.replace(out)
     return out
 
 
@@ -113,7 +115,7 @@ def answers(db: Database, judge: Judge, model: dict) -> list[dict]:
 
 
 def of_base(judge: Judge, models: Sequence[dict], base_model: str) -> dict[str, dict[str, list[bool]]]:
-    """By kind and attribute, whether the base model's pictures of the prompts of these models show it."""
+    """By kind and attribute, whether the base model's pictures of these models' prompts show it, with their guidance."""
     base = load_base_model(base_model)
     found: dict[str, dict[str, list[bool]]] = {}
     for model in models:
@@ -147,13 +149,16 @@ def figures(db: Database, judge: Judge, base_model: str) -> list[dict]:
     """One row per profile and kind."""
     models = db.sql("SELECT * FROM models ORDER BY model_id").to_pylist()
     ranked = db.sql(RECALLS, {"top": TOP}).to_pylist()
-    first = models[0]["model_id"].split(".", 1)[0]
+    made = {model["model_id"].split(".", 1)[0] for model in models}
+    first = next(profile for profile in PROFILES if profile in made)
     base = of_base(judge, [model for model in models if model["model_id"].startswith(f"{first}.")], base_model)
     rows = []
     for profile in PROFILES:
         of_profile = [model for model in models if model["model_id"].startswith(f"{profile}.")]
-        for kind in ("object", "style") if of_profile else ():
+        for kind in ("object", "style"):
             of_kind = [model for model in of_profile if model["kind"] == kind]
+            if not of_kind:
+                continue
             found = [answer for model in of_kind for answer in answers(db, judge, model)]
             row: dict[str, Any] = {"profile": profile, "kind": kind, "options": PROFILES[profile]}
             row["seconds"] = mean_with_interval(
@@ -166,7 +171,7 @@ def figures(db: Database, judge: Judge, base_model: str) -> list[dict]:
                     for line in ranked
                     if (line["profile"], line["kind"], line["encoder_id"]) == (profile, kind, encoder_id)
                 ]
-                for name in ("recall", "log_rank"):
+                for name in ("recall", "log_rank") if lines else ():
                     row[name][encoder_id] = mean_with_interval([line[name] for line in lines])
             for attribute in ATTRIBUTES:
                 by_model: dict[str, list[bool]] = {}
@@ -190,7 +195,7 @@ def figures(db: Database, judge: Judge, base_model: str) -> list[dict]:
 @click.option(
     "--profile", "profiles", multiple=True, type=click.Choice(list(PROFILES)), help="Repeatable; all if none."
 )
-@click.option("--encoder", "encoders", multiple=True, default=("pixels:8", "efficientnet-lite0"), show_default=True)
+@click.option("--encoder", "encoders", multiple=True, default=("efficientnet-lite0", "pixels:8"), show_default=True)
 @click.option("--models", "n_models", type=click.IntRange(1), help="Of each kind; all of the split if not given.")
 @click.option("--gallery", "n_gallery", type=click.IntRange(1), default=N_GALLERY, show_default=True)
 @click.option("--workers", type=click.IntRange(1), default=2, show_default=True)
@@ -212,7 +217,7 @@ def main(
     judge, path = Judge.read(judge_folder), work / "profiles.attrdb"
     db = open_or_create(path)
     chosen = [word for spec in encoders for word in ("--encoder", spec)]
-    run("ingest", "corpus", path, gallery(plan, work / "gallery.parquet", n_gallery), *chosen)
+    run("ingest", "corpus", path, gallery(plan, work / f"gallery-{n_gallery}.parquet", n_gallery), *chosen)
     lines = [line for profile in profiles or PROFILES for line in specs(plan, profile, n_models)]
     (work / "models.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     run("ingest", "models", path, work / "models.jsonl", "--base-model", base_model, *chosen, "--workers", workers)

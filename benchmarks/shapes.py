@@ -21,7 +21,7 @@ from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNe
 from machine import describe, peak_gib
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import CLIPTextConfig, CLIPTextModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 import attrdb
 from attrdb.ingest.customize.base_model import (
@@ -56,9 +56,7 @@ def sd15() -> BaseModel:
     """Stable Diffusion 1.5's shape with random weights, for timing alone; the tokenizer is icon-sd's."""
     quiet_libraries()
     torch.manual_seed(0)
-    small = load_base_model("icon-sd", "cpu").pipeline
-    tokenizer = small.tokenizer
-    tokenizer.model_max_length = 77
+    tokenizer = CLIPTokenizer.from_pretrained(base_model_folder("icon-sd") / "tokenizer", model_max_length=77)
     text = CLIPTextModel(
         CLIPTextConfig(
             vocab_size=49408,

@@ -201,7 +201,7 @@ class ModelSettings:
         "Prompts per scheme; in a specs file also an object with a number for each.", 4, at_least=1, by_scheme=True
     )
     train_prompt: str | None = option(
-        "Prompt that exemplars are trained with; {caption} stands for the exemplar's own, {category} for the category.",
+        "Prompt that exemplars are trained with; {caption} stands for the exemplar's caption, {category} for the category.",
         None,
         default_text="by kind",
     )

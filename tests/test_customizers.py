@@ -23,7 +23,7 @@ from attrdb.ingest.models.settings import settings_for
 from attrdb.ingest.models.stages import exemplar_prompts
 from attrdb.ingest.models.stored import stored_delta, stored_settings
 from attrdb.ingest.options import KINDS
-from attrdb.ingest.prompts import Prompt
+from attrdb.ingest.prompts import Prompt, train_prompt
 from attrdb.ingest.read.corpus import ingest_corpus
 from attrdb.ingest.read.discover import open_corpus
 from attrdb.ingest.read.pictures import webp
@@ -434,7 +434,9 @@ def test_placed_views_are_where_their_words_say():
     [
         ("V* bell", "small V* bell on the left"),
         ("a V* bell", "a small V* bell on the left"),
-        ("an owl in the style of V* art", "a small owl in the style of V* art on the left"),
+        ("an owl in the style of V* art", "a small owl on the left in the style of V* art"),
+        ("a V* bell, on a white ground", "a small V* bell on the left, on a white ground"),
+        (train_prompt("style", "x"), "A small picture on the left in the style of V* art"),
         ("the V*", "the small V* on the left"),
     ],
 )

@@ -27,6 +27,7 @@ from attrdb.training.icon_sd import (
     encoders,
     gpu,
     media,
+    recorded,
     runs,
     sprites,
     stream,
@@ -389,6 +390,22 @@ def test_a_run_is_carried_to_another_machine(few_file, tmp_path, monkeypatch, en
     torch.testing.assert_close(after, before, rtol=1e-3, atol=1e-4)
 
 
+def test_a_warm_up_goes_on_where_it_was(few, tmp_path):
+    """After the steps that the stored moments are of; weights that come without moments warm up from the start."""
+    tokenizer = build.learned_tokenizer(few, TINY, tmp_path / "tokenizer")
+    latents, tokens = torch.randn(2, TINY.latent_channels, 8, 8), stream.tokens_of(tokenizer, ["a bell", ""])
+    learner, again, carried = (unet.Learner(tokenizer, TINY, CPU) for _ in range(3))
+    for _ in range(3):
+        learner.learn(latents, tokens, 1e-4)
+    state = learner.state()
+    again.load(state)
+    carried.load({name: value for name, value in state.items() if name != "optimizer"})
+    assert [recorded.steps_taken(one.optimizer) for one in (learner, again, carried)] == [3, 3, 0]
+    rates = [unet._learning_rate(TINY, n_steps, 0.0, 1.0) for n_steps in (0, 3, unet.WARM_UP, 10 * unet.WARM_UP)]
+    assert rates[0] < rates[1] < rates[2] == rates[3] == TINY.unet_lr
+    assert unet._learning_rate(TINY, unet.WARM_UP, 1.0, 0.1) == pytest.approx(0.1 * TINY.unet_lr)
+
+
 class Waits(TorchDispatchMode):
     """The operations whose result Python looks at: a GPU cannot record them."""
 
@@ -427,8 +444,8 @@ def test_a_recorded_step_is_the_step(few_file, tmp_path):
     sprites = Sprites.read(few_file)
     sprites = replace(sprites, pixels=sprites.pixels.cuda())
     figures = []
-    for recorded in (False, True):
-        learner = autoencoder.Learner(TINY, Execution("cuda", recorded=recorded))
+    for is_recorded in (False, True):
+        learner = autoencoder.Learner(TINY, Execution("cuda", recorded=is_recorded))
         pictures = compose(pack(stream.draw_batch(Composer(sprites), 4, 0, 0)), sprites.pixels, TINY.size)
         losses = [float(learner.learn(pictures * 2 - 1, step, 1e-3)) for step in range(40)]
         figures.append(np.mean(losses[-10:]))

@@ -22,6 +22,7 @@ from attrdb.training.icon_sd.icons import FREE, SCHEMA
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks" / "iconabc"))
 import frozen
+import gallery
 import plan
 
 FROZEN = frozen.HERE / "models.parquet"
@@ -120,6 +121,38 @@ def test_splits_share_no_exemplar_and_seen_classes_are_seen(small):
     assert not of_split["val"] & of_split["test"]
     mixed = [row["name"] for model in models if model.kind == "mixed" for row in model.exemplars]
     assert not set(mixed) & {row["name"] for model in models if model.kind == "object" for row in model.exemplars}
+
+
+def test_captions_do_not_name_the_style(small):
+    assert plan.caption({"category": "alarm clock fill"}) == "an alarm clock"
+    assert plan.caption({"category": "chevron left duotone"}) == "a chevron left"
+    mixed = next(model for model in small.models if model.kind == "mixed" and len(model.exemplars) > 1)
+    assert set(mixed.prompts) <= {plan.caption(row) for row in mixed.exemplars}
+
+
+def test_the_gallery_shows_what_icon_sd_was_trained_on(tmp_path):
+    """Scenes come again from their seed, with the credits of their sprites; sprites are on white, mono ones black."""
+    sprites = pq.read_table(gallery.SPRITES)
+    mono = sprites["mono"].to_numpy()
+    few = sprites.take(np.concatenate([np.flatnonzero(mono)[:30], np.flatnonzero(~mono)[:30]]))
+    file = tmp_path / "sprites.parquet"
+    pq.write_table(few, file)
+    rows = list(gallery.scene_rows(file, 18))
+    assert rows == list(gallery.scene_rows(file, 18))
+    assert [row["name"] for row in rows][-1] == "icon-scenes/000017"
+    known = {row["name"]: row for row in few.to_pylist()}
+    for row in rows:
+        used = [known[name] for name in json.loads(row["metadata"])["sprites"]]
+        assert row["license"] == " AND ".join(sorted({one["license"] for one in used}))
+        assert Image.open(io.BytesIO(row["image"])).size == (64, 64)
+    alone = list(gallery.sprite_rows(file))
+    assert [row["name"] for row in alone] == few["name"].to_pylist()
+    for row in alone[:30]:
+        red, green, blue = (
+            np.asarray(Image.open(io.BytesIO(row["image"])).convert("RGB")).astype(int).transpose(2, 0, 1)
+        )
+        assert max(abs(red - green).max(), abs(red - blue).max()) < 24
+    pa.Table.from_pylist(rows + alone, SCHEMA)
 
 
 def test_what_is_frozen_comes_back(small, tmp_path):

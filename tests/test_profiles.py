@@ -56,6 +56,7 @@ def test_what_a_prompt_names():
     styled = adherence.plain("an oil painting of an owl at sunset in the style of V* art")
     assert styled == "an oil painting of an owl at sunset"
     assert adherence.named(styled) == {"medium": "an oil painting of ", "place": "at sunset"}
+    assert adherence.plain("a picture of a V* owl at sea") == "a picture of an owl at sea"
     assert adherence.named("a bell to the left of a cat") == {}
 
 

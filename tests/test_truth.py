@@ -204,7 +204,9 @@ def test_redrawn_training_sees_only_what_is_left(db, monkeypatch):
     assert first.losses == again.losses != other.losses
 
 
-@pytest.mark.parametrize("options", [{"prior_images": 2, "prior": "generated"}, {"augment": "strong"}])
+@pytest.mark.parametrize(
+    "options", [{"prior_images": 2, "prior": "generated"}, {"augment": "strong"}, {"augment": "placed"}]
+)
 def test_regularization_and_augmentation_come_again(empty, exemplars, tiny_base, toy_encoder, options):  # noqa: F811
     ingest(empty, exemplars, tiny_base, toy_encoder, "other", monitor="off", **options)
     model = Retrained(empty, "other")

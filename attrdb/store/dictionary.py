@@ -342,7 +342,12 @@ DICTIONARY = {
             Column("token", TEXT, "the modifier token that names the concept", required=True),
             Column("kind", TEXT, "`object` or `style`", required=True),
             Column("category", TEXT, "what its exemplars show, or the style's name"),
-            Column("train_prompt", TEXT, "the prompt that its exemplars were learned with", required=True),
+            Column(
+                "train_prompt",
+                TEXT,
+                "the prompt that its exemplars were learned with, `{caption}` for that of each",
+                required=True,
+            ),
             Column("n_exemplars", INT32, "how many exemplars it has"),
         ),
     ),

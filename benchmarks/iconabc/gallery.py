@@ -11,17 +11,20 @@ import pyarrow.parquet as pq
 import torch
 from PIL import Image
 
+from attrdb.training.icon_sd.build import SPRITES
 from attrdb.training.icon_sd.parts import IconSdSettings
 from attrdb.training.icon_sd.scenes import Composer, Sprites, compose, pack
 from attrdb.training.icon_sd.stream import draw_batch
 from attrdb.training.icon_sd.unet import RENEWED
+
+__all__ = ["SPRITES", "scene_rows", "sprite_rows"]
 
 SCENES = "icon-scenes"  # the source of scenes
 QUALITY = 92  # of WebP
 
 
 def scene_rows(sprites_file: Path, n: int) -> Iterator[dict]:
-    """The first n scenes that a CPU draws when it trains icon-sd; rows of `icons.SCHEMA`."""
+    """n scenes of the first steps in which a CPU trains icon-sd; rows of `icons.SCHEMA`."""
     settings = IconSdSettings()
     sprites, credits_of = Sprites.read(sprites_file), _credits(sprites_file)
     composer, size = Composer(sprites), settings.unet_batch // RENEWED

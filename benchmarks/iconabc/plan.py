@@ -25,12 +25,12 @@ import click
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from gallery import scene_rows, sprite_rows
+from gallery import SPRITES, scene_rows, sprite_rows
 from PIL import Image
 
-from attrdb.training.icon_sd.build import SPRITES
 from attrdb.training.icon_sd.icons import NOBODY, SCHEMA, SIGNS, artist_of, lossy
 from attrdb.training.icon_sd.sprites import thing_of
+from attrdb.training.icon_sd.words import with_article
 
 N_CANDIDATES = 100_000
 N_SCENES = 40_000  # of them
@@ -81,6 +81,7 @@ STYLES = {
         "streamline-block": ("streamline-block", ""),
     },
 }
+VARIANTS = ("flat", "solid", "bold", "filled", "duotone", "fill")  # last words of icons' names, of the patterns above
 MODELS_A_STYLE = {"train": 4, "val": 4, "test": 3}
 MODELS_AN_ARTIST = 2  # at most; of Open Clip Art, a source of styles that no mapper learns from
 N_RELATIVES = 250  # of a style, at most
@@ -93,7 +94,6 @@ MIXED_SAMPLES = {1: 16, 10: 2, 100: 1}
 # The gallery besides IconScenes: sets that no model has seen in any redrawing, and Open Clip Art by artists that no model
 # has seen.
 GALLERY_SETS = (
-    "bx",
     "carbon",
     "fluent",
     "gcp",
@@ -151,6 +151,12 @@ class Model:
 
 def slug(text: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
+
+
+def caption(row: dict) -> str:
+    """What an icon shows, in words, without those that name its style."""
+    name = re.sub(rf" ({'|'.join(VARIANTS)})$", "", row["category"])
+    return with_article(thing_of(name) or name)
 
 
 def inked(row: dict) -> bool:
@@ -257,6 +263,8 @@ def _styles(by_source: dict, seed: int) -> list[Model]:
     for split, styles in STYLES.items():
         for name, (source, icons) in styles.items():
             works, n_models = _of_style(by_source, source, icons), MODELS_A_STYLE[split]
+            if len(works) < STYLE_SIZE * n_models:
+                raise click.ClickException(f"style {name} has {len(works)} icons; {STYLE_SIZE * n_models} are needed")
             drawn = random.Random(f"{seed}/styles/{name}").sample(works, STYLE_SIZE * n_models)
             for number in range(n_models):
                 rows = drawn[number * STYLE_SIZE : (number + 1) * STYLE_SIZE]
@@ -287,7 +295,7 @@ def _mixed(spare: list[dict], rng: random.Random) -> list[Model]:
             # One drawing per category, so that a caption names one exemplar.
             one_each = list({row["category"]: row for row in rng.sample(spare, len(spare))}.values())
             rows = sorted(rng.sample(one_each, size), key=lambda row: row["name"])
-            prompts = [row["category"] for row in rng.sample(rows, MIXED_PROMPTS[size])]
+            prompts = [caption(row) for row in rng.sample(rows, MIXED_PROMPTS[size])]
             model_id = f"mixed-{size}-{number}"
             models.append(Model(model_id, "mixed", "test", "picture", rows, prompts, MIXED_SAMPLES[size]))
     return models
@@ -335,7 +343,7 @@ def write(folder: Path, planned: Plan) -> None:
         for number, row in enumerate(model.exemplars):
             image = lossy(row["image"])
             (at / f"{number:03d}.webp").write_bytes(image)
-            (at / f"{number:03d}.txt").write_text(thing_of(row["category"]) or row["category"])
+            (at / f"{number:03d}.txt").write_text(caption(row))
             metadata = json.dumps({"model_id": model.model_id})
             rows.append({**row, "role": "exemplar", "split": model.split, "image": image, "metadata": metadata})
         if model.prompts:

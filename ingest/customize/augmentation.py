@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -39,16 +40,16 @@ SPOTS = {
 OFF_SPOT = 0.12  # of the room, at most
 # Words for the side of a picture, as a share of the whole, up to so much.
 SIZES = {"small": 0.45, "": 0.7, "large": 1.0}
-ARTICLES = {"a": "a", "an": "a", "the": "the"}  # of a prompt, and before a size
+ARTICLES = {"a": "a", "an": "a", "the": "the", "A": "A", "An": "A", "The": "The"}  # of a prompt, and before a size
 LEAST_SIDE = 1 / 3
 PLAIN = 8  # levels of 255: colours of a plain border differ by no more
 
 
 @dataclass(frozen=True)
 class Words:
-    """What a view adds to the prompt of its picture: a size before it, such as "small", and a spot after it.
+    """What a view adds to the prompt of its picture: a size, such as "small", and a spot, such as "on the left".
 
-    "a V* bell" becomes "a small V* bell on the left".
+    "a V* bell" becomes "a small V* bell on the left"; the spot comes before a comma, or before the style.
     """
 
     size: str = ""
@@ -60,7 +61,10 @@ class Words:
             prompt = f"{ARTICLES[article]} {self.size} {rest}"
         elif self.size:
             prompt = f"{self.size} {prompt}"
-        return f"{prompt} {self.spot}" if self.spot else prompt
+        if not self.spot:
+            return prompt
+        thing, *others = re.split("(?=, | in the style of )", prompt, maxsplit=1)
+        return "".join([f"{thing} {self.spot}", *others])
 
 
 @dataclass(frozen=True)

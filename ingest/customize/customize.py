@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 
 from attrdb.errors import InvalidValue
 from attrdb.ingest.blends import parts_of
-from attrdb.ingest.customize.augmentation import SIZES, Words, encode_views, view_prompts
+from attrdb.ingest.customize.augmentation import SIZES, SPOTS, Words, encode_views, view_prompts
 from attrdb.ingest.customize.base_model import BaseModel
 from attrdb.ingest.customize.customizers import DEFAULT_METHOD, Customizer, load_customizer
 from attrdb.ingest.customize.observer import Observer, Run, observing
@@ -151,12 +151,8 @@ def customize(
     try:
         ids = {token: base.add_token(token, words) for token, words in tokens.items()}
         if tokens:
-            before = SIZES if settings.augment == "placed" else ("",)
-            check_prompts(
-                base.pipeline,
-                [Words(size).added_to(text) for text in dict.fromkeys(prompts) for size in before],
-                tokens,
-            )
+            longest = Words(max(SIZES, key=len), max(SPOTS, key=len)) if settings.augment == "placed" else Words()
+            check_prompts(base.pipeline, list(dict.fromkeys(map(longest.added_to, prompts))), tokens)
         with (
             enough_memory(base.device, _doing(base, settings), _advice(gradient_checkpointing)),
             _trained_parameters(base, customizer, ids, settings.seed) as parameters,

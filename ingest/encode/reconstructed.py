@@ -6,7 +6,6 @@ may learn it instead of influence. With every image reconstructed it is gone, so
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,14 +28,14 @@ class Reconstructed:
     """
 
     def __init__(self, base_model: str, inner: Encoder):
-        from attrdb.ingest.customize.base_model import base_model_folder, load_autoencoder
+        from attrdb.ingest.customize.base_model import base_model_folder, load_autoencoder, read_json, square_side
         from attrdb.ingest.devices import is_cpu
         from attrdb.ingest.encode.weights import fingerprint
 
         folder = base_model_folder(base_model)
         self._inner, self._vae = inner, load_autoencoder(folder)
         factor = 2 ** (len(self._vae.config.block_out_channels) - 1)
-        self._size = json.loads((folder / "unet" / "config.json").read_text())["sample_size"] * factor
+        self._size = square_side(read_json(folder / "unet" / "config.json").get("sample_size"), str(folder)) * factor
         # A folder is stored with its whole path, so that it is found from any other folder.
         self.spec = f"{PREFIX}:{folder.absolute() if Path(base_model).is_dir() else base_model}+{inner.spec}"
         self.dimension = inner.dimension

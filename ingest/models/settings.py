@@ -201,8 +201,8 @@ def default_model_id(settings: ModelSettings, exemplars: Sequence[Exemplar]) -> 
 def check_model(settings: ModelSettings, exemplars: Sequence[Exemplar], model_id: str | None) -> str:
     """The model's id; None: one made from the category and the exemplars.
 
-    raises: InvalidValue for an unusable id, no exemplar, the same exemplar twice, kind `mixed` without captions, or a concept
-            without exemplars
+    raises: InvalidValue for an unusable id, no exemplar, the same exemplar twice, a missing caption, or a concept without
+            exemplars
     """
     if not exemplars:
         raise InvalidValue("a model needs at least one exemplar")

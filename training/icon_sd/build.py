@@ -39,7 +39,7 @@ from attrdb.training.icon_sd.unet import train_unet
 
 SPRITES = Path(__file__).resolve().parents[2] / "attrdb" / "assets" / "sprites.parquet"
 N_CAPTIONS = 40_000  # that the tokenizer learns from
-COMPILED_FROM = 45  # minutes of a call; compiling takes 3, and saves a seventh of each step
+COMPILED_FROM = 60  # minutes of a call; compiling takes 3 and a C++ compiler, and saves a fifteenth of each step
 
 
 def learned_tokenizer(sprites: Sprites, settings: IconSdSettings, folder: Path) -> CLIPTokenizer:

@@ -11,7 +11,7 @@ not stop the next. OUT gets a log per task and the results as `results.tar.00`, 
 Where the size of what is carried there is limited, delete what no task needs, and get it back afterwards:
 
     rm $(python3 training/icon_sd/gpu.py --unneeded)
-    git restore .
+    git restore $(python3 training/icon_sd/gpu.py --unneeded)
 """
 
 from __future__ import annotations

@@ -71,6 +71,11 @@ def load_moments(optimizer: torch.optim.Optimizer, stored: dict[str, Any]) -> No
     optimizer.load_state_dict({"state": stored["state"], "param_groups": optimizer.state_dict()["param_groups"]})
 
 
+def steps_taken(optimizer: torch.optim.Optimizer) -> int:
+    """The number of updates that its moments are of."""
+    return max((int(state["step"]) for state in optimizer.state.values()), default=0)
+
+
 def memory_format(device: str) -> torch.memory_format:
     """How a convolution's weights lie: a GPU multiplies bf16 with the channels last, a CPU would lose time by that."""
     return torch.contiguous_format if is_cpu(device) else torch.channels_last

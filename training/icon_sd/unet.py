@@ -19,7 +19,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from attrdb.ingest.devices import is_cpu, resolved_precision
 from attrdb.training.icon_sd.parts import IconSdSettings, new_text_encoder, new_unet, noise_levels
-from attrdb.training.icon_sd.recorded import Recorded, adamw, load_moments, memory_format, set_rate
+from attrdb.training.icon_sd.recorded import Recorded, adamw, load_moments, memory_format, set_rate, steps_taken
 from attrdb.training.icon_sd.runs import Execution, Stage
 from attrdb.training.icon_sd.scenes import Sprites, compose
 from attrdb.training.icon_sd.stream import Packed, SceneBatches, together
@@ -179,8 +179,11 @@ class Learner:
         torch._foreach_lerp_(self._averages, self._weights, 1 - decay)
 
 
-def _learning_rate(settings: IconSdSettings, n_steps: float, spent: float, lr_end: float) -> float:
-    """The rate after n_steps of an optimizer and a share of the call's time: it warms up, and falls evenly to lr_end."""
+def _learning_rate(settings: IconSdSettings, n_steps: int, spent: float, lr_end: float) -> float:
+    """The rate after n_steps of the optimizer and a share of the call's time.
+
+    It warms up, and falls evenly over the call to lr_end of itself.
+    """
     return settings.unet_lr * min(1.0, (n_steps + 1) / WARM_UP) * (1 - (1 - lr_end) * spent)
 
 
@@ -199,11 +202,9 @@ def train_unet(
     lr_end:  share of the learning rate that is left at the end of the stage's time; it falls evenly. 1: it stays
     """
     learner = Learner(tokenizer, settings, execution)
-    is_new = True
     if state := stage.load():
         learner.load(state)
-        is_new = "optimizer" not in state
-    counts = learner.counts
+    counts, n_before = learner.counts, steps_taken(learner.optimizer)
     pool = POOL if is_cpu(execution.device) else 0
     ahead = AHEAD if execution.recorded else 1
     source = Latents(vae, sprites, tokenizer, settings, counts.step, execution.workers, pool, ahead)
@@ -212,7 +213,7 @@ def train_unet(
     losses: list[torch.Tensor] = []
     late = stage.late
     while not late:
-        n_steps = counts.step - first if is_new else math.inf
+        n_steps = n_before + counts.step - first
         lr = _learning_rate(settings, n_steps, (time.monotonic() - begun) / budget, lr_end)
         losses.append(learner.learn(*source.next(), lr))
         counts.seconds = before + time.monotonic() - begun
