@@ -16,7 +16,6 @@ Rerunning the command resumes it; a profile that is added later is made and meas
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ import numpy as np
 import pyarrow.parquet as pq
 from adherence import ATTRIBUTES, Judge
 from machine import describe
-from quality import base_samples
+from quality import base_samples, mean_with_interval
 
 from attrdb.cli import main as attrdb_command
 from attrdb.database import Database, open_or_create
@@ -102,7 +101,7 @@ def run(*words: object) -> None:
 
 def answers(db: Database, judge: Judge, model: dict) -> list[dict]:
     """One row per sample and attribute that its prompt names: whether the sample shows it."""
-    rows = db.images(f"model_id = '{model['model_id']}' AND role = 'sample'", ["image_id", "prompt", "seed", "image"])
+    rows = db.images(f"model_id = '{model['model_id']}' AND role = 'sample'", ["image_id", "prompt", "image"])
     samples = rows.sort_by("image_id").to_pylist()
     pictures = [read_picture(row["image_id"], row["image"]).image for row in samples]
     prompts = [row["prompt"] for row in samples]
@@ -128,12 +127,9 @@ def of_base(judge: Judge, models: Sequence[dict], base_model: str) -> dict[str, 
     return found
 
 
-def mean_with_interval(by_model: Sequence[float]) -> dict[str, Any]:
-    """The mean over models, and its 95 % interval by a bootstrap over models."""
-    values = np.array(by_model, float)
-    picks = np.random.default_rng(0).integers(len(values), size=(10_000, len(values)))
-    interval = np.quantile(values[picks].mean(axis=1), (0.025, 0.975))
-    return {"mean": float(values.mean()), "interval": interval.tolist(), "models": len(values)}
+def over_models(values: Sequence[float]) -> dict[str, Any]:
+    """`mean_with_interval`, and the number of models."""
+    return mean_with_interval(values) | {"models": len(values)}
 
 
 RECALLS = """\
@@ -161,7 +157,7 @@ def figures(db: Database, judge: Judge, base_model: str) -> list[dict]:
                 continue
             found = [answer for model in of_kind for answer in answers(db, judge, model)]
             row: dict[str, Any] = {"profile": profile, "kind": kind, "options": PROFILES[profile]}
-            row["seconds"] = mean_with_interval(
+            row["seconds"] = over_models(
                 [model["customize_seconds"] + model["synthesize_seconds"] for model in of_kind]
             )
             row["recall"], row["log_rank"], row["adherence"] = {}, {}, {}
@@ -172,7 +168,7 @@ def figures(db: Database, judge: Judge, base_model: str) -> list[dict]:
                     if (line["profile"], line["kind"], line["encoder_id"]) == (profile, kind, encoder_id)
                 ]
                 for name in ("recall", "log_rank") if lines else ():
-                    row[name][encoder_id] = mean_with_interval([line[name] for line in lines])
+                    row[name][encoder_id] = over_models([line[name] for line in lines])
             for attribute in ATTRIBUTES:
                 by_model: dict[str, list[bool]] = {}
                 for answer in found:
@@ -181,7 +177,7 @@ def figures(db: Database, judge: Judge, base_model: str) -> list[dict]:
                 of_base_model = base.get(kind, {}).get(attribute)
                 if by_model and of_base_model:
                     shares = [float(np.mean(values)) for values in by_model.values()]
-                    row["adherence"][attribute] = mean_with_interval(shares) | {"base": float(np.mean(of_base_model))}
+                    row["adherence"][attribute] = over_models(shares) | {"base": float(np.mean(of_base_model))}
             rows.append(row)
             click.echo(json.dumps(row), err=True)
     return rows
@@ -232,4 +228,4 @@ def main(
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

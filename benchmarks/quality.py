@@ -9,7 +9,9 @@ database are kept, so rerunning the command resumes it.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import click
 import numpy as np
@@ -45,18 +47,19 @@ def base_samples(base: BaseModel, model: dict) -> list[Image.Image]:
     return [image for batch in batches for image in synthesize(base, batch, settings)]
 
 
+def mean_with_interval(by_model: Sequence[float]) -> dict[str, Any]:
+    """The mean over models, and its 95 % interval by a bootstrap over models; the same models are drawn in every call."""
+    values = np.array(by_model, float)
+    picks = np.random.default_rng(0).integers(len(values), size=(10_000, len(values)))
+    interval = np.quantile(values[picks].mean(axis=1), (0.025, 0.975))
+    return {"mean": float(values.mean()), "interval": interval.tolist()}
+
+
 def summary(models: list[dict], n_gallery: int) -> dict:
     """Means over models, with 95 % intervals of a bootstrap over models."""
-    picks = np.random.default_rng(0).integers(len(models), size=(10_000, len(models)))
     shares = {of: np.array([model[of] for model in models]) for of in ("customized", "base")}
     shares["difference"] = shares["customized"] - shares["base"]
-    means = {
-        name: {
-            "mean": float(values.mean()),
-            "interval": np.quantile(values[picks].mean(axis=1), (0.025, 0.975)).tolist(),
-        }
-        for name, values in shares.items()
-    }
+    means = {name: mean_with_interval(values) for name, values in shares.items()}
     chance = float(np.mean([model["n_exemplars"] for model in models])) / n_gallery
     n_samples = sum(model["n_samples"] for model in models)
     return {"n_models": len(models), "n_samples": n_samples, "n_gallery": n_gallery, "chance": chance, **means}

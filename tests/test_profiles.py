@@ -14,7 +14,8 @@ from conftest import ROOT
 from PIL import Image
 from transformers import CLIPTokenizer
 
-from attrdb.training.icon_sd import checkpoint, encoders, parts
+from attrdb.ingest.customize import augmentation
+from attrdb.training.icon_sd import checkpoint, encoders, parts, words
 from attrdb.training.icon_sd.icons import SCHEMA
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -73,6 +74,14 @@ def test_every_prompt_of_the_bank_names_what_is_measured():
             assert all("medium" in one for one in found)
         if file.name.startswith("object.gpt"):
             assert all("ground" in one or "place" in one for one in found)
+
+
+def test_views_are_placed_in_the_words_of_scenes():
+    """The base model was trained on these; the corpus and customization each state them."""
+    assert augmentation.SPOTS.keys() == words.SPOTS.keys()
+    assert augmentation.SIZES.keys() == words.SIZES.keys()
+    for name, (left, top) in augmentation.SPOTS.items():
+        assert words.SPOTS[name] == (2 * left - 1, 2 * top - 1)
 
 
 def test_the_value_most_like_the_picture_wins(judge_folder):
