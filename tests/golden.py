@@ -65,7 +65,7 @@ def database(path: Path):
     blank = dict.fromkeys(TABLES["mappers"].names)
     db.writer.add_mapper(blank | mapper.row() | {"metrics": "{}"})
     blank = dict.fromkeys(TABLES["calibrations"].names)
-    known = {"method_id": "toy_12", "tau": 0.07, "lam": 0.02}
+    known = {"calibration_id": "toy_12", "method_id": "toy_12", "tau": 0.07, "lam": 0.02}
     db.writer.upsert("calibrations", [blank | known])
     for mapper_id in (None, "halved"):
         for gallery in ("own", "all"):

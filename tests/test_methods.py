@@ -169,7 +169,7 @@ def test_its_attributions_are_stored_and_its_influence_is_calibrated(scored):
     scored.writer.upsert(
         "models", [{"model_id": "m", "kind": "style", "split": "val", "n_exemplars": 2, "n_samples": 2}]
     )
-    found = calibrate(scored, "shared")
+    [found] = calibrate(scored, "shared")
     assert found.kl <= found.kl_before
     assert scored.sql("SELECT method_id, tau, encoder_id FROM calibrations").to_pylist() == [
         {"method_id": "shared", "tau": found.tau, "encoder_id": None}

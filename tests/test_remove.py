@@ -344,7 +344,7 @@ def test_a_list_that_is_no_text_or_empty_is_refused(full, tmp_path):
 
 
 def test_what_was_fitted_with_the_image_stays_and_is_told(full):
-    fitted = {"method_id": "toy_2", "tau": 0.1, "lam": 0.1, "gallery_size": 3}
+    fitted = {"calibration_id": "toy_2", "method_id": "toy_2", "tau": 0.1, "lam": 0.1, "gallery_size": 3}
     full.writer.upsert("calibrations", [fitted | {"images_version": full.version}])
     before = full.attribute("m/0/1", k=2)
     assert full.remove(ids=["p90"]).fitted == {"mappers": [], "calibrations": ["toy_2"]}

@@ -131,6 +131,27 @@ def test_a_moment_before_methods_is_read_as_they_are_today(before_methods):
     assert flat["influence"].to_pylist() == pytest.approx(stored["influence"].to_pylist())
 
 
+def test_calibrations_are_by_kind_from_10_on(before_removals, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(upgrades, "SCHEMA_VERSION", 9)
+        upgrades.upgrade(before_removals)
+    table = lance.dataset(str(before_removals / "calibrations.lance"))
+    fitted = dict.fromkeys(table.schema.names) | {"method_id": "toy_2", "tau": 0.1, "lam": 0.01}
+    lance.write_dataset(pa.Table.from_pylist([fitted], table.schema), table.uri, mode="append")
+    moment = max(lance.dataset(str(one)).versions()[-1]["timestamp"] for one in before_removals.glob("*.lance"))
+    assert upgrades.upgrade(before_removals) == (9, SCHEMA_VERSION)
+    for db in (attrdb.open(before_removals), attrdb.open(before_removals, at=moment.astimezone())):
+        shown = "calibration_id, method_id, kind, tau, lam, unattributed"
+        assert db.sql(f"SELECT {shown} FROM calibrations").to_pylist() == [
+            {"calibration_id": "toy_2", "kind": None, "unattributed": None}
+            | {n: fitted[n] for n in ("method_id", "tau", "lam")}
+        ]
+        answer = db.attribute("m/0/1", k=3)
+        assert answer["influence"].to_pylist() == db.attribute("m/0/1", k=3, tau=0.1, lam=0.01)["influence"].to_pylist()
+        assert db.sql("SELECT count(unattributed) AS n FROM attributions")["n"].to_pylist() == [0]
+    assert shapes(before_removals)["calibrations"].keys() == set(TABLES["calibrations"].names)
+
+
 def test_removals_are_kept_from_7_on(before_removals, toy):
     assert upgrades.upgrade(before_removals) == (6, SCHEMA_VERSION)
     db = attrdb.open(before_removals)

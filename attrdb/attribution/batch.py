@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
-from functools import reduce
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
-from attrdb.attribution.methods import calibration, load_method, resolve_method
+from attrdb.attribution.influence import Calibrated
+from attrdb.attribution.methods import calibrations_of, load_method, resolve_method
 from attrdb.attribution.query import Attribution, AttributionRequest, attribute_stored
 from attrdb.errors import NotFound
 from attrdb.progress import Progress, no_progress
@@ -44,19 +43,18 @@ def attribute_samples(
     writer.refresh()
     snapshot = writer.snapshot
     by = resolve_method(snapshot, request.method)
-    tau, lam = calibration(snapshot, by, request.tau, request.lam)
-    request = replace(request, method=by, tau=tau, lam=lam, candidates=None)
+    request = replace(request, method=by, candidates=None)
     wanted = _wanted(snapshot, samples, by)
-    shared = {"method_id": by, "images_version": snapshot.version}
-    shared |= {name: value for name, value in asdict(request).items() if name in ("k", "exact", "tau", "lam")}
-    settings = {"samples": samples} | {name: shared[name] for name in ("k", "exact", "tau", "lam")}
+    shared = {"method_id": by, "images_version": snapshot.version, "k": request.k, "exact": request.exact}
+    calibrated = dict(zip(wanted, calibrations_of(snapshot, by, wanted, request.tau, request.lam), strict=True))
+    settings = {"samples": samples} | {name: getattr(request, name) for name in ("k", "exact", "tau", "lam")}
     with (
         exclusive_lock(
             lock_file(snapshot.path, "attribute", by), f"samples of {snapshot.path} are being attributed by {by}"
         ),
         jobs.running(writer, "attribute", by, settings) as job,
     ):
-        same, others = _stored(writer.snapshot, shared)
+        same, others = _stored(writer.snapshot, shared, calibrated)
         left = [sample_id for sample_id in wanted if sample_id not in same]
         job.n_stored = len(wanted) - len(left)
         for start in range(0, len(left), SAMPLES_PER_COMMIT):
@@ -82,13 +80,21 @@ def _wanted(snapshot: Snapshot, samples: str, by: str) -> list[str]:
     return sorted(wanted)
 
 
-def _stored(snapshot: Snapshot, shared: dict[str, Any]) -> tuple[set[str], set[str]]:
+def _stored(snapshot: Snapshot, shared: dict[str, Any], calibrated: dict[str, Calibrated]) -> tuple[set[str], set[str]]:
     """The samples whose stored attributions by a method have the same settings, and those that have others."""
     where = f"method_id = {literal(shared['method_id'])}"
-    stored = snapshot.tables["attributions"].to_table(columns=["sample_id", *shared], filter=where)
-    matches = reduce(pc.and_, [pc.equal(stored[name], value) for name, value in shared.items()])
-    same = set(stored.filter(matches)["sample_id"].to_pylist())
-    return same, set(stored["sample_id"].to_pylist()) - same
+    columns = [*shared, *Calibrated._fields]
+    stored = snapshot.tables["attributions"].to_table(columns=["sample_id", *columns], filter=where)
+    first = stored.group_by("sample_id", use_threads=False).aggregate([(name, "first") for name in columns])
+    same: set[str] = set()
+    others: set[str] = set()
+    for row in first.to_pylist():
+        settings = {name: row[f"{name}_first"] for name in columns}
+        settings["unattributed"] = settings["unattributed"] or 0.0
+        wanted = calibrated.get(row["sample_id"])
+        is_same = wanted is not None and settings == shared | wanted._asdict()
+        (same if is_same else others).add(row["sample_id"])
+    return same, others
 
 
 def _rows(answers: dict[str, Attribution], shared: dict[str, Any]) -> pa.Table:
@@ -103,4 +109,6 @@ def _rows(answers: dict[str, Attribution], shared: dict[str, Any]) -> pa.Table:
         "complete": np.repeat([answer.complete for answer in answers.values()], sizes),
         "missing_influence": np.repeat([answer.missing_influence for answer in answers.values()], sizes),
     }
+    for name in Calibrated._fields:
+        columns[name] = np.repeat([getattr(answer.calibrated, name) for answer in answers.values()], sizes)
     return pa.table(columns | {name: [value] * sum(sizes) for name, value in shared.items()})

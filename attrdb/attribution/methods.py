@@ -7,15 +7,20 @@ method by filling that table, under the entry point group `attrdb.methods` (see 
 from __future__ import annotations
 
 import difflib
+from collections.abc import Sequence
 from typing import Any
 
+from attrdb.attribution.influence import Calibrated
 from attrdb.attribution.protocol import Method
 from attrdb.attribution.similarity import Similarity
 from attrdb.attribution.stored import Stored
 from attrdb.errors import InvalidValue, NotFound
 from attrdb.search.mapper import stored_mapper
 from attrdb.store.methods import similarity_id, similarity_row
+from attrdb.store.predicates import among
 from attrdb.store.snapshot import Snapshot
+
+IDS_AT_ONCE = 4096  # in a predicate
 
 
 def method_rows(snapshot: Snapshot) -> dict[str, dict[str, Any]]:
@@ -89,19 +94,57 @@ def load_method(snapshot: Snapshot, method_id: str) -> Method:
 
 
 def calibration(
-    snapshot: Snapshot, method_id: str, tau: float | None = None, lam: float | None = None
-) -> tuple[float, float]:
-    """tau and lambda of a method's influence: as given, else as calibrated, else as the method's row has them."""
-    known = snapshot.once(_calibrations).get(method_id) or method_rows(snapshot)[method_id]
-    return (known["tau"] if tau is None else tau), (known["lam"] if lam is None else lam)
+    snapshot: Snapshot, method_id: str, tau: float | None = None, lam: float | None = None, kind: str | None = None
+) -> Calibrated:
+    """How a method's scores become influence: as given, else as calibrated, else as the method's row has them.
+
+    Where tau or lam is given, nothing is left unattributed: that share was found with the calibrated ones.
+    kind: of the model whose sample is attributed; its own calibration counts, if there is one
+    """
+    fitted = _of_method(snapshot, method_id)
+    row = fitted.get(kind) or fitted.get(None) or method_rows(snapshot)[method_id]
+    unattributed = (row.get("unattributed") or 0.0) if tau is None and lam is None else 0.0
+    return Calibrated(row["tau"] if tau is None else tau, row["lam"] if lam is None else lam, unattributed)
+
+
+def calibrations_of(
+    snapshot: Snapshot,
+    method_id: str,
+    image_ids: Sequence[str | None],
+    tau: float | None = None,
+    lam: float | None = None,
+) -> list[Calibrated]:
+    """`calibration` for each of some images: for a sample, that of its model's kind. None: an image that is not stored."""
+    kinds: dict[str, str | None] = {}
+    if _of_method(snapshot, method_id).keys() - {None}:
+        of_model = snapshot.once(_kinds)
+        ids = [image_id for image_id in image_ids if image_id is not None]
+        for start in range(0, len(ids), IDS_AT_ONCE):
+            where = f"role = 'sample' AND {among('image_id', ids[start : start + IDS_AT_ONCE])}"
+            rows = snapshot.images(where, ["image_id", "model_id"]).to_pylist()
+            kinds |= {row["image_id"]: of_model.get(row["model_id"]) for row in rows}
+    by_kind = {kind: calibration(snapshot, method_id, tau, lam, kind) for kind in {None, *kinds.values()}}
+    return [by_kind[kinds.get(image_id) if image_id is not None else None] for image_id in image_ids]
 
 
 def is_calibrated(snapshot: Snapshot, method_id: str) -> bool:
     """Whether tau and lambda of a method were fitted."""
-    return method_id in snapshot.once(_calibrations)
+    return bool(_of_method(snapshot, method_id))
 
 
-def _calibrations(snapshot: Snapshot) -> dict[str, dict[str, Any]]:
-    rows = snapshot.rows("calibrations")
-    # A moment of before schema 6 has encoder and mapper in the place of a method.
-    return {row.get("method_id") or similarity_id(row["encoder_id"], row["mapper_id"]): row for row in rows}
+def _of_method(snapshot: Snapshot, method_id: str) -> dict[str | None, dict[str, Any]]:
+    return snapshot.once(_calibrations).get(method_id, {})
+
+
+def _calibrations(snapshot: Snapshot) -> dict[str, dict[str | None, dict[str, Any]]]:
+    """Rows of `calibrations` by method and kind."""
+    by_method: dict[str, dict[str | None, dict[str, Any]]] = {}
+    for row in snapshot.rows("calibrations"):
+        # A moment of before schema 6 has encoder and mapper in the place of a method.
+        method_id = row.get("method_id") or similarity_id(row["encoder_id"], row["mapper_id"])
+        by_method.setdefault(method_id, {})[row.get("kind")] = row
+    return by_method
+
+
+def _kinds(snapshot: Snapshot) -> dict[str, str | None]:
+    return {row["model_id"]: row["kind"] for row in snapshot.rows("models", columns=["model_id", "kind"])}

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from attrdb.attribution.influence import check_calibration, cut_off, influence
-from attrdb.attribution.methods import calibration, load_method, resolve_method
+from attrdb.attribution.influence import Calibrated, check_calibration, cut_off, influence
+from attrdb.attribution.methods import calibrations_of, load_method, resolve_method
 from attrdb.attribution.protocol import Method, Queries
 from attrdb.errors import InvalidValue, NotFound
 from attrdb.store.predicates import literal
@@ -27,7 +27,8 @@ class AttributionRequest:
     query:      the image_id of a stored image, or a feature (dimension,) of the method's encoder
     k:          how many candidates; None: all that have influence
     method:     a method_id, encoder_id or mapper_id; similarity of the database's first encoder for None
-    tau, lam:   temperature and cut-off of influence; None: as calibrated, else as the method's row has them
+    tau, lam:   temperature and cut-off of influence; None: as calibrated, else as the method's row has them. Where one is
+                given, nothing is left unattributed
     candidates: an SQL predicate on the columns of images, such as "license = 'CC0'"; only what fulfils it is searched, and
                 influence is shared among what is searched
     exact:      look at every candidate, also where an index would do
@@ -47,8 +48,9 @@ class Attribution:
     """The candidates of one query, best first, ties by image_id.
 
     score, influence: (n,) float64. Influence is normalised over every candidate above the cut-off, so it does not depend on
-    how many are returned. Where more than MAX_WIDTH are above it, complete is false and missing_influence bounds the share
-    of those left out. Candidates that an index does not find, as its recall says, are in neither.
+    how many are returned: over all of them it sums to 1 - missing_influence. That is what the method cannot attribute, as
+    calibrated; and, where more than MAX_WIDTH are above the cut-off and complete is false, a bound of the share of those
+    left out. Candidates that an index does not find, as its recall says, are in neither.
     """
 
     ids: np.ndarray
@@ -56,13 +58,14 @@ class Attribution:
     influence: np.ndarray
     complete: bool
     missing_influence: float
+    calibrated: Calibrated
 
     def first(self, k: int | None) -> Attribution:
         """The first k candidates; for None all that have influence."""
         k = int(np.count_nonzero(self.influence)) if k is None else k
         # Copies, so that the many that were looked at are let go.
         ids, score, influence = (part[:k].copy() for part in (self.ids, self.score, self.influence))
-        return Attribution(ids, score, influence, self.complete, self.missing_influence)
+        return replace(self, ids=ids, score=score, influence=influence)
 
 
 def attribute(snapshot: Snapshot, request: AttributionRequest) -> Attribution:
@@ -118,8 +121,9 @@ def _attribute(snapshot: Snapshot, method: Method, queries: Queries, request: At
     k, candidates = request.k, request.candidates
     if k is not None and k < 1:
         raise InvalidValue(f"k is {k}; at least one candidate must be asked for")
-    tau, lam = calibration(snapshot, method.method_id, request.tau, request.lam)
-    check_calibration(tau, lam)
+    calibrated = calibrations_of(snapshot, method.method_id, queries.ids, request.tau, request.lam)
+    for distinct in set(calibrated):
+        check_calibration(*distinct)
     answers: dict[int, Attribution] = {}
     # One more than wanted: a query that is a candidate itself finds itself.
     width = max(k or 0, FIRST_WIDTH) + 1
@@ -134,12 +138,13 @@ def _attribute(snapshot: Snapshot, method: Method, queries: Queries, request: At
                 ids, scores = ids[others], scores[others]
                 if k is not None:
                     check_enough(snapshot, method.scored, candidates, k, len(ids))
+                tau, lam, _ = calibrated[query]
                 covered = all_found or bool(scores[-1] <= cut_off(scores[0], tau, lam))
                 if not covered and width <= MAX_WIDTH:
                     uncovered.append(query)
                     continue
                 n = len(ids) if covered else method.n_scored(snapshot, queries.ids[query], candidates)
-                answers[query] = _answer(ids, scores, n, tau, lam).first(k)
+                answers[query] = _answer(ids, scores, n, calibrated[query]).first(k)
         left, width = uncovered, min(4 * width, MAX_WIDTH + 1)
     return [answers[query] for query in range(len(queries.ids))]
 
@@ -163,15 +168,13 @@ def check_enough(snapshot: Snapshot, scored: str, candidates: str | None, k: int
         raise InvalidValue(f"k is {k}, {snapshot.path} has {n:,} {them}; ask for {n} at most")
 
 
-def _answer(ids: np.ndarray, scores: np.ndarray, n_scored: int, tau: float, lam: float) -> Attribution:
+def _answer(ids: np.ndarray, scores: np.ndarray, n_scored: int, calibrated: Calibrated) -> Attribution:
     """Influence of the candidates that were looked at, where n_scored have a score."""
+    tau, lam, unattributed = calibrated
     if not len(ids):
-        return Attribution(ids, scores, scores, True, 0.0)
+        return Attribution(ids, scores, scores, True, 0.0, calibrated)
     shares = influence(scores, tau, lam)
-    n_left_out = n_scored - len(ids)
-    if n_left_out <= 0:
-        return Attribution(ids, scores, shares, True, 0.0)
     # Each of those left out scores at most as high as the last that was looked at.
-    most = float(shares[-1]) * n_left_out
-    missing = most / (1 + most)
-    return Attribution(ids, scores, shares * (1 - missing), False, missing)
+    most = float(shares[-1]) * max(0, n_scored - len(ids))
+    looked_at = (1 - unattributed) / (1 + most)
+    return Attribution(ids, scores, shares * looked_at, n_scored <= len(ids), 1 - looked_at, calibrated)

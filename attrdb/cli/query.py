@@ -140,20 +140,21 @@ def _attribute_samples(
 def methods(db: Path, at: str | None, output: Output) -> None:
     """List the attribution methods that --method takes, with what their scores mean.
 
-    Every encoder and every mapper is one (kind similarity); others are stored by `attrdb score`. tau and lam are those that
-    influence has now.
+    Every encoder and every mapper is one (kind similarity); others are stored by `attrdb score`. tau, lam and unattributed
+    are those that influence has now; `SELECT * FROM calibrations` has them by kind of models.
     """
     import pyarrow as pa
 
+    from attrdb.attribution.influence import Calibrated
     from attrdb.attribution.methods import calibration, is_calibrated, method_rows
 
     columns = [(name, pa.string()) for name in ("method_id", "kind", "encoder_id", "mapper_id", "unit")]
-    columns += [("tau", pa.float64()), ("lam", pa.float64()), ("calibrated", pa.bool_())]
+    columns += [(name, pa.float64()) for name in Calibrated._fields] + [("calibrated", pa.bool_())]
     snapshot = attrdb.open(db, read_only=True, at=at).snapshot
     rows = []
     for method_id, row in method_rows(snapshot).items():
-        tau, lam = calibration(snapshot, method_id)
-        rows.append(row | {"tau": tau, "lam": lam, "calibrated": is_calibrated(snapshot, method_id)})
+        now = calibration(snapshot, method_id)._asdict()
+        rows.append(row | now | {"calibrated": is_calibrated(snapshot, method_id)})
     output.write(pa.Table.from_pylist(rows, pa.schema(columns)))
 
 

@@ -164,7 +164,7 @@ def _tell_ranks(result: Any, k: int) -> None:
     )
 
 
-@click.command(short_help="Fit the temperature and cut-off of influence.")
+@click.command(short_help="Fit influence to known shares.")
 @DB
 @method_option
 @asked_encoder_option
@@ -181,9 +181,11 @@ def calibrate(
     output: Output,
     quiet: bool,
 ) -> None:
-    """Fit temperature and cut-off of influence to the exemplars' known shares; `attribute` uses them from then on.
+    """Fit influence to the exemplars' known shares: its temperature, its cut-off, and the share that cannot be attributed.
 
-    Rerun it when the corpus has grown. It prints influence and the true share of exemplars, one row per bin.
+    There is one fit for all samples, and one for each kind of models where there are several. `attribute` uses them from then
+    on; rerun it when the corpus has grown. It prints influence beside the true share of exemplars, one row per bin: measured
+    on each half of the models with what was fitted on the other half.
     """
     use_the_machine()
     calibration = ml("training.calibrate")
@@ -196,13 +198,20 @@ def calibrate(
     method_id = resolve_method(database.snapshot, method, stored_encoder_id(database, encoder_id), mapper_id)
     with progress(quiet) as advance:
         found = calibration.calibrate(database, method_id, split, advance)
-    output.write(pa.Table.from_pylist(found.reliability))
-    click.echo(
-        f"tau {found.tau:.4g}, lambda {found.lam:.4g}: divergence {found.kl:.3f} nats, {found.kl_before:.3f} at tau "
-        f"{found.tau_before:.4g} without a cut-off; {found.n_samples:,} samples among {found.gallery_size:,} pretraining "
-        "images",
-        err=True,
+    rows = [{"kind": one.kind} | row for one in found for row in one.held_out or one.reliability]
+    types = {"kind": pa.string(), "n": pa.int64()}
+    names = ("kind", "least", "most", "n", "influence", "share")
+    output.write(
+        pa.table({name: pa.array([row[name] for row in rows], types.get(name, pa.float64())) for name in names})
     )
+    for one in found:
+        of = f"{one.kind} models: " if one.kind else ""
+        click.echo(
+            f"{of}tau {one.tau:.4g}, lambda {one.lam:.4g}, {one.unattributed:.3f} of influence cannot be attributed: "
+            f"divergence {one.kl:.3f} nats, {one.kl_before:.3f} at tau {one.tau_before:.4g} without these; "
+            f"{one.n_samples:,} samples among {one.gallery_size:,} pretraining images",
+            err=True,
+        )
 
 
 @click.command(short_help="Score candidates by gradients, or by a package's method.")

@@ -51,11 +51,13 @@ def status(db: Path, at: str | None, as_json: bool) -> None:
             f"{_searched_with(mapper)}"
         )
     for one in found["calibrations"]:
-        of = f"mapper {one['mapper_id']}" if one["mapper_id"] else f"encoder {one['encoder_id']}"
+        of = f"mapper {one['mapper_id']}" if one["mapper_id"] else f"method {one['method_id']}"
+        samples = f", samples of {one['kind']} models" if one["kind"] else ""
         fitted = (
-            f"tau {one['tau']:.4g}, lambda {one['lam']:.4g}, fitted among {one['gallery_size']:,} pretraining images"
+            f"tau {one['tau']:.4g}, lambda {one['lam']:.4g}, {one['unattributed'] or 0:.2g} unattributed; fitted among "
+            f"{one['gallery_size']:,} pretraining images"
         )
-        click.echo(f"  influence by {of}: {fitted}")
+        click.echo(f"  influence by {of}{samples}: {fitted}")
     for one in found["fitted_before_removals"]:
         click.echo(f"  {one['kind']} {one['id']} was fitted on images that were taken out since ({one['n_images']:,})")
     _print_upkeep(found, "  ")

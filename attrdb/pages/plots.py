@@ -88,17 +88,21 @@ def gains(rows: Sequence[Row]) -> str:
 
 
 def reliability(rows: Sequence[Row]) -> str:
-    """The known share of candidates against their influence, a line per calibration.
+    """The known share of candidates against their influence, a panel per case, a line per calibration.
 
-    rows: method, influence, share
+    rows: case, method, influence, share
     """
-    figure, [axis] = _panels(1, width=5.4, height=5)
-    for number, (name, points) in enumerate(_by(rows, "method").items()):
-        points = [row for row in points if row["influence"] > 0 and row["share"] > 0]  # the axes are logarithmic
-        x, y = [row["influence"] for row in points], [row["share"] for row in points]
-        axis.plot(x, y, label=name, **_line(number), marker="o", markersize=3)
-    axis.plot([1e-4, 1], [1e-4, 1], ":", color=SOFT, label="equal")
-    axis.set(xscale="log", yscale="log", xlim=(1e-4, 1), ylim=(1e-4, 1), xlabel="influence", ylabel="known share")
+    panels = _by(rows, "case")
+    figure, axes = _panels(len(panels), columns=3, height=3.4)
+    names = list(dict.fromkeys(row["method"] for row in rows))
+    for axis, (case, of_case) in zip(axes, panels.items(), strict=True):
+        for name, points in _by(of_case, "method").items():
+            points = [row for row in points if row["influence"] > 0 and row["share"] > 0]  # the axes are logarithmic
+            x, y = [row["influence"] for row in points], [row["share"] for row in points]
+            axis.plot(x, y, label=name, **_line(names.index(name)), marker="o", markersize=3)
+        axis.plot([1e-4, 1], [1e-4, 1], ":", color=SOFT, label="equal")
+        axis.set(title=case, xscale="log", yscale="log", xlim=(1e-4, 1), ylim=(1e-4, 1))
+        axis.set(xlabel="influence", ylabel="known share")
     _legend(figure)
     return _svg(figure)
 

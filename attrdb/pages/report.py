@@ -72,7 +72,7 @@ def figures(db: Database, gallery: str = "own", method_ids: Collection[str] = ()
         if (other := method["encoder_id"] or db.encoder_id()) != method["method_id"]
         for row in of_gallery("compare_methods", method=method["method_id"], other=other, k=10)
     ]
-    calibrations = db.sql("SELECT * FROM calibrations ORDER BY method_id").to_pylist()
+    calibrations = db.sql("SELECT * FROM calibrations ORDER BY method_id, kind NULLS FIRST").to_pylist()
     trained = [
         _plain(row, ("settings", "metrics", "curves"))
         for row in mappers
@@ -166,9 +166,9 @@ def render_plots(results: dict[str, Any]) -> dict[str, str]:
         if row["kind"] != "mixed"
     ]
     reliability = [
-        {"method": method_name(calibration), **row}
+        {"case": calibration["kind"] or "all models", "method": method_name(calibration), **row}
         for calibration in results["calibrations"]
-        for row in calibration["reliability"]["fitted"]
+        for row in calibration["reliability"].get("held_out") or calibration["reliability"]["fitted"]
     ]
     charts = {
         "curves": (plots.recall_curves, curves),

@@ -104,18 +104,21 @@ def table_name(name: str, snapshot: Snapshot) -> str:
     """The name under which views read a table: a table that is shown through a view of its own name has an underscore."""
     if name not in STORED:
         return name
-    return f"_{name}" if _is_of_today(name, snapshot) else f"_{name}_5"
+    before = _older_than(name, snapshot)
+    return f"_{name}_{before - 1}" if before else f"_{name}"
 
 
 def shown_relations(snapshot: Snapshot) -> list[Relation]:
     """Views and macros in the order in which they are made; those of an older moment have the columns of today."""
-    older = [older_view(name) for name in STORED if not _is_of_today(name, snapshot)]
+    older = [older_view(name, before) for name in STORED if (before := _older_than(name, snapshot))]
     replaced = {} if "concept_id" in snapshot.tables["images"].schema.names else {"exemplars": exemplars_before_8()}
     return [*older, *(replaced.get(relation.name, relation) for relation in relations())]
 
 
-def _is_of_today(name: str, snapshot: Snapshot) -> bool:
-    return "method_id" in snapshot.tables[name].schema.names
+def _older_than(name: str, snapshot: Snapshot) -> int | None:
+    """The schema version that changed the columns of a table after the moment of the snapshot; None if none did."""
+    missing = {*TABLES[name].names} - {*snapshot.tables[name].schema.names}
+    return (6 if "method_id" in missing else 10) if missing else None
 
 
 def method_table(snapshot: Snapshot) -> pa.Table:

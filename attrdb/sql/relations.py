@@ -73,9 +73,9 @@ def relations() -> tuple[Relation, ...]:
 
 
 @cache
-def older_view(name: str) -> Relation:
-    """The view that gives a table of before schema 6 today's columns."""
-    return _read(f"_{name}", f"before_6/{name}.sql")
+def older_view(name: str, before: int) -> Relation:
+    """The view that gives a table of before a schema version today's columns."""
+    return _read(f"_{name}", f"before_{before}/{name}.sql")
 
 
 @cache

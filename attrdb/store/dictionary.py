@@ -141,15 +141,29 @@ DICTIONARY = {
         ),
     ),
     "calibrations": TableSchema(
-        "one row per method whose influence was calibrated; without it, tau and lambda are those of the method's row",
+        "one row per method whose influence was calibrated, and one for each kind of models where there are several; without "
+        "any, tau and lambda are those of the method's row",
         (
-            key_column("method_id", "the method"),
+            key_column("calibration_id", "`<method_id>`, or `<method_id>:<kind>`"),
+            Column("method_id", TEXT, "the method", required=True),
+            Column(
+                "kind",
+                TEXT,
+                "whose samples it is for: those of models of this kind; null: of all that have no row of their own",
+            ),
             Column("tau", FLOAT64, "temperature of influence, above 0", required=True),
             Column("lam", FLOAT64, "cut-off of influence, at least 0 and below 1", required=True),
             Column(
+                "unattributed",
+                FLOAT64,
+                "share of influence that the method can attribute to no candidate: it is spread evenly over all; null "
+                "before schema 10",
+            ),
+            Column(
                 "kl",
                 FLOAT64,
-                "mean divergence of the exemplars' shares from influence, in nats, with a softplus in place of ReLU",
+                "mean divergence of the exemplars' shares from influence, in nats; before schema 10 with a softplus in place "
+                "of ReLU",
             ),
             Column(
                 "kl_before",
@@ -162,7 +176,8 @@ DICTIONARY = {
             Column(
                 "reliability",
                 TEXT,
-                "JSON text: influence and share of exemplars, an object per bin; `before`, and `fitted` on the same samples",
+                "JSON text: influence and share of exemplars, an object per bin: `before` and `fitted` on the same samples, "
+                "`held_out` on each half of the models with what was fitted on the other half",
             ),
             Column("images_version", INT64, "version of images that it was fitted on"),
             Column("created_at", TIMESTAMP, "when its row was written"),
@@ -199,12 +214,18 @@ DICTIONARY = {
                 "whether every candidate with influence that the search finds was looked at",
                 required=True,
             ),
-            Column("missing_influence", FLOAT64, "at most this share belongs to candidates that were not looked at"),
+            Column(
+                "missing_influence",
+                FLOAT64,
+                "what all candidates with influence lack to 1: the unattributed share, and at most that of candidates that "
+                "were not looked at",
+            ),
             Column("k", INT64, "number of candidates asked for"),
             Column("exact", pa.bool_(), "whether every candidate was compared, also where there was an index"),
             Column("tau", FLOAT64, "temperature of influence"),
             Column("lam", FLOAT64, "cut-off of influence"),
             Column("images_version", INT64, "version of images that was searched"),
+            Column("unattributed", FLOAT64, "share of influence that no candidate has; null before schema 10"),
         ),
     ),
     "indices": TableSchema(

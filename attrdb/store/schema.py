@@ -11,7 +11,7 @@ import pyarrow as pa
 from attrdb.errors import InvalidValue
 from attrdb.store.dictionary import DICTIONARY
 
-SCHEMA_VERSION = 9  # every change has a step in upgrades.py
+SCHEMA_VERSION = 10  # every change has a step in upgrades.py
 
 # Tables of a model's rows: shown with its row in `models`, taken out with it. All but the last two are written before it.
 SHOWN_WITH_MODEL = (

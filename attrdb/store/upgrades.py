@@ -120,6 +120,11 @@ RETRAININGS_9 = """
 COUNTERFACTUALS_9 = """
     retraining_id text required, model_id text required, sample_id text required, loss float64 required
 """
+CALIBRATIONS_10 = """
+    calibration_id text key, method_id text required, kind text, tau float64 required, lam float64 required,
+    unattributed float64, kl float64, kl_before float64, n_samples int64, gallery_size int64, split text, reliability text,
+    images_version int64, created_at timestamp
+"""
 
 
 def _columns(text: str) -> pa.Schema:
@@ -263,7 +268,20 @@ def _to_9(path: Path) -> None:
     _create(path, "counterfactuals", COUNTERFACTUALS_9, 9)
 
 
-STEPS = {2: _to_2, 3: _to_3, 4: _to_4, 5: _to_5, 6: _to_6, 7: _to_7, 8: _to_8, 9: _to_9}
+def _to_10(path: Path) -> None:
+    """A calibration is of a method and a kind of models, and says which share of influence cannot be attributed."""
+
+    def added(old: pa.RecordBatch) -> dict[str, pa.Array]:
+        nothing = {"kind": pa.nulls(len(old), pa.string()), "unattributed": pa.nulls(len(old), pa.float64())}
+        return {"calibration_id": old["method_id"], **nothing}
+
+    _rewrite(path, "calibrations", CALIBRATIONS_10, added)
+    attributions = open_table(path, "attributions")
+    if "unattributed" not in attributions.schema.names:
+        attributions.add_columns(pa.field("unattributed", pa.float64()))
+
+
+STEPS = {2: _to_2, 3: _to_3, 4: _to_4, 5: _to_5, 6: _to_6, 7: _to_7, 8: _to_8, 9: _to_9, 10: _to_10}
 MADE_IN = {  # the version that made a table, where it was not the first
     "jobs": 2,
     "failures": 2,

@@ -247,16 +247,24 @@ class Writer:
         raises: Busy if images were taken out since
         """
         scope = f"method_id = {literal(method_id)} AND gallery = {literal(gallery)}"
-        table = _conformed("exemplar_ranks", rows)
-
-        def replace() -> Any:
-            merge = self._dataset("exemplar_ranks").merge_insert(["method_id", "gallery", "sample_id", "exemplar_id"])
-            merge = merge.when_matched_update_all().when_not_matched_insert_all()
-            return merge.when_not_matched_by_source_delete(scope).execute(table)
-
         with self.writing():
             self._check_no_removal_since(self.snapshot)
-            self.commit(replace)
+            self._replace("exemplar_ranks", ["method_id", "gallery", "sample_id", "exemplar_id"], rows, scope)
+
+    def replace_calibrations(self, rows: list[Row], method_id: str) -> None:
+        """Store the calibrations of a method, one per kind of models, in place of those that are stored."""
+        named = [row | {"calibration_id": f"{method_id}:{row['kind']}" if row["kind"] else method_id} for row in rows]
+        self._replace("calibrations", ["calibration_id"], named, f"method_id = {literal(method_id)}")
+
+    def _replace(self, name: str, on: list[str], rows: list[Row] | pa.Table, scope: str) -> None:
+        """Make the rows of a table that a predicate keeps be these, in one commit; `on` tells rows from each other."""
+        table = _conformed(name, rows)
+
+        def replace() -> Any:
+            merge = self._dataset(name).merge_insert(on).when_matched_update_all().when_not_matched_insert_all()
+            return merge.when_not_matched_by_source_delete(scope).execute(table)
+
+        self.commit(replace)
 
     def append_rows(self, table: str, rows: pa.Table, computed_on: Snapshot, stale: str | None = None) -> None:
         """Append to one of the tables whose rows have no id; rows that the predicate `stale` keeps are deleted first.

@@ -55,7 +55,8 @@ def status(snapshot: Snapshot) -> dict[str, Any]:
                 "SELECT job_id, state, n_done, n_failed, message, host, pid FROM jobs WHERE state <> 'done' ORDER BY job_id",
                 "SELECT mapper_id, m.encoder_id, form, trained_on, used AS by_index, recall FROM mappers AS m "
                 "LEFT JOIN mapper_searches USING (mapper_id) ORDER BY mapper_id",
-                "SELECT method_id, encoder_id, mapper_id, tau, lam, gallery_size FROM calibrations ORDER BY method_id",
+                "SELECT method_id, encoder_id, mapper_id, kind, tau, lam, unattributed, gallery_size FROM calibrations "
+                "ORDER BY method_id, kind NULLS FIRST",
                 "SELECT removal_id, state FROM removals WHERE state <> 'done' ORDER BY removal_id",
                 queries.load("fitted_before_removals").sql,
             )

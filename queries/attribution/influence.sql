@@ -17,9 +17,9 @@
 -- column license      VARCHAR
 -- column score        DOUBLE  in the method's unit
 -- column similarity   DOUBLE  cosine in [-1, 1]; null unless the method is similarity
--- column influence    DOUBLE  above 0; the rows sum to 1 where complete, else to 1 - missing_influence
+-- column influence    DOUBLE  above 0; the rows sum to 1 - missing_influence
 -- column complete     BOOLEAN whether every candidate with influence was examined
--- column missing_influence DOUBLE  at most this share belongs to candidates that were not examined
+-- column missing_influence DOUBLE  what cannot be attributed, as calibrated; where not complete, also a bound of what candidates have that were not examined
 SELECT rank, image_id, role, model_id, creator, license, score, similarity, influence, complete, missing_influence
 FROM attribute(
     $image_id, k := NULL, method := $method, tau := $tau, lam := $lam, candidates := $candidates, exact := $exact

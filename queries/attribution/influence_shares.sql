@@ -13,7 +13,7 @@
 -- param  $n_replicates INTEGER = 1000 number of bootstrap replicates, >= 1
 -- param  $seed         INTEGER = 0 seed of the bootstrap
 -- reads  influence_shares
--- column part          VARCHAR named, unnamed (the name is not known) or unattributed (no feature or score, or not examined)
+-- column part          VARCHAR named, unnamed (the name is not known) or unattributed (no feature or score, as calibrated, or not examined)
 -- column name          VARCHAR null unless named
 -- column share         DOUBLE  in [0, 1]; mean influence per sample of the set
 -- column share_low     DOUBLE  null for a single sample

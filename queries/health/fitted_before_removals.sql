@@ -11,7 +11,7 @@
 WITH fitted AS (
     SELECT 'mapper' AS kind, mapper_id AS id, images_version FROM mappers
     UNION ALL
-    SELECT 'calibration' AS kind, method_id AS id, images_version FROM calibrations
+    SELECT DISTINCT 'calibration' AS kind, method_id AS id, images_version FROM calibrations
 )
 SELECT fitted.kind, fitted.id, fitted.images_version, count(*) AS n_removals, sum(removals.n_images)::BIGINT AS n_images
 FROM fitted

@@ -5,10 +5,12 @@
 -- param  $split       VARCHAR = val split of the models
 -- reads  images, models, samples, scores
 -- column sample_id    VARCHAR
+-- column model_id     VARCHAR of the sample
 -- column score        DOUBLE
 -- column is_own       BOOLEAN whether the candidate is an exemplar of the sample's model
 SELECT
     scores.sample_id,
+    samples.model_id,
     scores.score,
     candidates.role = 'exemplar' AS is_own
 FROM scores

@@ -1,5 +1,6 @@
 -- Candidates (exemplars and pretraining images) of a stored image by an attribution method, with their influence, an estimate.
--- complete is false if more candidates have influence than could be kept; missing_influence is an upper bound of their share.
+-- All influence sums to 1 - missing_influence: what the method cannot attribute, as calibrated. complete is false if more candidates have
+-- influence than could be kept; then missing_influence has an upper bound of their share too.
 -- grain     one row per candidate, highest score first, ties by image_id
 -- argument  sample              image_id of the image to attribute
 -- argument  k = 10              number of candidates, >= 1; NULL: all candidates with influence

@@ -1,5 +1,5 @@
 -- Calibrations, with encoder and mapper if the method is similarity.
--- grain  one row per calibrated method; mapper_id is empty without a mapper
+-- grain  one row per calibrated method, and one per kind of models where there are several; kind is null for all, mapper_id empty without a mapper
 SELECT
     stored.method_id,
     methods.encoder_id,

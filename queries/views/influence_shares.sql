@@ -1,8 +1,9 @@
 -- Shares of influence over a set of samples by creator, licence, source, category or model of the candidates. The denominator is the
 -- number of samples in the set, those that cannot be attributed too: a share is the mean influence per sample, and the rows sum to 1.
 -- part says what a row is: 'named'; 'unnamed' for candidates of which the name is not known; 'unattributed', always there, for samples
--- without a feature or score and for candidates that were not examined. An interval is the middle 95 % of a bootstrap that draws samples;
--- it is null for a single sample. It says how much the share depends on the choice of samples, not how right the estimates are.
+-- without a feature or score, what the method cannot attribute, as calibrated, and candidates that were not examined. An interval is
+-- the middle 95 % of a bootstrap that draws samples; it is null for a single sample. It says how much the share depends on the choice
+-- of samples, not how right the estimates are.
 -- grain     one row per name, one for all unnamed candidates if any has influence, and one for what is unattributed
 -- argument  per                 creator, license, source, category, model or role of the candidates
 -- argument  samples = NULL      a predicate on the columns of images that chooses samples; default: all samples

@@ -266,7 +266,7 @@ def _reach(snapshot: Snapshot, choice: Choice, features: dict[str, Encoded], mod
 def _fitted(snapshot: Snapshot, features: dict[str, Encoded]) -> dict[str, list[str]]:
     encoders = {encoder_id for encoder_id, one in features.items() if one.n}
     methods = method_rows(snapshot)
-    calibrated = [row["method_id"] for row in snapshot.rows("calibrations", columns=["method_id"])]
+    calibrated = {row["method_id"] for row in snapshot.rows("calibrations", columns=["method_id"])}
     mappers = snapshot.rows("mappers", columns=["mapper_id", "encoder_id"])
     return {
         "mappers": sorted(row["mapper_id"] for row in mappers if row["encoder_id"] in encoders),

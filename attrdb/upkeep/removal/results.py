@@ -18,7 +18,7 @@ from attrdb.store.snapshot import Snapshot
 from attrdb.store.writer import Writer
 from attrdb.upkeep.removal.choose import Choice
 
-# Stored influence of a sample sums to 1 if no candidate beyond those stored has a share.
+# Stored influence of a sample sums to 1 without what is unattributed, if no candidate beyond those stored has a share.
 ROUNDING = 1e-9
 MONITORED = ("monitor_steps", "monitor_changes", "attribution_tables")  # what was noted of each training image
 TRUTH = ("retrainings", "counterfactuals")  # of a model whose exemplars are others now
@@ -44,7 +44,10 @@ FROM attributions
 GROUP BY method_id, sample_id
 HAVING bool_or(sample_id IN (SELECT image_id FROM _chosen))
     OR bool_or(candidate_id IN (SELECT image_id FROM _chosen))
-    OR (bool_or(method_id IN (SELECT method_id FROM _reached)) AND sum(influence) < 1 - {ROUNDING})
+    OR (
+        bool_or(method_id IN (SELECT method_id FROM _reached))
+        AND sum(influence) < 1 - coalesce(max(unattributed), 0) - {ROUNDING}
+    )
 """
 RANKS = """\
 SELECT DISTINCT method_id, gallery, sample_id, exemplar_id

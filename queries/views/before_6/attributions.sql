@@ -13,5 +13,6 @@ SELECT
     exact,
     tau,
     lam,
-    images_version
+    images_version,
+    NULL::DOUBLE AS unattributed
 FROM _attributions_5
