@@ -15,6 +15,7 @@ from typing import Any
 
 import click
 import numpy as np
+from adherence import plain
 from machine import describe
 from PIL import Image
 
@@ -23,7 +24,7 @@ from attrdb.database import Database
 from attrdb.ingest.customize.base_model import BaseModel, load_base_model
 from attrdb.ingest.customize.synthesize import SynthesizeSettings, plan_samples, synthesize, use_fast_solver
 from attrdb.ingest.encode import encode, load_encoder
-from attrdb.ingest.prompts import TOKEN, Prompt
+from attrdb.ingest.prompts import Prompt
 from attrdb.ingest.read.pictures import read_picture
 
 ENCODER = "efficientnet-lite0"
@@ -41,7 +42,7 @@ def base_samples(base: BaseModel, model: dict) -> list[Image.Image]:
     record = json.loads(model["settings"])
     base.precision = record["computed_in"]
     settings = SynthesizeSettings(**record["synthesize"])
-    prompts = [Prompt(n, "", " ".join(text.replace(TOKEN, "").split())) for n, text in enumerate(record["prompts"])]
+    prompts = [Prompt(n, "", plain(text)) for n, text in enumerate(record["prompts"])]
     use_fast_solver(base)
     batches = plan_samples(model["model_id"], prompts, settings)
     return [image for batch in batches for image in synthesize(base, batch, settings)]

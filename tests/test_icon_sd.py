@@ -128,7 +128,7 @@ def test_scenes_are_those_that_icon_sd_was_trained_on(shipped):
     digest = hashlib.sha256("\n".join(scene.caption for scene in batch).encode())
     for _, tensor in sorted(pack(batch).items()):
         digest.update(tensor.numpy().tobytes())
-    assert digest.hexdigest()[:16] == "8b35e37e490c9651"
+    assert digest.hexdigest()[:16] == "bb432a51a2f9e4a5"
 
 
 def test_a_sprite_lands_where_it_is_placed(squares):
@@ -351,6 +351,7 @@ def end_after(monkeypatch):
 def test_a_run_goes_from_nothing_to_a_pipeline_and_on_from_it(few_file, tmp_path, monkeypatch, end_after):
     monkeypatch.setattr(build, "N_CAPTIONS", 200)
     monkeypatch.setattr(runs, "FIRST_REPORT", 0.0)
+    monkeypatch.setattr(unet, "WARM_UP", 1)
     run, out = tmp_path / "run", tmp_path / "out"
     end_after(2)
     cut = build.build(few_file, run, out, TINY, MINUTES, CPU)
@@ -363,7 +364,7 @@ def test_a_run_goes_from_nothing_to_a_pipeline_and_on_from_it(few_file, tmp_path
     assert second["unet_images"] == 40 * TINY.unet_batch
     assert second["vae_seconds"] == first["vae_seconds"]  # finished, and not trained again
     losses = [json.loads(line)["loss"] for line in (run / "unet.jsonl").read_text().splitlines()]
-    assert losses[-1] < losses[0]
+    assert np.mean(losses[-15:]) < np.mean(losses[:15]) - 0.05
     pipeline = StableDiffusionPipeline.from_pretrained(out, local_files_only=True, use_safetensors=True)
     assert pipeline.scheduler.config.rescale_betas_zero_snr
     assert json.loads((out / "training.json").read_text())["unet_images"] == second["unet_images"]
@@ -501,7 +502,7 @@ def test_views_differ_and_stay_in_range(shipped):
 )
 def test_an_encoder_learns_resumes_and_loads(few_file, tmp_path, monkeypatch, end_after, kind, spec, dimension):
     monkeypatch.setattr(build, "N_CAPTIONS", 200)
-    monkeypatch.setattr(encoders, "REPORT_STEPS", 4)
+    monkeypatch.setattr(runs, "FIRST_REPORT", 0.0)
     settings = encoders.EncoderSettings(kind, batch=16)
     run, out = tmp_path / "run", tmp_path / "out"
     first = encoders.train_encoder(settings, few_file, run, out, 0.0, CPU)

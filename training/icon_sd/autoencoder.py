@@ -7,6 +7,7 @@ import random
 import time
 from collections.abc import Iterator
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +19,7 @@ from attrdb.training.icon_sd.parts import IconSdSettings, new_vae
 from attrdb.training.icon_sd.recorded import Recorded, adamw, load_moments, memory_format, set_rate
 from attrdb.training.icon_sd.runs import Execution, Stage
 from attrdb.training.icon_sd.scenes import Composer, Sprites, compose, pack
-from attrdb.training.icon_sd.stream import Packed, SceneBatches, draw_batch, together
+from attrdb.training.icon_sd.stream import SceneBatches, draw_batch, together
 
 AHEAD = 32  # batches that are composed at a time where a step is recorded
 HELD_OUT_SEED = 987_654_321  # of the scenes that reconstruction is measured on
@@ -44,13 +45,14 @@ def _loss(decoded: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
 
 
 class Learner:
-    """The autoencoder, its optimizer, and the two kinds of step that it learns by.
+    """The autoencoder, its optimizer, the two kinds of step that it learns by, and how many it has taken.
 
     decoder_alone: the encoder stays as it is, and no step is of halved latents, which nothing makes any more
     """
 
     def __init__(self, settings: IconSdSettings, execution: Execution, decoder_alone: bool = False):
         self.settings, self.device, self.decoder_alone = settings, execution.device, decoder_alone
+        self.n_steps = 0
         torch.manual_seed(settings.seed)
         self.vae = new_vae(settings).to(self.device, memory_format=memory_format(self.device))
         if decoder_alone:
@@ -64,9 +66,10 @@ class Learner:
         steps = [partial(self._step, halved=halved) for halved in (False, True)]
         self.steps = [Recorded(step) for step in steps] if execution.recorded else steps
 
-    def learn(self, x: torch.Tensor, step: int, lr: float) -> torch.Tensor:
-        """Take one step on pictures in [-1, 1]; its loss, a scalar. The step decides the noise."""
-        seed = self.settings.seed * 1_000_003 + step
+    def learn(self, x: torch.Tensor, lr: float) -> torch.Tensor:
+        """Take one step on pictures in [-1, 1]; its loss, a scalar. The number of the step decides the noise."""
+        seed = self.settings.seed * 1_000_003 + self.n_steps
+        self.n_steps += 1
         generator = torch.Generator(self.device).manual_seed(seed)
         side = x.shape[-1] // vae_factor(self.settings)
         shape = (len(x), self.settings.latent_channels, side, side)
@@ -107,33 +110,33 @@ def train_autoencoder(
     minutes: of training, over all calls, after which it is finished too; the learning rate falls in time for that
     """
     learner = Learner(settings, execution)
-    n_steps = math.ceil(settings.vae_images / settings.vae_batch)
-    step, before, finished = 0, 0.0, False
-    if state := stage.load():
-        learner.vae.load_state_dict(state["vae"])
-        if "optimizer" in state:
-            load_moments(learner.optimizer, state["optimizer"])
-        step, before, finished = state["step"], state["seconds"], state["finished"]
-    seconds = before
-    losses: list[torch.Tensor] = []
-    scenes = SceneBatches(sprites, settings.vae_batch, settings.seed, step).loaded(execution.workers)
-    begun = time.monotonic()
-    for x in _pictures(scenes, sprites, settings, AHEAD if execution.recorded else 1) if not finished else ():
-        lr = settings.vae_lr * _rate(max(step / n_steps, seconds / (60 * minutes)))
-        losses.append(learner.learn(x, step, lr))
-        step += 1
-        seconds = before + time.monotonic() - begun
-        late, finished = stage.late, step >= n_steps or seconds >= 60 * minutes
-        if stage.report_is_due(seconds) or finished or late:
-            loss = round(float(torch.stack(losses).mean()), 5)
-            losses.clear()
-            decibels = round(reconstruction(learner.vae, sprites, settings), 2)
-            stage.log(images=step * settings.vae_batch, loss=loss, decibels=decibels, seconds=round(seconds, 1))
-        if stage.save_is_due or finished or late:
-            state = {"vae": learner.vae.state_dict(), "optimizer": learner.optimizer.state_dict(), "finished": finished}
-            stage.save(state | {"step": step, "seconds": seconds})
-        if late or finished:
-            break
+    n_steps, before = math.ceil(settings.vae_images / settings.vae_batch), 0.0
+    stored = stage.load()
+    if stored:
+        learner.vae.load_state_dict(stored["vae"])
+        if "optimizer" in stored:
+            load_moments(learner.optimizer, stored["optimizer"])
+        learner.n_steps, before = stored["step"], stored["seconds"]
+    pictures = _pictures(sprites, settings, execution, settings.seed, learner.n_steps)
+
+    def done(seconds: float) -> float:
+        return max(learner.n_steps / n_steps, seconds / (60 * minutes))
+
+    def figures() -> dict[str, float]:
+        return {"images": learner.n_steps * settings.vae_batch, "decibels": _decibels(learner.vae, sprites, settings)}
+
+    def state(seconds: float) -> dict[str, Any]:
+        weights = {"vae": learner.vae.state_dict(), "optimizer": learner.optimizer.state_dict()}
+        return weights | {"step": learner.n_steps, "seconds": seconds, "finished": done(seconds) >= 1}
+
+    if not (stored and stored["finished"]):
+        stage.take_steps(
+            lambda seconds: learner.learn(next(pictures), settings.vae_lr * _rate(done(seconds))),
+            figures,
+            state,
+            before,
+            lambda seconds: done(seconds) >= 1,
+        )
     return learner.vae.eval().requires_grad_(False)
 
 
@@ -149,32 +152,37 @@ def refine_decoder(sprites: Sprites, settings: IconSdSettings, stage: Stage, exe
         raise InvalidValue(f"the autoencoder of {stage.checkpoint.parent} is not finished; train it to its end first")
     learner = Learner(settings, execution, decoder_alone=True)
     learner.vae.load_state_dict(state["vae"])
-    begun, budget = time.monotonic(), max(1e-9, stage.deadline - time.monotonic())
-    step, refined = state["step"], state.get("refined", 0)
-    scenes = SceneBatches(sprites, settings.vae_batch, settings.seed + 3, refined).loaded(execution.workers)
-    losses: list[torch.Tensor] = []
-    late = False
-    for x in _pictures(scenes, sprites, settings, AHEAD if execution.recorded else 1):
-        seconds = time.monotonic() - begun
-        losses.append(learner.learn(x, step + refined, settings.vae_lr * _rate(min(1.0, seconds / budget))))
-        refined += 1
-        late = stage.late
-        if stage.report_is_due(seconds) or late:
-            loss = round(float(torch.stack(losses).mean()), 5)
-            losses.clear()
-            decibels = round(reconstruction(learner.vae, sprites, settings), 2)
-            stage.log(refined=refined * settings.vae_batch, loss=loss, decibels=decibels, seconds=round(seconds, 1))
-        if stage.save_is_due or late:
-            stage.save(state | {"vae": learner.vae.state_dict(), "refined": refined})
-        if late:
-            break
-    return decibels
+    refined = state.get("refined", 0)
+    learner.n_steps = state["step"] + refined
+    pictures = _pictures(sprites, settings, execution, settings.seed + 3, refined)
+    budget = max(1e-9, stage.deadline - time.monotonic())
+
+    def step(seconds: float) -> torch.Tensor:
+        return learner.learn(next(pictures), settings.vae_lr * _rate(min(1.0, seconds / budget)))
+
+    def figures() -> dict[str, float]:
+        n_images = (learner.n_steps - state["step"]) * settings.vae_batch
+        return {"refined": n_images, "decibels": _decibels(learner.vae, sprites, settings)}
+
+    stage.take_steps(
+        step,
+        figures,
+        lambda _seconds: state | {"vae": learner.vae.state_dict(), "refined": learner.n_steps - state["step"]},
+    )
+    return _decibels(learner.vae, sprites, settings)
 
 
-def _pictures(scenes: Iterator[Packed], sprites: Sprites, settings: IconSdSettings, n: int) -> Iterator[torch.Tensor]:
-    """The batches in [-1, 1], so many composed at a time."""
-    for packed in together(scenes, n):
+def _pictures(
+    sprites: Sprites, settings: IconSdSettings, execution: Execution, seed: int, first: int
+) -> Iterator[torch.Tensor]:
+    """Batches in [-1, 1] from the first that is wanted on; a GPU composes AHEAD of them at a time."""
+    batches = SceneBatches(sprites, settings.vae_batch, seed, first).loaded(execution.workers)
+    for packed in together(batches, AHEAD if execution.recorded else 1):
         yield from (compose(packed, sprites.pixels, settings.size) * 2 - 1).split(settings.vae_batch)
+
+
+def _decibels(vae: AutoencoderKL, sprites: Sprites, settings: IconSdSettings) -> float:
+    return round(reconstruction(vae, sprites, settings), 2)
 
 
 def vae_factor(settings: IconSdSettings) -> int:

@@ -171,6 +171,10 @@ def main(
     **options: Any,
 ) -> None:
     """Train icon-sd for some minutes, or resume its training, and export it."""
+    if decoder_alone and (start or lr_end != 1 or vae_minutes != math.inf):
+        raise click.UsageError(
+            "--decoder trains no other part; give it without --lr-end, --start-from and --vae-minutes"
+        )
     settings = TINY if tiny else replace(IconSdSettings(), **options)
     execution = Execution(device, workers, recorded, compiled=is_cpu(device) and minutes >= COMPILED_FROM)
     torch.backends.cudnn.benchmark = True  # a GPU's shapes stay the same

@@ -34,11 +34,10 @@ from safetensors.torch import save_file
 from attrdb.ingest.devices import resolved_precision
 from attrdb.training.icon_sd.build import SPRITES, learned_tokenizer
 from attrdb.training.icon_sd.parts import IconSdSettings
-from attrdb.training.icon_sd.runs import Execution, Stage, check_settings, exclusive_run
+from attrdb.training.icon_sd.runs import Counts, Execution, Stage, check_settings, exclusive_run
 from attrdb.training.icon_sd.scenes import Sprites, compose
 from attrdb.training.icon_sd.stream import Packed, SceneBatches
 
-REPORT_STEPS = 50
 MOCO_ARCH = "convnext_zepto_rms"
 
 
@@ -214,48 +213,44 @@ def train_encoder(
         betas=(0.9, 0.98),
         fused=True,
     )
-    step, images, seconds = 0, 0, 0.0
-    if state := stage.load():
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        step, images, seconds = state["step"], state["images"], state["seconds"]
+    counts = Counts()
+    if stored := stage.load():
+        model.load_state_dict(stored["model"])
+        optimizer.load_state_dict(stored["optimizer"])
+        counts = Counts(stored["step"], stored["images"], stored["seconds"])
     kind = torch.device(device).type
     bf16 = resolved_precision("auto", device) == "bf16"
-    begun, budget, first = time.monotonic(), max(1e-9, stage.deadline - time.monotonic()), step
-    batches = SceneBatches(sprites, settings.batch, settings.seed + 2, step, tokenizer).loaded(execution.workers)
+    budget, first, before = max(1e-9, stage.deadline - time.monotonic()), counts.step, counts.seconds
+    batches = SceneBatches(sprites, settings.batch, settings.seed + 2, first, tokenizer).loaded(execution.workers)
     empty = tokenizer("", padding="max_length", max_length=tokenizer.model_max_length, return_tensors="pt").input_ids
-    losses: list[torch.Tensor] = []
-    for packed in _captioned(batches, empty):
-        started = time.monotonic()
-        generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + step)
+    captioned = _captioned(batches, empty)
+
+    def step(seconds: float) -> torch.Tensor:
+        packed, generator = next(captioned), torch.Generator().manual_seed(settings.seed * 1_000_003 + counts.step)
         pictures = compose(packed, sprites.pixels, settings.size)
         with torch.autocast(kind, torch.bfloat16, enabled=bf16):
             loss = model(pictures, packed["tokens"].to(device), generator)
         for group in optimizer.param_groups:
-            group["lr"] = settings.lr * _rate(step - first, (started - begun) / budget)
+            group["lr"] = settings.lr * _rate(counts.step - first, (seconds - before) / budget)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         optimizer.zero_grad()
         model.stepped()
-        losses.append(loss.detach())
-        step, images = step + 1, images + len(pictures)
-        seconds += time.monotonic() - started
-        late = stage.late
-        if step % REPORT_STEPS == 0 or late:
-            loss_now = round(float(torch.stack(losses).mean()), 4)
-            losses.clear()
-            stage.log(images=images, loss=loss_now, seconds=round(seconds, 1))
-        if stage.save_is_due or late:
-            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-            stage.save(state | {"step": step, "images": images, "seconds": seconds})
-        if late:
-            break
+        counts.step, counts.images = counts.step + 1, counts.images + len(pictures)
+        return loss.detach()
+
+    def state(seconds: float) -> dict[str, Any]:
+        counts.seconds = seconds
+        tensors = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+        return tensors | {"step": counts.step, "images": counts.images, "seconds": seconds}
+
+    stage.take_steps(step, lambda: {"images": counts.images}, state, before)
     figures = {
-        "images": images,
-        "steps": step,
-        "loss": loss_now,
-        "seconds": round(seconds),
+        "images": counts.images,
+        "steps": counts.step,
+        "loss": stage.loss,
+        "seconds": round(counts.seconds),
         "settings": asdict(settings),
     }
     _write(model, tokenizer if settings.kind == "icon-clip" else None, figures, settings.kind, out)

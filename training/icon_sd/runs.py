@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import fcntl
 import json
+import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -52,8 +53,21 @@ def exclusive_run(folder: Path) -> Iterator[None]:
         yield
 
 
+@dataclass
+class Counts:
+    """The training of a run so far, over all calls. seconds: of its steps; loss: the mean of the last report"""
+
+    step: int = 0
+    images: int = 0
+    seconds: float = 0.0
+    loss: float = math.nan
+
+
 class Stage:
-    """A stage of a run: its checkpoint, which is replaced atomically, its log, and the time that it may take."""
+    """A stage of a run: its checkpoint, which is replaced atomically, its log, and the time that it may take.
+
+    loss: the mean of the last report
+    """
 
     def __init__(self, folder: Path, name: str, minutes: float = float("inf")):
         folder.mkdir(parents=True, exist_ok=True)
@@ -62,6 +76,7 @@ class Stage:
         self.deadline = time.monotonic() + 60 * minutes
         self.saved = time.monotonic()
         self.next_report = FIRST_REPORT
+        self.loss = math.nan
 
     @property
     def late(self) -> bool:
@@ -77,6 +92,35 @@ class Stage:
             return False
         self.next_report = max(1.05 * seconds, seconds + FIRST_REPORT)
         return True
+
+    def take_steps(
+        self,
+        step: Callable[[float], torch.Tensor],
+        figures: Callable[[], dict[str, float]],
+        state: Callable[[float], dict[str, Any]],
+        before: float = 0.0,
+        finished: Callable[[float], bool] = lambda _seconds: False,
+    ) -> None:
+        """Take steps until the time is over or enough was learned; report and save when that is due, and after the last.
+
+        Seconds are those of the steps so far, `before` among them, which earlier calls took.
+        step:     takes a step; its loss, a scalar
+        figures:  what is logged besides loss and seconds
+        state:    the checkpoint
+        finished: whether enough was learned
+        """
+        losses: list[torch.Tensor] = []
+        begun, seconds, is_last = time.monotonic(), before, False
+        while not is_last:
+            losses.append(step(seconds))
+            seconds = before + time.monotonic() - begun
+            is_last = self.late or finished(seconds)
+            if self.report_is_due(seconds) or is_last:
+                self.loss = round(float(torch.stack(losses).mean()), 5)
+                losses.clear()
+                self.log(**figures(), loss=self.loss, seconds=round(seconds, 1))
+            if self.save_is_due or is_last:
+                self.save(state(seconds))
 
     def load(self) -> dict | None:
         return torch.load(self.checkpoint, map_location="cpu", weights_only=True) if self.checkpoint.exists() else None

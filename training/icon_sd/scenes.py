@@ -35,6 +35,7 @@ from attrdb.training.icon_sd.words import (
 )
 
 MOST_THINGS = 3
+COMMON_FROM, COMMON = 8, 0.8  # a thing with so many sprites is common; share of what is drawn that is
 WHITE = (255, 255, 255)
 
 Colour = tuple[int, int, int]  # red, green and blue, 0 to 255
@@ -139,32 +140,42 @@ Layout = tuple[tuple[PlacedSprite, ...], str]  # sprites from back to front, and
 class Composer:
     """Draws scenes from sprites.
 
-    The probability of a thing grows with the square root of the number of its sprites, so that rare things are seen.
+    Most of what is drawn are things with many sprites: a base model of this size needs to see a thing some thousand times
+    before it can be named. Among these, and among the others, the probability of a thing grows with the square root of the
+    number of its sprites.
     """
 
     def __init__(self, sprites: Sprites):
         # Only names, no pixels: composers are copied to worker processes.
         self.things, self.styles, self.mono = sprites.things, sprites.styles, sprites.mono
-        self.by_style = defaultdict(list)
-        for number, style in enumerate(self.styles):
-            self.by_style[style].append(number)
         counts = Counter(sprites.things)
-        self.weights = np.cumsum([counts[thing] ** -0.5 for thing in sprites.things])
+        common = np.array([counts[thing] >= COMMON_FROM for thing in sprites.things])
+        weights = np.array([counts[thing] ** -0.5 for thing in sprites.things])
+        for group, share in ((common, COMMON), (~common, 1 - COMMON)):
+            weights[group] *= share / max(weights[group].sum(), 1e-9)
+        self.weights = np.cumsum(weights)
+        of_style = defaultdict(list)
+        for number, style in enumerate(self.styles):
+            of_style[style].append(number)
+        self.by_style = {style: (of_style[style], np.cumsum(weights[of_style[style]]).tolist()) for style in of_style}
 
     def _any(self, rng: random.Random) -> int:
         return int(np.searchsorted(self.weights, rng.random() * self.weights[-1]))
 
+    def _of_style(self, style: str, rng: random.Random) -> int:
+        numbers, weights = self.by_style[style]
+        return rng.choices(numbers, cum_weights=weights)[0]
+
     def draw(self, rng: random.Random) -> Scene:
         """A scene; one in ten has an empty caption, for classifier-free guidance."""
         kind = rng.random()
-        n_things = 1 if kind < 0.58 else 2 if kind < 0.90 else 3
-        plain = kind < 0.20
+        n_things = 1 if kind < 0.66 else 2 if kind < 0.93 else 3
+        plain = kind < 0.28
         first = self._any(rng)
         style = self.styles[first] if rng.random() < 0.8 else None
         picks = [first]
         while len(picks) < n_things:
-            pick = rng.choice(self.by_style[style]) if style else self._any(rng)
-            picks.append(pick)
+            picks.append(self._of_style(style, rng) if style else self._any(rng))
         if n_things > 1 and rng.random() < 0.12:
             picks = [first] * n_things
         style = style if n_things > 1 else self.styles[first]
@@ -229,7 +240,7 @@ class Composer:
 
     def _single(self, things: list[Thing], rng: random.Random) -> Layout:
         thing = things[0]
-        size = rng.choice(("small", "", "", "large", "large"))
+        size = rng.choice(("small", "", "", "large", "large", "large"))
         scale = rng.uniform(*SIZES[size])
         spot, centre = rng.choice(list(SPOTS.items()))
         reach = 1 - scale

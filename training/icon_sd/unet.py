@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
@@ -20,7 +19,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from attrdb.ingest.devices import is_cpu, resolved_precision
 from attrdb.training.icon_sd.parts import IconSdSettings, new_text_encoder, new_unet, noise_levels
 from attrdb.training.icon_sd.recorded import Recorded, adamw, load_moments, memory_format, set_rate, steps_taken
-from attrdb.training.icon_sd.runs import Execution, Stage
+from attrdb.training.icon_sd.runs import Counts, Execution, Stage
 from attrdb.training.icon_sd.scenes import Sprites, compose
 from attrdb.training.icon_sd.stream import Packed, SceneBatches, together
 
@@ -89,16 +88,6 @@ class Latents:
         n_old = self.settings.unet_batch - len(latents)
         picks = torch.randint(min(self.n_added, self.pool), (n_old,), generator=self.generator)
         return torch.cat([latents, self.latents[picks]]), torch.cat([tokens, self.tokens[picks]])
-
-
-@dataclass
-class Counts:
-    """The training of a run so far, over all calls. seconds: of its steps; loss: the mean of the last report"""
-
-    step: int = 0
-    images: int = 0
-    seconds: float = 0.0
-    loss: float = math.nan
 
 
 class Learner:
@@ -202,28 +191,25 @@ def train_unet(
     lr_end:  share of the learning rate that is left at the end of the stage's time; it falls evenly. 1: it stays
     """
     learner = Learner(tokenizer, settings, execution)
-    if state := stage.load():
-        learner.load(state)
+    if stored := stage.load():
+        learner.load(stored)
     counts, n_before = learner.counts, steps_taken(learner.optimizer)
     pool = POOL if is_cpu(execution.device) else 0
     ahead = AHEAD if execution.recorded else 1
     source = Latents(vae, sprites, tokenizer, settings, counts.step, execution.workers, pool, ahead)
-    begun, budget, first = time.monotonic(), stage.deadline - time.monotonic(), counts.step
-    before = counts.seconds
-    losses: list[torch.Tensor] = []
-    late = stage.late
-    while not late:
+    budget, first, before = stage.deadline - time.monotonic(), counts.step, counts.seconds
+    stage.loss = counts.loss
+
+    def step(seconds: float) -> torch.Tensor:
         n_steps = n_before + counts.step - first
-        lr = _learning_rate(settings, n_steps, (time.monotonic() - begun) / budget, lr_end)
-        losses.append(learner.learn(*source.next(), lr))
-        counts.seconds = before + time.monotonic() - begun
-        late = stage.late
-        if stage.report_is_due(counts.seconds) or late:
-            counts.loss = round(float(torch.stack(losses).mean()), 5)
-            losses.clear()
-            stage.log(images=counts.images, loss=counts.loss, seconds=round(counts.seconds, 1))
-        if stage.save_is_due or late:
-            stage.save(learner.state())
+        return learner.learn(*source.next(), _learning_rate(settings, n_steps, (seconds - before) / budget, lr_end))
+
+    def state(seconds: float) -> dict[str, Any]:
+        counts.seconds, counts.loss = seconds, stage.loss
+        return learner.state()
+
+    if not stage.late:
+        stage.take_steps(step, lambda: {"images": counts.images}, state, before)
     learner.models.load_state_dict(learner.ema)
     figures = {
         "unet_steps": counts.step,
