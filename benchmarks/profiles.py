@@ -24,8 +24,9 @@ import click
 import numpy as np
 import pyarrow.parquet as pq
 from adherence import ATTRIBUTES, Judge
+from comparisons import mean_with_interval
 from machine import describe
-from quality import base_samples, mean_with_interval
+from quality import base_samples
 
 from attrdb.cli import main as attrdb_command
 from attrdb.database import Database, open_or_create

@@ -9,13 +9,12 @@ database are kept, so rerunning the command resumes it.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import click
 import numpy as np
 from adherence import plain
+from comparisons import mean_with_interval
 from machine import describe
 from PIL import Image
 
@@ -46,14 +45,6 @@ def base_samples(base: BaseModel, model: dict) -> list[Image.Image]:
     use_fast_solver(base)
     batches = plan_samples(model["model_id"], prompts, settings)
     return [image for batch in batches for image in synthesize(base, batch, settings)]
-
-
-def mean_with_interval(by_model: Sequence[float]) -> dict[str, Any]:
-    """The mean over models, and its 95 % interval by a bootstrap over models; the same models are drawn in every call."""
-    values = np.array(by_model, float)
-    picks = np.random.default_rng(0).integers(len(values), size=(10_000, len(values)))
-    interval = np.quantile(values[picks].mean(axis=1), (0.025, 0.975))
-    return {"mean": float(values.mean()), "interval": interval.tolist()}
 
 
 def summary(models: list[dict], n_gallery: int) -> dict:

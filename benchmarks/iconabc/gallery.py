@@ -20,30 +20,32 @@ from attrdb.training.icon_sd.unet import RENEWED
 __all__ = ["SPRITES", "scene_rows", "sprite_rows"]
 
 SCENES = "icon-scenes"  # the source of scenes
+FIRST_STEP = 6_000  # of the training whose scenes these are; those of earlier steps were drawn otherwise
 QUALITY = 92  # of WebP
 
 
 def scene_rows(sprites_file: Path, n: int) -> Iterator[dict]:
-    """n scenes of the first steps in which a CPU trains icon-sd; rows of `icons.SCHEMA`."""
+    """n scenes of the steps in which a CPU trains icon-sd, from FIRST_STEP on; rows of `icons.SCHEMA`."""
     settings = IconSdSettings()
     sprites, credits_of = Sprites.read(sprites_file), _credits(sprites_file)
     composer, size = Composer(sprites), settings.unet_batch // RENEWED
-    for step in range(-(-n // size)):
-        scenes = draw_batch(composer, size, settings.seed + 1, step)[: n - step * size]
+    for number in range(-(-n // size)):
+        step = FIRST_STEP + number
+        scenes = draw_batch(composer, size, settings.seed + 1, step)[: n - number * size]
         with torch.no_grad():
             pictures = (compose(pack(scenes), sprites.pixels, settings.size) * 255).round().byte()
-        for number, (scene, pixels) in enumerate(zip(scenes, pictures.permute(0, 2, 3, 1).numpy(), strict=True)):
+        for place, (scene, pixels) in enumerate(zip(scenes, pictures.permute(0, 2, 3, 1).numpy(), strict=True)):
             used = [thing.sprite for thing in scene.things]
             names, creators, licenses = zip(*(credits_of[sprite] for sprite in used), strict=True)
             yield {
-                "name": f"{SCENES}/{step * size + number:06d}",
+                "name": f"{SCENES}/{number * size + place:06d}",
                 "role": "pretraining",
                 "source": SCENES,
                 "category": " and ".join(sprites.things[sprite] for sprite in used),
                 "prompt": scene.caption,
                 "creator": "; ".join(dict.fromkeys(creators)),
                 "license": " AND ".join(sorted(set(licenses))),
-                "uri": f"python:attrdb.training.icon_sd.scenes#{settings.seed + 1}/{step}/{number}",
+                "uri": f"python:attrdb.training.icon_sd.scenes#{settings.seed + 1}/{step}/{place}",
                 "metadata": json.dumps({"sprites": names}),
                 **_picture(Image.fromarray(pixels)),
             }

@@ -1,0 +1,64 @@
+"""The statistics of benchmarks: intervals that cover, tests that are level, and the correction for many of them."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+from comparisons import arranged, difference, holm, mean_of
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(0)
+
+
+def test_an_interval_covers_what_it_should(rng):
+    """95 of 100 intervals of 40 models hold the true mean."""
+    covered = 0
+    for _ in range(200):
+        found = mean_of(rng.normal(0.3, 0.2, (1, 40)))
+        covered += found.low <= 0.3 <= found.high
+    assert 180 <= covered <= 198
+
+
+def test_seeds_that_differ_widen_the_interval(rng):
+    models = rng.normal(0, 0.02, (1, 60))
+    alike, apart = models.repeat(3, axis=0), models + np.array([[-0.2], [0.0], [0.2]])
+    one, other = mean_of(alike), mean_of(apart)
+    assert one.mean == pytest.approx(other.mean)
+    assert other.high - other.low > 5 * (one.high - one.low)
+
+
+def test_a_difference_is_paired_by_model(rng):
+    """Models differ much, the gain is the same on each."""
+    base = rng.uniform(0, 1, (1, 30))
+    found = difference(base + 0.05, base)
+    assert (found.mean, found.low, found.high) == pytest.approx((0.05, 0.05, 0.05))
+    assert found.p == pytest.approx(1 / 10_001, abs=2e-4)
+    assert (found.n_models, found.n_seeds) == (30, 1)
+    assert difference(base[:, :4] + 0.05, base[:, :4]).p is None
+
+
+def test_without_a_difference_one_test_in_twenty_is_below_its_level(rng):
+    values = [difference(rng.normal(0, 1, (3, 20)), rng.normal(0, 1, (1, 20))).p for _ in range(300)]
+    assert 5 <= sum(p < 0.05 for p in values) <= 28
+
+
+def test_holm_by_hand():
+    assert holm({"a": 0.01, "b": 0.04, "c": 0.03}) == pytest.approx({"a": 0.03, "b": 0.06, "c": 0.06})
+    assert holm({"a": 0.6, "b": 0.7}) == {"a": 1.0, "b": 1.0}
+    assert holm({}) == {}
+
+
+def test_values_are_arranged_by_seed_and_model():
+    rows = [
+        {"seed": seed, "model_id": model, "recall": 10 * seed + number}
+        for seed in (1, 0)
+        for number, model in enumerate("ab")
+    ]
+    np.testing.assert_array_equal(arranged(rows, "recall", ["b", "a"]), [[1, 0], [11, 10]])
+    with pytest.raises(ValueError, match="1 of 4 values of recall are missing"):
+        arranged(rows[1:], "recall", ["a", "b"])
