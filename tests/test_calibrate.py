@@ -123,11 +123,25 @@ def test_the_fit_finds_the_lower_of_two_valleys():
     own, top = rng.uniform(-0.5, 0.9, (40, 1)), np.sort(rng.uniform(-0.9, 0.95, (40, 200)))
     found = Scores(np.arange(40), own, top, np.zeros((40, influence_fit.BINS), np.int64))
     fitted, kl = fit(found)
+    divergence = influence_fit._Divergence(found)
     for tau in np.geomspace(1e-3, 10, 30):
         for lam in (0.001, 0.01, 0.05, 0.2, 0.5, 0.9):
-            for unattributed in (1e-6, 0.01, 0.1, 0.3, 0.6, 0.9, 0.99):
-                other = Calibrated(tau, lam, unattributed)
-                assert kl <= divergence_of(found, other) + 1e-3, (fitted, other)
+            least, other = divergence(tau, lam)
+            assert kl <= least + 1e-3, (fitted, other)
+
+
+def test_at_most_some_candidates_have_influence():
+    """Exemplars a little better than most: a large temperature would spread influence over all of 20,000 candidates."""
+    rng = np.random.default_rng(0)
+    own = rng.normal(0.1, 0.1, (40, 1))
+    scores = np.sort(rng.normal(0, 0.12, (40, 20_000)))
+    bins = ((scores[:, :-1000] + 1) * (influence_fit.BINS / 2)).astype(int)
+    tail = np.stack([np.bincount(row, minlength=influence_fit.BINS) for row in bins])
+    found = Scores(np.arange(40), own, scores[:, -1000:], tail)
+    (tau, lam, unattributed), _ = fit(found)
+    best = np.maximum(own[:, 0], scores[:, -1])
+    assert (scores > (best + tau * np.log(lam))[:, None]).sum(axis=1).mean() <= 0.0101 * 20_000
+    assert unattributed > 0.5
 
 
 def test_the_unattributed_share_is_that_of_exemplars_that_nothing_tells_from_others():
@@ -306,9 +320,9 @@ def test_the_command(of_two_kinds):
     assert len(said) == 3
     assert said[0].startswith("tau ")
     assert said[1].startswith("object models: tau ")
-    assert said[0].endswith("without these; 108 samples among 400 pretraining images")
+    assert said[0].endswith("with nothing unattributed; 108 samples among 400 pretraining images")
     assert "of influence cannot be attributed" in said[0]
-    assert done.stdout.split()[:6] == ["kind", "least", "most", "n", "influence", "share"]
+    assert done.stdout.split()[:7] == ["kind", "measured_on", "least", "most", "n", "influence", "share"]
     assert CliRunner().invoke(main, ["attribute", path, "m00/0/0", "--json"]).exit_code == 0
     status = CliRunner().invoke(main, ["status", path]).stdout
     assert "influence by method toy_2, samples of object models: tau " in status

@@ -7,6 +7,7 @@ fit for all, and one per kind.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -45,7 +46,7 @@ class Calibration:
 
     kind:        of the models whose samples these are; None: all
     kl:          in nats
-    kl_before:   the same with tau_before (1 for cosines), no cut-off and nothing unattributed
+    kl_before:   the same with tau_before (1 for cosines), no cut-off and nothing unattributed; None if it is infinite
     reliability, reliability_before: one row per bin of influence, see `reliability`
     held_out:    the same, on each half of the models with what is fitted on the other half; empty for a single model
     """
@@ -56,7 +57,7 @@ class Calibration:
     unattributed: float
     kl: float
     tau_before: float
-    kl_before: float
+    kl_before: float | None
     n_samples: int
     gallery_size: int
     reliability: list[dict]
@@ -78,7 +79,7 @@ def calibrate(
     ones; first the fit on all samples, then, where models are of several kinds, one per kind.
 
     The gallery is that of the evaluation: a sample's own exemplars and all pretraining images; with a stored method, those
-    that have a score.
+    that have a score. Queries also share influence with exemplars of other models, of which the fit knows nothing.
     method: a method_id, encoder_id or mapper_id; similarity of the first encoder for None
     raises: InvalidValue for a split that is kept for tests or has no model that the method scores, or without a corpus;
             NotFound for an unknown method
@@ -90,37 +91,38 @@ def calibrate(
     method_id = resolve_method(db.snapshot, method)
     scores, gallery_size = scores_of(db, method_id, split, report)
     kinds = _kinds(db, scores)
-    parts = {None: scores} | ({kind: scores.of(models) for kind, models in kinds.items()} if len(kinds) > 1 else {})
-    calibrations = []
-    for number, (kind, part) in enumerate(parts.items()):
-        report("fit", number, len(parts))
-        calibrations.append(_calibrated(kind, part, gallery_size))
-    report("fit", len(parts), len(parts))
+    report("fit", 0, 1 + len(kinds))
+    calibrations = [_calibrated(None, scores, gallery_size)]
+    for kind, models in kinds.items():
+        report("fit", len(calibrations), 1 + len(kinds))
+        calibrations.append(_calibrated(kind, scores.of(models), gallery_size))
+    report("fit", 1 + len(kinds), 1 + len(kinds))
     shared = {"method_id": method_id, "split": split, "images_version": db.version, "created_at": datetime.now(UTC)}
     db.writer.replace_calibrations([_row(calibration) | shared for calibration in calibrations], method_id)
     return calibrations
 
 
 def _kinds(db: Database, scores: Scores) -> dict[str, list[str]]:
-    """The models of the samples by their kind."""
+    """The models of the samples by their kind; none if all are of one."""
     of_kind: dict[str, list[str]] = {}
     rows = db.sql("SELECT model_id, kind FROM models WHERE kind IS NOT NULL ORDER BY kind, model_id").to_pylist()
     measured = set(scores.models)
     for row in rows:
         if row["model_id"] in measured:
             of_kind.setdefault(row["kind"], []).append(row["model_id"])
-    return of_kind
+    return {} if any(len(models) == len(measured) for models in of_kind.values()) else of_kind
 
 
 def _calibrated(kind: str | None, scores: Scores, gallery_size: int) -> Calibration:
     fitted, kl = fit(scores)
     before = Calibrated(scores.scale, 0.0)
+    kl_before = divergence_of(scores, before)
     return Calibration(
         kind,
         *fitted,
         kl,
         before.tau,
-        divergence_of(scores, before),
+        kl_before if math.isfinite(kl_before) else None,
         len(scores.own),
         gallery_size,
         reliability(scores, fitted),
@@ -229,7 +231,7 @@ def _stored_scores(db: Database, method: Method, split: str) -> tuple[Scores, in
 def count_in_bins(queries: np.ndarray, gallery: Iterable[Block]) -> tuple[np.ndarray, np.ndarray, int]:
     """The KEPT best similarities of each query, the numbers of the others by bin, and the size of the gallery."""
     top = np.full((len(queries), KEPT), -np.inf, np.float32)
-    tail = np.zeros((len(queries), BINS), np.int64)
+    tail = np.zeros((len(queries), BINS), np.int32)
     size = 0
     for _, features in gallery:
         size += len(features)

@@ -3,8 +3,8 @@
     P(x | x~) = (1 - u) ReLU(exp((s - s_max)/tau) - lambda) / SUM_j ReLU(exp((s_j - s_max)/tau) - lambda)  +  u / N
     fitted by minimising KL[S || P] over tau, lambda and u, S = 1/|X+| on the exemplars and 0 elsewhere
 
-The first term is influence, as queries give it. u is the share that the method cannot attribute: the exemplars' share that
-lies at or below the cut-off. It is spread evenly over all N candidates, so it says nothing of any one of them.
+The first term is influence, as queries give it. u is the share that the method cannot attribute. It is spread evenly over all
+N candidates: it is what exemplars get whose scores are at or below the cut-off, like those of most candidates.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ BINS = 4096  # of score, from the lowest to the highest, for all others
 # Temperatures and cut-offs that the fit may start from.
 STARTS = tuple((tau, lam) for tau in (0.01, 0.02, DEFAULT_TAU, 0.1, 0.3, 1.0) for lam in (0.001, DEFAULT_LAM, 0.3))
 N_STARTS = 3  # of them, the best, that it does start from
-LEAST_LAM, MOST_LAM = (
-    0.001,
-    0.99,
-)  # a cut-off of 0 would give every candidate influence, and no answer would be complete
+LEAST_LAM, MOST_LAM = 0.001, 0.99
+# Candidates that may have influence on a sample, in the mean: a share of them, or so many. Without this bound a large
+# temperature would spread influence over all of them, which says as little as the unattributed share does.
+NAMED_SHARE, NAMED = 0.01, 100
 LEAST_UNATTRIBUTED, MOST_UNATTRIBUTED = 1e-6, 0.999  # so that the divergence is finite, and some influence is left
 FIRST_STEP, LAST_STEP = 0.5, 0.02  # of the search, in the logarithms of tau and of the reach of influence
 GAIN = 1e-6  # nats by which a step of the search must be better
@@ -81,7 +81,8 @@ def fit(scores: Scores) -> tuple[Calibrated, float]:
     """What minimises the divergence, and the divergence: a pattern search in tau and lambda from the best of STARTS.
 
     There may be several minima, and where an exemplar reaches the cut-off the divergence has an edge. The unattributed share
-    is the best one for tau and lambda.
+    is the best one for tau and lambda. In the mean over the samples, at most NAMED candidates have influence, or NAMED_SHARE
+    of all, whichever is more.
     """
     evaluate = _Divergence(scores)
     found = sorted(evaluate(scores.scale * tau, lam) for tau, lam in STARTS)
@@ -113,35 +114,40 @@ class _Divergence:
         self.scores, self.best, self.n = scores, scores.best, scores.n[:, None]
         self.is_own = np.isfinite(scores.own)
         self.weight = (1 / scores.n_own / len(scores.own))[:, None] * self.is_own  # of an exemplar; together 1
+        self.even = np.broadcast_to(1 / self.n, self.is_own.shape)[self.is_own]
         self.entropy = float(np.log(scores.n_own).mean())
         used = np.flatnonzero(scores.tail.any(axis=0))
         self.tail, self.centres = scores.tail[:, used], scores.centres[used]
 
     def __call__(self, tau: float, lam: float) -> tuple[float, Calibrated]:
+        """Infinite where too many candidates have influence."""
         lam = min(max(lam, LEAST_LAM), MOST_LAM)
-        named = self.named(tau, lam)[self.is_own]
-        weight, even = self.weight[self.is_own], np.broadcast_to(1 / self.n, self.is_own.shape)[self.is_own]
-        unattributed = _best_unattributed(named, even, weight)
-        return self._of(named, even, weight, unattributed), Calibrated(tau, lam, unattributed)
+        named, n_named = self.named(tau, lam)
+        named, weight = named[self.is_own], self.weight[self.is_own]
+        unattributed = _best_unattributed(named, self.even, weight)
+        is_allowed = n_named <= max(NAMED, NAMED_SHARE * self.n.mean())
+        divergence = self._of(named, unattributed) if is_allowed else math.inf
+        return divergence, Calibrated(tau, lam, unattributed)
 
-    def named(self, tau: float, lam: float) -> np.ndarray:
-        """(n_samples, m): influence of the exemplars, with nothing unattributed."""
-        total = _weight(self.scores.top, self.best, tau, lam).sum(axis=1)
+    def named(self, tau: float, lam: float) -> tuple[np.ndarray, float]:
+        """Influence of the exemplars (n_samples, m), with nothing unattributed; how many candidates have some (mean)."""
         within = self.centres > (float(self.best.min()) + tau * math.log(lam) if lam > 0 else -np.inf)
-        total += (_weight(self.centres[None, within], self.best, tau, lam) * self.tail[:, within]).sum(axis=1)
-        own = _weight(self.scores.own, self.best, tau, lam)
-        shares: np.ndarray = own / (total + own.sum(axis=1))[:, None]
-        return shares
+        own, top, tail = (
+            _weight(scores, self.best, tau, lam)
+            for scores in (self.scores.own, self.scores.top, self.centres[None, within])
+        )
+        counts = self.tail[:, within]
+        total = own.sum(axis=1) + top.sum(axis=1) + (tail * counts).sum(axis=1)
+        n_named = (own > 0).sum() + (top > 0).sum() + ((tail > 0) * counts).sum()
+        return own / total[:, None], float(n_named) / len(own)
 
     def of(self, calibrated: Calibrated) -> float:
-        named = self.named(calibrated.tau, calibrated.lam)[self.is_own]
-        even = np.broadcast_to(1 / self.n, self.is_own.shape)[self.is_own]
-        return self._of(named, even, self.weight[self.is_own], calibrated.unattributed)
+        return self._of(self.named(calibrated.tau, calibrated.lam)[0][self.is_own], calibrated.unattributed)
 
-    def _of(self, named: np.ndarray, even: np.ndarray, weight: np.ndarray, unattributed: float) -> float:
+    def _of(self, named: np.ndarray, unattributed: float) -> float:
         with np.errstate(divide="ignore"):  # infinite where an exemplar has nothing
-            shares = np.log((1 - unattributed) * named + unattributed * even)
-        return float(-(weight * shares).sum() - self.entropy)
+            shares = np.log((1 - unattributed) * named + unattributed * self.even)
+        return float(-(self.weight[self.is_own] * shares).sum() - self.entropy)
 
 
 def _weight(scores: np.ndarray, best: np.ndarray, tau: float, lam: float) -> np.ndarray:

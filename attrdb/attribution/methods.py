@@ -116,7 +116,7 @@ def calibrations_of(
 ) -> list[Calibrated]:
     """`calibration` for each of some images: for a sample, that of its model's kind. None: an image that is not stored."""
     kinds: dict[str, str | None] = {}
-    if _of_method(snapshot, method_id).keys() - {None}:
+    if (tau is None or lam is None) and _of_method(snapshot, method_id).keys() - {None}:
         of_model = snapshot.once(_kinds)
         ids = [image_id for image_id in image_ids if image_id is not None]
         for start in range(0, len(ids), IDS_AT_ONCE):

@@ -170,11 +170,10 @@ def check_enough(snapshot: Snapshot, scored: str, candidates: str | None, k: int
 
 def _answer(ids: np.ndarray, scores: np.ndarray, n_scored: int, calibrated: Calibrated) -> Attribution:
     """Influence of the candidates that were looked at, where n_scored have a score."""
-    tau, lam, unattributed = calibrated
     if not len(ids):
         return Attribution(ids, scores, scores, True, 0.0, calibrated)
-    shares = influence(scores, tau, lam)
+    shares = influence(scores, *calibrated)
     # Each of those left out scores at most as high as the last that was looked at.
-    most = float(shares[-1]) * max(0, n_scored - len(ids))
-    looked_at = (1 - unattributed) / (1 + most)
-    return Attribution(ids, scores, shares * looked_at, n_scored <= len(ids), 1 - looked_at, calibrated)
+    attributed = 1 - calibrated.unattributed
+    most = float(shares[-1]) / attributed * max(0, n_scored - len(ids))
+    return Attribution(ids, scores, shares / (1 + most), n_scored <= len(ids), 1 - attributed / (1 + most), calibrated)

@@ -184,8 +184,8 @@ def calibrate(
     """Fit influence to the exemplars' known shares: its temperature, its cut-off, and the share that cannot be attributed.
 
     There is one fit for all samples, and one for each kind of models where there are several. `attribute` uses them from then
-    on; rerun it when the corpus has grown. It prints influence beside the true share of exemplars, one row per bin: measured
-    on each half of the models with what was fitted on the other half.
+    on; rerun it when the corpus has grown. It prints influence beside the true share of exemplars, one row per bin: on each
+    half of the models with what was fitted on the other half (held out), of a single model on itself (fitted).
     """
     use_the_machine()
     calibration = ml("training.calibrate")
@@ -198,18 +198,23 @@ def calibrate(
     method_id = resolve_method(database.snapshot, method, stored_encoder_id(database, encoder_id), mapper_id)
     with progress(quiet) as advance:
         found = calibration.calibrate(database, method_id, split, advance)
-    rows = [{"kind": one.kind} | row for one in found for row in one.held_out or one.reliability]
-    types = {"kind": pa.string(), "n": pa.int64()}
-    names = ("kind", "least", "most", "n", "influence", "share")
+    rows = [
+        {"kind": one.kind, "measured_on": "held out" if one.held_out else "fitted"} | row
+        for one in found
+        for row in one.held_out or one.reliability
+    ]
+    types = {"kind": pa.string(), "measured_on": pa.string(), "n": pa.int64()}
+    names = ("kind", "measured_on", "least", "most", "n", "influence", "share")
     output.write(
         pa.table({name: pa.array([row[name] for row in rows], types.get(name, pa.float64())) for name in names})
     )
     for one in found:
         of = f"{one.kind} models: " if one.kind else ""
+        before = "not finite" if one.kl_before is None else f"{one.kl_before:.3f}"
         click.echo(
             f"{of}tau {one.tau:.4g}, lambda {one.lam:.4g}, {one.unattributed:.3f} of influence cannot be attributed: "
-            f"divergence {one.kl:.3f} nats, {one.kl_before:.3f} at tau {one.tau_before:.4g} without these; "
-            f"{one.n_samples:,} samples among {one.gallery_size:,} pretraining images",
+            f"divergence {one.kl:.3f} nats, {before} at tau {one.tau_before:.4g} without a cut-off and with nothing "
+            f"unattributed; {one.n_samples:,} samples among {one.gallery_size:,} pretraining images",
             err=True,
         )
 

@@ -166,9 +166,10 @@ def render_plots(results: dict[str, Any]) -> dict[str, str]:
         if row["kind"] != "mixed"
     ]
     reliability = [
-        {"case": calibration["kind"] or "all models", "method": method_name(calibration), **row}
+        {"case": f"{calibration.get('kind') or 'all'} models, {on}", "method": method_name(calibration), **row}
         for calibration in results["calibrations"]
-        for row in calibration["reliability"].get("held_out") or calibration["reliability"]["fitted"]
+        for on, rows in [_measured(calibration["reliability"])]
+        for row in rows
     ]
     charts = {
         "curves": (plots.recall_curves, curves),
@@ -177,6 +178,12 @@ def render_plots(results: dict[str, Any]) -> dict[str, str]:
         "general": (plots.general, _both(results)),
     }
     return {name: plot(rows) for name, (plot, rows) in charts.items() if rows}
+
+
+def _measured(reliability: dict[str, list[Row]]) -> tuple[str, list[Row]]:
+    """The table on models that were held out, if there is one, else on those of the fit; and which it is."""
+    held_out = reliability.get("held_out")
+    return ("held out", held_out) if held_out else ("of the fit", reliability["fitted"])
 
 
 def _both(results: dict[str, Any]) -> list[Row]:

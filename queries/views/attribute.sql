@@ -5,7 +5,7 @@
 -- argument  sample              image_id of the image to attribute
 -- argument  k = 10              number of candidates, >= 1; NULL: all candidates with influence
 -- argument  encoder_id = NULL   similarity of this encoder, instead of a method
--- argument  tau = NULL          temperature; default: as calibrated, else that of the method's row
+-- argument  tau = NULL          temperature; default: as calibrated, else that of the method's row; where given, nothing is unattributed
 -- argument  lam = NULL          lambda, the cut-off; default: as calibrated, else that of the method's row
 -- argument  mapper_id = NULL    similarity with this mapper, instead of a method
 -- argument  candidates = NULL   a predicate on the columns of images that candidates must fulfil

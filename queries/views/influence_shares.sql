@@ -8,7 +8,7 @@
 -- argument  per                 creator, license, source, category, model or role of the candidates
 -- argument  samples = NULL      a predicate on the columns of images that chooses samples; default: all samples
 -- argument  method = NULL       a method_id, encoder_id or mapper_id; default: similarity of the first encoder
--- argument  tau = NULL          temperature; default: as calibrated, else that of the method's row
+-- argument  tau = NULL          temperature; default: as calibrated, else that of the method's row; where given, the method leaves nothing unattributed
 -- argument  lam = NULL          lambda, the cut-off; default: as calibrated, else that of the method's row
 -- argument  candidates = NULL   a predicate on the columns of images that candidates must fulfil
 -- argument  exact = false       compare every candidate

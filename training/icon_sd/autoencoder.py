@@ -203,11 +203,11 @@ def reconstruction(vae: AutoencoderKL, sprites: Sprites, settings: IconSdSetting
 
 
 @torch.no_grad()
-def set_scale(vae: AutoencoderKL, sprites: Sprites, settings: IconSdSettings, n_scenes: int = 1024) -> None:
-    """Set the scaling factor so that latents have a standard deviation of 1."""
+def latent_scale(vae: AutoencoderKL, sprites: Sprites, settings: IconSdSettings, n_scenes: int = 1024) -> float:
+    """The scaling factor with which latents have a standard deviation of 1."""
     scenes = draw_batch(Composer(sprites), n_scenes, HELD_OUT_SEED, 1)
     parts = [
         compose(pack(scenes[start : start + 64]), sprites.pixels, settings.size) for start in range(0, n_scenes, 64)
     ]
     latents = torch.cat([vae.encode(x * 2 - 1).latent_dist.mean for x in parts])
-    vae.register_to_config(scaling_factor=round(float(1 / latents.std()), 6))
+    return round(float(1 / latents.std()), 6)

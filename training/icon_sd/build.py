@@ -31,7 +31,7 @@ from diffusers import StableDiffusionPipeline
 from transformers import CLIPTokenizer
 
 from attrdb.ingest.devices import is_cpu
-from attrdb.training.icon_sd.autoencoder import reconstruction, refine_decoder, set_scale, train_autoencoder
+from attrdb.training.icon_sd.autoencoder import latent_scale, reconstruction, refine_decoder, train_autoencoder
 from attrdb.training.icon_sd.parts import TINY, IconSdSettings, export, train_tokenizer
 from attrdb.training.icon_sd.runs import Execution, Stage, check_settings, exclusive_run
 from attrdb.training.icon_sd.scenes import Composer, Sprites
@@ -66,7 +66,7 @@ def start_from(folder: Path, run_folder: Path, settings: IconSdSettings) -> None
     n_steps = math.ceil(figures.get("vae_images", settings.vae_images) / settings.vae_batch)
     vae_seconds = figures.get("vae_seconds", 0.0)
     vae = {"vae": pipeline.vae.state_dict(), "step": n_steps, "seconds": vae_seconds, "finished": True}
-    Stage(run_folder, "vae").save(vae)
+    Stage(run_folder, "vae").save(vae | {"scale": pipeline.vae.config.scaling_factor})
     both = torch.nn.ModuleDict({"unet": pipeline.unet, "text_encoder": pipeline.text_encoder}).state_dict()
     counts = {name: figures[f"unet_{name}"] for name in ("images", "seconds", "loss")} | {"step": figures["unet_steps"]}
     Stage(run_folder, "unet").save({"weights": both, "ema": both, **counts})
@@ -110,7 +110,10 @@ def build(
     if not vae_state["finished"]:
         return figures
     figures["decibels"] = round(reconstruction(vae, sprites, settings), 2)
-    set_scale(vae, sprites, settings)
+    if "scale" not in vae_state:  # it stays what it is, also when scenes are drawn otherwise: the U-Net has learned it
+        vae_state["scale"] = latent_scale(vae, sprites, settings)
+        stage.save(vae_state)
+    vae.register_to_config(scaling_factor=vae_state["scale"])
     stage = Stage(run_folder, "unet", (end - time.monotonic()) / 60)
     unet, text_encoder, unet_figures = train_unet(vae, sprites, tokenizer, settings, stage, execution, lr_end)
     hardware = f"{platform.machine()} CPU" if is_cpu(execution.device) else torch.cuda.get_device_name()

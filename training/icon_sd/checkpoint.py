@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from attrdb.training.icon_sd.runs import Stage
 
 FOLDER = Path(__file__).resolve().parent / "checkpoint"
-COUNTS = {"vae": ("step", "seconds", "finished", "refined"), "unet": ("step", "images", "seconds", "loss")}
+COUNTS = {"vae": ("step", "seconds", "finished", "refined", "scale"), "unet": ("step", "images", "seconds", "loss")}
 
 
 def save(run: Path, folder: Path = FOLDER) -> list[str]:
