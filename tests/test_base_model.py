@@ -16,6 +16,11 @@ from attrdb.ingest.customize.synthesize import SynthesizeSettings, plan_samples,
 from attrdb.ingest.prompts import Prompt
 
 
+def test_the_bundled_base_model_is_known_by_its_hash():
+    """So that a database of models of an edition that is no longer bundled is told where to get it."""
+    assert loading.weights_hash(loading.base_model_folder("icon-sd")) in loading.EDITIONS
+
+
 def test_bundled_icon_sd_is_a_genuine_small_pipeline():
     folder = ASSETS / "icon-sd"
     assert sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) <= 25 * 10**6

@@ -288,6 +288,15 @@ def test_what_cannot_be_regenerated(exemplar_folder, tiny_base, toy_encoder, toy
         next(ingest_one.regenerate(toy, "vase-1", ["x"]))
     with pytest.raises(InvalidValue, match="is not the one that model 'vase-1' was made from"):
         next(ingest_one.regenerate(toy, "vase-1", base_model="icon-sd"))
+    hashes = toy.sql("SELECT base_model_hash FROM models WHERE model_id = 'vase-1'")["base_model_hash"].to_pylist()
+    [first_edition] = base_model.EDITIONS
+    toy.writer.update("models", "model_id = 'vase-1'", {"base_model_hash": first_edition})
+    with pytest.raises(
+        InvalidValue,
+        match=r"the first edition of icon-sd, in .* of commit \w+ of .*; give the folder .* with --base-model",
+    ):
+        next(ingest_one.regenerate(attrdb.open(toy.path), "vase-1"))
+    toy.writer.update("models", "model_id = 'vase-1'", {"base_model_hash": hashes[0]})
     file = toy.path / "weights" / "vase-1.safetensors"
     delta = customize.load_delta(file)
     delta[customize.TOKEN_KEY] += 1

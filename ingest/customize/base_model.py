@@ -31,6 +31,11 @@ PICKLED = (".bin", ".ckpt", ".pt", ".pth")
 NEEDED = (*WEIGHTED, "tokenizer", "scheduler")
 LIBRARIES = ("diffusers", "transformers")  # whose classes are loaded
 BUNDLED = "icon-sd"  # the tiny base model that comes with attrdb
+# What came with attrdb under that name, by `weights_hash`, and where it is.
+EDITIONS = {
+    "3582b8f4fedcf5703dbcee9e04dee03a2dbc1b1a81cf7089b7732285aab2c8fa": "the first edition of icon-sd, in "
+    "attrdb/assets/icon-sd of commit 564bcf6 of attrdb's repository",
+}
 # Up to this many latent positions a side, plain attention beats the fused one on a CPU that multiplies bf16: a training
 # step at 8 x 8 takes 0.57 of the time. In float32 they are equal. Beyond it, its score matrices take too much memory.
 SMALL = 16

@@ -19,7 +19,7 @@ import pyarrow as pa
 from PIL import Image
 
 from attrdb.database import Database
-from attrdb.errors import InvalidValue, NotFound
+from attrdb.errors import NotFound
 from attrdb.ingest.customize.base_model import BaseModel, base_model_folder, is_made_from, load_base_model, weights_hash
 from attrdb.ingest.customize.customize import Regularization, apply_delta, check_prompts
 from attrdb.ingest.customize.regularization import (
@@ -46,7 +46,7 @@ from attrdb.ingest.models.stages import (
     sample_stage,
     settings_hash,
 )
-from attrdb.ingest.models.stored import stored_delta, stored_model, stored_settings
+from attrdb.ingest.models.stored import check_base_model, stored_delta, stored_model, stored_settings
 from attrdb.ingest.monitor.files import read_rows
 from attrdb.ingest.monitor.monitor import Monitor, Monitored, Names
 from attrdb.ingest.options import ModelSettings
@@ -237,8 +237,14 @@ def regenerate(
     """
     row = stored_model(db, model_id, "its samples cannot be generated again")
     record, name = json.loads(row["settings"]), base_model or row["base_model"]
-    if not is_made_from(_folder_of(name, model_id, base_model), row["base_model_hash"]):
-        raise InvalidValue(f"base model {name!r} is not the one that model {model_id!r} was made from; name that one")
+    try:
+        check_base_model(row, base_model, "give the folder of that one with --base-model")
+    except NotFound as error:
+        if base_model:
+            raise
+        raise NotFound(
+            f"{error}. Model {model_id!r} was made from it; say where it is now with --base-model"
+        ) from error
     delta = stored_delta(db, row)
     settings = stored_settings(record).synthesize
     prompts = [Prompt(n, "", text) for n, text in enumerate(record["prompts"])]
@@ -261,21 +267,6 @@ def regenerate(
                     yield plan.image_id, image
     finally:
         base.restore()
-
-
-def _folder_of(name: str, model_id: str, base_model: str | None) -> Path:
-    """The folder of a stored model's base model.
-
-    raises: NotFound, with the option that says where it is now
-    """
-    try:
-        return base_model_folder(name)
-    except NotFound as error:
-        if base_model:
-            raise
-        raise NotFound(
-            f"{error}. Model {model_id!r} was made from it; say where it is now with --base-model"
-        ) from error
 
 
 def _stored_result(

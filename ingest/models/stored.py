@@ -6,7 +6,7 @@ import hashlib
 
 from attrdb.database import Database
 from attrdb.errors import InvalidValue, NotFound
-from attrdb.ingest.customize.base_model import base_model_folder, is_made_from
+from attrdb.ingest.customize.base_model import EDITIONS, base_model_folder, is_made_from
 from attrdb.ingest.customize.customize import Delta, load_delta
 from attrdb.ingest.options import Concept, CustomizeSettings, ModelSettings, SynthesizeSettings
 from attrdb.store.ids import stored_file
@@ -28,11 +28,19 @@ def stored_model(db: Database, model_id: str, lacking: str) -> Row:
     return row
 
 
-def check_base_model(row: Row) -> None:
-    """raises: NotFound for a base model that is not where a model's row says, InvalidValue if it is another one now"""
-    if not is_made_from(base_model_folder(row["base_model"]), row["base_model_hash"]):
+def check_base_model(row: Row, name: str | None = None, advice: str = "put that one in its place") -> None:
+    """See that a base model is the one that a model was made from.
+
+    name:   where it is; None: where the model's row says
+    advice: how to give the right one, for the error
+    raises: NotFound if it is not there, InvalidValue if it is another one now
+    """
+    name = name or row["base_model"]
+    if not is_made_from(base_model_folder(name), row["base_model_hash"]):
+        edition = EDITIONS.get(row["base_model_hash"])
+        that = f", {edition}" if edition else ""
         raise InvalidValue(
-            f"base model {row['base_model']!r} is not the one that model {row['model_id']!r} was made from"
+            f"base model {name!r} is not the one that model {row['model_id']!r} was made from{that}; {advice}"
         )
 
 
