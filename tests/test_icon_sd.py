@@ -334,6 +334,15 @@ def test_noise_levels_end_in_noise_alone():
     assert signal[-1] < 1e-3
 
 
+def test_most_time_steps_are_where_a_thing_takes_its_shape():
+    steps = unet._time_steps(20_000, 1000, torch.Generator().manual_seed(0))
+    assert (steps.min(), steps.max()) == (0, 999)
+    signal, _ = noise_levels()
+    between = ((signal[steps] > 0.05) & (signal[steps] < 0.45)).float().mean()
+    assert between > 1.9 * ((signal > 0.05) & (signal < 0.45)).float().mean()
+    assert 0.05 < (steps < 300).float().mean() < 0.12
+
+
 @pytest.fixture
 def end_after(monkeypatch):
     """Let the stages of later calls end after so many steps, however busy the machine is."""

@@ -27,6 +27,10 @@ AHEAD = 4  # batches that are composed and encoded at a time where a step is rec
 FIRST_BATCHES = 64  # of new scenes, which fill a pool at first
 POOL = 24_576  # scenes whose latents a CPU keeps
 WARM_UP = 300  # steps of a new optimizer
+SHAPE, SPREAD = (
+    1.0,
+    0.8,
+)  # mean and spread, as logits of a share of all time steps, of those at which a thing takes its shape
 RENEWED = 4  # on a CPU one scene in so many of a batch is new; the others come from the pool
 
 
@@ -140,7 +144,7 @@ class Learner:
     def learn(self, latents: torch.Tensor, tokens: torch.Tensor, lr: float) -> torch.Tensor:
         """Take one step; its loss, a scalar. The step decides time steps and noise."""
         generator = torch.Generator(self.device).manual_seed(self.settings.seed * 1_000_003 + self.counts.step)
-        t = torch.randint(len(self.signals), (len(latents),), generator=generator, device=self.device)
+        t = _time_steps(len(latents), len(self.signals), generator)
         noise = torch.randn(latents.shape, generator=generator, device=self.device)
         set_rate(self.optimizer, lr)
         loss = self.step(latents, tokens, t, noise)
@@ -166,6 +170,19 @@ class Learner:
     def _average(self) -> None:
         decay = min(self.settings.ema, (self.counts.step + 1) / (self.counts.step + 10))
         torch._foreach_lerp_(self._averages, self._weights, 1 - decay)
+
+
+def _time_steps(n: int, n_levels: int, generator: torch.Generator) -> torch.Tensor:
+    """(n,) int64: of three in four scenes near the levels at which a thing takes its shape, of the fourth at any level.
+
+    Below, the noisy latents show the shape already; above, only a mean over all shapes can be learned, at a great loss.
+    source: the logit-normal density is that of Esser et al. 2024, at another place
+    """
+    device = generator.device
+    near = torch.sigmoid(SHAPE + SPREAD * torch.randn(n, generator=generator, device=device))
+    even = torch.rand(n, generator=generator, device=device)
+    share = torch.where(torch.rand(n, generator=generator, device=device) < 0.75, near, even)
+    return (share * n_levels).long().clamp(max=n_levels - 1)
 
 
 def _learning_rate(settings: IconSdSettings, n_steps: int, spent: float, lr_end: float) -> float:
