@@ -85,6 +85,9 @@ WRITES = {
     "replace_exemplar_ranks": lambda db: db.writer.replace_exemplar_ranks(
         ranks([("m/0/1", "m/e0", 1)]), "toy_2", "own"
     ),
+    "replace_calibrations": lambda db: db.writer.replace_calibrations(
+        [{"calibration_id": "toy_2", "method_id": "toy_2", "tau": 0.1, "lam": 0.1}], "toy_2"
+    ),
     "append_rows": lambda db: db.writer.append_rows(
         "attributions", TABLES["attributions"].empty_table(), db.snapshot, "true"
     ),

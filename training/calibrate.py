@@ -97,8 +97,8 @@ def calibrate(
         report("fit", len(calibrations), 1 + len(kinds))
         calibrations.append(_calibrated(kind, scores.of(models), gallery_size))
     report("fit", 1 + len(kinds), 1 + len(kinds))
-    shared = {"method_id": method_id, "split": split, "images_version": db.version, "created_at": datetime.now(UTC)}
-    db.writer.replace_calibrations([_row(calibration) | shared for calibration in calibrations], method_id)
+    shared = {"split": split, "images_version": db.version, "created_at": datetime.now(UTC)}
+    db.writer.replace_calibrations([_row(method_id, one) | shared for one in calibrations], method_id)
     return calibrations
 
 
@@ -131,12 +131,13 @@ def _calibrated(kind: str | None, scores: Scores, gallery_size: int) -> Calibrat
     )
 
 
-def _row(calibration: Calibration) -> dict:
+def _row(method_id: str, calibration: Calibration) -> dict:
     """The row of `calibrations`, without what all rows of a fit share."""
     tables = {"before": calibration.reliability_before, "fitted": calibration.reliability}
     names = ("kind", "tau", "lam", "unattributed", "kl", "kl_before", "n_samples", "gallery_size")
     row = {name: getattr(calibration, name) for name in names}
-    return row | {"reliability": json.dumps(tables | {"held_out": calibration.held_out})}
+    row |= {"reliability": json.dumps(tables | {"held_out": calibration.held_out}), "method_id": method_id}
+    return row | {"calibration_id": f"{method_id}:{calibration.kind}" if calibration.kind else method_id}
 
 
 def scores_of(db: Database, method_id: str, split: str, report: Progress = no_progress) -> tuple[Scores, int]:

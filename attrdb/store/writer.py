@@ -249,22 +249,11 @@ class Writer:
         scope = f"method_id = {literal(method_id)} AND gallery = {literal(gallery)}"
         with self.writing():
             self._check_no_removal_since(self.snapshot)
-            self._replace("exemplar_ranks", ["method_id", "gallery", "sample_id", "exemplar_id"], rows, scope)
+            self._merge("exemplar_ranks", ["method_id", "gallery", "sample_id", "exemplar_id"], rows, scope=scope)
 
     def replace_calibrations(self, rows: list[Row], method_id: str) -> None:
         """Store the calibrations of a method, one per kind of models, in place of those that are stored."""
-        named = [row | {"calibration_id": f"{method_id}:{row['kind']}" if row["kind"] else method_id} for row in rows]
-        self._replace("calibrations", ["calibration_id"], named, f"method_id = {literal(method_id)}")
-
-    def _replace(self, name: str, on: list[str], rows: list[Row] | pa.Table, scope: str) -> None:
-        """Make the rows of a table that a predicate keeps be these, in one commit; `on` tells rows from each other."""
-        table = _conformed(name, rows)
-
-        def replace() -> Any:
-            merge = self._dataset(name).merge_insert(on).when_matched_update_all().when_not_matched_insert_all()
-            return merge.when_not_matched_by_source_delete(scope).execute(table)
-
-        self.commit(replace)
+        self._merge("calibrations", ["calibration_id"], rows, scope=f"method_id = {literal(method_id)}")
 
     def append_rows(self, table: str, rows: pa.Table, computed_on: Snapshot, stale: str | None = None) -> None:
         """Append to one of the tables whose rows have no id; rows that the predicate `stale` keeps are deleted first.
@@ -289,12 +278,20 @@ class Writer:
         key = TABLE_KEYS[table]
         if key is None or table == "images":
             raise InvalidValue(f"rows of {table} cannot be stored by their key; use the method of Writer made for them")
-        conformed = _conformed(table, rows)
+        self._merge(table, [key], rows, update)
+
+    def _merge(
+        self, name: str, on: list[str], rows: list[Row] | pa.Table, update: bool = True, scope: str | None = None
+    ) -> None:
+        """Store rows in one commit; `on` tells them from each other. Of stored rows that `scope` keeps, the others go."""
+        conformed = _conformed(name, rows)
 
         def merge() -> None:
-            insert = self._dataset(table).merge_insert(key).when_not_matched_insert_all()
+            insert = self._dataset(name).merge_insert(on).when_not_matched_insert_all()
             if update:
                 insert = insert.when_matched_update_all()
+            if scope is not None:
+                insert = insert.when_not_matched_by_source_delete(scope)
             insert.conflict_retries(CONFLICT_RETRIES).execute(conformed)
 
         self.commit(merge)
