@@ -93,7 +93,7 @@ def reliability(rows: Sequence[Row]) -> str:
     rows: case, method, influence, share
     """
     panels = _by(rows, "case")
-    figure, axes = _panels(len(panels), columns=3, height=3.4)
+    figure, axes = _panels(len(panels), width=5.4, height=5, columns=2)
     names = list(dict.fromkeys(row["method"] for row in rows))
     for axis, (case, of_case) in zip(axes, panels.items(), strict=True):
         for name, points in _by(of_case, "method").items():
