@@ -128,5 +128,6 @@ def test_a_program_runs_and_its_section_is_written(program, tmp_path, name, word
     assert command.startswith(f"benchmarks/{name}.py")
 
 
+@pytest.mark.filterwarnings("error")  # a plot without room for its legend
 def test_the_page_is_what_the_stored_figures_give(program):
     assert program("report").page() == (FOLDER / "RESULTS.md").read_text(encoding="utf-8"), "run benchmarks/report.py"
