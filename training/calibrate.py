@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -15,7 +16,7 @@ from datetime import UTC, datetime
 import numpy as np
 
 from attrdb.attribution.influence import Calibrated
-from attrdb.attribution.methods import load_method, resolve_method
+from attrdb.attribution.methods import load_method, model_kinds, resolve_method
 from attrdb.attribution.protocol import Method
 from attrdb.attribution.similarity import Similarity
 from attrdb.database import Database
@@ -104,13 +105,12 @@ def calibrate(
 
 def _kinds(db: Database, scores: Scores) -> dict[str, list[str]]:
     """The models of the samples by their kind; none if all are of one."""
-    of_kind: dict[str, list[str]] = {}
-    rows = db.sql("SELECT model_id, kind FROM models WHERE kind IS NOT NULL ORDER BY kind, model_id").to_pylist()
-    measured = set(scores.models)
-    for row in rows:
-        if row["model_id"] in measured:
-            of_kind.setdefault(row["kind"], []).append(row["model_id"])
-    return {} if any(len(models) == len(measured) for models in of_kind.values()) else of_kind
+    of_model, of_kind = db.snapshot.once(model_kinds), defaultdict(list)
+    measured = sorted(set(scores.models))
+    for model_id in measured:
+        if kind := of_model.get(model_id):
+            of_kind[kind].append(model_id)
+    return {} if any(len(models) == len(measured) for models in of_kind.values()) else dict(sorted(of_kind.items()))
 
 
 def _calibrated(kind: str | None, scores: Scores, gallery_size: int) -> Calibration:

@@ -87,7 +87,7 @@ def fit(scores: Scores) -> tuple[Calibrated, float]:
     evaluate = _Divergence(scores)
     found = sorted(evaluate(scores.scale * tau, lam) for tau, lam in STARTS)
     _, best = min(_searched(evaluate, start) for _, start in found[:N_STARTS])
-    return best, divergence_of(scores, best)
+    return best, evaluate.of(best)
 
 
 def _searched(
@@ -181,10 +181,10 @@ def held_out_reliability(scores: Scores) -> list[dict]:
     halves = [scores.of(models[::2]), scores.of(models[1::2])]
     if len(models) < 2:
         return []
-    return merged([reliability(one, fit(other)[0]) for one, other in (halves, halves[::-1])])
+    return _merged([reliability(one, fit(other)[0]) for one, other in (halves, halves[::-1])])
 
 
-def merged(tables: list[list[dict]]) -> list[dict]:
+def _merged(tables: list[list[dict]]) -> list[dict]:
     """Several reliability tables as one."""
     rows = []
     for least, most in zip((0.0, *EDGES), EDGES, strict=False):

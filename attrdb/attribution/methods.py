@@ -115,16 +115,16 @@ def calibrations_of(
     lam: float | None = None,
 ) -> list[Calibrated]:
     """`calibration` for each of some images: for a sample, that of its model's kind. None: an image that is not stored."""
-    kinds: dict[str, str | None] = {}
+    kinds: dict[str | None, str | None] = {}
     if (tau is None or lam is None) and _of_method(snapshot, method_id).keys() - {None}:
-        of_model = snapshot.once(_kinds)
+        of_model = snapshot.once(model_kinds)
         ids = [image_id for image_id in image_ids if image_id is not None]
         for start in range(0, len(ids), IDS_AT_ONCE):
             where = f"role = 'sample' AND {among('image_id', ids[start : start + IDS_AT_ONCE])}"
             rows = snapshot.images(where, ["image_id", "model_id"]).to_pylist()
             kinds |= {row["image_id"]: of_model.get(row["model_id"]) for row in rows}
     by_kind = {kind: calibration(snapshot, method_id, tau, lam, kind) for kind in {None, *kinds.values()}}
-    return [by_kind[kinds.get(image_id) if image_id is not None else None] for image_id in image_ids]
+    return [by_kind[kinds.get(image_id)] for image_id in image_ids]
 
 
 def is_calibrated(snapshot: Snapshot, method_id: str) -> bool:
@@ -146,5 +146,6 @@ def _calibrations(snapshot: Snapshot) -> dict[str, dict[str | None, dict[str, An
     return by_method
 
 
-def _kinds(snapshot: Snapshot) -> dict[str, str | None]:
+def model_kinds(snapshot: Snapshot) -> dict[str, str | None]:
+    """The kind of each model, by model_id; for `snapshot.once`."""
     return {row["model_id"]: row["kind"] for row in snapshot.rows("models", columns=["model_id", "kind"])}

@@ -164,12 +164,12 @@ def refine_decoder(sprites: Sprites, settings: IconSdSettings, stage: Stage, exe
         n_images = (learner.n_steps - state["step"]) * settings.vae_batch
         return {"refined": n_images, "decibels": _decibels(learner.vae, sprites, settings)}
 
-    stage.take_steps(
+    last = stage.take_steps(
         step,
         figures,
         lambda _seconds: state | {"vae": learner.vae.state_dict(), "refined": learner.n_steps - state["step"]},
     )
-    return _decibels(learner.vae, sprites, settings)
+    return last["decibels"]
 
 
 def _pictures(

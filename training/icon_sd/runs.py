@@ -100,8 +100,10 @@ class Stage:
         state: Callable[[float], dict[str, Any]],
         before: float = 0.0,
         finished: Callable[[float], bool] = lambda _seconds: False,
-    ) -> None:
+    ) -> dict[str, float]:
         """Take steps until the time is over or enough was learned; report and save when that is due, and after the last.
+
+        The figures of the last report are returned.
 
         Seconds are those of the steps so far, `before` among them, which earlier calls took.
         step:     takes a step; its loss, a scalar
@@ -118,9 +120,11 @@ class Stage:
             if self.report_is_due(seconds) or is_last:
                 self.loss = round(float(torch.stack(losses).mean()), 5)
                 losses.clear()
-                self.log(**figures(), loss=self.loss, seconds=round(seconds, 1))
+                found = figures()
+                self.log(**found, loss=self.loss, seconds=round(seconds, 1))
             if self.save_is_due or is_last:
                 self.save(state(seconds))
+        return found
 
     def load(self) -> dict | None:
         return torch.load(self.checkpoint, map_location="cpu", weights_only=True) if self.checkpoint.exists() else None
