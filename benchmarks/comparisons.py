@@ -1,7 +1,8 @@
 """Means and differences of methods over models and training seeds, with intervals, and a correction for many comparisons.
 
 Values are arrays (n_seeds, n_models): of one method, by the seed that it was trained with and by model. A method that is not
-trained has one seed. Samples of a model are not independent, so a model is what a bootstrap draws.
+trained has one seed. Samples of a model are not independent, and neither are models of one style: a bootstrap draws groups of
+models. Without groups, each model is one.
 """
 
 from __future__ import annotations
@@ -13,7 +14,9 @@ from typing import Any
 import numpy as np
 
 N_DRAWS = 10_000
-FEWEST_MODELS = 5  # below, an interval or a test says nothing
+N_TURNS = 1_000_000  # of signs, in a test; where fewer are possible, each of them once
+TURNS_AT_ONCE = 100_000
+FEWEST_GROUPS = 5  # below, an interval or a test says nothing
 
 
 @dataclass(frozen=True)
@@ -28,12 +31,13 @@ class Estimate:
     p: float | None = None
 
 
-def mean_of(values: np.ndarray, seed: int = 0) -> Estimate:
-    """The mean of a method."""
-    n_seeds, n_models = values.shape
-    draws = _drawn(values, *_picks(n_seeds, n_models, seed))
-    low, high = np.quantile(draws, (0.025, 0.975))
-    return Estimate(float(values.mean()), float(low), float(high), n_models, n_seeds)
+def mean_of(values: np.ndarray, groups: Sequence[str] | None = None, seed: int = 0) -> Estimate:
+    """The mean of a method. groups: of the models"""
+    rng = np.random.default_rng(seed)
+    sums, sizes = _by_group(values, groups)
+    picks = rng.integers(len(sizes), size=(N_DRAWS, len(sizes)))
+    low, high = np.quantile(_draws(sums, sizes, picks, rng), (0.025, 0.975))
+    return Estimate(float(values.mean()), float(low), float(high), values.shape[1], len(values))
 
 
 def mean_with_interval(by_model: Sequence[float]) -> dict[str, Any]:
@@ -42,23 +46,35 @@ def mean_with_interval(by_model: Sequence[float]) -> dict[str, Any]:
     return {"mean": found.mean, "interval": [found.low, found.high]}
 
 
-def difference(one: np.ndarray, other: np.ndarray, seed: int = 0) -> Estimate:
+def difference(one: np.ndarray, other: np.ndarray, groups: Sequence[str] | None = None, seed: int = 0) -> Estimate:
     """What one method gains over another on the same models; each draws its own seeds.
 
-    p: two-sided, by turning the signs of the models' differences; None for fewer than FEWEST_MODELS
+    groups: of the models
+    p:      two-sided, by turning the signs of the groups' differences, means over seeds; None for fewer than FEWEST_GROUPS
     """
     rng = np.random.default_rng(seed)
-    n_models = one.shape[1]
-    models = rng.integers(n_models, size=(N_DRAWS, n_models))
-    draws = [_drawn(values, rng.integers(len(values), size=(N_DRAWS, len(values))), models) for values in (one, other)]
-    low, high = np.quantile(draws[0] - draws[1], (0.025, 0.975))
-    by_model = one.mean(axis=0) - other.mean(axis=0)
-    p = None
-    if n_models >= FEWEST_MODELS:
-        signs = rng.choice((-1.0, 1.0), size=(N_DRAWS, n_models))
-        turned = np.abs(signs @ by_model) >= abs(by_model.sum()) - 1e-12
-        p = float((1 + turned.sum()) / (1 + N_DRAWS))
-    return Estimate(float(by_model.mean()), float(low), float(high), n_models, max(len(one), len(other)), p)
+    (sums, sizes), (other_sums, _) = _by_group(one, groups), _by_group(other, groups)
+    picks = rng.integers(len(sizes), size=(N_DRAWS, len(sizes)))
+    draws = _draws(sums, sizes, picks, rng) - _draws(other_sums, sizes, picks, rng)
+    low, high = np.quantile(draws, (0.025, 0.975))
+    p = _p_of(sums.mean(axis=0) - other_sums.mean(axis=0), rng) if len(sizes) >= FEWEST_GROUPS else None
+    mean = one.mean() - other.mean()
+    return Estimate(float(mean), float(low), float(high), one.shape[1], max(len(one), len(other)), p)
+
+
+def _p_of(differences: np.ndarray, rng: np.random.Generator) -> float:
+    """The share of all turns of the signs, or of N_TURNS of them, at which the sum is as far from 0 as it is."""
+    n, least = len(differences), abs(differences.sum()) - 1e-12
+    n_turns, is_exact = min(2**n, N_TURNS), 2**n <= N_TURNS
+    n_far = 0
+    for start in range(0, n_turns, TURNS_AT_ONCE):
+        size = min(TURNS_AT_ONCE, n_turns - start)
+        if is_exact:
+            bits = np.arange(start, start + size)[:, None] >> np.arange(n) & 1
+        else:
+            bits = rng.integers(2, size=(size, n), dtype=np.int8)
+        n_far += int((np.abs((1.0 - 2.0 * bits) @ differences) >= least).sum())
+    return n_far / n_turns if is_exact else (1 + n_far) / (1 + n_turns)
 
 
 def holm(p_values: Mapping[str, float]) -> dict[str, float]:
@@ -90,15 +106,19 @@ def arranged(rows: Sequence[Mapping], value: str, models: Sequence[str]) -> np.n
     return found
 
 
-def _picks(n_seeds: int, n_models: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """(N_DRAWS, n_seeds) and (N_DRAWS, n_models): the draws; those of models do not depend on the number of seeds."""
-    rng = np.random.default_rng(seed)
-    models = rng.integers(n_models, size=(N_DRAWS, n_models))
-    return rng.integers(n_seeds, size=(N_DRAWS, n_seeds)), models
+def _by_group(values: np.ndarray, groups: Sequence[str] | None) -> tuple[np.ndarray, np.ndarray]:
+    """(n_seeds, n_groups) and (n_groups,): the sum of each group's models, and their number."""
+    if groups is None:
+        return values, np.ones(values.shape[1])
+    names, place = np.unique(np.array(groups), return_inverse=True)
+    member = (place == np.arange(len(names))[:, None]).astype(float)
+    return values @ member.T, member.sum(axis=1)
 
 
-def _drawn(values: np.ndarray, seeds: np.ndarray, models: np.ndarray) -> np.ndarray:
-    """(N_DRAWS,): the mean of each draw of seeds and models."""
-    by_seed = np.stack([row[models].mean(axis=1) for row in values], axis=1)  # (N_DRAWS, n_seeds)
+def _draws(sums: np.ndarray, sizes: np.ndarray, picks: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """(N_DRAWS,): the mean over the models of each draw of groups, and over seeds that are drawn too."""
+    n_models = sizes[picks].sum(axis=1)
+    by_seed = np.stack([row[picks].sum(axis=1) / n_models for row in sums], axis=1)  # (N_DRAWS, n_seeds)
+    seeds = rng.integers(len(sums), size=(N_DRAWS, len(sums)))
     drawn: np.ndarray = np.take_along_axis(by_seed, seeds, axis=1).mean(axis=1)
     return drawn

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
-from comparisons import arranged, difference, holm, mean_of
+from comparisons import N_TURNS, arranged, difference, holm, mean_of
 
 
 @pytest.fixture
@@ -37,13 +37,33 @@ def test_a_difference_is_paired_by_model(rng):
     base = rng.uniform(0, 1, (1, 30))
     found = difference(base + 0.05, base)
     assert (found.mean, found.low, found.high) == pytest.approx((0.05, 0.05, 0.05))
-    assert found.p == pytest.approx(1 / 10_001, abs=2e-4)
+    assert found.p == pytest.approx(1 / N_TURNS, abs=5e-6)
     assert (found.n_models, found.n_seeds) == (30, 1)
     assert difference(base[:, :4] + 0.05, base[:, :4]).p is None
 
 
+def test_all_turns_of_few_signs_are_taken():
+    """Of 32 turns of five equal gains, two are as far from 0."""
+    found = difference(np.full((1, 5), 0.1), np.zeros((1, 5)))
+    assert found.p == 2 / 32
+    assert difference(np.array([[0.3, 0.1, 0.1, 0.1, -0.1]]), np.zeros((1, 5))).p == 10 / 32
+
+
+def test_models_of_one_group_count_as_one(rng):
+    """Ten styles of four models each, whose models are alike: the interval is that of ten, and so is p."""
+    of_styles = rng.normal(0.2, 0.2, (1, 10))
+    models, groups = of_styles.repeat(4, axis=1), [f"style {number // 4}" for number in range(40)]
+    apart, together, styles = mean_of(models), mean_of(models, groups), mean_of(of_styles)
+    assert (together.mean, together.n_models) == (pytest.approx(styles.mean), 40)
+    assert together.high - together.low == pytest.approx(styles.high - styles.low, rel=0.05)
+    assert together.high - together.low > 1.7 * (apart.high - apart.low)
+    found = difference(models, np.zeros((1, 40)), groups)
+    assert found.p == difference(of_styles, np.zeros((1, 10))).p
+    assert difference(models[:, :16], np.zeros((1, 16)), groups[:16]).p is None
+
+
 def test_without_a_difference_one_test_in_twenty_is_below_its_level(rng):
-    values = [difference(rng.normal(0, 1, (3, 20)), rng.normal(0, 1, (1, 20))).p for _ in range(300)]
+    values = [difference(rng.normal(0, 1, (3, 12)), rng.normal(0, 1, (1, 12))).p for _ in range(300)]
     assert 5 <= sum(p < 0.05 for p in values) <= 28
 
 
