@@ -11,7 +11,7 @@ from click.testing import CliRunner
 
 from attrdb.cli import main
 from attrdb.errors import InvalidValue
-from attrdb.store.predicates import FUNCTIONS, MAX_CONDITIONS, MAX_WORDS, fault_of
+from attrdb.store.predicates import FUNCTIONS, MAX_CONDITIONS, MAX_WORDS, among_parts, fault_of
 
 GOOD = [
     "role <> 'sample'",
@@ -64,6 +64,11 @@ BAD = [
     ("", "boolean|expression"),
     ("role = '\ud800'", "surrogates"),
 ]
+
+
+def test_parts_of_a_list_keep_what_the_whole_list_keeps():
+    assert list(among_parts("image_id", ["a", "it's", "c"], 2)) == ["image_id IN ('a', 'it''s')", "image_id IN ('c')"]
+    assert list(among_parts("image_id", [], 2)) == []
 
 
 @pytest.mark.parametrize("predicate", GOOD)

@@ -17,7 +17,7 @@ from attrdb.attribution.stored import Stored
 from attrdb.errors import InvalidValue, NotFound
 from attrdb.search.mapper import stored_mapper
 from attrdb.store.methods import similarity_id, similarity_row
-from attrdb.store.predicates import among
+from attrdb.store.predicates import among_parts
 from attrdb.store.snapshot import Snapshot
 
 IDS_AT_ONCE = 4096  # in a predicate
@@ -119,9 +119,8 @@ def calibrations_of(
     if (tau is None or lam is None) and _of_method(snapshot, method_id).keys() - {None}:
         of_model = snapshot.once(model_kinds)
         ids = [image_id for image_id in image_ids if image_id is not None]
-        for start in range(0, len(ids), IDS_AT_ONCE):
-            where = f"role = 'sample' AND {among('image_id', ids[start : start + IDS_AT_ONCE])}"
-            rows = snapshot.images(where, ["image_id", "model_id"]).to_pylist()
+        for where in among_parts("image_id", ids, IDS_AT_ONCE):
+            rows = snapshot.images(f"role = 'sample' AND {where}", ["image_id", "model_id"]).to_pylist()
             kinds |= {row["image_id"]: of_model.get(row["model_id"]) for row in rows}
     by_kind = {kind: calibration(snapshot, method_id, tau, lam, kind) for kind in {None, *kinds.values()}}
     return [by_kind[kinds.get(image_id)] for image_id in image_ids]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 
 from attrdb.text import check_text
 
@@ -25,6 +25,12 @@ def among(column: str, values: Iterable[str]) -> str:
     """The SQL predicate that a column holds one of the values."""
     listed = ", ".join(map(literal, values))
     return f"{column} IN ({listed})" if listed else "false"
+
+
+def among_parts(column: str, values: Sequence[str], size: int) -> Iterator[str]:
+    """The predicate of `among` in parts of so many values; together they keep what it keeps."""
+    for start in range(0, len(values), size):
+        yield among(column, values[start : start + size])
 
 
 # Functions that a predicate may call: none makes long texts of short ones, and none gives another answer on the next call.

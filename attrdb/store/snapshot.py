@@ -16,7 +16,7 @@ from attrdb.errors import InvalidValue, NotFound
 from attrdb.store import features
 from attrdb.store.history import tables_at
 from attrdb.store.lance_errors import by_lance, storage, words_of
-from attrdb.store.predicates import among, fault_of, literal, shortened
+from attrdb.store.predicates import among_parts, fault_of, literal, shortened
 from attrdb.store.schema import TABLES, Row, feature_columns
 from attrdb.store.tables import check_schema_version, open_table, schema_version
 
@@ -141,13 +141,10 @@ class Snapshot:
 
     def stored(self, ids: Iterable[str]) -> dict[str, Row]:
         """Those of the ids that images has, with their uri and sha256."""
-        ids = list(ids)
         rows = [
             row
-            for start in range(0, len(ids), IDS_PER_LOOKUP)
-            for row in self.rows(
-                "images", among("image_id", ids[start : start + IDS_PER_LOOKUP]), ["image_id", "uri", "sha256"]
-            )
+            for where in among_parts("image_id", list(ids), IDS_PER_LOOKUP)
+            for row in self.rows("images", where, ["image_id", "uri", "sha256"])
         ]
         return {row["image_id"]: row for row in rows}
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from attrdb.progress import Progress
 from attrdb.store.blocklist import address_digest
 from attrdb.store.features import stream
 from attrdb.store.lance_errors import storage
-from attrdb.store.predicates import among, literal
+from attrdb.store.predicates import among_parts, literal
 from attrdb.store.snapshot import Snapshot
 from attrdb.text import check_text
 
@@ -186,14 +185,15 @@ class Encoded:
 def encoded(snapshot: Snapshot, choice: Choice, report: Progress) -> dict[str, Encoded]:
     """What each encoder has of the chosen images."""
     images = snapshot.tables["images"]
-    roles = dict(zip(choice.ids.to_pylist(), choice.images["role"].to_pylist(), strict=True))
+    image_ids = choice.ids.to_pylist()
+    roles = dict(zip(image_ids, choice.images["role"].to_pylist(), strict=True))
     found = {}
     for number, encoder_id in enumerate(snapshot.encoders):
         report("find features", number, len(snapshot.encoders))
         centroids = _centroids(images, encoder_id)
         n, in_index = 0, False
         seen: set[str] = set()
-        for where in id_predicates(choice.ids):
+        for where in among_parts("image_id", image_ids, IDS_PER_FILTER):
             with storage(snapshot.path):
                 for ids, features in stream(images, encoder_id, where):
                     n += len(ids)
@@ -202,12 +202,6 @@ def encoded(snapshot: Snapshot, choice: Choice, report: Progress) -> dict[str, E
                         in_index = bool((features @ centroids.T).max() > 1 - SAME_DIRECTION)
         found[encoder_id] = Encoded(n, frozenset(seen), in_index)
     return found
-
-
-def id_predicates(ids: pa.ChunkedArray) -> Iterator[str]:
-    """Predicates that together keep the images with these ids."""
-    for start in range(0, len(ids), IDS_PER_FILTER):
-        yield among("image_id", ids.slice(start, IDS_PER_FILTER).to_pylist())
 
 
 def _centroids(images: lance.LanceDataset, encoder_id: str) -> np.ndarray | None:
