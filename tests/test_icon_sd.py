@@ -506,7 +506,7 @@ def test_views_differ_and_stay_in_range(shipped):
     ("kind", "spec", "dimension"),
     [
         ("icon-clip", "open_clip:icon-clip/{out}/icon-clip.safetensors", 128),
-        ("icon-moco", "timm:convnext_zepto_rms/{out}/icon-moco.safetensors?size=64", 256),
+        ("icon-moco", "timm:convnext_zepto_rms/{out}/icon-moco.safetensors?size=64&crop=1", 256),
     ],
 )
 def test_an_encoder_learns_resumes_and_loads(few_file, tmp_path, monkeypatch, end_after, kind, spec, dimension):

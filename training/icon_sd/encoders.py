@@ -7,7 +7,7 @@
                 Written as `icon-clip.safetensors`, `icon-clip.json` (open_clip's configuration) and a tokenizer; loads as
                 open_clip:icon-clip/FILE
     icon-moco   self-supervised: a timm ConvNeXt with MoCo v3's loss on two views of a scene (Chen et al. 2021).
-                Written as `icon-moco.safetensors`; loads as timm:convnext_zepto_rms/FILE?size=64
+                Written as `icon-moco.safetensors`; loads as timm:convnext_zepto_rms/FILE?size=64&crop=1
 
 Rerunning a command resumes it. Both run on a CPU and on a GPU, and stop after their minutes.
 """
