@@ -72,6 +72,15 @@ def test_build_renders_on_a_white_square(built):
     assert images[2].getpixel((32, 32)) == (0, 128, 0)
 
 
+def test_a_drawing_has_one_name_wherever_the_package_was_unpacked(tmp_path):
+    """Or the same drawing would be in a gallery twice."""
+    inner = tmp_path / "usr" / "share" / "openclipart"
+    (inner / "svg").mkdir(parents=True)
+    (inner / "svg" / "cat.svg").write_text('<svg xmlns="http://www.w3.org/2000/svg"/>')
+    for folder in (tmp_path, inner):
+        assert [drawing.name for drawing in icons.openclipart_drawings(folder)] == ["openclipart/svg/cat"]
+
+
 # --- the bundled file ---------------------------------------------------------------------------------------------
 
 

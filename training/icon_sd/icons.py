@@ -168,7 +168,12 @@ def _rdf_text(root: ElementTree.Element, path: str) -> str:
 
 
 def openclipart_drawings(folder: Path) -> Iterator[Drawing]:
-    """Drawings of Debian's `openclipart-svg` (public domain), with title and creator from their RDF."""
+    """Drawings of Debian's `openclipart-svg` (public domain), with title and creator from their RDF.
+
+    folder: the unpacked package, or its usr/share/openclipart; a drawing has the same name in both
+    """
+    inner = folder / "usr" / "share" / "openclipart"
+    folder = inner if inner.is_dir() else folder
     for path in sorted(folder.rglob("*.svg")):
         try:
             svg = path.read_text(encoding="utf-8")
