@@ -80,6 +80,14 @@ def test_a_monitor_that_fails_leaves_no_hook(base, monkeypatch):
         assert not any(module._forward_hooks for network in networks for module in network.modules())
 
 
+def of_each_slot(slots, flat, n_slots):
+    """(n_slots, *shape) by parameter"""
+    gradients = torch.zeros(n_slots, flat.size)
+    for slot, row in enumerate(gradients):
+        slots.add([slot], [(row, 1.0)])
+    return flat.views(gradients)
+
+
 class Slots(Recorder):
     """Keeps the gradients of every slot, and those of the step."""
 
@@ -89,8 +97,9 @@ class Slots(Recorder):
 
     def before_update(self, step):
         super().before_update(step)
-        of_slots = self.watched.flat.views(self.watched.take(step).clone())
-        self.pairs.append((of_slots, self.run.gradients()))
+        slots = self.watched.take(step)
+        of_slots = of_each_slot(slots, self.watched.flat, len(step.images))
+        self.pairs.append((of_slots, slots.norms(), self.run.gradients()))
 
     def end(self, error):
         super().end(error)
@@ -104,7 +113,9 @@ def test_gradients_of_slots_add_up_to_those_of_the_step(base, method, prompts, p
     slots = Slots()
     Case(method, "none", prior, True, prompts).customize(base, observer=slots)
     assert len(slots.pairs) == STEPS
-    for of_slots, gradients in slots.pairs:
+    for of_slots, norms, gradients in slots.pairs:
+        squares = sum(gradient.flatten(1).square().sum(dim=1) for gradient in of_slots.values())
+        torch.testing.assert_close(norms, squares.sqrt(), rtol=1e-4, atol=0)
         watched = gradients.keys() - {TOKEN_KEY} or {TOKEN_KEY}
         assert of_slots.keys() == watched
         for name in watched:
@@ -186,9 +197,9 @@ class OneImageAtATime(Recorder):
 
     def before_update(self, step):
         super().before_update(step)
-        flat = self.changes.gradients.take(step)
-        self.changes.gradients.take = lambda step: flat
-        taken = self.changes.flat.views(flat)
+        slots = self.changes.gradients.take(step)
+        self.changes.gradients.take = lambda step: slots
+        taken = of_each_slot(slots, self.changes.flat, len(step.images))
         for slot, (image, is_exemplar) in enumerate(zip(step.images.tolist(), step.is_exemplar.tolist(), strict=True)):
             for name, of_slots in taken.items():
                 self.by_image[name][image if is_exemplar else None] += of_slots[slot]

@@ -75,6 +75,11 @@ class Run:
             name: (state["exp_avg"].clone(), state["exp_avg_sq"].clone()) for name, state in states.items() if state
         }
 
+    def squares(self) -> Tensors:
+        """The second of `moments`, the tensors themselves; not to be changed."""
+        states = {name: self._optimizer.state.get(weight) for name, weight in self.parameters.items()}
+        return {name: state["exp_avg_sq"] for name, state in states.items() if state}
+
 
 @dataclass(frozen=True)
 class Step:

@@ -17,7 +17,8 @@ the `rest`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -25,11 +26,12 @@ import torch
 
 from attrdb.ingest.customize.observer import Run, Step, Tensors
 from attrdb.ingest.monitor.prompt_states import PromptStates
-from attrdb.ingest.monitor.slot_gradients import SlotGradients
+from attrdb.ingest.monitor.slot_gradients import SlotGradients, Target
 
 QUARTERS = 4
 BOOKED_EVERY = 5  # steps: what they did to K and V is computed at once
 MEMORY = 2**30  # bytes that the images' momentum may take; images that were not drawn for long are let go of
+LEAST_FACTOR = 1e-6
 MAX_SUMMED = 64  # images of which the sum of all gradients is kept, if their momentum fits
 
 WEIGHTS, TOKEN, REGULARIZATION, DECAY, REST = CAUSES = ("weights", "token", "regularization", "decay", "rest")
@@ -79,6 +81,7 @@ class Changes:
         self.momentum = Momentum(run, self.flat.size)
         # Of the steps that are not booked yet.
         self.updates = torch.zeros(len(self.momentum.rows) + 1, self.flat.size, device=device)
+        self.spread = torch.empty(self.flat.size, device=device)  # what Adam divides by
         self.sums: torch.Tensor | None = None
         if run.n_exemplars <= min(MAX_SUMMED, self.momentum.n_images):
             self.sums = torch.zeros(run.n_exemplars, self.flat.size, device=device)
@@ -108,27 +111,34 @@ class Changes:
         """Take the step's gradients; (n_slots,) float32, their norms."""
         slots = self.gradients.take(step)
         rows = torch.where(step.is_exemplar, step.images, self.prior)
-        drawn = rows.tolist()
+        drawn: dict[int, list[int]] = defaultdict(list)  # slots by row
+        for slot, row in enumerate(rows.tolist()):
+            drawn[row].append(slot)
         ends_quarter = step.number > 0 and self._quarter(step.number) != self._quarter(step.number - 1)
         if step.number and (ends_quarter or step.number % BOOKED_EVERY == 0 or not self.momentum.holds(drawn)):
             self._book(step.number - 1)
         self.n_visits[self._quarter(step.number)] += torch.bincount(rows, minlength=self.decay + 1)
-        self.momentum.add(slots, drawn, self.adam["betas"][0])
-        if self.sums is not None:
-            n_exemplars = int(step.is_exemplar.sum())  # the first slots
-            self.sums.addmm_(_places(drawn[:n_exemplars], len(self.sums)).to(slots), slots[:n_exemplars])
-        self.weights = self.flat.vector(self.run.parameters)
-        return slots.norm(dim=1)
+        for row, momentum in self.momentum.decayed(drawn, self.adam["betas"][0]).items():
+            is_summed = self.sums is not None and row != self.prior
+            slots.add(drawn[row], [momentum, (self.sums[row], 1.0)] if is_summed else [momentum])
+        for name, decayed in self.flat.views(self.updates[-1:]).items():
+            decayed[0].add_(self.run.parameters[name], alpha=-self.adam["lr"] * self.adam["weight_decay"])
+        return slots.norms()
 
     def after_update(self, step: Step) -> None:
         """Add what the update did to the weights."""
         self.prompt_states.forget()
-        (beta1, beta2), lr, eps, decay = (self.adam[name] for name in ("betas", "lr", "eps", "weight_decay"))
-        squares = self.flat.vector({name: pair[1] for name, pair in self.run.moments().items()})
-        spread = squares.div_(1 - beta2 ** (step.number + 1)).sqrt_().add_(eps)
-        scale = spread.reciprocal_().mul_(-lr / (1 - beta1 ** (step.number + 1)))
-        self.updates[:-1].addcmul_(self.momentum.of_images, scale)
-        self.updates[-1].add_(self.weights, alpha=-lr * decay)
+        (beta1, beta2), lr, eps = (self.adam[name] for name in ("betas", "lr", "eps"))
+        squares = self.run.squares()
+        for name, spread in self.flat.views(self.spread[None]).items():
+            if name in squares:
+                torch.sqrt(squares[name], out=spread[0])
+            else:
+                spread.fill_(1.0)  # the loss has not depended on the weight yet
+        self.spread.mul_((1 - beta2 ** (step.number + 1)) ** -0.5).add_(eps)
+        scale = -lr / (1 - beta1 ** (step.number + 1))
+        for place, factor in enumerate(self.momentum.factors):
+            self.updates[place].addcdiv_(self.momentum.of_images[place], self.spread, value=scale * factor)
 
     def finish(self) -> None:
         """Book what the last steps did; called after them."""
@@ -190,7 +200,8 @@ class Changes:
 class Momentum:
     """Adam's running mean of the gradient, shared among images: of as many images as there is memory for.
 
-    of_images: (n, n_weights) float32
+    of_images: (n, n_weights) float32, each to be multiplied by its factor
+    factors:   of these n; where a step does not draw an image, only its factor changes
     rows:      of these n
     """
 
@@ -200,32 +211,33 @@ class Momentum:
         self.rows = [*range(self.n_images), *[run.n_exemplars] * bool(run.prior_prompts)]
         self.last_drawn = [-1] * len(self.rows)
         self.of_images = torch.zeros(len(self.rows), n_weights, device=run.base.device)
+        self.factors = [1.0] * len(self.rows)
 
-    def holds(self, drawn: Sequence[int]) -> bool:
-        """Whether it has all of these rows. Where not, `add` gives up others for them."""
+    def holds(self, drawn: Collection[int]) -> bool:
+        """Whether it has all of these rows. Where not, `decayed` gives up others for them."""
         return set(drawn) <= set(self.rows)
 
-    def add(self, slots: torch.Tensor, drawn: Sequence[int], beta: float) -> None:
-        """Add the gradients of a step's slots (n_slots, n_weights), each to the row of its image."""
-        places = [self._place(row, set(drawn)) for row in drawn]
-        self.of_images.addmm_(_places(places, len(self.rows)).to(slots), slots, beta=beta, alpha=1 - beta)
+    def decayed(self, drawn: Collection[int], beta: float) -> dict[int, Target]:
+        """Decay all by a step; of each row that the step draws, what its gradients are to be added to."""
+        places = {row: self._place(row, drawn) for row in drawn}
+        for place in range(len(self.rows)):
+            self.factors[place] *= beta
+            if self.factors[place] < LEAST_FACTOR:
+                self.of_images[place] *= self.factors[place]
+                self.factors[place] = 1.0
         self.n_steps += 1
+        return {row: (self.of_images[place], (1 - beta) / self.factors[place]) for row, place in places.items()}
 
-    def _place(self, row: int, drawn: set[int]) -> int:
+    def _place(self, row: int, drawn: Collection[int]) -> int:
         """Where the row is; one that is not there takes the place of the image that was not drawn for longest."""
         if row not in self.rows:
             others = [place for place in range(self.n_images) if self.rows[place] not in drawn]
             place = min(others, key=lambda place: self.last_drawn[place])
             self.rows[place] = row
-            self.of_images[place] = 0
+            self.of_images[place], self.factors[place] = 0, 1.0
         place = self.rows.index(row)
         self.last_drawn[place] = self.n_steps
         return place
-
-
-def _places(places: Sequence[int], n: int) -> torch.Tensor:
-    """(n, n_slots) float32: 1 where a slot belongs to a place."""
-    return torch.nn.functional.one_hot(torch.tensor(places), n).T.float()
 
 
 def _token_in(prompts: Sequence[str], tokens: Mapping[str, str]) -> str:

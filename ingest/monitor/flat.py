@@ -21,16 +21,6 @@ class Flat:
             name: slice(end - self.shapes[name].numel(), end) for name, end in zip(self.shapes, ends, strict=True)
         }
 
-    def vector(self, weights: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """(size,): the weights one after another; 0 where one is missing."""
-        device = next(iter(weights.values())).device if weights else None
-        return torch.cat(
-            [
-                weights[name].detach().flatten() if name in weights else torch.zeros(shape.numel(), device=device)
-                for name, shape in self.shapes.items()
-            ]
-        )
-
     def views(self, vectors: torch.Tensor) -> Tensors:
         """(n, *shape) by parameter, of n vectors (n, size): views, not copies."""
         return {name: vectors[:, part].unflatten(1, self.shapes[name]) for name, part in self.slices.items()}

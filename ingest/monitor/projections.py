@@ -152,6 +152,17 @@ def trained_projections(run: Run) -> list[Projection]:
     return found
 
 
+def read_the_prompt(run: Run, trained: list[Projection]) -> bool:
+    """Whether these layers are K and V of cross-attentions, plain ones, whose input is the prompt's states as they are."""
+    readers = {
+        id(layer)
+        for module in run.base.pipeline.unet.modules()
+        if isinstance(module, Attention) and module.is_cross_attention and module.norm_cross is None
+        for layer in (module.to_k, module.to_v)
+    }
+    return bool(trained) and all(isinstance(one, Plain) and id(one.layer) in readers for one in trained)
+
+
 def prompt_projections(run: Run, trained: list[Projection]) -> list[Projection]:
     """K and V of every cross-attention, which say what the U-Net reads in a prompt."""
     by_layer = {id(projection.layer): projection for projection in trained}

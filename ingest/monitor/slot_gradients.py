@@ -2,15 +2,76 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
 from attrdb.ingest.customize.customize import token_ids
 from attrdb.ingest.customize.observer import Run, Step, Tensors
 from attrdb.ingest.monitor.flat import Flat
-from attrdb.ingest.monitor.projections import Projection, prompt_projections, trained_projections, trained_tokens
+from attrdb.ingest.monitor.projections import (
+    Projection,
+    prompt_projections,
+    read_the_prompt,
+    trained_projections,
+    trained_tokens,
+)
+
+Target = tuple[torch.Tensor, float]  # a vector of all weights, and a factor of what is added to it
+
+
+class Slots(Protocol):
+    """The gradients of a step's slots."""
+
+    def norms(self) -> torch.Tensor:
+        """(n_slots,) float32"""
+        ...
+
+    def add(self, slots: Sequence[int], targets: Sequence[Target]) -> None:
+        """Add the gradients of some slots to each vector, times its factor."""
+        ...
+
+
+@dataclass(frozen=True)
+class Dense:
+    """gradients: (n_slots, size) float32"""
+
+    gradients: torch.Tensor
+
+    def norms(self) -> torch.Tensor:
+        return self.gradients.norm(dim=1)
+
+    def add(self, slots: Sequence[int], targets: Sequence[Target]) -> None:
+        _add(self.gradients[slots].sum(dim=0), targets)
+
+
+@dataclass(frozen=True)
+class Factored:
+    """Gradients as products that are made only where they are added: of K and V they are ten times as large as the factors.
+
+    outputs: G (n_slots, positions, out), of all layers side by side, in the order of `Flat`
+    inputs:  x (n_slots, positions, in), the same of all layers; the gradient of slot b is G_b^T x_b
+    """
+
+    outputs: torch.Tensor
+    inputs: torch.Tensor
+
+    def norms(self) -> torch.Tensor:
+        """|G^T x|^2 is the sum over all pairs of positions p and q of <G_p, G_q> <x_p, x_q>."""
+        g, x = self.outputs, self.inputs
+        return ((g @ g.mT) * (x @ x.mT)).sum(dim=(1, 2)).clamp_min(0).sqrt()
+
+    def add(self, slots: Sequence[int], targets: Sequence[Target]) -> None:
+        g, x = (tensor[slots].flatten(0, 1) for tensor in (self.outputs, self.inputs))
+        _add((g.T @ x).flatten(), targets)
+
+
+def _add(total: torch.Tensor, targets: Sequence[Target]) -> None:
+    for vector, factor in targets:
+        vector.add_(total, alpha=factor)
 
 
 class SlotGradients:
@@ -21,6 +82,9 @@ class SlotGradients:
     A layer of weight W has, for slot b, the gradient G_b^T x_b: G_b is the gradient of the loss with respect to the slot's
     output, x_b its input. Where one prompt is shown to all slots, the layer's output is copied for each of them behind the
     layer, so that each copy has a gradient of its own. Values and weights stay the same, bit for bit.
+
+    Of K and V, which all read the prompt, G and x are kept as they are. Other layers are many and small; their gradients are
+    made at once.
 
     raises: InvalidValue, as `trained_projections`
     """
@@ -37,8 +101,10 @@ class SlotGradients:
             name: weight for name, weight in run.parameters.items() if self.watches_tokens or name not in keys
         }
         self.flat = Flat(self.watched)
-        self.slots = torch.empty(self.n_slots, self.flat.size, device=run.base.device)
-        self.views, self.written = self.flat.views(self.slots), set[str]()
+        self.is_factored = read_the_prompt(run, trained)
+        self.passes: list[tuple[Factored, set[str]]] = []  # of a step, with the weights that are in it
+        self.dense = torch.empty(0 if self.is_factored else self.n_slots, self.flat.size, device=run.base.device)
+        self.views, self.written = self.flat.views(self.dense), set[str]()
         self.of_states: torch.Tensor | None = None  # (n_slots, length, width)
         self.hooks = [
             projection.layer.register_forward_hook(
@@ -51,15 +117,21 @@ class SlotGradients:
         for hook in self.hooks:
             hook.remove()
 
-    def take(self, step: Step) -> torch.Tensor:
-        """(n_slots, size of `flat`) float32, until the next step; they add up to the gradients of the step's loss."""
+    def take(self, step: Step) -> Slots:
+        """The gradients of the step's slots, until the next step; they add up to those of the step's loss."""
+        if self.is_factored:
+            passes = [factored for factored, _ in self.passes]
+            self.passes.clear()
+            if len(passes) == 1:
+                return passes[0]
+            return Factored(*(torch.cat([getattr(one, name) for one in passes], 1) for name in ("outputs", "inputs")))
         if self.of_states is not None:
             self._write(self._of_tokens(step, self.of_states))
             self.of_states = None
         for name in self.views.keys() - self.written:  # the loss does not depend on it
             self.views[name].zero_()
         self.written.clear()
-        return self.slots
+        return Dense(self.dense)
 
     def _write(self, of_slots: Tensors) -> None:
         for name, gradients in of_slots.items():
@@ -76,6 +148,8 @@ class SlotGradients:
 
         def add(gradients: torch.Tensor) -> None:
             gradients = _positions(gradients)
+            if self.is_factored:
+                return self._keep(projection.name, gradients, _positions(inputs))
             self._write(projection.slot_gradients(_positions(inputs), gradients))
             if self.watches_tokens:
                 of_states = projection.back(gradients)
@@ -83,6 +157,17 @@ class SlotGradients:
 
         copied.register_hook(add)
         return copied
+
+    def _keep(self, name: str, gradients: torch.Tensor, inputs: torch.Tensor) -> None:
+        """Keep G and x of a layer; a new pass begins where a layer was called once more."""
+        width = inputs.shape[-1]
+        if not self.passes or name in self.passes[-1][1]:
+            outputs = gradients.new_zeros(*gradients.shape[:2], self.flat.size // width)
+            self.passes.append((Factored(outputs, inputs), set()))
+        factored, written = self.passes[-1]
+        part = self.flat.slices[name]
+        factored.outputs[..., part.start // width : part.stop // width] = gradients
+        written.add(name)
 
     def _of_each(self, tensor: torch.Tensor) -> torch.Tensor:
         """(n_slots, ...) of a tensor (n_slots or 1, ...)."""
