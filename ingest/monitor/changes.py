@@ -119,8 +119,10 @@ class Changes:
             self._book(step.number - 1)
         self.n_visits[self._quarter(step.number)] += torch.bincount(rows, minlength=self.decay + 1)
         for row, momentum in self.momentum.decayed(drawn, self.adam["betas"][0]).items():
-            is_summed = self.sums is not None and row != self.prior
-            slots.add(drawn[row], [momentum, (self.sums[row], 1.0)] if is_summed else [momentum])
+            targets = [momentum]
+            if self.sums is not None and row != self.prior:
+                targets.append((self.sums[row], 1.0))
+            slots.add(drawn[row], targets)
         for name, decayed in self.flat.views(self.updates[-1:]).items():
             decayed[0].add_(self.run.parameters[name], alpha=-self.adam["lr"] * self.adam["weight_decay"])
         return slots.norms()
