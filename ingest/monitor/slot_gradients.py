@@ -13,6 +13,7 @@ from attrdb.ingest.customize.customize import token_ids
 from attrdb.ingest.customize.observer import Run, Step, Tensors
 from attrdb.ingest.monitor.flat import Flat
 from attrdb.ingest.monitor.projections import (
+    Plain,
     Projection,
     prompt_projections,
     read_the_prompt,
@@ -148,7 +149,7 @@ class SlotGradients:
 
         def add(gradients: torch.Tensor) -> None:
             gradients = _positions(gradients)
-            if self.is_factored:
+            if self.is_factored and isinstance(projection, Plain):
                 return self._keep(projection.name, gradients, _positions(inputs))
             self._write(projection.slot_gradients(_positions(inputs), gradients))
             if self.watches_tokens:
