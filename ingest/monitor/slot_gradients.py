@@ -125,6 +125,8 @@ class SlotGradients:
             self.passes.clear()
             if len(passes) == 1:
                 return passes[0]
+            if not passes:  # the loss depends on no layer
+                return Dense(self.dense.new_zeros(self.n_slots, self.flat.size))
             return Factored(*(torch.cat([getattr(one, name) for one in passes], 1) for name in ("outputs", "inputs")))
         if self.of_states is not None:
             self._write(self._of_tokens(step, self.of_states))
