@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 
 N_DRAWS = 10_000
-N_TURNS = 1_000_000  # of signs, in a test; where fewer are possible, each of them once
-TURNS_AT_ONCE = 100_000
-FEWEST_GROUPS = 5  # below, an interval or a test says nothing
+N_FLIPS = 1_000_000  # of signs, in a test; where fewer are possible, each of them once
+FLIPS_AT_ONCE = 100_000
+FEWEST_GROUPS = 6  # below, no difference reaches p = 0.05
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ def difference(one: np.ndarray, other: np.ndarray, groups: Sequence[str] | None 
     """What one method gains over another on the same models; each draws its own seeds.
 
     groups: of the models
-    p:      two-sided, by turning the signs of the groups' differences, means over seeds; None for fewer than FEWEST_GROUPS
+    p:      two-sided, by flipping the signs of the groups' differences, means over seeds; None for fewer than FEWEST_GROUPS
     """
     rng = np.random.default_rng(seed)
     (sums, sizes), (other_sums, _) = _by_group(one, groups), _by_group(other, groups)
@@ -63,18 +63,18 @@ def difference(one: np.ndarray, other: np.ndarray, groups: Sequence[str] | None 
 
 
 def _p_of(differences: np.ndarray, rng: np.random.Generator) -> float:
-    """The share of all turns of the signs, or of N_TURNS of them, at which the sum is as far from 0 as it is."""
-    n, least = len(differences), abs(differences.sum()) - 1e-12
-    n_turns, is_exact = min(2**n, N_TURNS), 2**n <= N_TURNS
+    """The share of all flips of the signs, or of N_FLIPS of them, at which the sum is at least as far from 0."""
+    n, least = len(differences), abs(differences.sum()) - 1e-12 * np.abs(differences).sum()
+    n_flips, is_exact = min(2**n, N_FLIPS), 2**n <= N_FLIPS
     n_far = 0
-    for start in range(0, n_turns, TURNS_AT_ONCE):
-        size = min(TURNS_AT_ONCE, n_turns - start)
+    for start in range(0, n_flips, FLIPS_AT_ONCE):
+        size = min(FLIPS_AT_ONCE, n_flips - start)
         if is_exact:
             bits = np.arange(start, start + size)[:, None] >> np.arange(n) & 1
         else:
             bits = rng.integers(2, size=(size, n), dtype=np.int8)
         n_far += int((np.abs((1.0 - 2.0 * bits) @ differences) >= least).sum())
-    return n_far / n_turns if is_exact else (1 + n_far) / (1 + n_turns)
+    return n_far / n_flips if is_exact else (1 + n_far) / (1 + n_flips)
 
 
 def holm(p_values: Mapping[str, float]) -> dict[str, float]:

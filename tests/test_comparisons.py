@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
-from comparisons import N_TURNS, arranged, difference, holm, mean_of
+import comparisons
+from comparisons import N_FLIPS, arranged, difference, holm, mean_of
 
 
 @pytest.fixture
@@ -37,16 +38,30 @@ def test_a_difference_is_paired_by_model(rng):
     base = rng.uniform(0, 1, (1, 30))
     found = difference(base + 0.05, base)
     assert (found.mean, found.low, found.high) == pytest.approx((0.05, 0.05, 0.05))
-    assert found.p == pytest.approx(1 / N_TURNS, abs=5e-6)
+    assert found.p == pytest.approx(1 / N_FLIPS, abs=5e-6)
     assert (found.n_models, found.n_seeds) == (30, 1)
     assert difference(base[:, :4] + 0.05, base[:, :4]).p is None
 
 
-def test_all_turns_of_few_signs_are_taken():
-    """Of 32 turns of five equal gains, two are as far from 0."""
-    found = difference(np.full((1, 5), 0.1), np.zeros((1, 5)))
-    assert found.p == 2 / 32
-    assert difference(np.array([[0.3, 0.1, 0.1, 0.1, -0.1]]), np.zeros((1, 5))).p == 10 / 32
+def test_all_flips_of_few_signs_are_taken():
+    """Of 64 flips of six equal gains, two are at least as far from 0; whatever the unit of the gains is."""
+    for unit in (0.1, 1e9 / 7):
+        assert difference(np.full((1, 6), unit), np.zeros((1, 6))).p == 2 / 64
+        gains = unit * np.array(
+            [[3.0, 1, 1, 1, 1, -1]]
+        )  # the sum is 6: 3 and three or more of the five ones, or all below 0
+        assert difference(gains, np.zeros((1, 6))).p == 2 * 6 / 64
+    assert difference(np.full((1, 5), 0.1), np.zeros((1, 5))).p is None
+
+
+def test_random_flips_are_near_all_flips(rng, monkeypatch):
+    gains = rng.normal(0.25, 1, (1, 14))
+    exact = difference(gains, np.zeros((1, 14))).p
+    monkeypatch.setattr(comparisons, "N_FLIPS", 16_000)
+    monkeypatch.setattr(comparisons, "FLIPS_AT_ONCE", 3_000)
+    found = difference(gains, np.zeros((1, 14))).p
+    assert found != exact
+    assert found == pytest.approx(exact, abs=4 * (exact * (1 - exact) / 16_000) ** 0.5)
 
 
 def test_models_of_one_group_count_as_one(rng):
@@ -60,6 +75,12 @@ def test_models_of_one_group_count_as_one(rng):
     found = difference(models, np.zeros((1, 40)), groups)
     assert found.p == difference(of_styles, np.zeros((1, 10))).p
     assert difference(models[:, :16], np.zeros((1, 16)), groups[:16]).p is None
+
+
+def test_a_group_counts_by_its_models():
+    """Groups of 1 and 3 models: the mean is over the four; draws are (a, a), (a, b), (b, a) and (b, b)."""
+    found = mean_of(np.array([[1.0, 0.0, 0.0, 0.0]]), ["a", "b", "b", "b"])
+    assert (found.mean, found.low, found.high) == (0.25, 0.0, 1.0)
 
 
 def test_without_a_difference_one_test_in_twenty_is_below_its_level(rng):

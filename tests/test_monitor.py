@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from itertools import pairwise
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,7 +16,8 @@ from attrdb.errors import InvalidValue
 from attrdb.ingest.customize import customize, customizers
 from attrdb.ingest.customize.base_model import load_base_model
 from attrdb.ingest.customize.customize import TOKEN_KEY
-from attrdb.ingest.monitor.changes import CAUSES, Changes
+from attrdb.ingest.monitor.changes import CAUSES, Changes, Momentum
+from attrdb.ingest.monitor.flat import Flat
 from attrdb.ingest.monitor.monitor import Monitor, Names
 from attrdb.ingest.monitor.slot_gradients import SlotGradients
 from attrdb.ingest.options import MONITOR_LEVELS
@@ -212,6 +214,68 @@ class OneImageAtATime(Recorder):
     def end(self, error):
         super().end(error)
         self.changes.close()
+
+
+def monitored(base, prompts):
+    monitor = Monitor("changes")
+    Case("custom-diffusion", "none", True, True, prompts).customize(base, observer=monitor)
+    return monitor
+
+
+@pytest.mark.parametrize("prompts", ["shared", "each"])
+def test_gradients_that_are_made_at_once_give_the_same_rows(base, prompts, monkeypatch):
+    """As they are for methods that train other layers than K and V."""
+    factored = monitored(base, prompts)
+    monkeypatch.setattr("attrdb.ingest.monitor.slot_gradients.all_read_prompt", lambda *_: False)
+    dense = monitored(base, prompts)
+    assert (factored.changes.gradients.is_factored, dense.changes.gradients.is_factored) == (True, False)
+    for one, other in zip(factored.rows, dense.rows, strict=True):
+        assert (one.cause, one.image, one.quarter) == (other.cause, other.image, other.quarter)
+        assert one.progress == pytest.approx(other.progress, abs=1e-5)
+        assert (one.norm or 0) == pytest.approx(other.norm or 0, rel=1e-4, abs=1e-7)
+    norms = [[row["gradient_norm"] for row in monitor.steps] for monitor in (factored, dense)]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-4)
+    for name, sums in factored.gradient_sums.items():
+        torch.testing.assert_close(sums, dense.gradient_sums[name], rtol=1e-4, atol=1e-7)
+
+
+def test_a_step_may_pass_over_the_layers_more_than_once_or_never():
+    torch.manual_seed(0)
+    watched = object.__new__(SlotGradients)
+    watched.n_slots, watched.is_factored, watched.passes = 2, True, []
+    watched.flat = Flat({"k": torch.zeros(3, 4), "v": torch.zeros(2, 4)})
+    watched.dense = torch.empty(0, watched.flat.size)
+    first, second = torch.randn(2, 5, 4), torch.randn(1, 7, 4)  # the second prompt is shown to both slots
+    k, v, later = torch.randn(2, 5, 3), torch.randn(2, 5, 2), torch.randn(2, 7, 2)
+    for name, gradients, given in (("k", k, first), ("v", v, first), ("v", later, second)):
+        watched._keep(name, gradients, given)
+    slots = watched.take(None)
+    found = of_each_slot(slots, watched.flat, 2)
+    torch.testing.assert_close(found["k"], k.mT @ first)
+    torch.testing.assert_close(found["v"], v.mT @ first + later.mT @ second)
+    squares = sum(gradients.flatten(1).square().sum(dim=1) for gradients in found.values())
+    torch.testing.assert_close(slots.norms(), squares.sqrt())
+    assert not watched.take(None).norms().any()
+
+
+def test_momentum_is_a_running_mean_of_each_image_s_gradients(monkeypatch):
+    """Rescaled every few steps, and with places for two of four images besides the regularization images'."""
+    monkeypatch.setattr("attrdb.ingest.monitor.changes.MEMORY", 0)
+    monkeypatch.setattr("attrdb.ingest.monitor.changes.LEAST_FACTOR", 0.5)
+    run = SimpleNamespace(settings=SimpleNamespace(batch=1), n_exemplars=4, prior_prompts=("a vase",))
+    run.base = SimpleNamespace(device="cpu")
+    momentum, beta, expected = Momentum(run, 3), 0.9, {}
+    chance = np.random.default_rng(0)
+    for _ in range(60):
+        drawn = {int(chance.integers(4)): torch.randn(3), 4: torch.randn(3)}
+        for row, (vector, factor) in momentum.decayed(drawn, beta).items():
+            vector.add_(drawn[row], alpha=factor)
+        expected = {row: beta * expected.get(row, torch.zeros(3)) for row in momentum.rows}
+        for row, gradient in drawn.items():
+            expected[row] = expected[row] + (1 - beta) * gradient
+        for row, factor, vector in zip(momentum.rows, momentum.factors, momentum.of_images, strict=True):
+            torch.testing.assert_close(factor * vector, expected[row])
+    assert len(momentum.rows) == 3
 
 
 @pytest.mark.parametrize("method", METHODS)

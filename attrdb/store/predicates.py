@@ -28,7 +28,7 @@ def among(column: str, values: Iterable[str]) -> str:
 
 
 def among_parts(column: str, values: Sequence[str], size: int) -> Iterator[str]:
-    """The predicate of `among` in parts of so many values; together they keep what it keeps."""
+    """The predicate of `among` in parts of at most `size` values each; together they keep what it keeps."""
     for start in range(0, len(values), size):
         yield among(column, values[start : start + size])
 

@@ -31,7 +31,9 @@ from attrdb.ingest.monitor.slot_gradients import SlotGradients, Target
 QUARTERS = 4
 BOOKED_EVERY = 5  # steps: what they did to K and V is computed at once
 MEMORY = 2**30  # bytes that the images' momentum may take; images that were not drawn for long are let go of
-LEAST_FACTOR = 1e-6
+LEAST_FACTOR = (
+    1e-6  # of a row of momentum; below, the row is multiplied by it, so that what is added to it stays in range
+)
 MAX_SUMMED = 64  # images of which the sum of all gradients is kept, if their momentum fits
 
 WEIGHTS, TOKEN, REGULARIZATION, DECAY, REST = CAUSES = ("weights", "token", "regularization", "decay", "rest")
@@ -81,7 +83,7 @@ class Changes:
         self.momentum = Momentum(run, self.flat.size)
         # Of the steps that are not booked yet.
         self.updates = torch.zeros(len(self.momentum.rows) + 1, self.flat.size, device=device)
-        self.spread = torch.empty(self.flat.size, device=device)  # what Adam divides by
+        self.divisor = torch.empty(self.flat.size, device=device)  # Adam's
         self.sums: torch.Tensor | None = None
         if run.n_exemplars <= min(MAX_SUMMED, self.momentum.n_images):
             self.sums = torch.zeros(run.n_exemplars, self.flat.size, device=device)
@@ -132,15 +134,15 @@ class Changes:
         self.prompt_states.forget()
         (beta1, beta2), lr, eps = (self.adam[name] for name in ("betas", "lr", "eps"))
         squares = self.run.squares()
-        for name, spread in self.flat.views(self.spread[None]).items():
+        for name, divisor in self.flat.views(self.divisor[None]).items():
             if name in squares:
-                torch.sqrt(squares[name], out=spread[0])
+                torch.sqrt(squares[name], out=divisor[0])
             else:
-                spread.fill_(1.0)  # the loss has not depended on the weight yet
-        self.spread.mul_((1 - beta2 ** (step.number + 1)) ** -0.5).add_(eps)
+                divisor.fill_(1.0)  # the loss has not depended on the weight yet
+        self.divisor.mul_((1 - beta2 ** (step.number + 1)) ** -0.5).add_(eps)
         scale = -lr / (1 - beta1 ** (step.number + 1))
         for place, factor in enumerate(self.momentum.factors):
-            self.updates[place].addcdiv_(self.momentum.of_images[place], self.spread, value=scale * factor)
+            self.updates[place].addcdiv_(self.momentum.of_images[place], self.divisor, value=scale * factor)
 
     def finish(self) -> None:
         """Book what the last steps did; called after them."""

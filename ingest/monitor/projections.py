@@ -152,12 +152,13 @@ def trained_projections(run: Run) -> list[Projection]:
     return found
 
 
-def read_the_prompt(run: Run, trained: list[Projection]) -> bool:
+def all_read_prompt(run: Run, trained: list[Projection]) -> bool:
     """Whether these layers are K and V of cross-attentions, plain ones, whose input is the prompt's states as they are."""
     readers = {
         id(layer)
         for module in run.base.pipeline.unet.modules()
-        if isinstance(module, Attention) and module.is_cross_attention and module.norm_cross is None
+        if isinstance(module, Attention) and module.is_cross_attention
+        if module.norm_cross is None and module.added_kv_proj_dim is None
         for layer in (module.to_k, module.to_v)
     }
     return bool(trained) and all(isinstance(one, Plain) and id(one.layer) in readers for one in trained)

@@ -15,8 +15,8 @@ from attrdb.ingest.monitor.flat import Flat
 from attrdb.ingest.monitor.projections import (
     Plain,
     Projection,
+    all_read_prompt,
     prompt_projections,
-    read_the_prompt,
     trained_projections,
     trained_tokens,
 )
@@ -75,6 +75,20 @@ def _add(total: torch.Tensor, targets: Sequence[Target]) -> None:
         vector.add_(total, alpha=factor)
 
 
+@dataclass
+class Pass:
+    """The factors of one pass over the layers. given: their input as it was; written: weights that have their G"""
+
+    given: torch.Tensor
+    factored: Factored
+    written: set[str]
+
+    def takes(self, name: str, given: torch.Tensor) -> bool:
+        """Whether a layer that was given this input belongs to it."""
+        same = given.data_ptr() == self.given.data_ptr() and given.shape == self.given.shape
+        return same and name not in self.written
+
+
 class SlotGradients:
     """Hooks on the layers that are trained; `take` gives the gradients of the last backward pass.
 
@@ -102,8 +116,8 @@ class SlotGradients:
             name: weight for name, weight in run.parameters.items() if self.watches_tokens or name not in keys
         }
         self.flat = Flat(self.watched)
-        self.is_factored = read_the_prompt(run, trained)
-        self.passes: list[tuple[Factored, set[str]]] = []  # of a step, with the weights that are in it
+        self.is_factored = all_read_prompt(run, trained)
+        self.passes: list[Pass] = []  # of a step
         self.dense = torch.empty(0 if self.is_factored else self.n_slots, self.flat.size, device=run.base.device)
         self.views, self.written = self.flat.views(self.dense), set[str]()
         self.of_states: torch.Tensor | None = None  # (n_slots, length, width)
@@ -121,7 +135,7 @@ class SlotGradients:
     def take(self, step: Step) -> Slots:
         """The gradients of the step's slots, until the next step; they add up to those of the step's loss."""
         if self.is_factored:
-            passes = [factored for factored, _ in self.passes]
+            passes = [one.factored for one in self.passes]
             self.passes.clear()
             if len(passes) == 1:
                 return passes[0]
@@ -147,13 +161,13 @@ class SlotGradients:
     def _watch(self, projection: Projection, inputs: torch.Tensor, output: torch.Tensor) -> torch.Tensor | None:
         if not (torch.is_grad_enabled() and output.requires_grad):
             return None  # somebody's own prediction
-        inputs, copied = self._of_each(inputs.detach()), self._of_each(output)
+        inputs, copied = inputs.detach(), self._of_each(output)
 
         def add(gradients: torch.Tensor) -> None:
             gradients = _positions(gradients)
             if self.is_factored and isinstance(projection, Plain):
-                return self._keep(projection.name, gradients, _positions(inputs))
-            self._write(projection.slot_gradients(_positions(inputs), gradients))
+                return self._keep(projection.name, gradients, inputs)
+            self._write(projection.slot_gradients(_positions(self._of_each(inputs)), gradients))
             if self.watches_tokens:
                 of_states = projection.back(gradients)
                 self.of_states = of_states if self.of_states is None else self.of_states + of_states
@@ -161,16 +175,15 @@ class SlotGradients:
         copied.register_hook(add)
         return copied
 
-    def _keep(self, name: str, gradients: torch.Tensor, inputs: torch.Tensor) -> None:
-        """Keep G and x of a layer; a new pass begins where a layer was called once more."""
-        width = inputs.shape[-1]
-        if not self.passes or name in self.passes[-1][1]:
+    def _keep(self, name: str, gradients: torch.Tensor, given: torch.Tensor) -> None:
+        """Keep G and x of a layer; a new pass begins where a layer was called once more, or for another prompt."""
+        width = given.shape[-1]
+        if not self.passes or not self.passes[-1].takes(name, given):
             outputs = gradients.new_zeros(*gradients.shape[:2], self.flat.size // width)
-            self.passes.append((Factored(outputs, inputs), set()))
-        factored, written = self.passes[-1]
-        part = self.flat.slices[name]
-        factored.outputs[..., part.start // width : part.stop // width] = gradients
-        written.add(name)
+            self.passes.append(Pass(given, Factored(outputs, _positions(self._of_each(given))), set()))
+        part, last = self.flat.slices[name], self.passes[-1]
+        last.factored.outputs[..., part.start // width : part.stop // width] = gradients
+        last.written.add(name)
 
     def _of_each(self, tensor: torch.Tensor) -> torch.Tensor:
         """(n_slots, ...) of a tensor (n_slots or 1, ...)."""
