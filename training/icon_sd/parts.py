@@ -33,7 +33,7 @@ class IconSdSettings:
     vae_lr: float = 3e-4
     kl_weight: float = 2e-7  # on the sum over a latent's elements; at 3e-4 half of the channels died
     vocabulary: int = 3072
-    max_tokens: int = 48
+    max_tokens: int = 32
     text_width: int = 192
     text_layers: int = 3
     unet_channels: tuple[int, ...] = (96, 160)
