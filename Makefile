@@ -9,13 +9,12 @@ demo: $(VENV)/.ready
 	$(BIN)/attrdb demo demo
 
 # A process per core, at most four, each with one thread for torch and BLAS: threads that share a core slow each other down.
-# Files in their order: by the number of their tests, the slowest would come last, and one process would wait for the other.
 test: $(VENV)/.ready
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile
 
 # The tests, and the lines that they do not reach; in htmlcov/ page by page.
 coverage: $(VENV)/.ready
-	OMP_NUM_THREADS=1 $(BIN)/python -m coverage run -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(BIN)/python -m coverage run -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile
 	$(BIN)/python -m coverage combine --quiet
 	$(BIN)/python -m coverage html --quiet
 	$(BIN)/python -m coverage report
