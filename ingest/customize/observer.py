@@ -70,15 +70,16 @@ class Run:
 
         Empty before the first update.
         """
-        states = {name: self._optimizer.state.get(weight) for name, weight in self.parameters.items()}
-        return {
-            name: (state["exp_avg"].clone(), state["exp_avg_sq"].clone()) for name, state in states.items() if state
-        }
+        return {name: (state["exp_avg"].clone(), state["exp_avg_sq"].clone()) for name, state in self._states().items()}
 
     def squares(self) -> Tensors:
         """The second of `moments`, the tensors themselves; not to be changed."""
+        return {name: state["exp_avg_sq"] for name, state in self._states().items()}
+
+    def _states(self) -> dict[str, Tensors]:
+        """The optimizer's, by parameter; without those that have no gradient yet."""
         states = {name: self._optimizer.state.get(weight) for name, weight in self.parameters.items()}
-        return {name: state["exp_avg_sq"] for name, state in states.items() if state}
+        return {name: state for name, state in states.items() if state}
 
 
 @dataclass(frozen=True)

@@ -156,10 +156,9 @@ def all_read_prompt(run: Run, trained: list[Projection]) -> bool:
     """Whether these layers are K and V of cross-attentions, plain ones, whose input is the prompt's states as they are."""
     readers = {
         id(layer)
-        for module in run.base.pipeline.unet.modules()
-        if isinstance(module, Attention) and module.is_cross_attention
-        if module.norm_cross is None and module.added_kv_proj_dim is None
-        for layer in (module.to_k, module.to_v)
+        for attention in _cross_attentions(run)
+        if attention.norm_cross is None and attention.added_kv_proj_dim is None
+        for layer in (attention.to_k, attention.to_v)
     }
     return bool(trained) and all(isinstance(one, Plain) and id(one.layer) in readers for one in trained)
 
@@ -167,10 +166,10 @@ def all_read_prompt(run: Run, trained: list[Projection]) -> bool:
 def prompt_projections(run: Run, trained: list[Projection]) -> list[Projection]:
     """K and V of every cross-attention, which say what the U-Net reads in a prompt."""
     by_layer = {id(projection.layer): projection for projection in trained}
-    layers = [
-        layer
-        for module in run.base.pipeline.unet.modules()
-        if isinstance(module, Attention) and module.is_cross_attention
-        for layer in (module.to_k, module.to_v)
-    ]
+    layers = [layer for attention in _cross_attentions(run) for layer in (attention.to_k, attention.to_v)]
     return [by_layer.get(id(layer)) or Frozen(layer) for layer in layers]
+
+
+def _cross_attentions(run: Run) -> list[Attention]:
+    modules = run.base.pipeline.unet.modules()
+    return [module for module in modules if isinstance(module, Attention) and module.is_cross_attention]
