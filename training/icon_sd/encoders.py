@@ -3,7 +3,8 @@
     python -m attrdb.training.icon_sd.encoders icon-clip --run runs/icon-clip --out encoders --minutes 60
     python -m attrdb.training.icon_sd.encoders icon-moco --run runs/icon-moco --out encoders --minutes 60
 
-    icon-clip   language-image: an open_clip model with CLIP's loss on scenes and their captions (Radford et al. 2021).
+    icon-clip   language-image: an open_clip model with CLIP's loss on scenes and their captions (Radford et al. 2021);
+                its image tower is the same ConvNeXt of timm as icon-moco's.
                 Written as `icon-clip.safetensors`, `icon-clip.json` (open_clip's configuration) and a tokenizer; loads as
                 open_clip:icon-clip/FILE
     icon-moco   self-supervised: a timm ConvNeXt with MoCo v3's loss on two views of a scene (Chen et al. 2021).
@@ -38,7 +39,7 @@ from attrdb.training.icon_sd.runs import Counts, Execution, Stage, check_setting
 from attrdb.training.icon_sd.scenes import Sprites, compose
 from attrdb.training.icon_sd.stream import Packed, SceneBatches
 
-MOCO_ARCH = "convnext_zepto_rms"
+ARCH = "convnext_zepto_rms"  # of both, so that they differ in what they learn from
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ def clip_config(settings: EncoderSettings, vocabulary: int, n_tokens: int) -> di
     """open_clip's configuration of icon-clip."""
     return {
         "embed_dim": 128,
-        "vision_cfg": {"image_size": settings.size, "patch_size": 8, "layers": 5, "width": 192, "head_width": 48},
+        "vision_cfg": {"image_size": settings.size, "timm_model_name": ARCH},
         "text_cfg": {"context_length": n_tokens, "vocab_size": vocabulary, "width": 128, "heads": 4, "layers": 3},
     }
 
@@ -99,11 +100,11 @@ class MocoModel(torch.nn.Module):
     def __init__(self, settings: EncoderSettings):
         super().__init__()
         self.settings = settings
-        backbone = timm.create_model(MOCO_ARCH, num_classes=0)
+        backbone = timm.create_model(ARCH, num_classes=0)
         width = backbone.num_features
         self.fast = torch.nn.Sequential(backbone, _head(width, 1024, 128))
         self.predictor = _head(128, 512, 128)
-        self.slow = torch.nn.Sequential(timm.create_model(MOCO_ARCH, num_classes=0), _head(width, 1024, 128))
+        self.slow = torch.nn.Sequential(timm.create_model(ARCH, num_classes=0), _head(width, 1024, 128))
         self.slow.load_state_dict(self.fast.state_dict())
         self.slow.requires_grad_(False)
 
@@ -204,7 +205,7 @@ def train_encoder(
         "icon-clip": partial(ClipModel, vocabulary=len(tokenizer), n_tokens=tokenizer.model_max_length),
         "icon-moco": MocoModel,
     }
-    model = makers[settings.kind](settings).to(device)
+    model = makers[settings.kind](settings).to(device, memory_format=torch.channels_last)  # twice as fast on a CPU
     trained = [weight for weight in model.parameters() if weight.requires_grad]
     matrices, vectors = [w for w in trained if w.ndim > 1], [w for w in trained if w.ndim <= 1]
     optimizer = torch.optim.AdamW(
@@ -227,7 +228,7 @@ def train_encoder(
 
     def step(seconds: float) -> torch.Tensor:
         packed, generator = next(captioned), torch.Generator().manual_seed(settings.seed * 1_000_003 + counts.step)
-        pictures = compose(packed, sprites.pixels, settings.size)
+        pictures = compose(packed, sprites.pixels, settings.size).contiguous(memory_format=torch.channels_last)
         with torch.autocast(kind, torch.bfloat16, enabled=bf16):
             loss = model(pictures, packed["tokens"].to(device), generator)
         for group in optimizer.param_groups:
