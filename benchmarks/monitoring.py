@@ -31,6 +31,7 @@ from attrdb.ingest.options import MONITOR_LEVELS
 from attrdb.store.schema import TABLES
 
 ROWS_AT_ONCE = 500_000
+CHANGES_OF = 1.6  # times as many models have changes as have attribution tables: a million rows at 10,000 models
 
 
 class Turns:
@@ -98,9 +99,12 @@ def fill(path: Path, n_models: int, n_images: int) -> attrdb.Database:
     """Rows of monitoring of many models, appended in few commits."""
     db, chance = attrdb.create(path), np.random.default_rng(0)
     for table, keys in (("attribution_tables", ["progress"]), ("monitor_changes", [1, 2, 3, 4])):
-        per_model = len(keys) * n_images
-        for start in range(0, n_models, ROWS_AT_ONCE // per_model):
-            models = np.arange(start, min(start + ROWS_AT_ONCE // per_model, n_models)).repeat(per_model)
+        per_model, n_of_table = (
+            len(keys) * n_images,
+            n_models if table == "attribution_tables" else int(CHANGES_OF * n_models),
+        )
+        for start in range(0, n_of_table, ROWS_AT_ONCE // per_model):
+            models = np.arange(start, min(start + ROWS_AT_ONCE // per_model, n_of_table)).repeat(per_model)
             n = len(models)
             names = [f"model-{model:06d}" for model in models]
             columns = {
@@ -144,7 +148,7 @@ def answers(n_models: int, n_images: int, n_questions: int) -> dict:
 @click.command()
 @click.option("--steps", default=150, show_default=True)
 @click.option("--questions", default=20, show_default=True)
-@click.option("--models", default=16_000, show_default=True)
+@click.option("--models", default=10_000, show_default=True, help="That have an attribution table of 16 images.")
 @click.option("--json", "file", type=click.Path(path_type=Path))
 def main(steps: int, questions: int, models: int, file: Path | None) -> None:
     """Measure what monitoring costs, and how fast its tables answer."""

@@ -18,6 +18,7 @@ from attrdb.text import fixed
 TOKENS = {"a": ["V1*", "V2*", "V3*", "V4*"], "b": ["V1*", "V2*"], "c": ["V1*", "V2*", "V3*"], "solo": ["V*"]}
 PER_CONCEPT = 3  # exemplars
 METHODS = ("good", "flat", "low", "holey")
+UNITS = {"good": "cosine"}  # what scores are; of other methods "score"
 PARTIAL = ("c/V3*", "redrawn")  # was never left out with these draws, so that model c has no such truth
 
 
@@ -74,7 +75,14 @@ def write_truth(db, given):
 def write_scores(db, method, scores):
     """Ranks of gallery 'own' from (sample, exemplar) -> score."""
     db.writer.add_method(
-        {"method_id": method, "kind": "stored", "unit": "score", "tau": 1.0, "lam": 0.05, "settings": "{}"}
+        {
+            "method_id": method,
+            "kind": "stored",
+            "unit": UNITS.get(method, "score"),
+            "tau": 1.0,
+            "lam": 0.05,
+            "settings": "{}",
+        }
     )
     found = [
         {"method_id": method, "gallery": "own", "sample_id": sample, "exemplar_id": exemplar, "score": score}
@@ -176,6 +184,8 @@ class Twin:
         found = {}
         for case, models in of.items():
             per_model = [model_figures(list(samples.values())) for _, samples in sorted(models.items())]
+            if UNITS.get(case[2]) != "cosine":
+                per_model = [one | {"shifted_error": None} for one in per_model]
             figures = {name: mean([one[name] for one in per_model]) for name in per_model[0]}
             known = [one["correlation"] for one in per_model if one["correlation"] is not None]
             low, high = interval(known, 200, 3)
@@ -219,13 +229,14 @@ def shares_of(prompt, tokens):
 
 def model_figures(samples):
     """The figures of one model from the (score, share, truth_share) of the concepts of each sample."""
-    _, shares, truths = zip(*(figures for sample in samples for figures in sample), strict=True)
+    scores, shares, truths = zip(*(figures for sample in samples for figures in sample), strict=True)
     per_sample = [tuple(zip(*sample, strict=True)) for sample in samples]
-    told_apart = [(scores, truth) for scores, _, truth in per_sample if len(set(truth)) > 1]
+    told_apart = [(of_sample, truth) for of_sample, _, truth in per_sample if len(set(truth)) > 1]
     return {
         "correlation": spearman(shares, truths) if len(set(truths)) > 1 else None,
         "correlation_by_sample": mean([spearman(*one) for one in told_apart]),
         "error": np.mean(np.abs(np.subtract(shares, truths))),
+        "shifted_error": np.mean([abs((1 + score) / 2 - truth) for score, truth in zip(scores, truths, strict=True)]),
         "top_1": mean([top_share(*one) for one in told_apart]),
         "top_2": mean([top_2(*one) for one in told_apart if sum(share > 0 for share in one[1]) > 1]),
     }
@@ -290,7 +301,7 @@ def written(toy):
                 twin.retrainings.append((model, leave, name, left_out, draws, seed, losses))
     pairs = [(s, e) for model in TOKENS for s in twin.samples(model) for e in twin.exemplars(model)]
     twin.scores = {
-        "good": {pair: float(chance.integers(-2, 3)) for pair in pairs},
+        "good": {pair: float(chance.integers(-2, 3)) / 2 for pair in pairs},
         "flat": dict.fromkeys(pairs, 0.5),
         "low": {pair: -1 - float(chance.random()) for pair in pairs},
         "holey": {pair: float(chance.normal()) for pair in pairs if pair != ("a/0", "a/e0")}
@@ -443,6 +454,7 @@ def test_a_perfect_method_has_correlation_1_and_one_that_is_wrong_does_not(toy):
     assert [found["blend", "right"][name] for name in figures[:3]] == pytest.approx([1, 1, 1])
     assert [found["blend", "right"][name] for name in figures[4:]] == [1, 1]
     assert found["gpt", "right"]["error"] == 0
+    assert found["gpt", "right"]["shifted_error"] is None  # whose scores are no cosines
     assert found["gpt", "right"]["top_2"] is None  # such a prompt names one concept
     assert [found["gpt", "wrong"][name] for name in figures[:4]] == pytest.approx([-1, -1, -1, 0.5])
     assert [found["gpt", "wrong"][name] for name in figures[4:]] == [0, None]

@@ -7,7 +7,7 @@
 -- param  $n_replicates  INTEGER = 1000 number of bootstrap replicates, >= 1
 -- param  $seed          INTEGER = 0 seed of the bootstrap
 -- param  $learned       BOOLEAN = false count only concepts that concept_gate finds learned, with fixed draws
--- reads  average_rank, bootstrap_interval, concept_gate, concept_scores, samples
+-- reads  average_rank, bootstrap_interval, concept_gate, concept_scores, methods, samples
 -- column truth                 VARCHAR prompt, fixed or redrawn
 -- column prompt_scheme         VARCHAR
 -- column method_id             VARCHAR
@@ -18,12 +18,14 @@
 -- column correlation_high      DOUBLE
 -- column correlation_by_sample DOUBLE  in [-1, 1]; rank correlation of score and truth_share over the concepts of a sample
 -- column error                 DOUBLE  in [0, 1]; absolute difference of share and truth_share
+-- column shifted_error         DOUBLE  in [0, 1]; the same of (1 + score) / 2, of methods whose scores are cosines; null of others
 -- column top_1                 DOUBLE  in [0, 1]; whether the best scored concept has the greatest truth_share; 1 / n for n equally good
 -- column top_2                 DOUBLE  in [0, 1]; the same for the best two of samples that owe to two or more concepts
 WITH ranked AS (
     SELECT
         scores.*,
         samples.prompt_scheme,
+        CASE WHEN methods.unit = 'cosine' THEN (1 + scores.score) / 2 END AS shifted,
         average_rank(scores.share, (scores.method_id, scores.truth, scores.model_id, samples.prompt_scheme)) AS share_rank,
         average_rank(scores.truth_share, (scores.method_id, scores.truth, scores.model_id, samples.prompt_scheme))
             AS truth_share_rank,
@@ -33,6 +35,7 @@ WITH ranked AS (
         max(scores.truth_share) OVER one_sample = scores.truth_share AS is_top_truth
     FROM concept_scores AS scores
     JOIN samples ON samples.image_id = scores.sample_id
+    LEFT JOIN methods USING (method_id)
     WHERE
         NOT $learned
         OR scores.concept_id IN (SELECT concept_id FROM concept_gate WHERE draws = 'fixed' AND is_learned)
@@ -89,6 +92,7 @@ per_model AS ( -- every sample of a model has the same concepts, so that a mean 
         END AS correlation,
         avg(per_sample.correlation) AS correlation_by_sample,
         avg(abs(ranked.share - ranked.truth_share)) AS error,
+        avg(abs(ranked.shifted - ranked.truth_share)) AS shifted_error,
         avg(per_sample.top_1) AS top_1,
         avg(best_pairs.top_2) AS top_2
     FROM ranked
@@ -109,6 +113,7 @@ means AS (
         ) AS correlation_interval,
         avg(correlation_by_sample) AS correlation_by_sample,
         avg(error) AS error,
+        avg(shifted_error) AS shifted_error,
         avg(top_1) AS top_1,
         avg(top_2) AS top_2
     FROM per_model
@@ -125,6 +130,7 @@ SELECT
     correlation_interval.high AS correlation_high,
     correlation_by_sample,
     error,
+    shifted_error,
     top_1,
     top_2
 FROM means
