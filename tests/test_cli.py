@@ -18,6 +18,9 @@ from test_ingest_corpus import bomb
 
 import attrdb
 from attrdb.cli import main
+from attrdb.errors import InvalidValue
+from attrdb.ingest.encode import load_encoder
+from attrdb.ingest.read.corpus import register
 
 
 def run(*words, code=0):
@@ -308,6 +311,18 @@ def test_an_encoder_is_named_by_its_id_or_its_spec(tmp_path, photos):
     )
     assert "no encoder 'pixels_9'" in run("encode", db, "--encoder", "pixels_9", code=1).stderr
     assert "pixels_9" in run("attribute", db, "photos/1.png", "--encoder", "pixels:9", code=1).stderr
+
+
+def test_an_encoder_that_is_given_twice_counts_once(tmp_path, photos):
+    """By its spec, or once by its spec and once by its id."""
+    db = tmp_path / "new.attrdb"
+    run("ingest", "corpus", db, photos, "--encoder", "pixels:2", "--encoder", "pixels:2")
+    picture(photos / "9.png", (9, 9, 9))
+    again = run("ingest", "corpus", db, photos, "--encoder", "pixels:2", "--encoder", "pixels_2")
+    assert "1 images appended" in again.stderr
+    assert list(attrdb.open(db).encoders) == ["pixels_2"]
+    with pytest.raises(InvalidValue, match="encoder 'pixels:2' is given twice; give it once"):
+        register(attrdb.open(db), [load_encoder("pixels:2")] * 2)
 
 
 def test_check_writes_wrong_rows_in_a_format(toy):

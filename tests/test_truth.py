@@ -249,6 +249,11 @@ def test_every_retraining_is_stored_with_the_losses_of_all_samples(db):
     assert stored(db) == (retrainings, losses)
 
 
+def test_what_is_to_be_left_out_twice_is_left_out_once(db):
+    once, twice = (queue.tasks(db, "true", leave, "true", TruthSettings()) for leave in (["image"], ["image", "image"]))
+    assert once == twice
+
+
 def test_interrupted_it_resumes(db, template, tmp_path):
     find(db, "image")
     killed = attrdb.open(shutil.copytree(template, tmp_path / "killed.attrdb"))

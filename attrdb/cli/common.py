@@ -369,5 +369,6 @@ def open_with_encoders(path: Path, encoders: tuple[str, ...]) -> tuple[Any, list
     db = attrdb.open(path) if table_exists(path / "images.lance") else None
     stored = tuple(row["spec"] for row in db.encoders.values()) if db else ()
     named = tuple(encoder_spec(db, encoder) for encoder in encoders) if db else encoders
-    loaded = [module.load_encoder(spec) for spec in named or stored or module.DEFAULT_ENCODERS]
-    return db or open_or_create(path), loaded
+    loaded = [module.load_encoder(spec) for spec in dict.fromkeys(named or stored or module.DEFAULT_ENCODERS)]
+    distinct = {encoder.spec: encoder for encoder in loaded}  # one may be named by two specs
+    return db or open_or_create(path), list(distinct.values())

@@ -50,8 +50,11 @@ class CorpusResult(JobResult):
 def register(db: Database, encoders: Sequence[Encoder]) -> None:
     """Check the encoders against those the database has, and add the new ones.
 
-    raises: InvalidValue for an encoder that differs from the stored one, or a new one once images are stored
+    raises: InvalidValue for an encoder that differs from the stored one, a new one once images are stored, or one given twice
     """
+    specs = [encoder.spec for encoder in encoders]
+    if twice := sorted({spec for spec in specs if specs.count(spec) > 1}):
+        raise InvalidValue(f"encoder {twice[0]!r} is given twice; give it once")
     identities = [
         (encoder.spec, encoder.dimension, encoder.preprocessing, encoder.weights_fingerprint) for encoder in encoders
     ]

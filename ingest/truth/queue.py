@@ -68,7 +68,7 @@ def tasks(db: Database, models: str, leave: Sequence[str], samples: str, setting
     found, reasons = [], []
     for model_id, exemplars in exemplar_rows(db, known).items():
         wanted = [Subset(NOTHING)]
-        for each in leave:
+        for each in dict.fromkeys(leave):
             try:
                 wanted += subsets(exemplars, each, settings.halves, model_id)
             except InvalidValue as error:
