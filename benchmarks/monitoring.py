@@ -139,6 +139,7 @@ def answers(n_models: int, n_images: int, n_questions: int) -> dict:
             seconds["one model"].append(time.perf_counter() - started)
             if rows != n_images:
                 raise RuntimeError(f"{rows} rows of {model_id}, not {n_images}")
+        for _ in range(n_questions):
             started = time.perf_counter()
             db.sql("SELECT model_id, concept_id, sum(progress) AS whole FROM monitor_changes GROUP BY ALL")
             seconds["all rows"].append(time.perf_counter() - started)

@@ -7,7 +7,7 @@ import json
 import re
 from pathlib import Path
 
-BUNDLED = {"efficientnet-lite0": 1280, "vgg-gram": 900}
+BUNDLED = {"efficientnet-lite0": 1280, "vgg-gram": 900, "icon-clip": 128, "icon-moco": 256}
 # Of the architectures that published embeddings are made with, for where open_clip is not installed.
 OPEN_CLIP = {
     "RN50": 1024,

