@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 from collections import Counter, defaultdict
 from importlib.resources import files
 from pathlib import Path
@@ -121,3 +122,14 @@ def test_bundled_concepts_are_objects_of_one_and_styles_of_five_to_twelve(bundle
         sizes[kind].add(n)
     assert sizes["object"] == {1}
     assert all(5 <= n <= 12 for n in sizes["style"])
+
+
+def test_every_set_under_the_mit_licence_has_its_copyright_line():
+    root = Path(__file__).parent.parent
+    notice = (root / "NOTICE").read_text()
+    lines = re.findall(r"^  Copyright \(c\) .* \((.+)\)$", notice, re.MULTILINE)
+    named = {name for line in lines for name in line.split(", ")}
+    files = (ASSETS / "icons.parquet", ASSETS / "sprites.parquet", root / "benchmarks" / "iconabc" / "images.parquet")
+    for file in files:
+        rows = pq.read_table(file, columns=["source", "license"]).to_pylist()
+        assert {row["source"] for row in rows if row["license"] == "MIT"} <= named, file
