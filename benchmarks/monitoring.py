@@ -99,10 +99,8 @@ def fill(path: Path, n_models: int, n_images: int) -> attrdb.Database:
     """Rows of monitoring of many models, appended in few commits."""
     db, chance = attrdb.create(path), np.random.default_rng(0)
     for table, keys in (("attribution_tables", ["progress"]), ("monitor_changes", [1, 2, 3, 4])):
-        per_model, n_of_table = (
-            len(keys) * n_images,
-            n_models if table == "attribution_tables" else int(CHANGES_OF * n_models),
-        )
+        per_model = len(keys) * n_images
+        n_of_table = n_models if table == "attribution_tables" else int(CHANGES_OF * n_models)
         for start in range(0, n_of_table, ROWS_AT_ONCE // per_model):
             models = np.arange(start, min(start + ROWS_AT_ONCE // per_model, n_of_table)).repeat(per_model)
             n = len(models)
