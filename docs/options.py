@@ -18,7 +18,8 @@ def row(option: Option) -> str:
     choices = f" One of {', '.join(f'`{choice}`' for choice in option.choices)}." if option.choices else ""
     required = "required" if option.required else f"required, unless `{option.unless}`" if option.unless else ""
     default = option.default_shown or required
-    return f"| `{option.name}` | {TYPES[option.type]} | {default} | {option.help}{choices}{bound} |"
+    meaning = f"{option.help}{choices}{bound}".replace("|", "\\|")  # a bar would end the cell
+    return f"| `{option.name}` | {TYPES[option.type]} | {default} | {meaning} |"
 
 
 def table() -> str:

@@ -201,7 +201,8 @@ class ModelSettings:
         "Prompts per scheme; in a specs file also an object with a number for each.", 4, at_least=1, by_scheme=True
     )
     train_prompt: str | None = option(
-        "Prompt that exemplars are trained with; {caption} stands for the exemplar's caption, {category} for the category.",
+        "Prompt that exemplars are trained with; {category} is the category, {caption} the exemplar's caption, or "
+        "{caption|a picture} with words for exemplars without captions.",
         None,
         default_text="by kind",
     )

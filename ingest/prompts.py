@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
@@ -36,6 +37,7 @@ PARTS = ("train", "val", "test")
 BANKS = ("photo", "icon")
 TOKEN = "V*"
 CAPTION = "{caption}"  # in a training prompt: the exemplar's own
+CAPTION_OR_WORDS = re.compile(r"\{caption\|([^{}]*)\}")  # or these words, if an exemplar has none
 
 TRAIN_PROMPTS = {"object": "V* {category}", "style": "A picture in the style of V* art"}
 

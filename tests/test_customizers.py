@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from attrdb.ingest.encode import Pixels
 from attrdb.ingest.gradients.shared import EXEMPLARS
 from attrdb.ingest.models import ingest_one
 from attrdb.ingest.models.exemplars import read_exemplars
-from attrdb.ingest.models.settings import settings_for
+from attrdb.ingest.models.settings import check_model, filled_prompt, settings_for
 from attrdb.ingest.models.stages import exemplar_prompts
 from attrdb.ingest.models.stored import stored_delta, stored_settings
 from attrdb.ingest.options import KINDS
@@ -258,6 +259,38 @@ def test_the_profile_is_of_the_default_method(tiny_base, tmp_path):
     other = settings_for(str(tiny_base), "object", "vase", {"method": "textual-inversion", "batch": 4})
     assert (other.customize.steps, other.customize.lr, other.customize.batch) == (3000, 4e-3, 4)
     assert other.synthesize.solver_steps == 2
+
+
+def with_profile(tiny_base, folder, **profile):
+    """A copy of the base model with a customize.json of its own."""
+    shutil.copytree(tiny_base, folder)
+    (folder / "customize.json").write_text(json.dumps(profile))
+    return str(folder)
+
+
+def test_a_profile_has_settings_for_a_kind_and_for_a_method(tiny_base, tmp_path):
+    kinds = {"style": {"token_from": "flat", "lr": 0.02, "train_prompt": "{caption} V*"}, "object": {"augment": "mild"}}
+    base = with_profile(
+        tiny_base, tmp_path / "base", lr=0.01, batch=4, kinds=kinds, methods={"textual-inversion": {"lr": 0.03}}
+    )
+    style, thing = settings_for(base, "style", "flat"), settings_for(base, "object", "vase")
+    assert (style.customize.token_from, style.customize.lr, style.customize.batch) == ("flat", 0.02, 4)
+    assert (style.train_prompt, style.customize.augment) == ("{caption} V*", "none")
+    assert (thing.customize.token_from, thing.customize.lr, thing.customize.augment) == ("", 0.01, "mild")
+    assert settings_for(base, "style", "flat", {"lr": 0.5, "token_from": "art"}).customize.lr == 0.5
+    by_token = settings_for(base, "style", "flat", {"method": "textual-inversion"})
+    assert (by_token.customize.lr, by_token.customize.token_from) == (0.03, "flat")
+    by_lora = settings_for(base, "style", "flat", {"method": "dreambooth-lora"})
+    assert by_lora.customize.lr == 1e-4  # a kind's lr, too, is for the default method
+    assert settings_for(base, "mixed", "picture").customize.batch == 4
+
+
+@pytest.mark.parametrize("part", ["kinds", "methods"])
+@pytest.mark.parametrize("value", [[], "style", {"style": 1}, {"custom-diffusion": ["lr"]}, None])
+def test_a_profile_whose_parts_are_no_settings(tiny_base, tmp_path, part, value):
+    base = with_profile(tiny_base, tmp_path / "base", **{part: value})
+    with pytest.raises(InvalidValue, match=rf'"{part}" in customize.json of base model .* it must be an object'):
+        settings_for(base, "object", "vase")
 
 
 # --- whole jobs -------------------------------------------------------------------------------------------------------
@@ -701,6 +734,22 @@ def test_each_exemplar_of_a_style_is_trained_on_its_own_caption(empty, mixed_fol
 def test_training_prompts_that_cannot_be(tiny_base, kind, prompt, problem):
     with pytest.raises(InvalidValue, match=problem):
         settings_for(str(tiny_base), kind, "flat", {"train_prompt": prompt})
+
+
+def test_words_in_the_place_of_captions_that_are_missing(empty, mixed_folder, tiny_base):
+    prompt = "{caption|a picture} in the style of V* art"
+    styled(empty, mixed_folder, tiny_base, train_prompt=prompt)
+    [row] = empty.sql("SELECT * FROM models").to_pylist()
+    assert row["train_prompt"] == "{caption} in the style of V* art"
+    assert sorted(empty.sql(EXEMPLARS, {"id": "style-3"})["train_prompt"].to_pylist()) == [
+        f"a picture of {name} in the style of V* art" for name in "abc"
+    ]
+    settings = settings_for(str(tiny_base), "style", "flat", {"train_prompt": prompt})
+    (mixed_folder / "b.txt").write_text("a V* picture")
+    with pytest.raises(InvalidValue, match=r"b\.png has V\*, and the training prompt names the token"):
+        check_model(settings, read_exemplars(mixed_folder), "m")
+    (mixed_folder / "b.txt").unlink()
+    assert filled_prompt(settings, read_exemplars(mixed_folder)) == "a picture in the style of V* art"
 
 
 def test_captions_that_a_training_prompt_lacks(empty, mixed_folder, tiny_base):

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -236,6 +237,7 @@ def test_the_table_of_keys_is_what_the_program_writes(monkeypatch):
     assert module.PAGE.read_text(encoding="utf-8") == module.page(), "stale: run make docs"
     for option in MODEL_OPTIONS:
         assert f"\n| `{option.name}` | " in module.table()
+        assert len(re.findall(r"(?<!\\)\|", module.row(option))) == 5, option.name  # four cells
     monkeypatch.setattr(module, "MODEL_OPTIONS", (*MODEL_OPTIONS, Option("An option that is new.", "new")))
     assert module.PAGE.read_text(encoding="utf-8") != module.page()
 

@@ -34,7 +34,7 @@ from attrdb.ingest.customize.synthesize import SamplePlan, plan_samples, synthes
 from attrdb.ingest.devices import resolved_precision
 from attrdb.ingest.encode import Encoder
 from attrdb.ingest.models.exemplars import Exemplar
-from attrdb.ingest.models.settings import captions, check_model, prompts_of
+from attrdb.ingest.models.settings import captions, check_model, filled_prompt, prompts_of
 from attrdb.ingest.models.stages import (
     SampleBatch,
     check_same,
@@ -312,7 +312,7 @@ def _record(settings: ModelSettings, exemplars: Sequence[Exemplar], prompts: lis
     del record["concepts"]
     if settings.kind == "mixed":
         return record | {"captions": captions(exemplars, settings)}
-    record["train_prompt"] = train_prompt(settings.kind, settings.category, template=settings.train_prompt)
+    record["train_prompt"] = train_prompt(settings.kind, settings.category, template=filled_prompt(settings, exemplars))
     return record | ({"captions": captions(exemplars, settings)} if CAPTION in record["train_prompt"] else {})
 
 

@@ -27,6 +27,7 @@ from attrdb.ingest.options import (
 from attrdb.ingest.prompts import (
     BANKS,
     CAPTION,
+    CAPTION_OR_WORDS,
     TOKEN,
     TRAIN_PROMPTS,
     Prompt,
@@ -54,7 +55,8 @@ def settings_for(
     options:  settings by name; None means the default
     profile:  'paper' for the numbers of prompts and samples of the paper's Table 1, before those of the base model's profile
     concepts: of a model of several
-    steps and lr of the base model's profile are for the default method; those of another method are under "methods" there.
+    The base model's profile may have settings for one kind under "kinds" and for one method under "methods"; all its other
+    values of steps and lr are for the default method.
     raises: InvalidValue for an unknown kind, method or setting, NotFound or InvalidValue for the base model or the prompts
     """
     if concepts:
@@ -67,7 +69,7 @@ def settings_for(
     if profile == "paper":
         per_scheme, samples = paper_counts(kind, split)
         chosen = {"prompts_per_scheme": per_scheme, "samples_per_prompt": samples} | chosen
-    values = _with_profile(base_model, chosen)
+    values = _with_profile(base_model, kind, chosen)
     unknown = values.keys() - {option.name for option in options_of(ModelSettings)}
     if unknown:
         raise InvalidValue(f"unknown settings for base model {base_model}: {', '.join(sorted(unknown))}")
@@ -87,15 +89,31 @@ def settings_for(
     return settings
 
 
-def _with_profile(base_model: str, options: dict) -> dict:
+def _with_profile(base_model: str, kind: str, options: dict) -> dict:
     """Settings by name, without those at attrdb's defaults."""
-    profile = dict(read_profile(base_model_folder(base_model)))
-    methods = profile.pop("methods", {})
-    method = options.get("method") or profile.get("method") or DEFAULT_METHOD
+    profile = read_profile(base_model_folder(base_model))
+    kinds, methods = (_by_name(profile, part, base_model) for part in ("kinds", "methods"))
+    plain = {name: value for name, value in profile.items() if name not in ("kinds", "methods")}
+    of_kind = plain | kinds.get(kind, {})
+    method = options.get("method") or of_kind.get("method") or DEFAULT_METHOD
     customizer = load_customizer(method)
     values = {"steps": customizer.steps, "lr": customizer.lr}
-    values |= {name: value for name, value in profile.items() if method == DEFAULT_METHOD or name not in values}
+    values |= {name: value for name, value in of_kind.items() if method == DEFAULT_METHOD or name not in values}
     return values | methods.get(method, {}) | options
+
+
+def _by_name(profile: dict, part: str, base_model: str) -> dict[str, dict]:
+    """A part of a profile: settings by name.
+
+    raises: InvalidValue if it is anything else
+    """
+    found = profile.get(part, {})
+    if not isinstance(found, dict) or not all(isinstance(values, dict) for values in found.values()):
+        raise InvalidValue(
+            f'"{part}" in customize.json of base model {base_model} is {found!r}; it must be an object with an object of '
+            f"settings by name"
+        )
+    return found
 
 
 def _check(settings: ModelSettings) -> None:
@@ -191,6 +209,15 @@ def captions(exemplars: Sequence[Exemplar], settings: ModelSettings) -> list[str
     return [exemplar.fields["prompt"] for exemplar in exemplars]
 
 
+def filled_prompt(settings: ModelSettings, exemplars: Sequence[Exemplar]) -> str | None:
+    """The training prompt: "{caption|words}" becomes CAPTION, or the words if an exemplar has no caption."""
+    if settings.train_prompt is None or not CAPTION_OR_WORDS.search(settings.train_prompt):
+        return settings.train_prompt
+    if all(exemplar.fields.get("prompt") for exemplar in exemplars):
+        return CAPTION_OR_WORDS.sub(CAPTION, settings.train_prompt)
+    return CAPTION_OR_WORDS.sub(r"\1", settings.train_prompt)
+
+
 def default_model_id(settings: ModelSettings, exemplars: Sequence[Exemplar]) -> str:
     """`<category>-<hash of the exemplars>`: the same exemplars make the same model."""
     digest = hashlib.sha256("".join(sorted(exemplar.picture.sha256 for exemplar in exemplars)).encode())
@@ -218,7 +245,7 @@ def check_model(settings: ModelSettings, exemplars: Sequence[Exemplar], model_id
             )
         if first.picture.name != exemplar.picture.name:
             raise InvalidValue(f"exemplars {names} are the same file; keep one")
-    if settings.kind == "mixed" or CAPTION in (settings.train_prompt or ""):
+    if settings.kind == "mixed" or CAPTION in (filled_prompt(settings, exemplars) or ""):
         captions(exemplars, settings)
     if settings.concepts:
         tokens = [exemplar.token for exemplar in exemplars]
