@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from importlib.resources import files
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -55,6 +56,11 @@ FORMS = {
     "torchscript": "torchscript:FILE",
     reconstructed.PREFIX: "vae:BASE+ENCODER (such as vae:icon-sd+pixels:8)",
 }
+# Encoders that attrdb trained (attrdb.training.icon_sd.encoders), and the specs that load their files.
+TRAINED_HERE = {
+    "icon-clip": "open_clip:icon-clip/{folder}/icon-clip.safetensors",
+    "icon-moco": "timm:convnext_zepto_rms/{folder}/icon-moco.safetensors?size=64&crop=1",
+}
 
 
 class Encoder(Protocol):
@@ -89,10 +95,10 @@ def load_encoder(spec: str) -> Encoder:
         return VggGram()
     if match := re.fullmatch(r"pixels:(\d+)", spec):
         return Pixels(int(match[1]))
-    if spec in ("icon-clip", "icon-moco"):
-        from attrdb.ingest.encode.networks import bundled_encoder
-
-        return bundled_encoder(spec)
+    if spec in TRAINED_HERE:
+        encoder = load_encoder(TRAINED_HERE[spec].format(folder=files("attrdb") / "assets" / "encoders"))
+        encoder.spec = spec  # the same wherever attrdb is installed
+        return encoder
     if colon and prefix in ("open_clip", "timm", "torchscript"):
         from attrdb.ingest.encode.networks import LOADERS  # torch is imported only where it is used
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import importlib
 import logging
 import warnings
-from importlib.resources import files
 from pathlib import Path
 from types import ModuleType
 
@@ -202,21 +201,6 @@ def torchscript_encoder(argument: str) -> NetworkEncoder:
         ) from error
     preprocessing = Preprocessing(size=224, resized=224).changed(settings)
     return NetworkEncoder(file_spec("torchscript:", path, settings), network, preprocessing, file_fingerprint(path))
-
-
-# How the files of the encoders are read that attrdb trained (attrdb.training.icon_sd.encoders).
-BUNDLED_NETWORKS = {
-    "icon-clip": (open_clip_encoder, "icon-clip/{folder}/icon-clip.safetensors"),
-    "icon-moco": (timm_encoder, "convnext_zepto_rms/{folder}/icon-moco.safetensors?size=64&crop=1"),
-}
-
-
-def bundled_encoder(name: str) -> NetworkEncoder:
-    """An encoder whose weights come with attrdb; its spec is its name, wherever attrdb is installed."""
-    load, argument = BUNDLED_NETWORKS[name]
-    encoder = load(argument.format(folder=files("attrdb") / "assets" / "encoders"))
-    encoder.spec = name
-    return encoder
 
 
 LOADERS = {"open_clip": open_clip_encoder, "timm": timm_encoder, "torchscript": torchscript_encoder}
