@@ -728,6 +728,7 @@ def test_each_exemplar_of_a_style_is_trained_on_its_own_caption(empty, mixed_fol
     ("kind", "prompt", "problem"),
     [
         ("style", "{caption}", r"train_prompt is '\{caption\}'; it must contain V\*"),
+        ("style", "{caption|V* art}", r"train_prompt is '\{caption\|V\* art\}'; it must contain V\*"),
         ("mixed", "{caption} V*", "train_prompt is given for a model of kind 'mixed'; it is for object or style"),
     ],
 )

@@ -110,8 +110,8 @@ def _by_name(profile: dict, part: str, base_model: str) -> dict[str, dict]:
     found = profile.get(part, {})
     if not isinstance(found, dict) or not all(isinstance(values, dict) for values in found.values()):
         raise InvalidValue(
-            f'"{part}" in customize.json of base model {base_model} is {found!r}; it must be an object with an object of '
-            f"settings by name"
+            f'"{part}" in customize.json of base model {base_model} is {found!r}; it must be an object whose values are '
+            "objects of settings"
         )
     return found
 
@@ -136,7 +136,7 @@ def _check(settings: ModelSettings) -> None:
             raise InvalidValue(
                 f"train_prompt is given for a model of kind {settings.kind!r}; it is for {one_of(list(TRAIN_PROMPTS))}"
             )
-        if TOKEN not in settings.train_prompt:
+        if TOKEN not in CAPTION_OR_WORDS.sub(CAPTION, settings.train_prompt):
             raise InvalidValue(f"train_prompt is {settings.train_prompt!r}; it must contain {TOKEN}")
     if settings.kind == "mixed" and settings.method == "textual-inversion":
         raise InvalidValue(
@@ -211,11 +211,10 @@ def captions(exemplars: Sequence[Exemplar], settings: ModelSettings) -> list[str
 
 def filled_prompt(settings: ModelSettings, exemplars: Sequence[Exemplar]) -> str | None:
     """The training prompt: "{caption|words}" becomes CAPTION, or the words if an exemplar has no caption."""
-    if settings.train_prompt is None or not CAPTION_OR_WORDS.search(settings.train_prompt):
-        return settings.train_prompt
-    if all(exemplar.fields.get("prompt") for exemplar in exemplars):
-        return CAPTION_OR_WORDS.sub(CAPTION, settings.train_prompt)
-    return CAPTION_OR_WORDS.sub(r"\1", settings.train_prompt)
+    if settings.train_prompt is None:
+        return None
+    are_captioned = all(exemplar.fields.get("prompt") for exemplar in exemplars)
+    return CAPTION_OR_WORDS.sub(CAPTION if are_captioned else r"\1", settings.train_prompt)
 
 
 def default_model_id(settings: ModelSettings, exemplars: Sequence[Exemplar]) -> str:
