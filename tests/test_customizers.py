@@ -293,6 +293,12 @@ def test_a_profile_whose_parts_are_no_settings(tiny_base, tmp_path, part, value)
         settings_for(base, "object", "vase")
 
 
+def test_a_profile_for_a_kind_that_there_is_not(tiny_base, tmp_path):
+    base = with_profile(tiny_base, tmp_path / "base", kinds={"styles": {"lr": 0.1}, "object": {}})
+    with pytest.raises(InvalidValue, match=r"\"kinds\" in customize.json of base model .* has 'styles'; a kind is "):
+        settings_for(base, "object", "vase")
+
+
 # --- whole jobs -------------------------------------------------------------------------------------------------------
 
 

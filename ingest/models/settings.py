@@ -15,6 +15,7 @@ from attrdb.ingest.customize.customizers import DEFAULT_METHOD, load_customizer
 from attrdb.ingest.models.concepts import check_category, check_concepts, joined_categories
 from attrdb.ingest.models.exemplars import Exemplar
 from attrdb.ingest.options import (
+    KINDS,
     PROFILES,
     Concept,
     CustomizeSettings,
@@ -93,6 +94,11 @@ def _with_profile(base_model: str, kind: str, options: dict) -> dict:
     """Settings by name, without those at attrdb's defaults."""
     profile = read_profile(base_model_folder(base_model))
     kinds, methods = (_by_name(profile, part, base_model) for part in ("kinds", "methods"))
+    if unknown := kinds.keys() - set(KINDS):
+        raise InvalidValue(
+            f'"kinds" in customize.json of base model {base_model} has {", ".join(map(repr, sorted(unknown)))}; a kind is '
+            f"{one_of(KINDS)}"
+        )
     plain = {name: value for name, value in profile.items() if name not in ("kinds", "methods")}
     of_kind = plain | kinds.get(kind, {})
     method = options.get("method") or of_kind.get("method") or DEFAULT_METHOD
