@@ -23,11 +23,15 @@ from dataclasses import dataclass
 from importlib.resources import files
 from itertools import combinations
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from attrdb.errors import InvalidValue, NotFound
 from attrdb.ingest.blends import blend, check_blend, is_blend
 from attrdb.ingest.options import Concept, one_of
 from attrdb.ingest.read.text import read_text
+
+if TYPE_CHECKING:
+    from transformers import CLIPTokenizer
 
 SCHEMES = ("gpt", "procedural")
 PAIR = "pair"
@@ -62,6 +66,23 @@ class Prompt:
 def train_prompt(kind: str, category: str, token: str = TOKEN, template: str | None = None) -> str:
     """The prompt that exemplars are trained with; CAPTION remains in it. template: None: the kind's"""
     return (template or TRAIN_PROMPTS[kind]).replace(TOKEN, token).replace("{category}", category)
+
+
+def with_caption(template: str, caption: str, tokenizer: CLIPTokenizer) -> str:
+    """A training prompt with an exemplar's caption in it.
+
+    A caption that is too long for the text encoder loses its last words, so that the modifier token is read. One that is
+    the whole prompt stays as it is: the text encoder reads its beginning.
+    """
+    words = caption.split()
+    while TOKEN in template and words:
+        prompt = template.replace(CAPTION, caption)
+        # TOKEN counts as one: whether the tokenizer knows it already makes no difference.
+        n_tokens = len(tokenizer(prompt.replace(TOKEN, "")).input_ids) + prompt.count(TOKEN)
+        if n_tokens <= tokenizer.model_max_length:
+            break
+        caption = " ".join(words := words[:-1])
+    return template.replace(CAPTION, caption)
 
 
 def part_of(split: str | None) -> str:

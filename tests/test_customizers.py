@@ -11,6 +11,7 @@ from conftest import Recorder, picture
 from PIL import Image
 from safetensors.torch import save_file
 from test_ingest_model import images, ingest
+from transformers import CLIPTokenizer
 
 import attrdb
 from attrdb.errors import InvalidValue, NotFound
@@ -24,7 +25,7 @@ from attrdb.ingest.models.settings import check_model, filled_prompt, settings_f
 from attrdb.ingest.models.stages import exemplar_prompts
 from attrdb.ingest.models.stored import stored_delta, stored_settings
 from attrdb.ingest.options import KINDS
-from attrdb.ingest.prompts import Prompt, train_prompt
+from attrdb.ingest.prompts import Prompt, train_prompt, with_caption
 from attrdb.ingest.read.corpus import ingest_corpus
 from attrdb.ingest.read.discover import open_corpus
 from attrdb.ingest.read.pictures import webp
@@ -713,14 +714,24 @@ def styled(db, folder, base, **given):
     return ingest_one.ingest_model(db, read_exemplars(folder), settings, [Pixels(4)], "style-3")
 
 
+def tokenizer_of(folder):
+    return CLIPTokenizer.from_pretrained(folder / "tokenizer")
+
+
+def learned_with(db, tokenizer):
+    """The prompts that gradients are taken with."""
+    rows = db.sql(EXEMPLARS, {"id": "style-3"}).to_pylist()
+    return sorted(with_caption(row["train_prompt"], row["caption"], tokenizer) for row in rows)
+
+
 def test_each_exemplar_of_a_style_is_trained_on_its_own_caption(empty, mixed_folder, tiny_base):
     styled(empty, mixed_folder, tiny_base, train_prompt=CAPTIONED)
     [row] = empty.sql("SELECT * FROM models").to_pylist()
     prompts = [f"a picture of {name} in the style of V* art, flat" for name in "abc"]
     assert row["train_prompt"] == "{caption} in the style of V* art, flat"
-    assert exemplar_prompts(json.loads(row["settings"])) == prompts
-    stored = empty.sql(EXEMPLARS, {"id": "style-3"})["train_prompt"].to_pylist()  # what gradients are taken with
-    assert sorted(stored) == prompts
+    tokenizer = tokenizer_of(tiny_base)
+    assert exemplar_prompts(json.loads(row["settings"]), tokenizer) == prompts
+    assert learned_with(empty, tokenizer) == prompts
     assert not styled(empty, mixed_folder, tiny_base, train_prompt=CAPTIONED).appended
     with pytest.raises(InvalidValue, match="with captions = "):
         styled(empty, mixed_folder, tiny_base)
@@ -728,6 +739,31 @@ def test_each_exemplar_of_a_style_is_trained_on_its_own_caption(empty, mixed_fol
     pictures = [exemplar.picture.image for exemplar in read_exemplars(mixed_folder)]
     delta, _ = customize.customize(base, pictures, prompts, "V*", "flat", settings)
     assert same(delta, stored_delta(empty, row))
+
+
+@pytest.mark.parametrize("is_known", [False, True])
+def test_a_caption_loses_what_would_keep_the_token_from_being_read(tiny_base, is_known):
+    tokenizer = tokenizer_of(tiny_base)
+    if is_known:
+        tokenizer.add_tokens("V*")
+    longest, ending = tokenizer.model_max_length, " in the style of V* art"
+    assert with_caption("{caption}" + ending, "a vase", tokenizer) == "a vase" + ending
+    prompt = with_caption("{caption}" + ending, " ".join(["vase"] * longest), tokenizer)
+    caption = prompt.removesuffix(ending)
+    tokenizer.add_tokens("V*")
+    assert len(tokenizer(prompt).input_ids) <= longest < len(tokenizer(f"{caption} vase{ending}").input_ids)
+    assert set(caption.split()) == {"vase"}
+    long = "vase " * longest
+    assert with_caption("{caption}", long, tokenizer) == long
+
+
+def test_a_style_with_a_long_caption_is_trained(empty, mixed_folder, tiny_base):
+    (mixed_folder / "a.txt").write_text("vase " * 100)
+    styled(empty, mixed_folder, tiny_base, train_prompt=CAPTIONED)
+    [model] = empty.sql("SELECT settings FROM models").to_pylist()
+    prompts = exemplar_prompts(json.loads(model["settings"]), tokenizer_of(tiny_base))
+    assert all(prompt.endswith(" in the style of V* art, flat") for prompt in prompts)
+    assert prompts[0].startswith("vase ")
 
 
 @pytest.mark.parametrize(
@@ -748,7 +784,7 @@ def test_words_in_the_place_of_captions_that_are_missing(empty, mixed_folder, ti
     styled(empty, mixed_folder, tiny_base, train_prompt=prompt)
     [row] = empty.sql("SELECT * FROM models").to_pylist()
     assert row["train_prompt"] == "{caption} in the style of V* art"
-    assert sorted(empty.sql(EXEMPLARS, {"id": "style-3"})["train_prompt"].to_pylist()) == [
+    assert learned_with(empty, tokenizer_of(tiny_base)) == [
         f"a picture of {name} in the style of V* art" for name in "abc"
     ]
     settings = settings_for(str(tiny_base), "style", "flat", {"train_prompt": prompt})

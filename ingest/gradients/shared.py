@@ -28,6 +28,7 @@ from attrdb.ingest.gradients.model_gradients import (
 )
 from attrdb.ingest.models.stages import record_tokens
 from attrdb.ingest.monitor.files import read_gradients
+from attrdb.ingest.prompts import with_caption
 from attrdb.store.schema import Row
 
 Gradients = list[torch.Tensor]  # by trained weight, flat; of several images (n, size)
@@ -87,9 +88,13 @@ class SharedGradients:
         """raises: InvalidValue or NotFound for a model whose weights, exemplars or base model are missing"""
         row, delta = model_row(db, model_id)
         exemplars = db.sql(EXEMPLARS, {"id": model_id}).to_pylist()
+        base = self._bases.load(row["base_model"])
         stored = pictures(db, [*sample_ids, *(exemplar["image_id"] for exemplar in exemplars)])
         trained_on: dict[str, Picture] = {
-            each["image_id"]: (stored[each["image_id"]][0], each["train_prompt"])
+            each["image_id"]: (
+                stored[each["image_id"]][0],
+                with_caption(each["train_prompt"], each["caption"], base.pipeline.tokenizer),
+            )
             for each in exemplars
             if each["image_id"] in stored
         }
@@ -98,7 +103,6 @@ class SharedGradients:
         found.exemplars = list(trained_on)
         found.unscored = {each: "its picture is not stored" for each in sample_ids if each not in stored}
         samples = {each: stored[each] for each in sample_ids if each in stored}
-        base = self._bases.load(row["base_model"])
         moments = self._checkpoints(db, model_id, base) if self.at_checkpoints else [delta]
         of_run = self._of_run(db, row, delta, found)
         names = [name for name in self.names if name not in found.failures]
@@ -177,8 +181,8 @@ def _products(one: Gradients, other: Gradients) -> np.ndarray:
 
 EXEMPLARS = """\
 SELECT exemplars.image_id,
-    replace(coalesce(concepts.train_prompt, models.train_prompt, '{caption}'), '{caption}', coalesce(exemplars.prompt, ''))
-        AS train_prompt
+    coalesce(concepts.train_prompt, models.train_prompt, '{caption}') AS train_prompt,
+    coalesce(exemplars.prompt, '') AS caption
 FROM exemplars
 JOIN models USING (model_id)
 LEFT JOIN concepts ON concepts.concept_id = exemplars.concept_id

@@ -192,7 +192,7 @@ def regularization_images(
     report: Progress,
 ) -> Regularization:
     """The regularization images; those of an interrupted run if it has recorded any. Several concepts share their number."""
-    plain = _plain_prompts(record)
+    plain = _plain_prompts(record, base)
     if settings.customize.prior == "generated":
         return generate(base, plain, settings.customize, settings.synthesize, report)
     names = record.get("regularization")
@@ -209,11 +209,11 @@ def regularization_images(
     return read_corpus(db, names, plain[0])
 
 
-def _plain_prompts(record: dict) -> list[str]:
+def _plain_prompts(record: dict, base: BaseModel) -> list[str]:
     """The training prompts without modifier tokens: that of the model, of each concept or of each exemplar."""
     prompts = [concept["train_prompt"] for concept in record.get("concepts", ())]
     if not prompts:
-        of_exemplars = exemplar_prompts(record)
+        of_exemplars = exemplar_prompts(record, base.pipeline.tokenizer)
         prompts = [of_exemplars] if isinstance(of_exemplars, str) else of_exemplars
     tokens = list(record_tokens(record)) or [TOKEN]
     for token in tokens:

@@ -22,6 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from PIL import Image
+from transformers import CLIPTokenizer
 
 from attrdb.errors import InvalidValue
 from attrdb.ingest.customize.base_model import BaseModel
@@ -41,7 +42,7 @@ from attrdb.ingest.encode.stream import ahead
 from attrdb.ingest.monitor import files as monitor_files
 from attrdb.ingest.monitor.monitor import Monitored
 from attrdb.ingest.options import MODEL_OPTIONS, CustomizeSettings, SynthesizeSettings
-from attrdb.ingest.prompts import CAPTION, TOKEN
+from attrdb.ingest.prompts import CAPTION, TOKEN, with_caption
 from attrdb.ingest.read.pictures import Picture, read_picture, webp
 from attrdb.progress import Progress
 from attrdb.store.files import write_whole
@@ -137,7 +138,7 @@ def customize_stage(
         delta, figures = customize(
             base,
             images,
-            exemplar_prompts(record),
+            exemplar_prompts(record, base.pipeline.tokenizer),
             list(tokens),
             list(tokens.values()),
             settings,
@@ -170,13 +171,15 @@ def record_tokens(record: dict) -> dict[str, str]:
     return {token: words or category for token, category in (categories or {TOKEN: record["category"]}).items()}
 
 
-def exemplar_prompts(record: dict) -> str | list[str]:
-    """The prompt that all exemplars of a model are learned with, or that of each."""
+def exemplar_prompts(record: dict, tokenizer: CLIPTokenizer) -> str | list[str]:
+    """The prompt that all exemplars of a model are learned with, or that of each; as much of a caption as can be read."""
     if "concepts" in record:
         prompts = {concept["token"]: concept["train_prompt"] for concept in record["concepts"]}
         return [prompts[token] for token in record["exemplar_tokens"]]
     template = record["train_prompt"] or CAPTION
-    return [template.replace(CAPTION, caption) for caption in record["captions"]] if CAPTION in template else template
+    if CAPTION not in template:
+        return template
+    return [with_caption(template, caption, tokenizer) for caption in record["captions"]]
 
 
 @dataclass(frozen=True)

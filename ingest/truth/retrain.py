@@ -145,7 +145,7 @@ class Retrained:
         report: Progress,
         observer: Observer | None = None,
     ) -> tuple[Delta, dict[str, Any]]:
-        prompts, tokens = exemplar_prompts(self.record), record_tokens(self.record)
+        prompts, tokens = exemplar_prompts(self.record, base.pipeline.tokenizer), record_tokens(self.record)
         each = [prompts] * len(self.exemplars) if isinstance(prompts, str) else prompts
         gone = {number for number, row in enumerate(self.exemplars) if row["image_id"] in left_out}
         settings = self.settings.customize
