@@ -18,6 +18,7 @@ from __future__ import annotations
 import json
 import random
 import re
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
@@ -71,18 +72,23 @@ def train_prompt(kind: str, category: str, token: str = TOKEN, template: str | N
 def with_caption(template: str, caption: str, tokenizer: CLIPTokenizer) -> str:
     """A training prompt with an exemplar's caption in it.
 
-    A caption that is too long for the text encoder loses its last words, so that the modifier token is read. One that is
-    the whole prompt stays as it is: the text encoder reads its beginning.
+    A caption that is too long for the text encoder loses its last words if the modifier token comes after it, so that the
+    token is read. Any other stays as it is: the text encoder reads the beginning of the prompt.
     """
-    words = caption.split()
-    while TOKEN in template and words:
-        prompt = template.replace(CAPTION, caption)
-        # TOKEN counts as one: whether the tokenizer knows it already makes no difference.
-        n_tokens = len(tokenizer(prompt.replace(TOKEN, "")).input_ids) + prompt.count(TOKEN)
-        if n_tokens <= tokenizer.model_max_length:
-            break
-        caption = " ".join(words := words[:-1])
-    return template.replace(CAPTION, caption)
+    whole, words = template.replace(CAPTION, caption), caption.split()
+
+    def n_tokens(prompt: str) -> int:
+        """TOKEN counts as one: whether the tokenizer knows it already makes no difference."""
+        return len(tokenizer(prompt.replace(TOKEN, "")).input_ids) + prompt.count(TOKEN)
+
+    def cut(n_words: int) -> str:
+        return template.replace(CAPTION, " ".join(words[:n_words]))
+
+    longest = tokenizer.model_max_length
+    if TOKEN in template.partition(CAPTION)[0] or TOKEN not in template or n_tokens(whole) <= longest:
+        return whole
+    n_fitting = bisect_right(range(len(words)), longest, key=lambda n_words: n_tokens(cut(n_words)))
+    return cut(max(n_fitting - 1, 0))
 
 
 def part_of(split: str | None) -> str:
