@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.autograd.function import FunctionCtx
 
 from attrdb.errors import InvalidValue
 from attrdb.search.mapper import ARRAYS, SIDES
@@ -16,6 +18,24 @@ from attrdb.search.mapper import ARRAYS, SIDES
 STORED_FORMS = {"affine": "affine", "gain": "gain", "mlp": "mlp", "released-gain": "gain", "released-mlp": "mlp"}
 HIDDEN = 256  # of the form mlp
 RELEASED_WIDTHS = (512, 256)  # hidden, and of what comes out
+
+
+class _Deviation(torch.autograd.Function):
+    """||W^T W - I||_F of a square W. W^T W - I is symmetric, so its derivative takes one product of matrices, not two."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, weight: torch.Tensor) -> torch.Tensor:
+        excess = weight.T @ weight
+        excess.diagonal().sub_(1)
+        norm = excess.norm()
+        ctx.save_for_backward(weight, excess, norm)
+        return norm
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+        weight, excess, norm = ctx.saved_tensors
+        unit = excess / norm.clamp(min=torch.finfo(norm.dtype).tiny)  # 0 at the identity
+        return weight @ unit * (2 * gradient)
 
 
 class Map(torch.nn.Module):
@@ -50,8 +70,7 @@ class Map(torch.nn.Module):
         """||W^T W - I||_F, where W is the matrix of the map; for `gain` a diagonal matrix."""
         if self.form == "gain":
             return (self.gain**2 - 1).norm()
-        identity = torch.eye(len(self.weight), dtype=self.weight.dtype, device=self.weight.device)
-        return (self.weight.T @ self.weight - identity).norm()
+        return _Deviation.apply(self.weight)
 
     def arrays(self) -> dict[str, torch.Tensor]:
         """By name, see `attrdb.search.mapper.ARRAYS`."""
