@@ -1,9 +1,8 @@
-"""The demo: the whole path on the bundled icons, from customizing a model to a page that shows who influenced it."""
+"""The demo: the whole path on the bundled pictures, from customizing a model to a page that shows who influenced it."""
 
 from __future__ import annotations
 
 import json
-from importlib.resources import files
 from pathlib import Path
 
 import click
@@ -11,10 +10,11 @@ import jinja2
 import pyarrow.parquet as pq
 
 import attrdb
+from attrdb.bundled import EXEMPLARS, write_corpus
 from attrdb.database import Database, open_or_create
 from attrdb.errors import InvalidValue
 from attrdb.ingest.customize.base_model import BUNDLED, base_model_folder, weights_hash
-from attrdb.ingest.encode import DEFAULT_ENCODERS, load_encoder
+from attrdb.ingest.encode import load_encoder
 from attrdb.ingest.models.exemplars import Exemplar
 from attrdb.ingest.models.ingest_one import ingest_model
 from attrdb.ingest.models.settings import settings_for
@@ -28,7 +28,8 @@ from attrdb.store.schema import Row
 from attrdb.text import fixed
 from attrdb.training.evaluate import evaluate
 
-CONCEPTS = ("bell-by-fxemoji", "lemon-by-streamline-emojis", "streamline-kameleon-color", "streamline-cyber-color")
+CONCEPTS = ("clock-by-openclipart", "tent-by-fxemoji", "streamline-kameleon-color", "streamline-cyber-color")
+ENCODERS = ("icon-moco", "pixels:8")  # the first is the best of the learned ones at finding exemplars of icon-sd
 N_CANDIDATES = 7
 SIDE = 256  # pixels; larger pictures are scaled down to it
 FIGURES = """\
@@ -48,14 +49,9 @@ ORDER BY ALL
 """
 
 
-def bundled_icons() -> Path:
-    """The Parquet file of the corpus and the held-out exemplars."""
-    return Path(str(files("attrdb"))) / "assets" / "icons.parquet"
-
-
 def bundled_exemplars(concept: str) -> tuple[list[Exemplar], str, str]:
     """The exemplars of a bundled concept, its kind and its category."""
-    rows = pq.read_table(bundled_icons(), filters=[("role", "=", "exemplar")]).to_pylist()
+    rows = pq.read_table(EXEMPLARS).to_pylist()
     chosen = [row for row in rows if json.loads(row["metadata"])["concept"] == concept]
     columns = ("source", "uri", "creator", "license", "prompt")
     exemplars = [
@@ -73,16 +69,18 @@ def _within(concept: str, report: Progress) -> Progress:
 def build(folder: Path, report: Progress, corpus: Path | None = None, concepts: tuple[str, ...] = CONCEPTS) -> Path:
     """Build `<folder>/icons.attrdb` and `<folder>/index.html`; the path of the page. Stored images and models are kept.
 
-    corpus: a Parquet file for `ingest_corpus`; None for the bundled icons
+    corpus: a Parquet file for `ingest_corpus`; None for the bundled sprites
     raises: InvalidValue if the folder holds a demo of other weights or settings
     """
-    corpus = corpus or bundled_icons()
     path = folder / "icons.attrdb"
     db = open_or_create(path)
     stored_hashes = set(db.sql("SELECT base_model_hash FROM models")["base_model_hash"].to_pylist())
     if stored_hashes - {weights_hash(base_model_folder(BUNDLED))}:
         raise InvalidValue(f"{folder} holds a demo of another icon-sd; remove it, or name another folder")
-    encoders = [load_encoder(spec) for spec in DEFAULT_ENCODERS]
+    if corpus is None:
+        report("draw the bundled sprites", 0, None)
+        corpus = write_corpus(folder / "corpus.parquet")
+    encoders = [load_encoder(spec) for spec in ENCODERS]
     ingest_corpus(db, open_corpus(corpus), encoders, report=report)
     for concept in concepts:
         exemplars, kind, category = bundled_exemplars(concept)
@@ -153,7 +151,7 @@ def _sample_entry(db: Database, sample: Row, images: dict[str, Row], exemplar_id
         {
             "image": _uri(images[row["image_id"]]),
             "influence": row["influence"],
-            "label": f"{row['category'] or ''} · {row['source']}",
+            "label": " · ".join(dict.fromkeys(filter(None, (row["category"], row["source"])))),
             "true": row["image_id"] in exemplar_ids,
         }
         for row in db.attribute(sample["image_id"], k=N_CANDIDATES).to_pylist()

@@ -24,7 +24,7 @@ from diffusers import (
     DPMSolverMultistepScheduler,
     StableDiffusionPipeline,
 )
-from machine import describe, spread
+from machine import describe, icon_sd, spread
 from shapes import measured, peak
 
 import attrdb
@@ -41,7 +41,8 @@ from attrdb.ingest.prompts import TOKEN, train_prompt
 from attrdb.ingest.read.corpus import image_rows, register
 from attrdb.ingest.read.pictures import read_picture, square, webp
 
-CONCEPT = "bell-by-fxemoji"
+CONCEPT = "clock-by-openclipart"
+METHOD = "custom-diffusion"  # which the peer trains too
 ENCODER = "efficientnet-lite0"
 WAYS = ("attrdb", "attrdb, float32", "peer")
 
@@ -51,7 +52,8 @@ WAYS = ("attrdb", "attrdb, float32", "peer")
 
 def settings_of(steps: int, batch: int, precision: str) -> ModelSettings:
     _, kind, category = bundled_exemplars(CONCEPT)
-    return settings_for("icon-sd", kind, category, {"steps": steps, "batch": batch, "precision": precision})
+    options = {"method": METHOD, "steps": steps, "batch": batch, "precision": precision}
+    return settings_for("icon-sd", kind, category, options)
 
 
 def ours(base: BaseModel, settings: ModelSettings, path: Path) -> dict:
@@ -181,7 +183,11 @@ def one_run(way: str, steps: int, batch: int) -> dict:
 @click.option("--json", "out", type=click.Path(path_type=Path))
 def main(rounds: int, steps: int, batch: int, sample_batch: int, solver_steps: int, out: Path | None) -> None:
     """Compare, then measure every method in detail (see shapes.py)."""
-    result: dict = {"machine": describe("torch", "diffusers", "peft"), "device": default_device(), "shape": "icon-sd"}
+    result: dict = {
+        "machine": describe("torch", "diffusers", "peft"),
+        "base_model": icon_sd(),
+        "device": default_device(),
+    }
     if not is_cpu(result["device"]):
         result["device"] = torch.cuda.get_device_name(result["device"])
     result |= {"steps": steps, "batch": batch, "threads": torch.get_num_threads()}

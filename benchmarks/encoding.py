@@ -15,17 +15,16 @@ import time
 from collections.abc import Callable
 from contextlib import closing
 from functools import partial
-from importlib.resources import files
 from pathlib import Path
 from statistics import median
 
 import click
 import numpy as np
-import pyarrow.parquet as pq
 import torch
 from machine import describe
 from PIL import Image
 
+from attrdb.bundled import sprite_rows
 from attrdb.ingest.encode import Encoder, load_encoder
 from attrdb.ingest.encode.stream import LARGE_BATCH, SMALL_BATCH, ahead, encode_stream
 from attrdb.ingest.read.pictures import read_picture
@@ -39,10 +38,10 @@ ARCHITECTURES = {
 
 
 def icons(n: int, seed: int) -> list[bytes]:
-    """Bundled icons, 64 x 64 lossless WebP."""
-    stored = pq.read_table(str(files("attrdb") / "assets" / "icons.parquet"), columns=["image"])["image"]
+    """Bundled sprites on white, 64 x 64 WebP."""
+    stored = [row["image"] for row in sprite_rows()]
     chosen = np.random.default_rng(seed).choice(len(stored), n, replace=n > len(stored))
-    return stored.take(chosen).to_pylist()
+    return [stored[number] for number in chosen]
 
 
 def photos(n: int, seed: int) -> list[bytes]:

@@ -22,6 +22,13 @@ def describe(*packages: str) -> dict:
     }
 
 
+def icon_sd() -> str:
+    """The bundled base model, by its weights."""
+    from attrdb.ingest.customize.base_model import BUNDLED, base_model_folder, weights_hash
+
+    return f"{BUNDLED}, weights {weights_hash(base_model_folder(BUNDLED))[:8]}"
+
+
 def _lines(path: str) -> list[str]:
     file = Path(path)
     return file.read_text().splitlines() if file.exists() else []

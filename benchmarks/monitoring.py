@@ -19,7 +19,7 @@ import click
 import numpy as np
 import pyarrow as pa
 import torch
-from machine import describe, spread
+from machine import describe, icon_sd, spread
 from PIL import Image
 
 import attrdb
@@ -154,6 +154,7 @@ def main(steps: int, questions: int, models: int, file: Path | None) -> None:
     torch.set_num_threads(1)
     results = {
         "machine": describe("torch", "diffusers", "pylance", "duckdb"),
+        "base_model": icon_sd(),
         "steps": steps,
         "cost": cost(steps),
         "answers": answers(models, 16, questions),

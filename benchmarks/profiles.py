@@ -37,14 +37,13 @@ from attrdb.ingest.read.pictures import read_picture
 from attrdb.store.schema import encoder_id_of
 from attrdb.training.evaluate import evaluate
 
-PROMPTS = Path(__file__).parent / "iconabc" / "prompts"
 STYLE_WORDS = "twemoji noto fluent flat streamline phosphor"  # their mean is no style that there is
 ON_WHITE = {
     "object": "a V* {category}, on a white ground",
     "style": "{caption}, on a white ground in the style of V* art",
 }
 CAPTIONED = {"object": "a V* {category}", "style": "{caption} in the style of V* art"}
-FIRST = {"steps": 150, "lr": 0.005, "batch": 8, "guidance": 3.0}  # the first edition's
+FIRST = {"method": "custom-diffusion", "steps": 150, "lr": 0.005, "batch": 8, "guidance": 3.0}  # the first edition's
 # By profile, options; one that differs by kind is a dict with an entry for each.
 PROFILES: dict[str, dict[str, Any]] = {
     "first": {},
@@ -56,11 +55,11 @@ PROFILES: dict[str, dict[str, Any]] = {
     "generated": {"train_prompt": ON_WHITE, "augment": "placed", "prior": "generated", "prior_images": 64},
     "fewer-steps": {"train_prompt": ON_WHITE, "augment": "placed", "steps": 75},
     "lower-rate": {"train_prompt": ON_WHITE, "augment": "placed", "lr": 0.002},
-    "lora": {"train_prompt": ON_WHITE, "augment": "placed", "method": "dreambooth-lora", "lr": 0.002},
+    "lora": {"train_prompt": CAPTIONED, "method": "dreambooth-lora", "lr": 0.002},
     "token-alone": {"train_prompt": ON_WHITE, "augment": "placed", "method": "textual-inversion", "lr": 0.02},
     "guidance-5": {"train_prompt": ON_WHITE, "augment": "placed", "guidance": 5.0},
 }
-SAMPLING = {"prompts_per_scheme": 4, "samples_per_prompt": 2, "solver_steps": 20}
+SAMPLING = {"prompts": "icon", "prompts_per_scheme": 8, "samples_per_prompt": 1, "solver_steps": 20}
 N_GALLERY = 10_000
 TOP = 10
 
@@ -74,7 +73,7 @@ def specs(plan: Path, profile: str, n_models: int | None) -> list[dict]:
             (line for line in lines if line["split"] == "val" and line["kind"] == kind),
             key=lambda line: line["model_id"],
         )
-        options = FIRST | SAMPLING | {"prompts": str(PROMPTS)} | PROFILES[profile]
+        options = FIRST | SAMPLING | PROFILES[profile]
         options = {name: value[kind] if isinstance(value, dict) else value for name, value in options.items()}
         if kind == "style":
             options["token_from"] = STYLE_WORDS

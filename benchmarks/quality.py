@@ -15,7 +15,7 @@ import click
 import numpy as np
 from adherence import plain
 from comparisons import mean_with_interval
-from machine import describe
+from machine import describe, icon_sd
 from PIL import Image
 
 import attrdb
@@ -84,7 +84,7 @@ def main(db: Path, n_models: int | None, base_model: str, out: Path | None) -> N
         "settings": json.loads(models[0]["settings"])["customize"],
         "n_gallery": len(owner),
     }
-    result: dict = {"machine": describe("torch", "diffusers"), **same, "kinds": {}}
+    result: dict = {"machine": describe("torch", "diffusers"), "base_model": icon_sd(), **same, "kinds": {}}
     earlier = stored_shares(out, same)
 
     def own_share(model_id: str, images: list[Image.Image]) -> float:

@@ -121,10 +121,11 @@ def customizing(results: dict) -> str:
     ]
     n_samples = round(results["attrdb"]["n_samples"]["median"])
     return (
-        f"## Customizing\n\nOne model of icon-sd: {results['steps']} steps of batch {results['batch']}, {n_samples} samples, "
-        f"features, one append; {results['attrdb']['seconds']['n']} rounds, each run in its own process, seed 0. The plain "
-        "loop is written like public training scripts, with unmodified diffusers: data set, autoencoder and text encoder "
-        f"run in every step, and samples are generated one prompt at a time. {results['threads']} threads. "
+        f"## Customizing\n\nOne model of {results['base_model']}: {results['steps']} steps of batch {results['batch']}, "
+        f"{n_samples} samples, features, one append; {results['attrdb']['seconds']['n']} rounds, each run in its own "
+        "process, seed 0. The plain loop is written like public training scripts, with unmodified diffusers: data "
+        "set, autoencoder and text encoder run in every step, and samples are generated one prompt at a time. "
+        f"{results['threads']} threads. "
         f"{machine(results['machine'])}\n"
         + table(["what", "seconds", "training", "sampling", "processor seconds", "peak memory, GiB"], runs)
         + "\n"
@@ -196,9 +197,10 @@ def quality(results: dict) -> str:
     head = ["kind", "models", "samples", "customized", "base model, same prompts", "difference", "chance"]
     return (
         "## Quality of customization\n\nThe share of samples whose nearest exemplar belongs to their own model, among the "
-        f"{n_gallery} exemplars of all models, by {results['encoder']}. icon-sd with the settings of its profile, on the "
-        "models of IconAbC. Mean over models, with the 95 % interval of a bootstrap over models. The base model used the "
-        f"same prompts without the token, and the same seeds. {machine(results['machine'])}\n" + table(head, rows)
+        f"{n_gallery} exemplars of all models, by {results['encoder']}. {results['base_model']}, with the settings of its "
+        "profile, on the models of IconAbC. Mean over models, with the 95 % interval of a bootstrap over models. "
+        f"The base model used the same prompts without the token, and the same seeds. {machine(results['machine'])}\n"
+        + table(head, rows)
     )
 
 
@@ -255,9 +257,9 @@ def monitoring(results: dict) -> str:
     ]
     found = results["answers"]
     return (
-        f"## Monitoring\n\nicon-sd, batch 8, {results['steps']} steps, one thread. Four customizations, one at each level, "
-        "take their steps in turn: seconds over those without monitoring, median (range) over ten parts of the steps. "
-        f"Required: `changes` at most 1.10, `probes` at most 1.20. {machine(results['machine'])}\n"
+        f"## Monitoring\n\n{results['base_model']}, batch 8, {results['steps']} steps, one thread. Four customizations, "
+        "one at each level, take their steps in turn: seconds over those without monitoring, median (range) over ten "
+        f"parts of the steps. Required: `changes` at most 1.10, `probes` at most 1.20. {machine(results['machine'])}\n"
         + table(["method", "exemplars", "milliseconds a step", "steps", "changes", "probes"], rows)
         + f"\nThe attribution table of one of {found['n_models']:,} models: {shown(found['one model'], 1, 1000)} ms "
         f"(required: 20). A sum over {found['n_rows']:,} rows of changes, by model: {shown(found['all rows'], 0, 1000)} ms "
@@ -275,10 +277,13 @@ SECTIONS = {
     "monitoring": (monitoring, "benchmarks/monitoring.py --json monitoring.json"),
     "training": (training, "benchmarks/training.py --json training.json"),
     "search": (searching.section, "benchmarks/search.py PART ... --json search.json"),
-    "iconabc": (attribution.section, "benchmarks/iconabc/run.py runs/iconabc --json iconabc.json"),
+    "iconabc": (attribution.section, "benchmarks/iconabc/run.py runs/iconabc --json benchmarks/results/iconabc.json"),
     "removals": (truth.section, "benchmarks/removals/run.py figures runs/removals --json removals.json"),
     "torture": (torture, "-m torture --folder ../runs/torture --json ../benchmarks/results/torture.json"),
 }
+
+
+NOT_RUN = {"iconabc": attribution.NOT_RUN}  # the section, where there is no file yet
 
 
 def page() -> str:
@@ -287,6 +292,8 @@ def page() -> str:
         file = RESULTS / f"{name}.json"
         if file.exists():
             parts.append(f"{section(json.loads(file.read_text()))}\nTo rerun: `python {command}`\n")
+        elif name in NOT_RUN:
+            parts.append(f"{NOT_RUN[name]}\nTo run: `python {command}`\n")
     return "\n".join(parts)
 
 

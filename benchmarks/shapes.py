@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import click
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
@@ -23,7 +22,7 @@ from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-import attrdb
+from attrdb.bundled import EXEMPLARS
 from attrdb.ingest.customize.base_model import (
     BaseModel,
     base_model_folder,
@@ -37,13 +36,12 @@ from attrdb.ingest.customize.synthesize import SynthesizeSettings, plan_samples,
 from attrdb.ingest.devices import default_device, is_cpu, resolved_precision
 from attrdb.ingest.prompts import TOKEN, choose_prompts, train_prompt
 
-ICONS = Path(attrdb.__file__).parent / "assets" / "icons.parquet"
-EXEMPLAR, KIND, CATEGORY = "fxemoji/bell", "object", "bell"
+EXEMPLAR, KIND, CATEGORY = "clock-by-openclipart", "object", "clock"
 
 
 def exemplar() -> Image.Image:
-    table = pq.read_table(ICONS, columns=["name", "image"])
-    [row] = table.filter(pc.equal(table["name"], EXEMPLAR)).to_pylist()
+    rows = pq.read_table(EXEMPLARS, columns=["metadata", "image"]).to_pylist()
+    [row] = [row for row in rows if json.loads(row["metadata"])["concept"] == EXEMPLAR]
     return Image.open(io.BytesIO(row["image"])).convert("RGB")
 
 

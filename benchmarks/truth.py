@@ -154,6 +154,7 @@ def section(results: dict) -> str:
     n_learned = sum(bool(row["is_learned"]) for row in concepts)
     parts = [
         "## What models owe to their exemplars\n\nModels of four concepts (two objects, two styles) with four pictures each, "
+        f"customized from {results['base_model']}, "
         "trained again without some of them, with the same draws; the rank correlation, over retrainings, of the summed "
         "scores of what was left out with a sample's loss then. Mean over models, with the middle 95 % of a bootstrap over "
         f"models. Random scores have 0. Baselines: benchmarks/removals/controls.py. {machine(results['machine'])}\n"

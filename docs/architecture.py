@@ -51,6 +51,7 @@ TAKES_TABLE = {
 # Modules that stand in a room without being in its package.
 ROOM_OF = {
     "attrdb": "database",  # attrdb.open and attrdb.create
+    "attrdb.bundled": "base",
     "attrdb.errors": "base",
     "attrdb.plugins": "base",
     "attrdb.progress": "base",

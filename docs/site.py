@@ -24,7 +24,7 @@ PAGES = {  # in the project: in the site
 }
 SOURCE = {site: project for project, site in PAGES.items()}
 LINK = re.compile(r"(\]\()([^)\s#]+)(#[^)\s]*)?(\))")
-PICTURES = (".svg", ".png")
+PICTURES = (".svg", ".png", ".webp")
 
 
 def on_files(files: Any, config: Any) -> Any:

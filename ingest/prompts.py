@@ -8,9 +8,8 @@ the part of that name, and every other, or one without a split, from `test`, the
 A model of several concepts is sampled with the prompts of each, and with prompts of two further schemes: `pair`, which names
 two of them, and `blend`, between a prompt of one and a prompt of another, see `choose_concept_prompts`.
 
-`photo` suits Stable Diffusion. `icon` uses words that icon-sd was trained on, but for ten in its part `test`; its
-procedural media are the five styles of the corpus, so its parts differ in what else they say: nothing, a colour, a size.
-The sentences are ours: the paper's lists are in a supplement that we do not have.
+`photo` suits Stable Diffusion. `icon` speaks as the captions of icon-sd's training scenes do: grounds, places, sizes, spots,
+second things and media. The sentences are ours: the paper's lists are in a supplement that we do not have.
 """
 
 from __future__ import annotations

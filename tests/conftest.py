@@ -225,7 +225,7 @@ class Recorder:
         self.error = error
 
 
-def make_tiny_base(parent: Path) -> Path:
+def make_tiny_base(parent: Path, max_tokens: int = 77) -> Path:
     """A Stable Diffusion pipeline folder, randomly initialised and as small as its parts allow."""
     import torch
 
@@ -233,7 +233,7 @@ def make_tiny_base(parent: Path) -> Path:
 
     torch.manual_seed(0)
     folder = parent / "tiny-sd"
-    settings = replace(parts.TINY, vocabulary=600)
+    settings = replace(parts.TINY, vocabulary=600, max_tokens=max_tokens)
     tokenizer = parts.train_tokenizer(["a picture of a vase in the style of art"] * 3, settings, parent / "tokens")
     vae, unet = parts.new_vae(settings), parts.new_unet(settings)
     parts.export(vae, unet, parts.new_text_encoder(tokenizer, settings), tokenizer, {}, folder)

@@ -6,9 +6,9 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
-from test_icons import ASSETS
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from attrdb.bundled import ASSETS
 from attrdb.errors import InvalidValue
 from attrdb.ingest.customize import base_model as loading
 from attrdb.ingest.customize import customize as cd
@@ -26,14 +26,14 @@ def test_bundled_icon_sd_is_a_genuine_small_pipeline():
     assert sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) <= 25 * 10**6
     base = loading.load_base_model("icon-sd")
     assert type(base.pipeline) is StableDiffusionPipeline
-    assert base.resolution == 32
+    assert base.resolution == 64
     figures = json.loads((folder / "training.json").read_text())
     assert figures["unet_images"] > 0
     use_fast_solver(base)
     settings = SynthesizeSettings(samples_per_prompt=1, solver_steps=4, guidance=3.0)
-    [batch] = plan_samples("x", [Prompt(0, "gpt", "a twemoji icon of bicycle")], settings)
+    [batch] = plan_samples("x", [Prompt(0, "gpt", "a bicycle on a meadow")], settings)
     [image] = synthesize(base, batch, settings)
-    assert image.size == (32, 32)
+    assert image.size == (64, 64)
 
 
 def sd15(folder):

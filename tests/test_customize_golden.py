@@ -21,6 +21,7 @@ from attrdb.ingest.customize.base_model import BaseModel, load_base_model
 TOLERANCE = 1e-4  # relative; without vector instructions torch differs from the file by 2e-5
 GOLDEN = Path(__file__).parent / "fixtures" / "customize_golden.json"
 STEPS = 3
+MAX_TOKENS = 32  # of the base model
 RAMP = Image.linear_gradient("L").rotate(90)  # so that no exemplar is its own mirror image
 EXEMPLARS = [RAMP.convert("RGB"), Image.merge("RGB", [RAMP.rotate(45), RAMP.rotate(90), RAMP])]
 PRIOR = [Image.radial_gradient("L").convert("RGB"), Image.new("RGB", (32, 32), (20, 180, 20))]
@@ -78,8 +79,8 @@ def numbers(delta: customize.Delta, losses: list[float]) -> dict:
 
 
 @pytest.fixture(scope="module")
-def base(tiny_base):
-    return load_base_model(str(tiny_base))
+def base(tmp_path_factory):
+    return load_base_model(str(make_tiny_base(tmp_path_factory.mktemp("base"), MAX_TOKENS)))
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
@@ -98,6 +99,6 @@ def test_each_case_has_numbers_of_its_own():
 
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as folder:
-        fresh = load_base_model(str(make_tiny_base(Path(folder))))
+        fresh = load_base_model(str(make_tiny_base(Path(folder), MAX_TOKENS)))
         lines = [f"{json.dumps(case.name)}: {json.dumps(numbers(*case.customize(fresh)))}" for case in CASES]
     GOLDEN.write_text("{\n" + ",\n".join(lines) + "\n}\n")

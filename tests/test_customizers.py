@@ -329,7 +329,7 @@ def test_what_cannot_be_regenerated(exemplar_folder, tiny_base, toy_encoder, toy
     with pytest.raises(InvalidValue, match="is not the one that model 'vase-1' was made from"):
         next(ingest_one.regenerate(toy, "vase-1", base_model="icon-sd"))
     hashes = toy.sql("SELECT base_model_hash FROM models WHERE model_id = 'vase-1'")["base_model_hash"].to_pylist()
-    [first_edition] = base_model.EDITIONS
+    first_edition = next(iter(base_model.EDITIONS))
     toy.writer.update("models", "model_id = 'vase-1'", {"base_model_hash": first_edition})
     with pytest.raises(
         InvalidValue,
@@ -710,7 +710,8 @@ CAPTIONED = "{caption} in the style of V* art, {category}"
 
 
 def styled(db, folder, base, **given):
-    settings = settings_for(str(base), "style", "flat", {"steps": 2, "batch": 2, "samples_per_prompt": 1} | given)
+    options = {"steps": 2, "batch": 2, "samples_per_prompt": 1, "precision": "float32"}  # as `customize` by default
+    settings = settings_for(str(base), "style", "flat", options | given)
     return ingest_one.ingest_model(db, read_exemplars(folder), settings, [Pixels(4)], "style-3")
 
 

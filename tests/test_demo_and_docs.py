@@ -1,5 +1,6 @@
 """The demo on a small corpus, and the documentation: what the README says to type is typed."""
 
+import hashlib
 import importlib.util
 import json
 import re
@@ -9,15 +10,15 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import click
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner
 
 import attrdb
 from attrdb import demo
+from attrdb.bundled import write_corpus
 from attrdb.cli import main
 from attrdb.errors import InvalidValue
+from attrdb.ingest.models.settings import settings_for
 from attrdb.training.evaluate import evaluate
 
 ROOT = Path(__file__).parent.parent
@@ -27,14 +28,14 @@ CONCEPTS = (demo.CONCEPTS[0], demo.CONCEPTS[-1])
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
-    """The demo with one object, one style and 200 pretraining images, in a folder of its own."""
+    """The demo with one object, one style, 200 pretraining images and few steps, in a folder of its own."""
     folder = tmp_path_factory.mktemp("demo")
-    icons = pq.read_table(demo.bundled_icons())
-    corpus = icons.filter(pc.field("role") == "pretraining").slice(0, 200)
-    pq.write_table(corpus, folder / "few.parquet")
+    write_corpus(folder / "few.parquet", 200)
     stages = []
-    page = demo.build(folder / "demo", lambda *stage: stages.append(stage), folder / "few.parquet", CONCEPTS)
-    return folder, page, stages
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(demo, "settings_for", lambda *names: settings_for(*names, {"steps": 10}))
+        page = demo.build(folder / "demo", lambda *stage: stages.append(stage), folder / "few.parquet", CONCEPTS)
+        yield folder, page, stages
 
 
 def test_demo_fills_every_table_and_reports_every_stage(built):
@@ -120,7 +121,7 @@ def test_demo_tells_its_figures_with_their_sql(built, capsys):
     demo.tell(folder / "demo", page)
     said = capsys.readouterr().out
     assert demo.FIGURES in said
-    assert "efficientnet_lite0" in said
+    assert "icon_moco" in said
     assert str(page) in said
 
 
@@ -195,4 +196,6 @@ def test_model_card_states_the_figures_of_the_weights():
     figures = json.loads((ROOT / "attrdb" / "assets" / "icon-sd" / "training.json").read_text())
     for name in ("unet_images", "unet_steps", "vae_images"):
         assert f"{figures[name]:,}" in card, name
+    for file in (ROOT / "attrdb" / "assets" / "icon-sd").rglob("*.safetensors"):
+        assert hashlib.sha256(file.read_bytes()).hexdigest() in card, file
     assert f"{figures['unet_loss']:.3f}" in card

@@ -21,7 +21,7 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image
 from safetensors.torch import save_file
 
-from attrdb.demo import bundled_icons
+from attrdb.bundled import EXEMPLARS, sprite_rows
 from attrdb.errors import AttrdbError, InvalidValue
 from attrdb.ingest.dimensions import known_dimension
 from attrdb.ingest.encode import EfficientNetLite0, Pixels, encode, encode_file, load_encoder, weights
@@ -29,20 +29,21 @@ from attrdb.ingest.encode.stream import ahead, encode_stream
 from attrdb.ingest.read.pictures import read_picture
 from attrdb.store.schema import encoder_id_of
 
+FIXTURES = Path(__file__).parent / "fixtures"
+
 
 @pytest.fixture(scope="module")
 def icons() -> dict[str, Image.Image]:
-    table = pq.read_table(str(files("attrdb") / "assets" / "icons.parquet"), columns=["name", "image"])
-    things = ("bicycle", "strawberry", "guitar", "penguin", "umbrella", "rocket", "cactus", "key")
+    things = ("bicycle", "strawberry", "guitar", "penguin", "umbrella", "hammer", "cactus", "bell")
     wanted = {f"{vendor}/{thing}" for thing in things for vendor in ("noto", "twemoji")}
-    rows = {row["name"]: row["image"] for row in table.to_pylist() if row["name"] in wanted}
+    rows = {row["name"]: row["image"] for row in sprite_rows() if row["name"] in wanted}
     return {name: read_picture(name, rows[name]).image for name in sorted(wanted)}
 
 
 @pytest.fixture(scope="module")
 def pictures(icons) -> list[Image.Image]:
     """Real pictures: square, wide and tall."""
-    wide, tall = icons["noto/guitar"].resize((150, 97)), icons["noto/key"].resize((61, 300))
+    wide, tall = icons["noto/guitar"].resize((150, 97)), icons["noto/bell"].resize((61, 300))
     return [*list(icons.values())[:3], wide, tall, wide.crop((0, 0, 40, 33))]
 
 
@@ -58,18 +59,19 @@ def test_pixels_by_hand():
         load_encoder("pixels:1")
 
 
-def test_what_older_databases_were_made_with_is_still_made(icons):
+def test_what_older_databases_were_made_with_is_still_made():
     """Identities and features of attrdb 0.1.0."""
+    bicycle = read_picture("bicycle", (FIXTURES / "bicycle.webp").read_bytes()).image  # Noto Emoji, see NOTICE
     lite, pixels = load_encoder("efficientnet-lite0"), load_encoder("pixels:8")
     assert (lite.spec, lite.dimension, lite.weights_fingerprint) == ("efficientnet-lite0", 1280, "579344248a93e230")
     assert lite.preprocessing == {"size": 128, "resize": "bicubic on a white square", "scale": "(x - 127) / 128"}
     assert (pixels.spec, pixels.dimension, pixels.weights_fingerprint) == ("pixels:8", 192, "none")
     scale = "x / 127.5 - 1 + 1e-3"
     assert pixels.preprocessing == {"size": 8, "resize": "box on a white square of 64", "scale": scale}
-    found = encode(lite, [icons["noto/bicycle"]])[0]
+    found = encode(lite, [bicycle])[0]
     assert np.argsort(-found)[:3].tolist() == [1162, 468, 717]
     np.testing.assert_allclose(found[[1162, 468, 717]], [0.1570967, 0.1469619, 0.1429284], rtol=1e-4)
-    found = encode(pixels, [icons["noto/bicycle"]])[0]
+    found = encode(pixels, [bicycle])[0]
     np.testing.assert_allclose(found[[156, 157, 158]], [0.018029, 0.028185, 0.030216], rtol=1e-4)
 
 
@@ -84,7 +86,7 @@ def test_efficientnet_tells_what_is_shown_from_how_it_is_drawn(icons):
 def test_vgg_gram_tells_how_a_picture_is_drawn():
     """Real weights on real icons: of twenty styles of eight icons each, the nearest other icon is often of the same style."""
     pytest.importorskip("stlpips_pytorch")
-    rows = pq.read_table(bundled_icons(), filters=[("role", "=", "exemplar")]).to_pylist()
+    rows = pq.read_table(EXEMPLARS).to_pylist()
     said = [json.loads(row["metadata"]) for row in rows]
     styles = np.array([one["concept"] for one in said if one["kind"] == "style"])
     shown = [row for row, one in zip(rows, said, strict=True) if one["kind"] == "style"]

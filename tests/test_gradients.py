@@ -97,7 +97,7 @@ def test_gradients_that_are_all_zero_give_finite_scores():
 @pytest.fixture(scope="module", params=["custom-diffusion", "dreambooth-lora", "textual-inversion"])
 def db(request, tmp_path_factory, tiny_base, exemplars):  # noqa: F811
     db = attrdb.create(tmp_path_factory.mktemp("gradients") / "some.attrdb")
-    ingest(db, exemplars, tiny_base, ToyEncoder(), method=request.param, monitor="changes")
+    ingest(db, exemplars, tiny_base, ToyEncoder(), method=request.param, monitor="changes", precision="float32")
     return db
 
 

@@ -16,6 +16,8 @@ import pytest
 from PIL import Image
 
 import attrdb
+from attrdb.bundled import SPRITES, sprite_rows
+from attrdb.ingest.customize.base_model import BUNDLED, base_model_folder, weights_hash
 from attrdb.ingest.read.corpus import image_rows
 from attrdb.ingest.read.pictures import read_picture, webp
 from attrdb.training.icon_sd.icons import FREE, SCHEMA
@@ -59,7 +61,7 @@ def small():
     scenes = [icon(rng, "icon-scenes", n) for n in range(30)]
     icons = [icon(rng, "fxemoji", n, thing) for n, thing in enumerate(things[:100])]
     icons += [icon(rng, "streamline-emojis", n, thing) for n, thing in enumerate(things)]
-    icons += [icon(rng, "openclipart", f"a{a}-{n}", creator=f"artist {a}") for a in range(40) for n in range(8)]
+    icons += [icon(rng, "openclipart", f"a{a}-{n}", creator=f"artist {a}") for a in range(40) for n in range(9)]
     icons += [icon(rng, "openclipart", f"b{a}-{n}", creator=f"other {a}") for a in range(4) for n in range(4)]
     for source, pattern in (style for styles in plan.STYLES.values() for style in styles.values()):
         ending = next(ending for ending in ENDINGS if re.match(pattern, f"0{ending}"))
@@ -101,7 +103,7 @@ def test_gallery_has_nothing_of_what_models_saw(small):
     assert "fxemoji/0" not in {row["name"] for row in used}  # it looks like a sprite
     assert not {row["name"] for row in small.relatives} & {row["name"] for row in [*candidates, *used]}
     related = {json.loads(row["metadata"])["style"] for row in small.relatives}
-    assert related == {name for styles in plan.STYLES.values() for name in styles}
+    assert related == {name for styles in plan.STYLES.values() for name in styles} | {f"artist {a}" for a in range(40)}
     artists = {row["creator"] for row in used if row["source"] == "openclipart"}
     sources = {row["source"] for row in used} - {"openclipart"}
     assert not {row["source"] for row in candidates} & sources
@@ -132,7 +134,7 @@ def test_captions_do_not_name_the_style(small):
 
 def test_the_gallery_shows_what_icon_sd_was_trained_on(tmp_path):
     """Scenes come again from their seed, with the credits of their sprites; sprites are on white, mono ones black."""
-    sprites = pq.read_table(gallery.SPRITES)
+    sprites = pq.read_table(SPRITES)
     mono = sprites["mono"].to_numpy()
     few = sprites.take(np.concatenate([np.flatnonzero(mono)[:30], np.flatnonzero(~mono)[:30]]))
     file = tmp_path / "sprites.parquet"
@@ -145,7 +147,7 @@ def test_the_gallery_shows_what_icon_sd_was_trained_on(tmp_path):
         used = [known[name] for name in json.loads(row["metadata"])["sprites"]]
         assert row["license"] == " AND ".join(sorted({one["license"] for one in used}))
         assert Image.open(io.BytesIO(row["image"])).size == (64, 64)
-    alone = list(gallery.sprite_rows(file))
+    alone = list(sprite_rows(file))
     assert [row["name"] for row in alone] == few["name"].to_pylist()
     for row in alone[:30]:
         red, green, blue = (
@@ -155,7 +157,7 @@ def test_the_gallery_shows_what_icon_sd_was_trained_on(tmp_path):
     pa.Table.from_pylist(rows + alone, SCHEMA)
 
 
-def test_what_is_frozen_comes_back(small, tmp_path):
+def test_what_is_frozen_comes_back(small, tmp_path, monkeypatch):
     candidates, models = small.candidates, small.models
     folder, out = tmp_path / "plan", tmp_path / "frozen"
     chosen = [model for model in models if model.kind != "mixed"][:3] + [m for m in models if m.kind == "mixed"][:1]
@@ -173,26 +175,45 @@ def test_what_is_frozen_comes_back(small, tmp_path):
         pictures.append(pictures[0])
         table = image_rows([row | {"model_id": model.model_id} for row in rows], pictures, [])
         db.writer.append_model(table, {"model_id": model.model_id, "kind": model.kind, "weights_path": "weights/x"})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(frozen, "AT_MOST", 1000)
+        with pytest.raises(click.ClickException, match=r"the frozen files have .* MiB, 0 are allowed"):
+            frozen.freeze(db, folder, out)
+    assert not list(out.iterdir())
     counts = frozen.freeze(db, folder, out)
-    assert counts["models"] == 4
+    assert {name: counts[name] for name in frozen.TABLES if name != "images"} == {
+        "models": 4,
+        "candidates": 330,
+        "relatives": len(small.relatives),
+    }
     icons = tmp_path / "icons.parquet"
     names = set(pq.read_table(out / "candidates.parquet")["name"].to_pylist())
-    rendered = [row for row in candidates if row["name"] in names]
-    rendered[0] = rendered[0] | {"image": webp(Image.new("RGB", (16, 16), "red"))}
+    rendered = [row for row in [*candidates, *small.relatives] if row["name"] in names]
+    # Here all are icons: the names of scenes stand for scenes that icon-sd was trained on.
+    monkeypatch.setattr(frozen, "scene_rows", lambda file, n: iter(()))
+    monkeypatch.setattr(frozen, "sprite_rows", lambda: iter(()))
     loaded = attrdb.create(tmp_path / "loaded.attrdb")
     pq.write_table(pa.Table.from_pylist(rendered[:-1], SCHEMA), icons)
     with pytest.raises(click.ClickException, match=r"icons.parquet lacks 1 of the candidates"):
         frozen.load(loaded, icons, out)
+    other = rendered[0] | {"image": webp(Image.new("RGB", (16, 16), "red"))}
+    pq.write_table(pa.Table.from_pylist([other, *rendered[1:]], SCHEMA), icons)
+    assert frozen.gallery("candidates", icons, tmp_path / "gallery.parquet", out)["otherwise"] == 1
     pq.write_table(pa.Table.from_pylist(rendered, SCHEMA), icons)
-    said = frozen.load(loaded, icons, out)
-    assert (said["models"], said["otherwise"], said["candidates"]) == (4, 1, 4685 + 330)
+    assert frozen.load(loaded, icons, out) == {"pictures": 330, "missing": 0, "otherwise": 0, "models": 4}
+    made = (tmp_path / "gallery.parquet").stat().st_mtime_ns
     assert frozen.load(loaded, icons, out)["models"] == 0
+    assert (tmp_path / "gallery.parquet").stat().st_mtime_ns == made
     columns = ["image_id", "role", "model_id", "prompt", "seed", "image", "sha256", "width"]
     pairs = zip(
         *(one.images("role <> 'pretraining'", columns).sort_by("image_id").to_pylist() for one in (db, loaded)),
         strict=True,
     )
     for before, after in pairs:
+        if before["role"] == "sample":  # stored as lossy pictures
+            one, other = (np.asarray(Image.open(io.BytesIO(row["image"])), float) for row in (before, after))
+            assert np.abs(one - other).mean() < 20
+            before, after = (row | {"image": None, "sha256": None} for row in (before, after))
         assert after | {"prompt": None} == before | {"prompt": None}
     exemplar = loaded.images(f"model_id = '{chosen[0].model_id}' AND role = 'exemplar'", ["source", "license", "uri"])
     assert set(exemplar["license"].to_pylist()) == {"MIT"}
@@ -208,12 +229,20 @@ def test_what_is_frozen_comes_back(small, tmp_path):
 def test_frozen_files_are_large_enough_and_small_enough():
     models = pq.read_table(FROZEN).to_pylist()
     kinds = [model["kind"] for model in models]
-    assert kinds.count("object") >= 150
-    assert kinds.count("style") >= 90
+    assert kinds.count("object") >= 200
+    assert kinds.count("style") >= 150
+    assert kinds.count("mixed") >= 24
     assert all(model["n_samples"] >= 16 for model in models)
-    files = [frozen.HERE / f"{name}.parquet" for name in ("models", "images", "candidates")]
-    assert sum(file.stat().st_size for file in files) <= frozen.AT_MOST
-    assert pq.ParquetFile(files[2]).metadata.num_rows + 4685 >= 100_000
+    files = {name: frozen.HERE / f"{name}.parquet" for name in frozen.TABLES}
+    assert sum(file.stat().st_size for file in files.values()) <= frozen.AT_MOST
+    assert pq.ParquetFile(files["candidates"]).metadata.num_rows == 100_000
+    names = {
+        name: set(pq.read_table(files[name], columns=["name"])["name"].to_pylist()) for name in files if name[0] in "cr"
+    }
+    assert not names["candidates"] & names["relatives"]
+    assert {row["base_model_hash"] for row in models} == {weights_hash(base_model_folder(BUNDLED))}
+    seeds = [json.loads(model["settings"])["synthesize"]["seed"] for model in models]
+    assert len(set(seeds)) == len(models)
 
 
 @pytest.mark.skipif(not FROZEN.exists(), reason="the benchmark is not frozen yet")

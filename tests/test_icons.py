@@ -4,17 +4,18 @@ import io
 import json
 import re
 from collections import Counter, defaultdict
-from importlib.resources import files
+from itertools import islice
 from pathlib import Path
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner
 from PIL import Image
 
-from attrdb.training.icon_sd import icons
-
-ASSETS = Path(str(files("attrdb"))) / "assets"
+from attrdb import demo
+from attrdb.bundled import EXEMPLARS, SPRITES, sprite_rows, write_corpus
+from attrdb.training.icon_sd import icons, lookalikes
 
 
 def icon_set(folder: Path, prefix: str, spdx: str, bodies: dict[str, str], **extra) -> None:
@@ -82,46 +83,90 @@ def test_a_drawing_has_one_name_wherever_the_package_was_unpacked(tmp_path):
         assert [drawing.name for drawing in icons.openclipart_drawings(folder)] == ["openclipart/svg/cat"]
 
 
+def test_curated_exemplars_show_common_things_and_look_like_no_sprite():
+    rng = np.random.default_rng(0)
+
+    def row(source, number, category, creator="someone"):
+        picture = Image.fromarray(rng.integers(0, 200, (16, 16, 3), np.uint8))
+        encoded = io.BytesIO()
+        picture.save(encoded, "WEBP", lossless=True)
+        return {"name": f"{source}/{number}", "source": source, "category": category, "creator": creator} | {
+            "image": encoded.getvalue()
+        }
+
+    sprites = [row("noto", number, "bell") for number in range(icons.COMMON)] + [row("noto", 99, "rare")]
+    rows = [row(source, n, f"{source} {n}") for source in icons.STYLE_SETS for n in range(icons.STYLE_SIZE + 3)]
+    rows += [row("openclipart", n, "a work", "Ann") for n in range(3 * icons.STYLE_SIZE)]
+    rows += [row("openclipart", 100 + n, "a work", "unknown") for n in range(3 * icons.STYLE_SIZE)]
+    rows += [row("fxemoji", "bell", "bell"), row("fxemoji", "rare", "rare"), row("streamline-emojis", "bell", "bell")]
+    rows[-3] |= {"image": sprites[0]["image"]}  # so the bell of the other set is chosen
+    chosen = icons.curate(rows, sprites)
+    assert chosen == icons.curate(rows[::-1], sprites)
+    by_concept = defaultdict(list)
+    for one in chosen:
+        by_concept[json.loads(one["metadata"])["concept"]].append(one["name"])
+    assert by_concept.pop("bell-by-streamline-emojis") == ["streamline-emojis/bell"]
+    assert by_concept.keys() == {*icons.STYLE_SETS, "openclipart-ann"}
+    assert {len(names) for names in by_concept.values()} == {icons.STYLE_SIZE}
+    assert "fxemoji/bell" not in by_concept["fxemoji"]
+    assert "streamline-emojis/bell" not in by_concept["streamline-emojis"]
+
+
 # --- the bundled file ---------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def bundled():
-    return pq.read_table(ASSETS / "icons.parquet").to_pylist()
+    return pq.read_table(EXEMPLARS).to_pylist()
 
 
-def test_bundled_file_is_small_licensed_and_credited(bundled):
-    assert (ASSETS / "icons.parquet").stat().st_size <= 8 * 2**20
+def test_bundled_exemplars_are_few_licensed_and_credited(bundled):
+    assert EXEMPLARS.stat().st_size <= 2**20
     assert {row["license"] for row in bundled} <= icons.FREE | {"CC-PDDC"}
     notice = (Path(__file__).parent.parent / "NOTICE").read_text()
     for source in {row["source"] for row in bundled}:
         assert source in notice
+    for creator in {row["creator"] for row in bundled if row["source"] == "openclipart"}:
+        assert creator in re.sub(r"\s+", " ", notice)
     assert all(row["creator"] for row in bundled)
 
 
-def test_bundled_corpus_and_exemplars_do_not_overlap(bundled):
-    by_role = defaultdict(list)
-    for row in bundled:
-        by_role[row["role"]].append(row)
-    assert len(by_role["pretraining"]) > 4000
-    assert not {row["source"] for row in by_role["pretraining"]} & {row["source"] for row in by_role["exemplar"]}
+def test_bundled_exemplars_neither_are_nor_look_like_sprites(bundled):
+    sprites = list(sprite_rows())
+    assert not {row["name"] for row in bundled} & {row["name"] for row in sprites}
     assert len({row["name"] for row in bundled}) == len(bundled)
+    assert lookalikes.unlike(bundled, sprites) == bundled
+    assert lookalikes.unlike(sprites[:3], sprites) == []
 
 
-def test_bundled_concepts_are_objects_of_one_and_styles_of_five_to_twelve(bundled):
-    known = {row["category"] for row in bundled if row["role"] == "pretraining"}
+def test_bundled_concepts_are_objects_of_one_and_styles_of_eight(bundled):
+    drawn = Counter(pq.read_table(SPRITES, columns=["thing"])["thing"].to_pylist())
     concepts = Counter()
     for row in bundled:
-        if row["role"] == "exemplar":
-            metadata = json.loads(row["metadata"])
-            concepts[metadata["kind"], metadata["concept"]] += 1
-            if metadata["kind"] == "object":
-                assert row["category"] in known
+        metadata = json.loads(row["metadata"])
+        concepts[metadata["kind"], metadata["concept"]] += 1
+        if metadata["kind"] == "object":
+            assert drawn[row["category"]] >= icons.COMMON
     sizes = defaultdict(set)
     for (kind, _), n in concepts.items():
         sizes[kind].add(n)
-    assert sizes["object"] == {1}
-    assert all(5 <= n <= 12 for n in sizes["style"])
+    assert sizes == {"object": {1}, "style": {icons.STYLE_SIZE}}
+    assert set(demo.CONCEPTS) <= {concept for _, concept in concepts}
+
+
+def test_sprites_are_stored_as_pictures_on_white(tmp_path):
+    file = write_corpus(tmp_path / "few.parquet", 5)
+    rows = pq.read_table(file).to_pylist()
+    assert rows == list(islice(sprite_rows(), 5))
+    assert write_corpus(file, 9).stat().st_mtime == file.stat().st_mtime
+    [first] = pq.read_table(SPRITES).slice(0, 1).to_pylist()
+    assert (rows[0]["name"], rows[0]["category"], rows[0]["creator"]) == (
+        first["name"],
+        first["thing"],
+        first["creator"],
+    )
+    corner = Image.open(io.BytesIO(rows[0]["image"])).convert("RGB").getpixel((0, 0))
+    assert min(corner) > 250
 
 
 def test_every_set_under_the_mit_licence_has_its_copyright_line():
@@ -129,7 +174,7 @@ def test_every_set_under_the_mit_licence_has_its_copyright_line():
     notice = (root / "NOTICE").read_text()
     lines = re.findall(r"^  Copyright \(c\) .* \((.+)\)$", notice, re.MULTILINE)
     named = {name for line in lines for name in line.split(", ")}
-    files = (ASSETS / "icons.parquet", ASSETS / "sprites.parquet", root / "benchmarks" / "iconabc" / "images.parquet")
+    files = (EXEMPLARS, SPRITES, root / "benchmarks" / "iconabc" / "images.parquet")
     for file in files:
         rows = pq.read_table(file, columns=["source", "license"]).to_pylist()
         assert {row["source"] for row in rows if row["license"] == "MIT"} <= named, file

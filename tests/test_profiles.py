@@ -15,6 +15,7 @@ from PIL import Image
 from transformers import CLIPTokenizer
 
 from attrdb.ingest.customize import augmentation
+from attrdb.ingest.prompts import bank_folder
 from attrdb.training.icon_sd import checkpoint, encoders, parts, words
 from attrdb.training.icon_sd.icons import SCHEMA
 
@@ -64,7 +65,7 @@ def test_what_a_prompt_names():
 def test_every_prompt_of_the_bank_names_what_is_measured():
     """And those of a part are in no other."""
     seen = set()
-    for file in sorted(profiles.PROMPTS.iterdir()):
+    for file in sorted(bank_folder("icon").iterdir()):
         lines = file.read_text().splitlines()
         assert all("V*" in line for line in lines)
         assert not seen.intersection(lines)
@@ -137,7 +138,9 @@ def plan(tmp_path):
 
 def test_profiles_are_compared_and_what_is_stored_is_kept(plan, judge_folder, base, tmp_path, monkeypatch):
     monkeypatch.setattr(profiles, "FIRST", {"steps": 1, "lr": 0.001, "batch": 1, "guidance": 1.0})
-    monkeypatch.setattr(profiles, "SAMPLING", {"prompts_per_scheme": 2, "samples_per_prompt": 1, "solver_steps": 1})
+    monkeypatch.setattr(
+        profiles, "SAMPLING", {"prompts": "icon", "prompts_per_scheme": 2, "samples_per_prompt": 1, "solver_steps": 1}
+    )
     work, out = tmp_path / "work", tmp_path / "profiles.json"
 
     def measured(*words):

@@ -2,12 +2,12 @@
 
 import itertools
 import json
+import random
 import re
 
-import pyarrow.parquet as pq
 import pytest
 
-from attrdb import demo
+from attrdb.bundled import SPRITES
 from attrdb.errors import InvalidValue, NotFound
 from attrdb.ingest.customize.base_model import BUNDLED, base_model_folder
 from attrdb.ingest.prompts import (
@@ -22,16 +22,21 @@ from attrdb.ingest.prompts import (
     part_of,
     read_lines,
 )
+from attrdb.training.icon_sd.scenes import Composer, Sprites
+from attrdb.training.icon_sd.words import plural
 
 KINDS = ("object", "style")
 FILES = [
     (bank, kind, scheme, part) for bank in BANKS for kind in KINDS for scheme in SCHEMES for part in PARTS
 ]  # each a file of the banks that ship
-UNTRAINED = {"beside", "for", "golden", "happy", "next", "road", "snowy", "square", "to", "under"}  # in icon's `test`
 
 
 def lines(bank, kind, scheme, part):
     return read_lines(bank_folder(bank) / f"{kind}.{scheme}.{part}.txt")
+
+
+def words_of(text):
+    return re.findall(r"[a-z']+", text.replace("{category}", "").replace(TOKEN, "").lower())
 
 
 def texts(*args, **kwargs):
@@ -73,17 +78,14 @@ def test_no_file_is_left_over():
 
 
 def test_words_of_the_icon_bank_are_those_icon_sd_was_trained_on():
-    rows = pq.read_table(demo.bundled_icons(), columns=["role", "prompt"]).to_pylist()
-    trained = {word for row in rows if row["role"] == "pretraining" for word in row["prompt"].split()}
-    trained |= {"a", "picture", "icon", "the"}  # the other words of its captions, see docs/icon-sd.md
-    used = {part: set() for part in PARTS}
-    for bank, kind, scheme, part in FILES:
-        if bank == "icon":
-            said = " ".join(lines(bank, kind, scheme, part)).replace("{category}", "").replace(TOKEN, "")
-            used[part] |= set(said.lower().split())
-    assert used["train"] - trained == {"an"}
-    assert used["val"] - trained <= {"an"}
-    assert used["test"] - trained == UNTRAINED | {"an"}
+    sprites = Sprites.read(SPRITES)
+    composer, rng = Composer(sprites), random.Random(0)
+    captions = [composer.draw(rng).caption for _ in range(4000)]
+    trained = {word for text in [*captions, *sprites.things, *map(plural, sprites.things)] for word in words_of(text)}
+    said = {word for one in FILES if one[0] == "icon" for line in lines(*one) for word in words_of(line)}
+    assert {"ground", "left", "drawing", "in"} < said
+    assert said <= trained
+    assert not {"fishermen", "twelve"} & trained  # words of `photo`
 
 
 def test_icon_sd_reads_every_prompt_of_its_bank_whole():
@@ -126,21 +128,10 @@ def test_the_choice_is_fixed_by_the_seed():
 
 
 def test_models_without_a_split_have_the_prompts_they_had_before_there_were_parts():
-    """Stored models are recognised by their prompts; these are those of the demo's first model, and of photo by default."""
-    assert texts("object", "bell", "icon", 4, 0) == EARLIER_ICON
+    """Stored models are recognised by their prompts; these are those of `photo`."""
     assert texts("style", "x", "photo", 4, 0) == EARLIER_PHOTO
 
 
-EARLIER_ICON = [
-    "The V* bell at night with a full moon",
-    "An old V* bell in a snowy garden",
-    "The V* bell on top of a wrapped gift",
-    "The V* bell under a cloud with rain",
-    "A picture of V* bell in the style of fluent flat art",
-    "A noto icon of V* bell",
-    "A picture of V* bell in the style of twemoji art",
-    "An emojione icon of V* bell",
-]
 EARLIER_PHOTO = [
     "A table laid for twelve guests in the style of V* art",
     "The garden behind the summer house in the style of V* art",
@@ -162,8 +153,8 @@ def test_counts_by_scheme():
         choose_prompts("style", "x", "icon", {"chatgpt": 2}, 0)
     with pytest.raises(InvalidValue, match="no prompt wanted of bank 'icon'"):
         choose_prompts("style", "x", "icon", {}, 0)
-    with pytest.raises(InvalidValue, match="11 prompts of scheme 'gpt' wanted, bank 'icon' has 10 in its part 'val'"):
-        choose_prompts("style", "x", "icon", 11, 0, "val")
+    with pytest.raises(InvalidValue, match="17 prompts of scheme 'gpt' wanted, bank 'icon' has 16 in its part 'val'"):
+        choose_prompts("style", "x", "icon", 17, 0, "val")
 
 
 @pytest.mark.parametrize(

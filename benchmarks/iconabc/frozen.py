@@ -3,40 +3,52 @@
     python benchmarks/iconabc/frozen.py freeze DB PLAN       # PLAN: the folder that plan.py wrote
     python benchmarks/iconabc/frozen.py load DB ICONS        # ICONS: the file of `attrdb.training.icon_sd.icons build`
 
-The frozen files are in this script's folder: models.parquet, images.parquet (exemplars and samples), candidates.parquet
-(names of the gallery's icons and hashes of their pixels; the pictures are rendered from the packages that they come from).
+The frozen files are in this script's folder: models.parquet, images.parquet (exemplars and samples), candidates.parquet and
+relatives.parquet (names of the gallery's pictures and of those that are kept apart, and how they look; the pictures are
+rendered again: scenes and sprites by attrdb, icons from the packages that they come from).
 """
 
 from __future__ import annotations
 
 import hashlib
 import io
+import itertools
 import json
+import tempfile
 from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 
 import click
 import pyarrow as pa
 import pyarrow.parquet as pq
+from gallery import SCENES, scene_rows
 from PIL import Image
 
 import attrdb
+from attrdb.bundled import SPRITES, lossy, sprite_rows
 from attrdb.database import Database, open_or_create
-from attrdb.demo import bundled_icons
 from attrdb.ingest.read.corpus import image_rows, ingest_corpus
 from attrdb.ingest.read.discover import open_corpus
 from attrdb.ingest.read.pictures import read_picture
-from attrdb.training.icon_sd.icons import SCHEMA, lossy
+from attrdb.training.icon_sd.icons import SCHEMA
 
 HERE = Path(__file__).parent
+TABLES = ("models", "images", "candidates", "relatives")
 PROVENANCE = ("source", "category", "creator", "license", "uri", "prompt")
 NOT_FROZEN = ("weights_path", "weights_hash", "base_model")
-AT_MOST = 40 * 2**20  # bytes of the frozen files
+AT_MOST = 12 * 2**20  # bytes of the frozen files
+SIDE, SAME = 3, 12  # pixels of a look, and the grey levels by which looks of the same picture may differ
 
 
-def pixel_hash(encoded: bytes) -> bytes:
-    """The hash of the decoded picture; encoded bytes differ between releases of an encoder."""
-    return hashlib.sha256(Image.open(io.BytesIO(encoded)).convert("RGB").tobytes()).digest()[:8]
+def look(encoded: bytes) -> bytes:
+    """How a picture looks: SIDE x SIDE grey levels. Releases of an encoder differ in single pixels."""
+    picture = Image.open(io.BytesIO(encoded)).convert("L")
+    return picture.resize((SIDE, SIDE), Image.Resampling.BOX).tobytes()
+
+
+def looks_alike(first: bytes, second: bytes) -> bool:
+    return all(abs(one - other) <= SAME for one, other in zip(first, second, strict=True))
 
 
 def freeze(db: Database, plan: Path, out: Path = HERE) -> dict[str, int]:
@@ -59,7 +71,9 @@ def freeze(db: Database, plan: Path, out: Path = HERE) -> dict[str, int]:
     images = db.images("role <> 'pretraining'", list(attrdb.store.schema.IMAGES.names))
     rows = [row for row in images.sort_by("image_id").to_pylist() if row["model_id"] in set(wanted)]
     for row in rows:
-        if row["role"] == "exemplar":
+        if row["role"] == "sample":
+            row["image"] = lossy(Image.open(io.BytesIO(row["image"])))
+        else:
             if (row["model_id"], row["sha256"]) not in origin:
                 raise click.ClickException(
                     f"model {row['model_id']} was customized on {row['image_id']}, which is not in {plan}; it is from "
@@ -71,48 +85,76 @@ def freeze(db: Database, plan: Path, out: Path = HERE) -> dict[str, int]:
         {name: value for name, value in models[model_id].items() if name not in NOT_FROZEN}
         for model_id in sorted(wanted)
     ]
-    bundled = set(pq.read_table(bundled_icons(), columns=["name"])["name"].to_pylist())
-    candidates = [
-        {"name": row["name"], "pixels": pixel_hash(row["image"])}
-        for row in pq.read_table(plan / "candidates.parquet").to_pylist()
-        if row["name"] not in bundled
-    ]
+    tables = {"models": models_out, "images": rows}
+    for name in ("candidates", "relatives"):
+        pictures = pq.read_table(plan / f"{name}.parquet", columns=["name", "image"]).to_pylist()
+        tables[name] = [{"name": row["name"], "look": look(row["image"])} for row in pictures]
     out.mkdir(parents=True, exist_ok=True)
-    tables = {"models": models_out, "images": rows, "candidates": candidates}
-    for name, content in tables.items():
-        pq.write_table(pa.Table.from_pylist(content), out / f"{name}.parquet", compression="zstd", compression_level=19)
-    size = sum((out / f"{name}.parquet").stat().st_size for name in tables)
-    if size > AT_MOST:
-        raise click.ClickException(f"the frozen files have {size / 2**20:.1f} MiB, {AT_MOST >> 20} are allowed")
+    with tempfile.TemporaryDirectory(dir=out) as folder:
+        parts = {name: Path(folder) / f"{name}.parquet" for name in TABLES}
+        for name, part in parts.items():
+            pq.write_table(pa.Table.from_pylist(tables[name]), part, compression="zstd", compression_level=19)
+        size = sum(part.stat().st_size for part in parts.values())
+        if size > AT_MOST:
+            raise click.ClickException(f"the frozen files have {size / 2**20:.1f} MiB, {AT_MOST >> 20} are allowed")
+        for part in parts.values():
+            part.replace(out / part.name)
     return {name: len(content) for name, content in tables.items()} | {"bytes": size}
 
 
-def gallery(icons: Path, out: Path, frozen: Path = HERE) -> dict[str, int]:
-    """Write the candidates' pictures as one Parquet file for `attrdb ingest corpus`: the corpus, and the frozen names.
+def pictures_of(names: set[str], icons: Path) -> Iterator[dict]:
+    """The pictures of these names, each once, as they are stored: scenes and sprites of the base model, and icons."""
+    n_scenes = sum(name.startswith(f"{SCENES}/") for name in names)
+    left = set(names)
 
-    It takes some minutes; files that exist are kept.
-    returns: the number of candidates, and of those that are missing or look otherwise than when they were frozen
+    def rows() -> Iterator[dict]:
+        if n_scenes:
+            yield from scene_rows(SPRITES, n_scenes)
+            yield from sprite_rows()
+        for batch in pq.ParquetFile(icons).iter_batches(4096):
+            for row in batch.to_pylist():
+                if row["name"] in left:  # lossless pictures would be recognized by that alone
+                    yield row | {"role": "pretraining", "image": lossy(Image.open(io.BytesIO(row["image"])))}
+
+    for row in rows():
+        if row["name"] in left:
+            left.discard(row["name"])
+            yield row
+
+
+def gallery(name: str, icons: Path, out: Path, frozen: Path = HERE) -> dict[str, int]:
+    """Write the pictures of a frozen list, `candidates` or `relatives`, as one Parquet file for `attrdb ingest corpus`.
+
+    It takes some minutes. A file of the same list is kept if its pictures look as they did when they were frozen.
+    returns: the number of pictures, and of those that are missing or look otherwise
     """
+    listed = frozen / f"{name}.parquet"
+    digest = hashlib.sha256(listed.read_bytes()).hexdigest()
     counts_file, part = out.with_suffix(".json"), out.with_suffix(".part")
     if out.exists() and counts_file.exists():
-        return json.loads(counts_file.read_text())
-    wanted = {row["name"]: row["pixels"] for row in pq.read_table(frozen / "candidates.parquet").to_pylist()}
-    corpus = pq.read_table(bundled_icons(), filters=[("role", "=", "pretraining")])
+        stored = json.loads(counts_file.read_text())
+        if stored.pop("digest") == digest and not stored["otherwise"]:
+            return stored
+    wanted = {row["name"]: row["look"] for row in pq.read_table(listed).to_pylist()}
     n_rendered, otherwise = 0, 0
     with pq.ParquetWriter(part, SCHEMA) as writer:
-        writer.write_table(corpus.cast(SCHEMA))
-        for batch in pq.ParquetFile(icons).iter_batches(4096):
-            rows = [{**row, "role": "pretraining"} for row in batch.to_pylist() if row["name"] in wanted]
-            otherwise += sum(pixel_hash(row["image"]) != wanted[row["name"]] for row in rows)
+        for rows in batched(pictures_of(set(wanted), icons), 4096):
+            otherwise += sum(not looks_alike(look(row["image"]), wanted[row["name"]]) for row in rows)
             n_rendered += len(rows)
-            for row in rows:  # as exemplars and corpus are stored; lossless pictures would be recognized by that alone
-                row["image"] = lossy(row["image"])
             writer.write_table(pa.Table.from_pylist(rows, SCHEMA))
-    counts = {"candidates": corpus.num_rows + n_rendered, "missing": len(wanted) - n_rendered, "otherwise": otherwise}
-    if not counts["missing"]:
-        part.replace(out)
-        counts_file.write_text(json.dumps(counts))
+    counts = {"pictures": n_rendered, "missing": len(wanted) - n_rendered, "otherwise": otherwise}
+    if counts["missing"]:
+        raise click.ClickException(
+            f"{icons} lacks {counts['missing']} of the {name}; render it from the packages that the datasheet names"
+        )
+    part.replace(out)
+    counts_file.write_text(json.dumps(counts | {"digest": digest}))
     return counts
+
+
+def batched(rows: Iterator[dict], size: int) -> Iterator[list[dict]]:
+    while some := list(itertools.islice(rows, size)):
+        yield some
 
 
 def load_models(db: Database, frozen: Path = HERE) -> int:
@@ -132,13 +174,17 @@ def load_models(db: Database, frozen: Path = HERE) -> int:
 def load(db: Database, icons: Path, frozen: Path = HERE) -> dict[str, int]:
     """Put gallery, exemplars and samples into a database, without features; what is stored is not stored again."""
     pictures = icons.with_name("gallery.parquet")  # not candidates.parquet, which the plan writes
-    counts = gallery(icons, pictures, frozen)
-    if counts["missing"]:
-        raise click.ClickException(
-            f"{icons} lacks {counts['missing']} of the candidates; render it from the packages that the datasheet names"
-        )
+    counts = gallery("candidates", icons, pictures, frozen)
     ingest_corpus(db, open_corpus(pictures), [])
     return counts | {"models": load_models(db, frozen)}
+
+
+def load_relatives(db: Database, icons: Path, frozen: Path = HERE) -> dict[str, int]:
+    """Put the further icons of the styles' sets into a database, without features."""
+    pictures = icons.with_name("relatives.parquet")
+    counts = gallery("relatives", icons, pictures, frozen)
+    ingest_corpus(db, open_corpus(pictures), [])
+    return counts
 
 
 @click.group()
@@ -150,7 +196,7 @@ def main() -> None:
 @click.argument("db", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.argument("plan", type=click.Path(exists=True, file_okay=False, path_type=Path))
 def freeze_command(db: Path, plan: Path) -> None:
-    """Write models.parquet, images.parquet and candidates.parquet beside this script."""
+    """Write the frozen files beside this script."""
     for name, count in freeze(attrdb.open(db, read_only=True), plan).items():
         click.echo(f"{name}: {count}")
 

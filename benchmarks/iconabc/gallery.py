@@ -1,8 +1,7 @@
-"""The pictures that icon-sd was trained on, as rows of a gallery: scenes of its training, and its sprites alone."""
+"""Scenes that icon-sd was trained on, as rows of a gallery."""
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,17 +10,14 @@ import pyarrow.parquet as pq
 import torch
 from PIL import Image
 
-from attrdb.training.icon_sd.build import SPRITES
+from attrdb.bundled import lossy
 from attrdb.training.icon_sd.parts import IconSdSettings
 from attrdb.training.icon_sd.scenes import Composer, Sprites, compose, pack
 from attrdb.training.icon_sd.stream import draw_batch
 from attrdb.training.icon_sd.unet import RENEWED
 
-__all__ = ["SPRITES", "scene_rows", "sprite_rows"]
-
 SCENES = "icon-scenes"  # the source of scenes
 FIRST_STEP = 6_000  # of the training whose scenes these are; those of earlier steps were drawn otherwise
-QUALITY = 92  # of WebP
 
 
 def scene_rows(sprites_file: Path, n: int) -> Iterator[dict]:
@@ -47,38 +43,14 @@ def scene_rows(sprites_file: Path, n: int) -> Iterator[dict]:
                 "license": " AND ".join(sorted(set(licenses))),
                 "uri": f"python:attrdb.training.icon_sd.scenes#{settings.seed + 1}/{step}/{place}",
                 "metadata": json.dumps({"sprites": names}),
-                **_picture(Image.fromarray(pixels)),
+                "split": None,
+                "width": settings.size,
+                "height": settings.size,
+                "image": lossy(Image.fromarray(pixels)),
             }
-
-
-def sprite_rows(sprites_file: Path) -> Iterator[dict]:
-    """Each sprite alone, on white; rows of `icons.SCHEMA`."""
-    for row in pq.read_table(sprites_file).to_pylist():
-        sprite = Image.open(io.BytesIO(row["image"]))
-        cover = sprite.convert("L") if row["mono"] else sprite.convert("RGBA").getchannel("A")
-        picture = Image.new("RGB", sprite.size, "white")
-        picture.paste(Image.new("RGB", sprite.size) if row["mono"] else sprite.convert("RGB"), mask=cover)
-        yield {
-            "name": row["name"],
-            "role": "pretraining",
-            "source": row["source"],
-            "category": row["thing"],
-            "prompt": f"{row['thing']} in the style of {row['style']} art",
-            "creator": row["creator"],
-            "license": row["license"],
-            "uri": f"file:attrdb/assets/sprites.parquet#{row['name']}",
-            "metadata": json.dumps({"style": row["style"]}),
-            **_picture(picture),
-        }
 
 
 def _credits(sprites_file: Path) -> list[tuple[str, str, str]]:
     """Name, creator and licence of every sprite."""
     rows = pq.read_table(sprites_file, columns=["name", "creator", "license"]).to_pylist()
     return [(row["name"], row["creator"], row["license"]) for row in rows]
-
-
-def _picture(picture: Image.Image) -> dict:
-    encoded = io.BytesIO()
-    picture.save(encoded, "WEBP", quality=QUALITY, method=6)
-    return {"split": None, "width": picture.width, "height": picture.height, "image": encoded.getvalue()}

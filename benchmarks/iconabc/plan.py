@@ -17,18 +17,18 @@ import json
 import random
 import re
 from collections import Counter, defaultdict
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import click
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from gallery import SPRITES, scene_rows, sprite_rows
+from gallery import scene_rows
 from PIL import Image
 
-from attrdb.training.icon_sd.icons import NOBODY, SCHEMA, SIGNS, artist_of, lossy
+from attrdb.bundled import SPRITES, lossy, sprite_rows
+from attrdb.training.icon_sd.icons import NOBODY, SCHEMA, SIGNS, artist_of, inked
+from attrdb.training.icon_sd.lookalikes import unlike
 from attrdb.training.icon_sd.sprites import thing_of
 from attrdb.training.icon_sd.words import with_article
 
@@ -81,6 +81,7 @@ STYLES = {
         "streamline-block": ("streamline-block", ""),
     },
 }
+MOST_WORDS = 7  # of a caption; titles of Open Clip Art can be longer than a prompt may be
 VARIANTS = ("flat", "solid", "bold", "filled", "duotone", "fill")  # last words of icons' names, of the patterns above
 MODELS_A_STYLE = {"train": 4, "val": 4, "test": 3}
 MODELS_AN_ARTIST = 2  # at most; of Open Clip Art, a source of styles that no mapper learns from
@@ -114,9 +115,6 @@ GALLERY_SETS = (
     "tdesign",
     "unjs",
 )
-# Exemplars and sprites that differ by less look the same: root of the mean square over thumbnails of values from 0 to 1.
-SAME = 0.05
-THUMBNAIL = 16  # pixels
 
 
 def icon_sets() -> set[str]:
@@ -135,14 +133,15 @@ class Model:
     prompts: list[str] = field(default_factory=list)  # of kind mixed
     samples_per_prompt: int | None = None
 
-    def spec(self) -> dict:
-        """The model's line for `attrdb ingest models`."""
+    def spec(self, number: int) -> dict:
+        """The model's line for `attrdb ingest models`. number: its place in the plan, so that each has prompts of its own"""
         line = {
             "model_id": self.model_id,
             "exemplars": f"exemplars/{self.model_id}",
             "category": self.category,
             "kind": self.kind,
             "split": self.split,
+            "seed": number,
         }
         if self.prompts:
             line |= {"prompts": f"prompts/{self.model_id}.txt", "samples_per_prompt": self.samples_per_prompt}
@@ -156,13 +155,7 @@ def slug(text: str) -> str:
 def caption(row: dict) -> str:
     """What an icon shows, in words, without those that name its style."""
     name = re.sub(rf" ({'|'.join(VARIANTS)})$", "", row["category"])
-    return with_article(thing_of(name) or name)
-
-
-def inked(row: dict) -> bool:
-    """Whether an icon has enough ink to be seen at 32 x 32 pixels."""
-    picture = Image.open(io.BytesIO(row["image"])).convert("L")
-    return sum(picture.histogram()[:250]) > 0.15 * picture.width * picture.height
+    return with_article(thing_of(name) or " ".join(name.split()[:MOST_WORDS]))
 
 
 @dataclass
@@ -192,33 +185,6 @@ def plan(icons: list[dict], sprites: list[dict], scenes: list[dict], seed: int =
     random.Random(f"{seed}/order").shuffle(models)  # so that the first models are a fair sample of all
     candidates = _candidates(icons, [*sprites, *scenes], models, random.Random(f"{seed}/candidates"))
     return Plan(candidates, _relatives(by_source, models, random.Random(f"{seed}/relatives")), models)
-
-
-def thumbnails(rows: Sequence[dict]) -> np.ndarray:
-    """(n, THUMBNAIL * THUMBNAIL * 3) float32 from 0 to 1: pictures on white, each cut to the square that its ink fills."""
-    found = np.empty((len(rows), THUMBNAIL * THUMBNAIL * 3), np.float32)
-    for number, row in enumerate(rows):
-        picture = Image.open(io.BytesIO(row["image"])).convert("RGB")
-        box = picture.convert("L").point(lambda value: 255 if value < 240 else 0).getbbox()
-        cut = picture.crop(box) if box else picture
-        square = Image.new("RGB", [max(cut.size)] * 2, "white")
-        square.paste(cut, ((square.width - cut.width) // 2, (square.height - cut.height) // 2))
-        small = square.resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BOX)
-        found[number] = np.asarray(small, np.float32).ravel() / 255
-    return found
-
-
-def unlike(rows: list[dict], sprites: list[dict]) -> list[dict]:
-    """The rows whose pictures differ from every sprite's."""
-    pictures, known = thumbnails(rows), thumbnails(sprites)
-    norms = (known**2).sum(1)
-    kept = []
-    for start in range(0, len(rows), 1024):
-        some = pictures[start : start + 1024]
-        squares = (some**2).sum(1)[:, None] + norms - 2 * some @ known.T
-        nearest = squares.min(axis=1, initial=np.inf) / known.shape[1]
-        kept += [row for row, square in zip(rows[start : start + 1024], nearest, strict=True) if square >= SAME**2]
-    return kept
 
 
 def _objects(by_source: dict, known: set[str], rng: random.Random) -> tuple[list[Model], list[dict]]:
@@ -272,19 +238,24 @@ def _styles(by_source: dict, seed: int) -> list[Model]:
     return models
 
 
-def _artists(works: list[dict], rng: random.Random) -> list[Model]:
-    """Styles of the artists who have enough works."""
-    by_artist = defaultdict(list)
-    for row in works:
+def _works(rows: list[dict]) -> dict[str, list[dict]]:
+    """The works of each artist, in the order of their names."""
+    works = defaultdict(list)
+    for row in rows:
         if row["creator"] not in NOBODY and not SIGNS.search(row["name"]) and inked(row):
-            by_artist[row["creator"]].append(row)
+            works[row["creator"]].append(row)
+    return dict(sorted(works.items()))
+
+
+def _artists(rows: list[dict], rng: random.Random) -> list[Model]:
+    """Styles of the artists who have enough works."""
     models = []
-    for artist, rows in sorted(by_artist.items()):
-        n_models = min(MODELS_AN_ARTIST, len(rows) // STYLE_SIZE)
-        drawn = rng.sample(rows, STYLE_SIZE * n_models)
+    for artist, works in _works(rows).items():
+        n_models = min(MODELS_AN_ARTIST, len(works) // STYLE_SIZE)
+        drawn = rng.sample(works, STYLE_SIZE * n_models)
         for number in range(n_models):
-            works = drawn[number * STYLE_SIZE : (number + 1) * STYLE_SIZE]
-            models.append(Model(f"artist-{slug(artist)}-{number}", "style", "test_artists", artist, works))
+            exemplars = drawn[number * STYLE_SIZE : (number + 1) * STYLE_SIZE]
+            models.append(Model(f"artist-{slug(artist)}-{number}", "style", "test_artists", artist, exemplars))
     return models
 
 
@@ -302,15 +273,21 @@ def _mixed(spare: list[dict], rng: random.Random) -> list[Model]:
 
 
 def _relatives(by_source: dict, models: list[Model], rng: random.Random) -> list[dict]:
-    """Icons of every style that no model has seen."""
+    """Works of every style, of a set or an artist, that no model has seen."""
     used = {row["name"] for model in models for row in model.exemplars}
+    artists = {model.category for model in models if model.split == "test_artists"}
+    works = {
+        name: _of_style(by_source, source, icons)
+        for styles in STYLES.values()
+        for name, (source, icons) in styles.items()
+    }
+    works |= {artist: of_artist for artist, of_artist in _works(by_source["openclipart"]).items() if artist in artists}
     rows = []
-    for styles in STYLES.values():
-        for name, (source, icons) in styles.items():
-            free = [row for row in _of_style(by_source, source, icons) if row["name"] not in used]
-            chosen = rng.sample(free, min(N_RELATIVES, len(free)))
-            metadata = json.dumps({"style": name})
-            rows += [{**row, "role": "pretraining", "metadata": metadata} for row in chosen]
+    for name, of_style in works.items():
+        free = [row for row in of_style if row["name"] not in used]
+        chosen = rng.sample(free, min(N_RELATIVES, len(free)))
+        metadata = json.dumps({"style": name})
+        rows += [{**row, "role": "pretraining", "metadata": metadata} for row in chosen]
     return sorted(rows, key=lambda row: row["name"])
 
 
@@ -341,7 +318,7 @@ def write(folder: Path, planned: Plan) -> None:
         at = folder / "exemplars" / model.model_id
         at.mkdir(parents=True, exist_ok=True)
         for number, row in enumerate(model.exemplars):
-            image = lossy(row["image"])
+            image = lossy(Image.open(io.BytesIO(row["image"])))
             (at / f"{number:03d}.webp").write_bytes(image)
             (at / f"{number:03d}.txt").write_text(caption(row))
             metadata = json.dumps({"model_id": model.model_id})
@@ -351,7 +328,9 @@ def write(folder: Path, planned: Plan) -> None:
             prompts.parent.mkdir(exist_ok=True)
             prompts.write_text("\n".join(model.prompts) + "\n")
     pq.write_table(pa.Table.from_pylist(rows, SCHEMA), folder / "exemplars.parquet", compression="zstd")
-    (folder / "models.jsonl").write_text("".join(json.dumps(model.spec()) + "\n" for model in planned.models))
+    (folder / "models.jsonl").write_text(
+        "".join(json.dumps(model.spec(number)) + "\n" for number, model in enumerate(planned.models))
+    )
 
 
 @click.command()
@@ -359,7 +338,7 @@ def write(folder: Path, planned: Plan) -> None:
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), required=True)
 def main(icons: Path, out: Path) -> None:
     """Choose candidates, exemplars and models, and write the files of the next steps."""
-    sprites, scenes = list(sprite_rows(SPRITES)), list(scene_rows(SPRITES, N_SCENES))
+    sprites, scenes = list(sprite_rows()), list(scene_rows(SPRITES, N_SCENES))
     planned = plan(pq.read_table(icons).to_pylist(), sprites, scenes)
     write(out, planned)
     click.echo(f"candidates: {len(planned.candidates)}, relatives: {len(planned.relatives)}")

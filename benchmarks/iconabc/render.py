@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import click
-import pyarrow.parquet as pq
 from plan import icon_sets
 
 from attrdb.training.icon_sd.icons import Drawing, build, iconify_drawings, openclipart_drawings
@@ -56,11 +55,8 @@ def rendered(folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     icons, clipart = fetch(folder)
 
-    frozen = pq.read_table(Path(__file__).with_name("candidates.parquet"), columns=["name"])["name"].to_pylist()
-    needed = icon_sets() | {name.split("/", 1)[0] for name in frozen}
-
     def drawings() -> Iterator[Drawing]:
-        yield from iconify_drawings(icons, needed)
+        yield from iconify_drawings(icons, icon_sets())
         yield from openclipart_drawings(clipart)
 
     part = out.with_suffix(".part")

@@ -17,7 +17,6 @@ from typing import Any
 
 import pyarrow as pa
 import torch
-from plan import SIDE
 
 from attrdb.database import Database
 from attrdb.ingest.customize.base_model import load_base_model
@@ -82,14 +81,11 @@ class Latents(torch.nn.Module):
         return moments.chunk(2, dim=1)[0].flatten(1)
 
 
-def latents_encoders(file: Path) -> list[str]:
-    """Save the base model's autoencoder as an encoder, see docs/encoders.md; returns its specs, by size of the pictures.
-
-    The first is the size that the base model sees, the second that of the exemplars, twice as large.
-    """
+def latents_encoder(file: Path) -> str:
+    """Save the base model's autoencoder as an encoder, see docs/encoders.md; returns its spec."""
     base = load_base_model("icon-sd")
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # of a tracer that is to go, and of shapes that are constant here
         picture = torch.zeros(1, 3, base.resolution, base.resolution)
         torch.jit.trace(Latents(base.pipeline.vae).eval(), picture).save(str(file))
-    return [f"torchscript:{file.resolve()}?size={size}&mean=half&std=half" for size in (base.resolution, SIDE)]
+    return f"torchscript:{file.resolve()}?size={base.resolution}&mean=half&std=half"

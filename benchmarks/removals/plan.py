@@ -22,6 +22,7 @@ SPLITS = {"test": "test", "test_unseen": "test", "test_artists": "test", "val": 
 N_IMAGES = 4
 SIDE = 64
 GROUNDS = ("#ffffff", "#ffffff", "#dbe9f6", "#f6ecd2")
+METHOD = "custom-diffusion"
 # The prompts of a model that is measured: 16 of one concept, 6 of two, 18 between two.
 MEASURED = {"gpt": 2, "procedural": 2, "pair": 1, "blend": 1}
 LEARNED = {"gpt": 2, "procedural": 2, "pair": 1}
@@ -88,7 +89,7 @@ def write_plan(folder: Path, seed: int = 0) -> Path:
                 listed.append({"kind": kind, "category": concept["category"], "exemplars": exemplars})
             per_scheme = MEASURED if split == "test" else LEARNED
             lines.append(
-                {"model_id": model_id, "concepts": listed, "split": split, "monitor": "changes"}
+                {"model_id": model_id, "concepts": listed, "split": split, "method": METHOD, "monitor": "changes"}
                 | {"prompts_per_scheme": per_scheme, "samples_per_prompt": 1}
             )
     specs = folder / "models.jsonl"

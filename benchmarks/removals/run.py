@@ -19,21 +19,20 @@ from itertools import product
 from pathlib import Path
 
 import click
-import pyarrow.parquet as pq
-from controls import CONTROLS, Control, latents_encoders
+from controls import CONTROLS, Control, latents_encoder
 from kept import FILE, keep, restore
 from plan import write_plan
 
 import attrdb
+from attrdb.bundled import write_corpus
 from attrdb.database import Database
-from attrdb.demo import bundled_icons
 from attrdb.ingest.score import BUILT_IN, method_id_of, score
 from attrdb.store.schema import encoder_id_of
 from attrdb.training.attribution_model import TableSettings, train_on_table
 from attrdb.training.table_losses import LOSSES, WITH_TEMPERATURE
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from machine import describe
+from machine import describe, icon_sd
 from truth import short
 
 ENCODERS = ("efficientnet-lite0", "pixels:8", "vgg-gram")
@@ -72,10 +71,8 @@ def make(work: Path, workers: int) -> None:
     specs = work / "models.jsonl"
     if not specs.exists():
         write_plan(work)
-    corpus = work / "corpus.parquet"
-    pretraining = pq.read_table(bundled_icons(), filters=[("role", "=", "pretraining")])
-    pq.write_table(pretraining.slice(0, N_CORPUS), corpus)
-    specs_of_encoders = (*ENCODERS, *latents_encoders(work / "latents.pt"))
+    corpus = write_corpus(work / "corpus.parquet", N_CORPUS)
+    specs_of_encoders = (*ENCODERS, latents_encoder(work / "latents.pt"))
     encoders = [word for spec in specs_of_encoders for word in ("--encoder", spec)]
     command("ingest", "corpus", database(work), corpus, *encoders)
     command("ingest", "models", database(work), specs, "--base-model", "icon-sd", "--workers", workers, *encoders)
@@ -186,6 +183,7 @@ def figures(work: Path, out: Path) -> None:
     )
     found = {
         "machine": describe("torch", "diffusers", "duckdb"),
+        "base_model": icon_sd(),
         "retrainings": retrainings.to_pylist(),
         "tried": tried,
     }

@@ -35,6 +35,8 @@ BUNDLED = "icon-sd"  # the tiny base model that comes with attrdb
 EDITIONS = {
     "3582b8f4fedcf5703dbcee9e04dee03a2dbc1b1a81cf7089b7732285aab2c8fa": "the first edition of icon-sd, in "
     "attrdb/assets/icon-sd of commit 564bcf6 of attrdb's repository",
+    "46d2bc6816fdc4936de6241af28df6f22257ddecf0c93b97c11681da9fb270cf": "icon-sd after 1,291,328 scenes, in "
+    "attrdb/assets/icon-sd of attrdb's repository since 2026-11-29",
 }
 # Up to this many latent positions a side, plain attention beats the fused one on a CPU that multiplies bf16: a training
 # step at 8 x 8 takes 0.57 of the time. In float32 they are equal. Beyond it, its score matrices take too much memory.

@@ -30,6 +30,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 from transformers import CLIPTokenizer
 
+from attrdb.bundled import SPRITES
 from attrdb.ingest.devices import is_cpu
 from attrdb.training.icon_sd.autoencoder import latent_scale, reconstruction, refine_decoder, train_autoencoder
 from attrdb.training.icon_sd.parts import TINY, IconSdSettings, export, train_tokenizer
@@ -37,7 +38,6 @@ from attrdb.training.icon_sd.runs import Execution, Stage, check_settings, exclu
 from attrdb.training.icon_sd.scenes import Composer, Sprites
 from attrdb.training.icon_sd.unet import train_unet
 
-SPRITES = Path(__file__).resolve().parents[2] / "attrdb" / "assets" / "sprites.parquet"
 N_CAPTIONS = 40_000  # that the tokenizer learns from
 COMPILED_FROM = 60  # minutes of a call; compiling takes 3 and a C++ compiler, and saves a fifteenth of each step
 

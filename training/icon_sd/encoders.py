@@ -32,8 +32,9 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
+from attrdb.bundled import SPRITES
 from attrdb.ingest.devices import resolved_precision
-from attrdb.training.icon_sd.build import SPRITES, learned_tokenizer
+from attrdb.training.icon_sd.build import learned_tokenizer
 from attrdb.training.icon_sd.parts import IconSdSettings
 from attrdb.training.icon_sd.runs import Counts, Execution, Stage, check_settings, exclusive_run
 from attrdb.training.icon_sd.scenes import Sprites, compose

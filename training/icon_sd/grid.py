@@ -9,6 +9,7 @@ thing in a medium that is held out for it.
 from __future__ import annotations
 
 import random
+import textwrap
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,16 +17,18 @@ from pathlib import Path
 import click
 from PIL import Image, ImageDraw
 
+from attrdb.bundled import SPRITES
 from attrdb.ingest.customize.base_model import load_base_model
 from attrdb.ingest.customize.synthesize import plan_samples, synthesize, use_fast_solver
 from attrdb.ingest.options import SynthesizeSettings
 from attrdb.ingest.prompts import Prompt
 from attrdb.training.icon_sd import media
-from attrdb.training.icon_sd.build import SPRITES
 from attrdb.training.icon_sd.scenes import Sprites
 from attrdb.training.icon_sd.words import COLOURS, PLACES, RELATIONS, SPOTS, with_article
 
-CELL, LABEL, LEFT = 68, 16, 92  # pixels
+CELL, LEFT, LINE = 68, 92, 11  # pixels: of a picture with its margin, of the names of things, of a line of text
+HEAD, CAPTION = 2, 5  # lines above a column, and below a scene
+CHARACTERS = {HEAD: 11, CAPTION: 16}  # of a line
 N_THINGS, N_STYLES, N_MEDIA, N_SCENES = 8, 10, 10, 24
 KNOWN_STYLES = 12  # a thing of the grid has sprites in at least so many styles
 
@@ -87,8 +90,9 @@ def grid(base_model: str, sprites: Sprites, seed: int = 0, guidance: float = 4.0
     columns = max(N_STYLES, N_MEDIA)
     per_row = (LEFT + columns * CELL) // (CELL + 32)
     scene_rows = -(-N_SCENES // per_row)
-    tables = 2 * (LABEL + N_THINGS * CELL + 8)
-    canvas = Image.new("RGB", (LEFT + columns * CELL, tables + scene_rows * (CELL + 3 * LABEL)), "white")
+    head, scene = HEAD * LINE + 4, CELL + CAPTION * LINE + 8
+    tables = 2 * (head + N_THINGS * CELL + 8)
+    canvas = Image.new("RGB", (LEFT + columns * CELL, tables + scene_rows * scene), "white")
     draw = ImageDraw.Draw(canvas)
 
     def paste(cell: Cell, left: int, top: int) -> None:
@@ -96,22 +100,25 @@ def grid(base_model: str, sprites: Sprites, seed: int = 0, guidance: float = 4.0
         if cell.unseen:
             draw.rectangle((left, top, left + CELL - 1, top + CELL - 1), outline="red", width=2)
 
+    def write(text: str, left: int, top: int, n_lines: int) -> None:
+        for number, line in enumerate(textwrap.wrap(text, CHARACTERS[n_lines])[:n_lines]):
+            draw.text((left, top + number * LINE), line, fill="black")
+
     top = 0
     for heads, panel in ((styles, cells[0]), (chosen, cells[1])):
-        for column, head in enumerate(heads):
-            draw.text((LEFT + column * CELL + 2, top + 2), head[:11], fill="black")
+        for column, name in enumerate(heads):
+            write(name, LEFT + column * CELL + 2, top + 2, HEAD)
         for row, thing in enumerate(things):
-            draw.text((4, top + LABEL + row * CELL + CELL // 2 - 6), thing[:15], fill="black")
+            draw.text((4, top + head + row * CELL + CELL // 2 - 6), thing[:15], fill="black")
         for number, cell in enumerate(panel):
             row, column = divmod(number, len(heads))
-            paste(cell, LEFT + column * CELL, top + LABEL + row * CELL)
-        top += LABEL + N_THINGS * CELL + 8
+            paste(cell, LEFT + column * CELL, top + head + row * CELL)
+        top += head + N_THINGS * CELL + 8
     for number, cell in enumerate(cells[2]):
         row, column = divmod(number, per_row)
-        left, upper = column * (CELL + 32) + 4, top + row * (CELL + 3 * LABEL)
+        left, upper = column * (CELL + 32) + 4, top + row * scene
         paste(cell, left, upper)
-        for line in range(3):
-            draw.text((left, upper + CELL + line * 11), cell.prompt[line * 16 : line * 16 + 16], fill="black")
+        write(cell.prompt, left, upper + CELL, CAPTION)
     return canvas
 
 

@@ -3,7 +3,7 @@
 Two stages, each one command (`python -m attrdb.training.icon_sd.icons --help`):
 
     build    the npm package `@iconify/json` and Debian's `openclipart-svg`, unpacked -> one Parquet file
-    curate   that file -> the small file that ships with attrdb: a pretraining corpus and held-out exemplars
+    curate   that file -> the small file of held-out exemplars that ships with attrdb
 
 A row is an icon. The columns are those of the `images` table as far as an icon has them (see `SCHEMA`), so that
 `attrdb ingest corpus` reads the file as it is.
@@ -29,6 +29,8 @@ import click
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from attrdb.bundled import lossy, sprite_rows
+
 SCHEMA = pa.schema(
     [
         ("name", pa.string()),  # '<set>/<icon>', unique
@@ -51,22 +53,6 @@ SIZE = 64
 FREE = {"CC0-1.0", "MIT", "MIT-0", "Apache-2.0", "ISC", "BSD-2-Clause", "BSD-3-Clause", "CC-BY-4.0", "CC-BY-3.0"}
 FREE |= {"OFL-1.1", "Unlicense", "0BSD"}
 
-# The pretraining corpus: five drawing styles over the same few hundred things.
-CORPUS_SETS = {
-    "twemoji": "twemoji",
-    "noto": "noto",
-    "fluent-emoji-flat": "fluent flat",
-    "fluent-emoji": "fluent",
-    "emojione": "emojione",
-}
-CORPUS_CATEGORIES = {
-    "Activities",
-    "Animals & Nature",
-    "Food & Drink",
-    "Objects",
-    "Smileys & Emotion",
-    "Travel & Places",
-}
 # Sets that the base model never sees. noto-v1 is in neither list: it repeats many drawings of noto.
 STYLE_SETS = (
     "fxemoji",
@@ -94,6 +80,7 @@ ALSO_CALLED = {
 SIGNS = re.compile(r"flag|sign|symbol|arrow|map")
 OBJECT_SETS = ("fxemoji", "streamline-emojis", "openclipart")
 N_OBJECTS = 24
+COMMON = 8  # sprites of a thing that an exemplar may show
 
 
 @dataclass(frozen=True)
@@ -283,80 +270,64 @@ def build(drawings: Iterator[Drawing], out: Path, workers: int) -> Counter:
 # --- the subset that ships -------------------------------------------------------------------------------------------
 
 
-def curate(rows: list[dict], seed: int = 0) -> list[dict]:
-    """The bundled rows: the corpus (`pretraining`), and exemplars from sets and artists outside it.
+def curate(rows: list[dict], sprites: list[dict], seed: int = 0) -> list[dict]:
+    """The exemplars that ship, none of which is or looks like a sprite that icon-sd was trained on.
 
-    `metadata.kind` of an exemplar is `object`, one image of a category of the corpus in a style that the corpus lacks; or
-    `style`, one of STYLE_SIZE images of a family or artist. `metadata.concept` names the object or style.
+    `metadata.kind` is `object`, one image of a thing that sprites show, by a set that has no sprite; or `style`, STYLE_SIZE
+    images of a family or artist. `metadata.concept` names the object or style.
+    sprites: rows of `attrdb.bundled.sprite_rows`
     """
-    from PIL import Image
+    from attrdb.training.icon_sd.lookalikes import unlike
 
     rng = random.Random(seed)
     by_source = defaultdict(list)
-    for row in sorted(rows, key=lambda row: row["name"]):
+    families = {*STYLE_SETS, *OBJECT_SETS}
+    for row in unlike(sorted((row for row in rows if row["source"] in families), key=lambda row: row["name"]), sprites):
         by_source[row["source"]].append(row)
-    group = {row["name"]: json.loads(row["metadata"])["group"] for row in rows}
-    groups_of = {row["category"]: group[row["name"]] for row in by_source["noto"]}
-
-    n_sets = Counter(row["category"] for prefix in CORPUS_SETS for row in by_source[prefix])
-    clock = re.compile(r"o'?clock|thirty|skin tone|button")
-    corpus = [
-        {**row, "prompt": f"{row['category']} in the style of {style} art"}
-        for prefix, style in CORPUS_SETS.items()
-        for row in by_source[prefix]
-        if groups_of.get(row["category"]) in CORPUS_CATEGORIES
-        and n_sets[row["category"]] >= 4
-        and not clock.search(row["category"])
-    ]
-    known = {row["category"] for row in corpus}
-
-    def inked(row: dict) -> bool:
-        picture = Image.open(io.BytesIO(row["image"])).convert("L")
-        return sum(picture.histogram()[:250]) > 0.2 * SIZE * SIZE
-
-    def exemplar(row: dict, kind: str, concept: str, caption: str) -> dict:
-        metadata = {"kind": kind, "concept": concept}
-        return {**row, "role": "exemplar", "prompt": caption, "metadata": json.dumps(metadata)}
-
-    drawable = {"Animals & Nature", "Food & Drink", "Objects", "Travel & Places"}
+    drawn = Counter(row["category"] for row in sprites)
+    known = {thing for thing, count in drawn.items() if count >= COMMON}
     objects: list[dict[str, Any]] = []
     for source in OBJECT_SETS:
         named: dict[str, dict[str, Any]] = {}
         for row in by_source[source]:
             category = re.sub(r" \d+$", "", row["category"])
-            if category in known and groups_of[category] in drawable and inked(row):
+            if category in known and inked(row):
                 named.setdefault(category, {**row, "category": category})
-        taken = {row["category"] for row in objects}
-        free = sorted(set(named) - taken)
+        free = sorted(set(named) - {row["category"] for row in objects})
         for category in sorted(rng.sample(free, min(len(free), N_OBJECTS // len(OBJECT_SETS)))):
             concept = f"{category} by {source}".replace(" ", "-")
-            objects.append(exemplar(named[category], "object", concept, category))
+            objects.append(_exemplar(named[category], "object", concept))
     used = {row["name"] for row in objects}
-
-    styles = []
-    families = [(prefix, by_source[prefix]) for prefix in STYLE_SETS]
+    styles = [(prefix, by_source[prefix]) for prefix in STYLE_SETS]
     artists = defaultdict(list)
     for row in by_source["openclipart"]:
-        if row["creator"] != "unknown" and inked(row) and not SIGNS.search(row["name"]):
+        if row["creator"] not in NOBODY and inked(row) and not SIGNS.search(row["name"]):
             artists[row["creator"]].append(row)
-    prolific = sorted(artist for artist, works in artists.items() if len(works) >= 24)
+    prolific = sorted(artist for artist, works in artists.items() if len(works) >= 3 * STYLE_SIZE)
     for artist in sorted(rng.sample(prolific, min(len(prolific), N_STYLE_ARTISTS))):
-        concept = "openclipart-" + words(artist).replace(" ", "-")
-        families.append((concept, artists[artist]))
-    for concept, works in families:
-        works = [row for row in works if row["name"] not in used]
-        for row in sorted(rng.sample(works, STYLE_SIZE), key=lambda row: row["name"]):
-            styles.append(exemplar(row, "style", concept, row["category"]))
-    return [{**row, "image": lossy(row["image"])} for row in corpus + objects + styles]
+        styles.append(("openclipart-" + words(artist).replace(" ", "-"), artists[artist]))
+    shown = []
+    for concept, works in styles:
+        unused = [row for row in works if row["name"] not in used]
+        for row in sorted(rng.sample(unused, STYLE_SIZE), key=lambda row: row["name"]):
+            shown.append(_exemplar(row, "style", concept))
+    return objects + shown
 
 
-def lossy(image: bytes) -> bytes:
-    """The same picture at less than half the bytes: WebP at quality 92."""
+def inked(row: dict) -> bool:
+    """Whether an icon has enough ink to be seen."""
     from PIL import Image
 
-    encoded = io.BytesIO()
-    Image.open(io.BytesIO(image)).save(encoded, "WEBP", quality=92, method=6)
-    return encoded.getvalue()
+    picture = Image.open(io.BytesIO(row["image"])).convert("L")
+    return sum(picture.histogram()[:250]) > 0.15 * picture.width * picture.height
+
+
+def _exemplar(row: dict, kind: str, concept: str) -> dict:
+    from PIL import Image
+
+    image = lossy(Image.open(io.BytesIO(row["image"])))
+    metadata = json.dumps({"kind": kind, "concept": concept})
+    return {**row, "role": "exemplar", "prompt": row["category"], "metadata": metadata, "image": image}
 
 
 # --- commands -----------------------------------------------------------------------------------------------------------
@@ -390,8 +361,8 @@ def build_command(iconify: Path, openclipart: Path | None, sets: str | None, out
 @click.option("--out", type=click.Path(dir_okay=False, path_type=Path), required=True)
 @click.option("--seed", default=0, show_default=True)
 def curate_command(icons: Path, out: Path, seed: int) -> None:
-    """Choose the bundled corpus and exemplars out of a built file."""
-    rows = curate(pq.read_table(icons).to_pylist(), seed)
+    """Choose the bundled exemplars out of a built file."""
+    rows = curate(pq.read_table(icons).to_pylist(), list(sprite_rows()), seed)
     pq.write_table(pa.Table.from_pylist(rows, SCHEMA), out, compression="zstd")
     for role, count in Counter(row["role"] for row in rows).items():
         click.echo(f"{role}: {count}")

@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 from PIL import Image, ImageDraw
 
-from attrdb.training.icon_sd.build import SPRITES
+from attrdb.bundled import SPRITES
 from attrdb.training.icon_sd.scenes import Composer, Sprites, compose, pack
 from attrdb.training.icon_sd.stream import draw_batch
 
