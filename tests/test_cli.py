@@ -131,6 +131,16 @@ def test_init_status_query_and_queries(tmp_path, toy):
     assert run("queries", "show", "influence").stdout.startswith("-- Who influenced one image")
 
 
+def test_a_method_that_cannot_be_evaluated_stops_no_other(toy):
+    toy.writer.add_encoder("a:3", 3, {}, "none")
+    toy.refresh()
+    result = CliRunner().invoke(main, ["evaluate", str(toy.path)])
+    assert result.exit_code == 1
+    assert "4 ranks by toy_2" in result.stderr
+    assert "a_3 was not evaluated: " in result.stderr
+    assert "has no model whose samples have 'a_3' features; ingest one first" in result.stderr
+
+
 def test_attribute_a_stored_image(toy):
     rows = json.loads(run("attribute", toy.path, "m/0/1", "-k", 2, "--json").stdout)
     assert [row["image_id"] for row in rows] == ["m/e0", "p10"]

@@ -29,7 +29,7 @@ from attrdb.cli.common import (
 from attrdb.cli.declared import machine_options
 from attrdb.cli.ingest import LISTED
 from attrdb.cli.rows import Output, output_options
-from attrdb.errors import InvalidValue
+from attrdb.errors import InvalidValue, NotFound
 from attrdb.ingest.options import LEAVES, QUEUE_OPTIONS, TRUTH_OPTIONS, QueueSettings, TruthSettings
 from attrdb.search.memory import use_the_machine
 from attrdb.text import visible
@@ -356,12 +356,17 @@ def evaluate(
     if not wanted:
         database.encoder_id()
         wanted = [name for name, row in database.methods.items() if row["mapper_id"] is None]
-    n_ranks = {}
+    n_ranks, problems = {}, []
     with progress(quiet) as advance:
         for method_id in dict.fromkeys(wanted):
-            n_ranks[method_id] = evaluation.evaluate(database, method_id, gallery, advance, device)
+            try:
+                n_ranks[method_id] = evaluation.evaluate(database, method_id, gallery, advance, device)
+            except NotFound as error:
+                problems.append(f"{method_id} was not evaluated: {error}")
     for method_id, n in n_ranks.items():  # not within the bar
         click.echo(f"{n} ranks by {method_id}, gallery {gallery}", err=True)
+    if problems:
+        raise NotFound("\n".join(problems))
 
 
 @click.command(short_help="Write a page with metrics, plots and attributed samples.")
