@@ -323,6 +323,17 @@ def test_an_encoder_is_named_by_its_id_or_its_spec(tmp_path, photos):
     assert "pixels_9" in run("attribute", db, "photos/1.png", "--encoder", "pixels:9", code=1).stderr
 
 
+def test_several_encoders_are_added_by_one_command(tmp_path, photos):
+    db = tmp_path / "new.attrdb"
+    run("ingest", "corpus", db, photos, "--encoder", "pixels:4")
+    n = attrdb.open(db).status()["n_images"]
+    assert "pixels_9" in run("encode", db, "--encoder", "pixels:3", "--encoder", "pixels_9", code=1).stderr
+    assert list(attrdb.open(db).encoders) == ["pixels_4"]
+    said = run("encode", db, "--encoder", "pixels:3", "--encoder", "pixels_4", "--encoder", "pixels:3").stderr
+    assert said.splitlines()[-2:] == [f"{n} images encoded by pixels:3", "0 images encoded by pixels:4"]
+    assert attrdb.open(db).status()["encoders"]["pixels_3"]["n_encoded"] == n
+
+
 def test_an_encoder_that_is_given_twice_counts_once(tmp_path, photos):
     """By its spec, or once by its spec and once by its id."""
     db = tmp_path / "new.attrdb"

@@ -303,18 +303,19 @@ def ingest_abc(db: Path, release: Path, root: Path, encoders: tuple[str, ...], q
         )
 
 
-@click.command(short_help="Add an encoder: encode every stored image with it.")
+@click.command(short_help="Add encoders: encode every stored image with them.")
 @DB
 @click.option(
     "--encoder",
-    "spec",
+    "specs",
     required=True,
-    help="Encoder spec, such as timm:NAME, or the id of a stored encoder to complete.",
+    multiple=True,
+    help="Encoder spec, such as timm:NAME, or the id of a stored encoder to complete, repeatable.",
 )
 @retry_option
 @quiet_option
-def encode(db: Path, spec: str, retry_failed: bool, quiet: bool) -> None:
-    """Add an encoder to a database: encode every stored image that has no feature of it yet.
+def encode(db: Path, specs: tuple[str, ...], retry_failed: bool, quiet: bool) -> None:
+    """Add encoders to a database: encode every stored image that has no feature of them yet.
 
     Rerunning the command resumes it. Images whose bytes are not stored stay without a feature.
     """
@@ -322,9 +323,13 @@ def encode(db: Path, spec: str, retry_failed: bool, quiet: bool) -> None:
     from attrdb.cli.output import progress
 
     database = attrdb.open(db)
-    encoder = encoders.load_encoder(encoder_spec(database, spec))
-    with progress(quiet) as advance:
-        result = job.backfill(database, encoder, retry_failed=retry_failed, report=advance)
-    left = f", {result.n_skipped:,} have no image bytes stored" if result.n_skipped else ""
-    click.echo(f"{result.n_done:,} images encoded{left}", err=True)
-    _tell_failures(result.failures, "images")
+    named = dict.fromkeys(encoder_spec(database, spec) for spec in specs)
+    loaded = [encoders.load_encoder(spec) for spec in named]
+    failures: dict[str, str] = {}
+    for encoder in loaded:
+        with progress(quiet) as advance:
+            result = job.backfill(database, encoder, retry_failed=retry_failed, report=advance)
+        left = f", {result.n_skipped:,} have no image bytes stored" if result.n_skipped else ""
+        click.echo(f"{result.n_done:,} images encoded by {encoder.spec}{left}", err=True)
+        failures |= result.failures
+    _tell_failures(failures, "images")
