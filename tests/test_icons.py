@@ -136,7 +136,7 @@ def test_bundled_exemplars_neither_are_nor_look_like_sprites(bundled):
     assert not {row["name"] for row in bundled} & {row["name"] for row in sprites}
     assert len({row["name"] for row in bundled}) == len(bundled)
     assert lookalikes.unlike(bundled, sprites) == bundled
-    assert lookalikes.unlike(sprites[:3], sprites) == []
+    assert lookalikes.unlike(sprites[:3], sprites[:3]) == []
 
 
 def test_bundled_concepts_are_objects_of_one_and_styles_of_eight(bundled):
