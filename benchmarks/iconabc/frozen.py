@@ -171,20 +171,23 @@ def load_models(db: Database, frozen: Path = HERE) -> int:
     return len(models)
 
 
+def load_gallery(db: Database, name: str, icons: Path, file: str, frozen: Path) -> dict[str, int]:
+    """Put the pictures of a frozen list into a database, by way of a file beside `icons`; what `gallery` returns."""
+    pictures = icons.with_name(file)  # the plan, which may be in this folder, has files with the names of the lists
+    counts = gallery(name, icons, pictures, frozen)
+    ingest_corpus(db, open_corpus(pictures), [])
+    return counts
+
+
 def load(db: Database, icons: Path, frozen: Path = HERE) -> dict[str, int]:
     """Put gallery, exemplars and samples into a database, without features; what is stored is not stored again."""
-    pictures = icons.with_name("gallery.parquet")  # not candidates.parquet, which the plan writes
-    counts = gallery("candidates", icons, pictures, frozen)
-    ingest_corpus(db, open_corpus(pictures), [])
+    counts = load_gallery(db, "candidates", icons, "gallery.parquet", frozen)
     return counts | {"models": load_models(db, frozen)}
 
 
 def load_relatives(db: Database, icons: Path, frozen: Path = HERE) -> dict[str, int]:
     """Put the further icons of the styles' sets into a database, without features."""
-    pictures = icons.with_name("relatives.parquet")
-    counts = gallery("relatives", icons, pictures, frozen)
-    ingest_corpus(db, open_corpus(pictures), [])
-    return counts
+    return load_gallery(db, "relatives", icons, "gallery-relatives.parquet", frozen)
 
 
 @click.group()
