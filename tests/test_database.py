@@ -1,5 +1,7 @@
 """Appending and reading: atomic, deterministic, and refused with the row named."""
 
+import shutil
+
 import lance
 import lancedb
 import numpy as np
@@ -62,6 +64,39 @@ def test_a_reader_stays_at_its_version(toy):
     assert "late" not in ids(reader)
     reader.refresh()
     assert "late" in ids(reader)
+
+
+def test_only_tables_that_have_changed_are_opened_again(toy):
+    reader = attrdb.open(toy.path)
+    before = reader.snapshot
+    reader.refresh()
+    assert reader.snapshot is before
+    toy.writer.append_images(rows([("late", "pretraining", None, 50)]))
+    reader.refresh()
+    reopened = {name for name, table in before.tables.items() if reader.snapshot.tables[name] is not table}
+    assert reopened == {"images"}
+    assert "late" in ids(reader)
+
+
+def test_a_snapshot_whose_table_a_write_has_moved_on_is_not_taken_for_the_newest(toy):
+    """A dataset is at the version of its own write afterwards, and what was derived from the snapshot is older."""
+    assert toy.snapshot.encoders
+    toy.snapshot.tables["encoders"].delete("true")
+    toy.refresh()
+    assert not toy.snapshot.encoders
+
+
+def test_a_database_that_takes_the_place_of_another_is_read(tmp_path):
+    """Its tables may have the same versions as those of the other."""
+    db = attrdb.create(tmp_path / "db")
+    db.writer.upsert("models", [{"model_id": "of the first"}])
+    versions = {name: table.version for name, table in db.snapshot.tables.items()}
+    shutil.rmtree(db.path)
+    second = attrdb.create(db.path)
+    second.writer.upsert("models", [{"model_id": "of the second"}])
+    assert {name: table.version for name, table in second.snapshot.tables.items()} == versions
+    db.refresh()
+    assert db.sql("SELECT model_id FROM models")["model_id"].to_pylist() == ["of the second"]
 
 
 def test_any_lancedb_client_opens_the_directory(toy):
@@ -195,8 +230,6 @@ def test_another_schema_version_is_refused(tmp_path):
 
 @pytest.mark.parametrize("table", ["models", "images"])
 def test_a_database_with_a_table_gone(toy, table):
-    import shutil
-
     shutil.rmtree(toy.path / f"{table}.lance")
     (toy.path / "images.lance").mkdir(exist_ok=True)
     with pytest.raises(NotFound, match=f"is not a whole attrdb database: its table {table} cannot be opened"):

@@ -1,5 +1,7 @@
 """Ranks and metrics against a NumPy oracle that sorts the whole gallery."""
 
+import shutil
+
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -30,10 +32,11 @@ def features(rng, n, dimension=6):
     return (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float32)
 
 
-@pytest.fixture
-def random_db(tmp_path):
+@pytest.fixture(scope="module")
+def random_database(tmp_path_factory):
+    """Only to be copied."""
     rng = np.random.default_rng(3)
-    db = attrdb.create(tmp_path / "random.attrdb")
+    db = attrdb.create(tmp_path_factory.mktemp("random") / "random.attrdb")
     db.writer.add_encoder("toy:6", 6, {}, "none")
 
     def table(ids, role, model_id=None, scheme=None):
@@ -56,7 +59,13 @@ def random_db(tmp_path):
         ]
         kind = "object" if m % 2 else "style"
         db.writer.append_model(pa.concat_tables(parts), {"model_id": f"m{m:02d}", "kind": kind})
-    return db
+    return db.path
+
+
+@pytest.fixture
+def random_db(random_database, tmp_path):
+    """300 pretraining images, and 40 models of 1 to 5 exemplars and 4 samples."""
+    return attrdb.open(shutil.copytree(random_database, tmp_path / "random.attrdb"))
 
 
 def oracle_ranks(db, gallery):

@@ -8,7 +8,7 @@ from torture.full_disk import full_disk
 from torture.kills import kills
 from torture.workloads import CUSTOMIZE, WORKLOADS
 
-KILLED = ("new database", "append models", "evaluate", "optimize", "remove", "upgrade")
+KILLED = ("new database", "append models", "remove", "upgrade")
 
 
 def problems(trials):

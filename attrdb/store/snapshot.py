@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
 from threading import RLock
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import lance
@@ -34,9 +36,11 @@ class Snapshot:
     still runs or was killed, are hidden.
     """
 
-    def __init__(self, path: Path, tables: dict[str, lance.LanceDataset]):
+    def __init__(self, path: Path, tables: dict[str, lance.LanceDataset], stamp: tuple[int, int]):
         self.path = path
         self.tables = tables
+        self._versions = {name: table.version for name, table in tables.items()}
+        self._stamp = stamp  # of the directory, when the tables were opened
         self._counts: dict[str, int] = {}
         self._derived: dict[Callable[[Snapshot], Any], Any] = {}
         self._lock = RLock()
@@ -50,6 +54,22 @@ class Snapshot:
         """Whether images are being taken out, or were, since the tables were opened."""
         removals = self.tables["removals"]
         return bool(removals.latest_version != removals.version)
+
+    def newest(self) -> Snapshot:
+        """The tables as they are now; this snapshot, with all that was derived from it, if none has changed.
+
+        A table that has not changed is not opened again: 24 tables take 12 ms to open, and 0.5 ms to ask for their versions.
+        raises: as `open_snapshot`
+        """
+        if _stamp(self.path) != self._stamp:  # deleted, and perhaps made anew
+            return open_snapshot(self.path)
+        # A write by way of a dataset moves it on.
+        unmoved = {name: table for name, table in self.tables.items() if table.version == self._versions[name]}
+        tables = pinned_tables(self.path, TABLES, unmoved)
+        if all(tables[name] is table for name, table in self.tables.items()):
+            return self
+        check_schema_version(self.path, schema_version(tables["images"]))
+        return Snapshot(self.path, tables, self._stamp)
 
     def once(self, derive: Callable[[Snapshot], Derived]) -> Derived:
         """derive(snapshot), computed on the first call and kept with the snapshot; for values that other rooms derive."""
@@ -176,19 +196,39 @@ def open_snapshot(path: Path, at: int | str | datetime | None = None) -> Snapsho
     if not (path / "images.lance").is_dir():
         problem = "is not an attrdb database (no images.lance in it)" if path.exists() else "does not exist"
         raise NotFound(f"{path} {problem}; make one with: attrdb init {path}")
+    stamp = _stamp(path)
     check_schema_version(path, schema_version(open_table(path, "images")))
     tables = pinned_tables(path, TABLES)
-    return Snapshot(path, tables if at is None else tables_at(path, tables, at))
+    return Snapshot(path, tables if at is None else tables_at(path, tables, at), stamp)
 
 
-def pinned_tables(path: Path, names: Iterable[str]) -> dict[str, lance.LanceDataset]:
-    """The newest versions of some tables that belong together."""
+def _stamp(path: Path) -> tuple[int, int]:
+    """What tells a database from another one that takes its place, whose tables may have the same versions."""
+    try:
+        folder = (path / "images.lance").stat()
+    except OSError:
+        return 0, 0
+    return folder.st_ino, folder.st_mtime_ns
+
+
+def pinned_tables(
+    path: Path, names: Iterable[str], before: Mapping[str, lance.LanceDataset] = MappingProxyType({})
+) -> dict[str, lance.LanceDataset]:
+    """The newest versions of some tables that belong together; of tables that were opened before, those that are newest."""
     # models before images: a model that is seen has its images, as they are committed first. Where images are taken out it
     # is the other way round, and `removals` is written to in between.
     ordered = sorted(names, key=lambda name: name == "images")
     for _ in range(ATTEMPTS):
-        first = {name: open_table(path, name) for name in ordered if name == "removals"}
-        tables = {name: first[name] if name in first else open_table(path, name) for name in ordered}
+        first = {name: _newest_table(path, name, before) for name in ordered if name == "removals"}
+        tables = {name: first[name] if name in first else _newest_table(path, name, before) for name in ordered}
         if all(removals.latest_version == removals.version for removals in first.values()):
             break
     return tables
+
+
+def _newest_table(path: Path, name: str, before: Mapping[str, lance.LanceDataset]) -> lance.LanceDataset:
+    if (table := before.get(name)) is not None:
+        with suppress(OSError, ValueError):  # `open_table` says what is wrong
+            if table.latest_version == table.version:
+                return table
+    return open_table(path, name)

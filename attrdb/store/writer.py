@@ -74,7 +74,7 @@ class Writer:
         raises: NotFound if a table is gone
         """
         if self._at is None:
-            self.snapshot = open_snapshot(self.path)
+            self.snapshot = self.snapshot.newest()
 
     def check_encoder(self, spec: str, dimension: int, preprocessing: dict[str, Any], weights_fingerprint: str) -> bool:
         """Whether the encoder is registered; the folder of its checkpoint does not matter.

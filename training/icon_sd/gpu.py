@@ -106,7 +106,7 @@ TASKS = (
 )
 # The same tasks at sizes that take seconds on a CPU.
 REHEARSAL = (
-    Task("icon-sd", ((_module("build", *FOLDERS, "--tiny", "--sprites", "{sprites}"),),), 1.0, most=0.4),
+    Task("icon-sd", ((_module("build", *FOLDERS, "--tiny", "--sprites", "{sprites}"),),), 1.0, most=0.15),
     Task("encoders", (_encoders("--batch", "8", "--sprites", "{sprites}"),), 1.0, most=0.1),
     Task("sd15", (((*SHAPE, "icon-sd", *TINY_STEPS),),), 1.0),
 )
