@@ -22,7 +22,7 @@ from attrdb.store.checksums import CHANGED
 from attrdb.store.features import Block
 from attrdb.store.lance_errors import storage
 from attrdb.store.predicates import among, literal
-from attrdb.store.schema import ROLES, TABLES, Row
+from attrdb.store.schema import OF_TESTS, ROLES, TABLES, Row
 from attrdb.store.snapshot import Snapshot
 from attrdb.store.tables import create_table, database_path, table_exists
 from attrdb.store.writer import Writer
@@ -100,7 +100,8 @@ class Database:
     def _repr_html_(self) -> str:
         """What a notebook shows: rows by role, models, encoders, and the first pictures that are stored."""
         snapshot = self.snapshot
-        rows: dict[str, object] = {role: snapshot.count(f"role = {literal(role)}") for role in ROLES}
+        counts = {role: snapshot.count(f"role = {literal(role)}") for role in ROLES}
+        rows: dict[str, object] = {role: n for role, n in counts.items() if n or role not in OF_TESTS}
         rows["models"] = len(snapshot.rows("models", columns=["model_id"]))
         rows["encoders"] = ", ".join(self.encoders) or "none"
         pictures = snapshot.first_pictures(PICTURES_SHOWN)

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 import attrdb
-from attrdb.cli import ingest, models, query, remove, shell, train, upkeep
+from attrdb.cli import ingest, models, provenance, query, remove, shell, train, upkeep
 from attrdb.cli.common import DB, Commands, ml, quiet_option
 
 
@@ -47,6 +47,7 @@ main.add_section(
     "Ask", query.attribute, query.run_sql, shell.shell, query.run_query, query.queries, query.methods, models.models
 )
 main.add_section("Learn", train.train, train.score, train.truth, train.calibrate, train.evaluate, train.report)
+main.add_section("Test a model", provenance.keys, provenance.answers, provenance.source_test)
 main.add_section(
     "Keep",
     upkeep.status,

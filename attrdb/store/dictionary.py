@@ -1,6 +1,7 @@
 """The tables of an attrdb directory: their columns, and what they mean.
 
-The data dictionary (docs/dictionary.md) is generated from this file and `dictionary_of_training`.
+The data dictionary (docs/dictionary.md) is generated from this file, `dictionary_of_training` and
+`dictionary_of_provenance`.
 """
 
 from __future__ import annotations
@@ -8,18 +9,22 @@ from __future__ import annotations
 import pyarrow as pa
 
 from attrdb.store.columns import FLOAT64, INT32, INT64, TEXT, TIMESTAMP, Column, TableSchema, key_column
+from attrdb.store.dictionary_of_provenance import PROVENANCE
 from attrdb.store.dictionary_of_training import TRAINING
 
 DICTIONARY = {
     "images": TableSchema(
-        "one row per image: exemplars, samples and pretraining images. Every encoder adds one column, named after its "
+        "one row per image: exemplars, samples, pretraining images, keys and answers of source-model tests. Every "
+        "encoder adds one column, named after its "
         "encoder_id: fixed_size_list<float32>[dimension], unit length, null until encoded",
         (
             key_column("image_id", "stable text id, such as `<model_id>/<prompt number>/<seed>` or `<source>/<file>`"),
             # Plain text: a bitmap index refuses a dictionary column.
-            Column("role", TEXT, "`exemplar`, `sample` or `pretraining`", required=True),
-            Column("model_id", TEXT, "the customized model; null for pretraining images"),
-            Column("source", TEXT, "the data set it came from; `synthesized` for samples made here"),
+            Column("role", TEXT, "`exemplar`, `sample`, `pretraining`, `key` or `answer`", required=True),
+            Column("model_id", TEXT, "the customized model of an exemplar or sample; null for others"),
+            Column(
+                "source", TEXT, "the data set it came from; `synthesized` for samples; the model of a key or answer"
+            ),
             Column("split", TEXT, "such as `train`, `val` or `test`"),
             Column("category", TEXT, "what an exemplar shows, or its style; class of a pretraining image"),
             Column("concept_id", TEXT, "the concept of an exemplar, if its model was customized on several"),
@@ -373,4 +378,5 @@ DICTIONARY = {
         ),
     ),
     **TRAINING,
+    **PROVENANCE,
 }

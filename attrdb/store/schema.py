@@ -11,7 +11,7 @@ import pyarrow as pa
 from attrdb.errors import InvalidValue
 from attrdb.store.dictionary import DICTIONARY
 
-SCHEMA_VERSION = 10  # every change has a step in upgrades.py
+SCHEMA_VERSION = 11  # every change has a step in upgrades.py
 
 # Tables of a model's rows: shown with its row in `models`, taken out with it. All but the last two are written before it.
 SHOWN_WITH_MODEL = (
@@ -24,7 +24,9 @@ SHOWN_WITH_MODEL = (
     "retrainings",
     "counterfactuals",
 )
-ROLES = ("exemplar", "sample", "pretraining")
+OF_MODELS = ("exemplar", "sample")  # roles of images that belong to a customized model
+OF_TESTS = ("key", "answer")  # roles of pictures that suspicious models are tested with, which are never candidates
+ROLES = (*OF_MODELS, "pretraining", *OF_TESTS)
 
 Row = dict[str, Any]  # of a table, by column
 

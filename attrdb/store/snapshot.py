@@ -18,10 +18,11 @@ from attrdb.errors import InvalidValue, NotFound
 from attrdb.store import features
 from attrdb.store.history import tables_at
 from attrdb.store.lance_errors import by_lance, storage, words_of
-from attrdb.store.predicates import among_parts, fault_of, literal, shortened
-from attrdb.store.schema import TABLES, Row, feature_columns
+from attrdb.store.predicates import among, among_parts, fault_of, literal, shortened
+from attrdb.store.schema import OF_MODELS, TABLES, Row, feature_columns
 from attrdb.store.tables import check_schema_version, open_table, schema_version
 
+OF_MODELS_ROWS = among("role", OF_MODELS)
 COUNTS = 100  # predicates whose counts are remembered
 IDS_PER_LOOKUP = 512
 ATTEMPTS = 20  # at a moment at which no images are being taken out; each takes some 20 ms
@@ -93,9 +94,9 @@ class Snapshot:
             models = self.tables["models"].to_table(columns=["model_id", "n_exemplars", "n_samples"]).to_pylist()
             counted = sum((row["n_exemplars"] or 0) + (row["n_samples"] or 0) for row in models)
             # In the usual case there is no such model. A count shows that without reading the ids of all samples.
-            if self.tables["images"].count_rows("role <> 'pretraining'") == counted:
+            if self.tables["images"].count_rows(OF_MODELS_ROWS) == counted:
                 return ()
-            scan = self.tables["images"].to_batches(columns=["model_id"], filter="role <> 'pretraining'")
+            scan = self.tables["images"].to_batches(columns=["model_id"], filter=OF_MODELS_ROWS)
             stored = {model_id for batch in scan for model_id in batch["model_id"].unique().to_pylist()}
         return tuple(sorted(stored - {None} - {row["model_id"] for row in models}))
 

@@ -125,6 +125,27 @@ CALIBRATIONS_10 = """
     unattributed float64, kl float64, kl_before float64, n_samples int64, gallery_size int64, split text, reliability text,
     images_version int64, created_at timestamp
 """
+KEY_SETS_11 = """
+    key_set_id text key, source text required, strategy text required, descriptor text required,
+    descriptor_hash text, n_answers int32 required, settings text, created_at timestamp
+"""
+KEYS_11 = """
+    key_id text key, key_set_id text required, number int32 required, prompt text required, image_id text required,
+    self_distance float64, reference_distance float64
+"""
+SUSPECTS_11 = "suspect_id text key, origin text, created_at timestamp"
+SUSPECT_LABELS_11 = """
+    label_id text key, source text required, suspect_id text required, label text required, stratum text,
+    rho float64
+"""
+ANSWERS_11 = """
+    image_id text key, key_id text required, suspect_id text required, distance float64 required
+"""
+VERDICTS_11 = """
+    verdict_id text key, key_set_id text required, suspect_id text required, conf float64 required,
+    threshold float64, p float64, n_keys int32 required, n_answers int32 required, n_innocents int32 required,
+    strata text required, created_at timestamp
+"""
 
 
 def _columns(text: str) -> pa.Schema:
@@ -281,7 +302,17 @@ def _to_10(path: Path) -> None:
         attributions.add_columns(pa.field("unattributed", pa.float64()))
 
 
-STEPS = {2: _to_2, 3: _to_3, 4: _to_4, 5: _to_5, 6: _to_6, 7: _to_7, 8: _to_8, 9: _to_9, 10: _to_10}
+def _to_11(path: Path) -> None:
+    """Key sets, answers to them, and verdicts."""
+    _create(path, "key_sets", KEY_SETS_11, 11)
+    _create(path, "keys", KEYS_11, 11)
+    _create(path, "suspects", SUSPECTS_11, 11)
+    _create(path, "suspect_labels", SUSPECT_LABELS_11, 11)
+    _create(path, "answers", ANSWERS_11, 11)
+    _create(path, "verdicts", VERDICTS_11, 11)
+
+
+STEPS = {2: _to_2, 3: _to_3, 4: _to_4, 5: _to_5, 6: _to_6, 7: _to_7, 8: _to_8, 9: _to_9, 10: _to_10, 11: _to_11}
 MADE_IN = {  # the version that made a table, where it was not the first
     "jobs": 2,
     "failures": 2,
@@ -302,6 +333,12 @@ MADE_IN = {  # the version that made a table, where it was not the first
     "attribution_tables": 8,
     "retrainings": 9,
     "counterfactuals": 9,
+    "key_sets": 11,
+    "keys": 11,
+    "suspects": 11,
+    "suspect_labels": 11,
+    "answers": 11,
+    "verdicts": 11,
 }
 
 

@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from attrdb.errors import InvalidValue
-from attrdb.store.schema import ROLES, feature_columns, feature_matrix
+from attrdb.store.schema import OF_MODELS, ROLES, feature_columns, feature_matrix
 
 FEATURE_NORM_TOLERANCE = 1e-3
 
@@ -59,12 +59,12 @@ def _check_roles(table: pa.Table) -> None:
             f"a role is one of {', '.join(ROLES)}"
         )
     models = table["model_id"] if "model_id" in table.column_names else pa.nulls(len(table), pa.string())
-    fits = pc.equal(pc.equal(roles, "pretraining"), pc.is_null(models))
+    fits = pc.equal(pc.is_in(roles, pa.array(OF_MODELS)), pc.is_valid(models))
     if not pc.all(fits).as_py() and len(table):
         row = pc.index(fits, False).as_py()
         raise InvalidValue(
             f"image {table['image_id'][row].as_py()!r} has role {roles[row].as_py()!r} and model_id "
-            f"{models[row].as_py()!r}; exemplars and samples belong to a model, pretraining images to none"
+            f"{models[row].as_py()!r}; exemplars and samples belong to a model, other images to none"
         )
 
 

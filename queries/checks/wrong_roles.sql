@@ -1,4 +1,4 @@
--- Images with an unknown role, or with a role that does not match their model: exemplars and samples belong to a model, pretraining images to none.
+-- Images with an unknown role, or with a role that does not match their model: exemplars and samples belong to a model, others to none.
 -- No row means no problem.
 -- source attrdb
 -- grain  one row per image
@@ -8,5 +8,7 @@
 -- column model_id  VARCHAR
 SELECT image_id, role, model_id
 FROM images
-WHERE role NOT IN ('exemplar', 'sample', 'pretraining') OR (role = 'pretraining') <> (model_id IS NULL)
+WHERE
+    role NOT IN ('exemplar', 'sample', 'pretraining', 'key', 'answer')
+    OR (role IN ('exemplar', 'sample')) <> (model_id IS NOT NULL)
 ORDER BY image_id

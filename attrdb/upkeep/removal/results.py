@@ -21,6 +21,7 @@ from attrdb.upkeep.removal.choose import Choice
 # Stored influence of a sample sums to 1 without what is unattributed, if no candidate beyond those stored has a share.
 ROUNDING = 1e-9
 MONITORED = ("monitor_steps", "monitor_changes", "attribution_tables")  # what was noted of each training image
+TESTS = ("keys", "answers")  # of source-model attribution: a picture is their reference, or the answer
 TRUTH = ("retrainings", "counterfactuals")  # of a model whose exemplars are others now
 
 
@@ -68,6 +69,21 @@ SELECT count(*)
 FROM counterfactuals
 WHERE sample_id IN (SELECT image_id FROM _chosen) AND model_id NOT IN (SELECT model_id FROM _changed)
 """
+VERDICTS = """\
+SELECT verdict_id
+FROM verdicts
+WHERE key_set_id IN (
+    SELECT key_set_id
+    FROM keys
+    LEFT JOIN answers USING (key_id)
+    WHERE keys.image_id IN (SELECT image_id FROM _chosen) OR answers.image_id IN (SELECT image_id FROM _chosen)
+)
+"""
+UNASKED = """\
+SELECT image_id
+FROM answers
+WHERE key_id IN (SELECT key_id FROM keys WHERE image_id IN (SELECT image_id FROM _chosen))
+"""
 SCORED = """\
 SELECT DISTINCT scores.method_id, _chosen.role
 FROM scores
@@ -87,8 +103,12 @@ def count(snapshot: Snapshot, choice: Choice, reach: Reach) -> dict[str, int]:
     with _connection(snapshot, choice, reach) as connection:
         monitored = {
             table: _one(connection, f"SELECT count(*) FROM {table} SEMI JOIN _chosen USING (image_id)")
-            for table in MONITORED
+            for table in (*MONITORED, *TESTS)
         }
+        monitored["answers"] += _one(
+            connection, f"SELECT count(*) FROM ({UNASKED}) WHERE image_id NOT IN (SELECT image_id FROM _chosen)"
+        )
+        monitored["verdicts"] = _one(connection, f"SELECT count(*) FROM ({VERDICTS})")
         truth = {
             table: _one(connection, f"SELECT count(*) FROM {table} SEMI JOIN _changed USING (model_id)")
             for table in TRUTH
@@ -107,12 +127,15 @@ def delete(writer: Writer, choice: Choice, reach: Reach) -> None:
     with _connection(writer.snapshot, choice, reach) as connection:
         attributions = connection.sql(f"SELECT method_id, sample_id FROM ({ATTRIBUTIONS})").to_arrow_table()
         ranks = connection.sql(RANKS).to_arrow_table()
+        verdicts, unasked = (connection.sql(each).to_arrow_table() for each in (VERDICTS, UNASKED))
     writer.delete_matching("attributions", attributions)
     writer.delete_matching("exemplar_ranks", ranks)
     ids = choice.images.select(["image_id"])
     for column in ("sample_id", "candidate_id"):
         writer.delete_matching("scores", ids.rename_columns([column]))
-    for table in MONITORED:
+    writer.delete_matching("verdicts", verdicts)
+    writer.delete_matching("answers", unasked)
+    for table in (*MONITORED, *TESTS):
         writer.delete_matching(table, ids)
     for table in TRUTH:
         writer.delete_matching(table, pa.table({"model_id": pa.array(reach.models, pa.string())}))

@@ -1,0 +1,216 @@
+"""Confidence and p-values by hand and by chance, and verdicts from stored answers."""
+
+import json
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from click.testing import CliRunner
+
+import attrdb
+from attrdb.cli import main
+from attrdb.errors import InvalidValue, NotFound
+from attrdb.provenance.confidence import near_by_rank, p_value
+from attrdb.provenance.verdict import store, verdict, words
+
+# --- confidence -------------------------------------------------------------------------------------------------------
+
+
+def test_the_nearest_tenth_is_near():
+    """20 models, so two at a key."""
+    distances = np.arange(20.0)[:, None] + np.zeros((1, 3))
+    near = near_by_rank(distances)
+    assert near.sum(axis=0).tolist() == [2, 2, 2]
+    assert near[:2].all()
+
+
+def test_of_few_models_the_nearest_is_near():
+    assert near_by_rank(np.array([[3.0], [1.0], [2.0]])).tolist() == [[False], [True], [False]]
+
+
+def test_models_that_are_as_near_are_counted_together():
+    assert not near_by_rank(np.zeros((5, 1))).any()  # five for one place
+    assert near_by_rank(np.array([[0.0], [0.0], *[[1.0]] * 18])).sum() == 2
+
+
+@pytest.mark.parametrize("n_models", [2, 5, 9, 10, 11, 19, 20, 40])
+def test_the_order_of_models_does_not_matter(n_models):
+    rng = np.random.default_rng(n_models)
+    distances = rng.random((n_models, 7)).round(1)
+    order = rng.permutation(n_models)
+    np.testing.assert_array_equal(near_by_rank(distances)[order], near_by_rank(distances[order]))
+
+
+def test_p_values_by_hand():
+    assert p_value(0.5, np.array([0.1, 0.5, 0.6])) == 3 / 4
+    assert p_value(0.7, np.array([0.1, 0.5, 0.6])) == 1 / 4
+
+
+@pytest.mark.parametrize("n_innocents", [8, 19, 20, 30])
+def test_p_values_of_innocent_models_are_uniform_or_larger(n_innocents):
+    """Keys are alike: a model is near many of them, or few. 4,000 tests of an innocent model."""
+    rng = np.random.default_rng(n_innocents)
+    p_values = []
+    for _ in range(4000):
+        closeness = rng.normal(size=(n_innocents + 1, 1))
+        near = near_by_rank(closeness + rng.normal(size=(n_innocents + 1, 30)))
+        conf = near.mean(axis=1)
+        p_values.append(p_value(conf[0], conf[1:]))
+    for level in (0.05, 0.1, 0.2, 0.5):
+        share = np.mean(np.array(p_values) <= level)
+        assert share <= level + 3 * np.sqrt(level * (1 - level) / 4000)
+
+
+# --- verdicts ---------------------------------------------------------------------------------------------------------
+
+N_KEYS, N_ANSWERS = 10, 2
+
+
+def stored(db, models):
+    """A key set `k` of source `ours`, and answers: model -> distances (n_keys, n_answers), label and stratum."""
+    db.writer.upsert("key_sets", [{"key_set_id": "k", "source": "ours", "strategy": "generation", "descriptor": "l2",
+                                   "n_answers": N_ANSWERS}])  # fmt: skip
+    keys = [{"key_set_id": "k", "prompt": f"p{n}", "image_id": f"keys/k/{n}"} for n in range(1, N_KEYS + 1)]
+    db.writer.upsert("keys", [key | {"key_id": f"k/{n}", "number": n} for n, key in enumerate(keys, 1)])
+    answers, labels = [], []
+    for name, (distances, label, stratum) in models.items():
+        answers += [
+            {
+                "image_id": f"answers/k/{name}/{n}/{place}",
+                "key_id": f"k/{n}",
+                "suspect_id": name,
+                "distance": float(one),
+            }
+            for n, of_key in enumerate(distances, 1)
+            for place, one in enumerate(of_key)
+        ]
+        if label:
+            labels.append({"label_id": f"ours/{name}", "source": "ours", "suspect_id": name, "label": label,
+                           "stratum": stratum})  # fmt: skip
+    db.writer.upsert("answers", answers)
+    db.writer.upsert("suspect_labels", labels)
+    return db
+
+
+@pytest.fixture
+def some(empty):
+    """Innocent models of two kinds and a single one; an infringing one, and one that is near half of the keys."""
+    rng = np.random.default_rng(0)
+
+    def far():
+        return 0.5 + rng.random((N_KEYS, N_ANSWERS)) / 10
+
+    models = {f"topic-{n:02d}": (far(), "innocent", "topic") for n in range(19)}
+    models |= {f"other-{n}": (far(), "innocent", "unrelated") for n in range(4)}
+    models |= {"base": (far(), "innocent", "base"), "caught": (0.1 + far() / 10, "infringing", None)}
+    half = far()
+    half[:5, 1] = 0.2
+    models["half"] = (half, None, None)
+    return stored(empty, models)
+
+
+def test_a_verdict_by_hand(some):
+    found = verdict(some.snapshot, "k", "half")
+    assert (found.conf, found.n_keys, found.n_missing, found.n_answers) == (0.5, 10, 0, 20)
+    by_name = {one.name: one for one in found.strata}
+    assert {name: len(one.conf) for name, one in by_name.items()} == {"base": 1, "topic": 19, "unrelated": 4}
+    assert by_name["base"].p is None
+    assert by_name["topic"].p == 1 / 20
+    assert by_name["unrelated"].p == found.p == 1 / 5
+    assert found.least_p == 1 / 5
+    assert "too few to tell, since p cannot fall below 0.2" in words(found)
+
+
+def test_an_infringing_model_is_no_part_of_the_null(some):
+    assert "caught" not in str(verdict(some.snapshot, "k", "half"))
+    assert verdict(some.snapshot, "k", "caught").conf == 1.0
+
+
+def test_a_fixed_threshold(some):
+    found = verdict(some.snapshot, "k", "half", 0.2)
+    assert (found.threshold, found.conf) == (0.2, 0.5)
+    assert all(conf == 0 for one in found.strata for conf in one.conf)
+
+
+def test_an_innocent_model_is_tested_against_the_others(some):
+    found = verdict(some.snapshot, "k", "topic-03")
+    assert found.n_innocents == 23
+    assert found.p > 0.05
+
+
+def test_as_many_answers_are_compared_of_every_model(empty):
+    """The nearest of four answers is nearer than that of one, with any model."""
+    far, one_near = np.full((N_KEYS, 1), 0.5), np.array([[0.5, 0.1]] * N_KEYS)
+    models = {"few": (far, None, None)}
+    models |= {f"i{n}": (one_near + n / 100, "innocent", "topic") for n in range(3)}
+    found = verdict(stored(empty, models).snapshot, "k", "few", 0.4)
+    assert [one.conf for one in found.strata] == [(0.0, 0.0, 0.0)]
+    assert found.n_answers == N_KEYS
+
+
+def test_keys_without_an_answer_are_left_out_for_all(empty):
+    rng = np.random.default_rng(1)
+    models = {f"i{n}": (rng.random((N_KEYS, 2)), "innocent", "topic") for n in range(5)}
+    models["short"] = (rng.random((4, 2)), "innocent", "topic")
+    models["part"] = (np.zeros((6, 2)), None, None)
+    found = verdict(stored(empty, models).snapshot, "k", "part")
+    assert (found.n_keys, found.n_missing, found.conf) == (6, 4, 1.0)
+    assert found.left_out == ("short",)
+    assert found.n_innocents == 5
+
+
+def test_without_innocent_models_nothing_follows(empty):
+    found = verdict(stored(empty, {"alone": (np.zeros((N_KEYS, 2)), None, None)}).snapshot, "k", "alone")
+    assert (found.p, found.least_p, found.strata) == (None, None, ())
+    assert "nothing follows from it" in words(found)
+
+
+@pytest.mark.parametrize(
+    ("key_set", "model", "error", "says"),
+    [
+        ("nope", "half", NotFound, "no key set 'nope' in .*; nearest are 'k'"),
+        ("k", "hlaf", NotFound, "model 'hlaf' has no answers to key set 'k'; nearest are 'half'"),
+        ("k", "ours", InvalidValue, "'ours' is the source of key set 'k'; test a model that is not"),
+    ],
+)
+def test_what_cannot_be_tested(some, key_set, model, error, says):
+    with pytest.raises(error, match=says):
+        verdict(some.snapshot, key_set, model)
+
+
+def test_a_verdict_is_stored_once(some):
+    for threshold in (None, 0.2):
+        store(some.writer, verdict(some.snapshot, "k", "half", threshold))
+    [row] = some.sql("FROM verdicts").to_pylist()
+    assert (row["verdict_id"], row["conf"], row["threshold"], row["n_innocents"]) == ("k/half", 0.5, 0.2, 24)
+    assert json.loads(row["strata"])["topic"]["n"] == 19
+
+
+def test_the_command(some):
+    done = CliRunner().invoke(main, ["source-test", str(some.path), "k", "--model", "caught"])
+    assert done.exit_code == 0, done.output
+    assert done.output.startswith(
+        "caught: conf 1.00 on 10 keys of ours, p = 0.2 against 24 innocent models (1 base, 19 topic"
+    )
+    lines = done.output.splitlines()
+    assert lines[1] == "  base: one innocent model, conf 0.10; one is no distribution"
+    assert lines[2].startswith("  topic: 19 innocent models, conf 0.00 to 0.")
+    assert lines[2].endswith("p = 0.05")
+    done = CliRunner().invoke(main, ["source-test", str(some.path), "k", "--model", "caught", "--json"])
+    rows = json.loads(done.output)
+    assert [(row["stratum"], row["n_models"]) for row in rows] == [("base", 1), ("topic", 19), ("unrelated", 4)]
+
+
+def test_pictures_of_tests_are_never_candidates(toy):
+    """Nor do they belong to a model."""
+    before = toy.attribute("m/0/1", k=5)["image_id"].to_pylist()
+    feature = toy.images("image_id = 'm/0/1'", ["toy_2"])["toy_2"].combine_chunks()
+    for role in ("key", "answer"):
+        row = pa.table({"image_id": [f"{role}s/k/1"], "role": [role], "toy_2": feature})
+        toy.writer.append_images(row)
+    assert toy.attribute("m/0/1", k=5)["image_id"].to_pylist() == before
+    assert toy.snapshot.hidden_models == ()
+    assert [toy.query(name).num_rows for name in ("wrong_roles", "unfinished_models")] == [0, 0]
+    with pytest.raises(InvalidValue, match="exemplars and samples belong to a model, other images to none"):
+        toy.writer.append_images(pa.table({"image_id": ["x"], "role": ["answer"], "model_id": ["m"]}))
+    assert attrdb.open(toy.path).attribute("m/0/1", k=5)["image_id"].to_pylist() == before
