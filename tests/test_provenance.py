@@ -186,6 +186,106 @@ def test_a_verdict_is_stored_once(some):
     assert json.loads(row["strata"])["topic"]["n"] == 19
 
 
+# --- in SQL -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory):
+    """50 models, some with fewer answers, labelled and not; distances with ties."""
+    rng = np.random.default_rng(7)
+    models = {}
+    for number in range(50):
+        n_keys, n_answers = (N_KEYS, N_ANSWERS) if number % 7 else (int(rng.integers(2, N_KEYS)), 1)
+        near = 0.3 if number % 3 == 0 else 0.0
+        distances = (0.3 + rng.random((n_keys, n_answers)) - near * rng.random((n_keys, 1))).round(1)
+        label, stratum = [("infringing", None), ("innocent", "topic"), ("innocent", "lineage"), (None, None)][
+            number % 4
+        ]
+        models[f"m{number:02d}"] = (distances, label, stratum)
+    return stored(attrdb.create(tmp_path_factory.mktemp("many") / "many.attrdb"), models)
+
+
+def test_sql_finds_what_a_verdict_does(many):
+    confident = {row["suspect_id"]: row for row in many.query("source_confidence", key_set="k").to_pylist()}
+    nulls = many.query("source_null", key_set="k").to_pylist()
+    assert len(confident) == 50
+    for suspect_id, row in confident.items():
+        found = verdict(many.snapshot, "k", suspect_id)
+        assert row["conf"] == pytest.approx(found.conf)
+        assert (row["n_keys"], row["n_innocents"]) == (found.n_keys, found.n_innocents)
+        assert row["p"] == pytest.approx(found.p)
+        strata = {one["stratum"]: one for one in nulls if one["suspect_id"] == suspect_id}
+        for stratum in found.strata:
+            one = strata[stratum.name]
+            assert one["p"] == pytest.approx(stratum.p)
+            wanted = (len(stratum.conf), stratum.conf[0], np.median(stratum.conf), stratum.conf[-1])
+            assert [
+                one[name] for name in ("n_innocents", "lowest_conf", "middle_conf", "highest_conf")
+            ] == pytest.approx(wanted)
+
+
+def slow_metrics(infringing, innocent):
+    """AUC, accuracy of both kinds with the same weight, and TPR at 10 % FPR, by trying every threshold."""
+    auc = np.mean([(a > b) + (a == b) / 2 for a in infringing for b in innocent])
+    points = [
+        (np.mean(infringing >= t), np.mean(innocent >= t)) for t in (*np.unique([*infringing, *innocent]), np.inf)
+    ]
+    accuracy = max((tpr + 1 - fpr) / 2 for tpr, fpr in points)
+    return auc, accuracy, max(tpr for tpr, fpr in points if fpr <= 0.1)
+
+
+def test_metrics_are_those_of_every_threshold(many):
+    rows = many.query("source_confidence", key_set="k").to_pylist()
+    metrics = {row["stratum"]: row for row in many.query("source_metrics", key_set="k", n_replicates=200).to_pylist()}
+    assert list(metrics) == [None, "lineage", "topic"]
+    infringing = np.array([row["conf"] for row in rows if row["label"] == "infringing"])
+    for stratum, row in metrics.items():
+        innocent = [one["conf"] for one in rows if one["label"] == "innocent" and stratum in (None, one["stratum"])]
+        wanted = slow_metrics(infringing, np.array(innocent))
+        assert [row["auc"], row["accuracy"], row["tpr_at_10_fpr"]] == pytest.approx(wanted)
+        assert (row["n_infringing"], row["n_innocents"]) == (len(infringing), len(innocent))
+        for name in ("auc", "accuracy", "tpr"):
+            value = row["tpr_at_10_fpr"] if name == "tpr" else row[name]
+            assert row[f"{name}_low"] <= value <= row[f"{name}_high"]
+        assert row["auc_low"] < row["auc"] < row["auc_high"]
+
+
+def test_the_two_sides_of_a_bootstrap_draw_apart(empty):
+    """With as many models on both sides, and the same figures, the AUC of pairs that are drawn alike would vary less."""
+    rng = np.random.default_rng(3)
+    conf = {f"{side}{n}": (rng.random((N_KEYS, 1)), label, None) for n in range(12) for side, label in
+            (("a", "infringing"), ("b", "innocent"))}  # fmt: skip
+    db = stored(empty, conf)
+    row = db.query("source_metrics", key_set="k", n_replicates=2000).to_pylist()[0]
+    rows = db.query("source_confidence", key_set="k").to_pylist()
+    sides = [np.array([one["conf"] for one in rows if one["label"] == label]) for label in ("infringing", "innocent")]
+    drawn = [slow_metrics(*(rng.choice(side, len(side)) for side in sides))[0] for _ in range(2000)]
+    assert [row["auc_low"], row["auc_high"]] == pytest.approx(np.quantile(drawn, [0.025, 0.975]), abs=0.03)
+
+
+def test_without_a_model_of_either_kind_there_are_no_metrics(empty):
+    db = stored(empty, {"a": (np.zeros((N_KEYS, 1)), "infringing", None)})
+    assert db.query("source_metrics", key_set="k").num_rows == 0
+    assert db.query("source_confidence", key_set="k").to_pylist()[0]["p"] is None
+    assert db.query("source_null", key_set="k").num_rows == 0
+
+
+def test_keys_that_two_sets_share(some):
+    keys = [("l/1", "l", 1, "P1", "keys/k/3"), ("l/2", "l", 2, "other", "keys/k/5"), ("l/3", "l", 3, "new", "keys/l/3")]
+    some.writer.upsert(
+        "keys", [dict(zip(("key_id", "key_set_id", "number", "prompt", "image_id"), key, strict=True)) for key in keys]
+    )
+    pictures = [{"image_id": name, "role": "key", "sha256": name} for name in ("keys/k/3", "keys/k/5", "keys/l/3")]
+    some.writer.append_images(pa.Table.from_pylist(pictures))
+    rows = some.query("key_set_overlap").to_pylist()
+    assert [
+        (row["key_set_id"], row["other_id"], row["n_keys"], row["n_prompts"], row["n_references"]) for row in rows
+    ] == [
+        ("k", "l", 10, 1, 2),
+        ("l", "k", 3, 1, 2),
+    ]
+
+
 def test_the_command(some):
     done = CliRunner().invoke(main, ["source-test", str(some.path), "k", "--model", "caught"])
     assert done.exit_code == 0, done.output

@@ -31,6 +31,7 @@ MACROS = (
     "nearest",
     "attribute",
     "influence_shares",
+    "key_tests",
     "changes",
 )
 
