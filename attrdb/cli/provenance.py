@@ -19,7 +19,7 @@ from attrdb.text import visible
 FILE = click.Path(path_type=Path)
 
 
-@click.group(short_help="Key sets: prompts and pictures of your model to test others with.")
+@click.group(short_help="Key sets: prompts and pictures to test other models with.")
 def keys() -> None:
     """Key sets: prompts, each with a picture of your model, by which others are tested for having learned from it."""
 

@@ -315,7 +315,7 @@ def truth(db: Path, models: str, leave: tuple[str, ...], samples: str, quiet: bo
         )
 
 
-@click.command(short_help="Rank the exemplars of every sample; metrics are queries on it.")
+@click.command(short_help="Rank the exemplars of samples; metrics are queries on it.")
 @DB
 @methods_option("every encoder and every stored method")
 @click.option(

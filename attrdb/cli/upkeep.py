@@ -136,7 +136,7 @@ def optimize(db: Path, drop_older_than: int | None, quiet: bool) -> None:
         )
 
 
-@click.command(short_help="Build an index, which makes searches of large galleries quick.")
+@click.command(short_help="Build an index, which makes large galleries quick to search.")
 @DB
 @asked_encoder_option
 @device_option
