@@ -13,6 +13,7 @@ import attrdb
 from attrdb.errors import InvalidValue, NotFound
 from attrdb.store.schema import SCHEMA_VERSION, feature_array
 from attrdb.store.validation import conform_images
+from attrdb.upkeep.optimize import optimize
 
 
 def ids(db):
@@ -76,6 +77,31 @@ def test_only_tables_that_have_changed_are_opened_again(toy):
     reopened = {name for name, table in before.tables.items() if reader.snapshot.tables[name] is not table}
     assert reopened == {"images"}
     assert "late" in ids(reader)
+
+
+def test_no_write_changes_a_snapshot_that_others_hold(toy):
+    def new(image_id):
+        return rows([(image_id, "pretraining", None, 50)])
+
+    model = rows([("n/e", "exemplar", "n", 3), ("n/0/1", "sample", "n", 4)])
+    writes = [
+        lambda: toy.writer.append_images(new("one")),
+        lambda: toy.writer.append_bulk(new("two")),
+        lambda: toy.writer.add_encoder("late:3", 3, {}, "none"),
+        lambda: toy.writer.append_model(model, {"model_id": "n"}),
+        lambda: toy.writer.upsert("models", [{"model_id": "m", "kind": "object"}]),
+        lambda: toy.writer.update("models", "model_id = 'm'", {"split": "val"}),
+        lambda: toy.writer.delete("models", "model_id = 'n'"),
+        lambda: toy.writer.delete_matching("images", pa.table({"image_id": ["one"]})),
+        lambda: toy.remove(ids=["two"]),
+        lambda: optimize(toy.writer),
+    ]
+    for write in writes:
+        held = toy.snapshot
+        before = {name: (table.version, table.to_table()) for name, table in held.tables.items()}
+        write()
+        assert {name: (table.version, table.to_table()) for name, table in held.tables.items()} == before
+        assert toy.snapshot is not held
 
 
 def test_a_snapshot_whose_table_a_write_has_moved_on_is_not_taken_for_the_newest(toy):

@@ -61,8 +61,8 @@ def test_the_plan_draws_models_that_share_no_picture(programs, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def work(programs, tmp_path_factory):
-    """A model to measure, two to learn from and one to choose by, each in a few steps."""
+def work(programs, tiny_base, tmp_path_factory):
+    """A model to measure, two to learn from and one to choose by, each in a few steps of a tiny base model."""
     plan, run, folder = programs["plan"], programs["run"], tmp_path_factory.mktemp("removals")
 
     def small(folder):
@@ -76,6 +76,7 @@ def work(programs, tmp_path_factory):
         return specs
 
     def command(*words):
+        words = [tiny_base if word == "icon-sd" else word for word in words]
         done = CliRunner().invoke(main, [*map(str, words), "--quiet"], catch_exceptions=False)
         assert done.exit_code == 0, done.output
 

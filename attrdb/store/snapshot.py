@@ -64,7 +64,7 @@ class Snapshot:
         """
         if _stamp(self.path) != self._stamp:  # deleted, and perhaps made anew
             return open_snapshot(self.path)
-        # A write by way of a dataset moves it on.
+        # A write by way of a dataset moves it on; attrdb writes to others.
         unmoved = {name: table for name, table in self.tables.items() if table.version == self._versions[name]}
         tables = pinned_tables(self.path, TABLES, unmoved)
         if all(tables[name] is table for name, table in self.tables.items()):

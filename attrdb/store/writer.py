@@ -119,7 +119,7 @@ class Writer:
                     f"encoder {spec!r} would be called {encoder_id!r}, {len(encoder_id)} characters; give its file a name "
                     f"that makes at most {LONGEST_ENCODER_ID}"
                 )
-            images = self.snapshot.tables["images"]
+            images = self._dataset("images")
             columns = feature_columns(images.schema)
             if columns.get(encoder_id) != dimension:
                 if encoder_id in columns:  # left by a call that was interrupted before the encoder's row
@@ -138,7 +138,6 @@ class Writer:
         """
         with self.writing():  # nothing is taken out, blocked or purged meanwhile
             self.refresh()
-            images = self.snapshot.tables["images"]
             table = self._conformed_images(rows)
             stored = self.snapshot.stored(table["image_id"].to_pylist())
             n_appended = 0
@@ -146,7 +145,7 @@ class Writer:
                 # merge_insert and not append, to skip also what another process stored since the look-up. Without the index
                 # on image_id: with it Lance (pylance 14.0) commits no keys, so two writers that have not read each other's
                 # rows can insert the same id (tests/test_concurrency.py).
-                insert = images.merge_insert("image_id").when_not_matched_insert_all().use_index(False)
+                insert = self._dataset("images").merge_insert("image_id").when_not_matched_insert_all().use_index(False)
                 insert = insert.conflict_retries(CONFLICT_RETRIES)
                 n_appended = self.commit(lambda: insert.execute(table))["num_inserted_rows"]
         return Appended(n_appended, len(table) - n_appended, self.snapshot.version)
@@ -327,7 +326,7 @@ class Writer:
         return str(self.path / f"{table}.lance")
 
     def _dataset(self, table: str) -> lance.LanceDataset:
-        """The newest version of a table."""
+        """The newest version of a table, to write to: a write moves a dataset on, and those of a snapshot never change."""
         return lance.dataset(self._path(table))
 
     @contextmanager
