@@ -41,7 +41,7 @@ class Shared:
                 (n for n, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other))
             )
 
-        candidates = db.sql("SELECT image_id FROM images WHERE role <> 'sample' ORDER BY image_id")[
+        candidates = db.sql("SELECT image_id FROM images WHERE role IN ('exemplar', 'pretraining') ORDER BY image_id")[
             "image_id"
         ].to_pylist()
         for sample in sample_ids:

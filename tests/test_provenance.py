@@ -1,5 +1,6 @@
 """Confidence and p-values by hand and by chance, and verdicts from stored answers."""
 
+import hashlib
 import json
 
 import numpy as np
@@ -11,7 +12,7 @@ import attrdb
 from attrdb.cli import main
 from attrdb.errors import InvalidValue, NotFound
 from attrdb.provenance.confidence import near_by_rank, p_value
-from attrdb.provenance.verdict import store, verdict, words
+from attrdb.provenance.verdict import answers_to, labels_of, store, verdict, words
 
 # --- confidence -------------------------------------------------------------------------------------------------------
 
@@ -117,8 +118,8 @@ def test_a_verdict_by_hand(some):
     assert by_name["base"].p is None
     assert by_name["topic"].p == 1 / 20
     assert by_name["unrelated"].p == found.p == 1 / 5
-    assert found.least_p == 1 / 5
-    assert "too few to tell, since p cannot fall below 0.2" in words(found)
+    assert (found.least_p, found.n_innocents) == (1 / 5, 23)
+    assert "too few of them to tell, since p cannot fall below 0.2" in words(found)
 
 
 def test_an_infringing_model_is_no_part_of_the_null(some):
@@ -134,7 +135,7 @@ def test_a_fixed_threshold(some):
 
 def test_an_innocent_model_is_tested_against_the_others(some):
     found = verdict(some.snapshot, "k", "topic-03")
-    assert found.n_innocents == 23
+    assert found.n_innocents == 22
     assert found.p > 0.05
 
 
@@ -161,8 +162,40 @@ def test_keys_without_an_answer_are_left_out_for_all(empty):
 
 def test_without_innocent_models_nothing_follows(empty):
     found = verdict(stored(empty, {"alone": (np.zeros((N_KEYS, 2)), None, None)}).snapshot, "k", "alone")
-    assert (found.p, found.least_p, found.strata) == (None, None, ())
+    assert (found.p, found.least_p, found.strata, found.conf) == (None, None, (), None)
     assert "nothing follows from it" in words(found)
+
+
+def test_a_stratum_that_has_lost_its_models_leaves_no_p_value(empty):
+    """Otherwise the models of the other strata alone would say how unusual an answer is."""
+    far = np.full((N_KEYS, 2), 0.5)
+    models = {f"easy-{n}": (far + n / 100, "innocent", "unrelated") for n in range(19)}
+    models |= {f"hard-{n}": (far[:, :1] - 0.3, "innocent", "topic") for n in range(4)}
+    models["tested"] = (far - 0.2, None, None)
+    found = verdict(stored(empty, models).snapshot, "k", "tested")
+    assert [(one.name, len(one.conf), one.n_left_out) for one in found.strata] == [
+        ("topic", 0, 4),
+        ("unrelated", 19, 0),
+    ]
+    assert found.p is None
+    assert "No p-value: of the innocent models of stratum topic too few have as many answers" in words(found)
+
+
+def test_a_lone_model_that_answers_alike_is_heard(empty):
+    rng = np.random.default_rng(0)
+    models = {f"i{n}": (0.5 + rng.random((N_KEYS, 2)), "innocent", "topic") for n in range(19)}
+    models |= {
+        "lone": (np.full((N_KEYS, 2), 0.1), "innocent", "lineage"),
+        "tested": (np.full((N_KEYS, 2), 0.1), None, None),
+    }
+    found = verdict(stored(empty, models).snapshot, "k", "tested")
+    assert (found.p, found.n_innocents) == (1 / 20, 19)
+    assert "the innocent model of stratum lineage answers like this, too, so nothing follows from it" in words(found)
+
+
+def test_a_threshold_that_is_no_distance(some):
+    with pytest.raises(InvalidValue, match="threshold is nan"):
+        verdict(some.snapshot, "k", "half", float("nan"))
 
 
 @pytest.mark.parametrize(
@@ -182,7 +215,7 @@ def test_a_verdict_is_stored_once(some):
     for threshold in (None, 0.2):
         store(some.writer, verdict(some.snapshot, "k", "half", threshold))
     [row] = some.sql("FROM verdicts").to_pylist()
-    assert (row["verdict_id"], row["conf"], row["threshold"], row["n_innocents"]) == ("k/half", 0.5, 0.2, 24)
+    assert (row["verdict_id"], row["conf"], row["threshold"], row["n_innocents"]) == ("k/half", 0.5, 0.2, 23)
     assert json.loads(row["strata"])["topic"]["n"] == 19
 
 
@@ -211,17 +244,32 @@ def test_sql_finds_what_a_verdict_does(many):
     assert len(confident) == 50
     for suspect_id, row in confident.items():
         found = verdict(many.snapshot, "k", suspect_id)
-        assert row["conf"] == pytest.approx(found.conf)
+        assert row["conf"] == (None if found.conf is None else pytest.approx(found.conf))
         assert (row["n_keys"], row["n_innocents"]) == (found.n_keys, found.n_innocents)
-        assert row["p"] == pytest.approx(found.p)
+        assert row["p"] == (None if found.p is None else pytest.approx(found.p))
         strata = {one["stratum"]: one for one in nulls if one["suspect_id"] == suspect_id}
-        for stratum in found.strata:
+        for stratum in (stratum for stratum in found.strata if stratum.conf):
             one = strata[stratum.name]
-            assert one["p"] == pytest.approx(stratum.p)
+            assert one["p"] == (None if stratum.p is None else pytest.approx(stratum.p))
             wanted = (len(stratum.conf), stratum.conf[0], np.median(stratum.conf), stratum.conf[-1])
             assert [
                 one[name] for name in ("n_innocents", "lowest_conf", "middle_conf", "highest_conf")
             ] == pytest.approx(wanted)
+
+
+def slow_conf(db, suspect_id, is_innocent):
+    """In a pool of as many models as an innocent one has."""
+    distances = answers_to(db.snapshot, {"key_set_id": "k", "n_answers": N_ANSWERS})
+    nearest = {name: [min(of_key) for _, of_key in sorted(keys.items())] for name, keys in distances.items()}
+    whole = {
+        name for name, keys in distances.items() if len(keys) == N_KEYS and min(map(len, keys.values())) == N_ANSWERS
+    }
+    labels = labels_of(db.snapshot, "ours")
+    pool = sorted(name for name in whole if name in labels and labels[name]["label"] == "innocent")
+    lower = int.from_bytes(hashlib.md5(suspect_id.encode()).digest()[8:], "little")
+    left_out = suspect_id if is_innocent else pool[lower % len(pool)]
+    matrix = [nearest[suspect_id], *(nearest[one] for one in pool if one != left_out)]
+    return near_by_rank(np.array(matrix))[0].mean()
 
 
 def slow_metrics(infringing, innocent):
@@ -235,30 +283,56 @@ def slow_metrics(infringing, innocent):
 
 
 def test_metrics_are_those_of_every_threshold(many):
-    rows = many.query("source_confidence", key_set="k").to_pylist()
     metrics = {row["stratum"]: row for row in many.query("source_metrics", key_set="k", n_replicates=200).to_pylist()}
     assert list(metrics) == [None, "lineage", "topic"]
-    infringing = np.array([row["conf"] for row in rows if row["label"] == "infringing"])
+    conf = {
+        name: round(slow_conf(many, name, row["label"] == "innocent"), 12)
+        for name, row in labels_of(many.snapshot, "ours").items()
+        if int(name[1:]) % 7  # which have all answers
+    }
+    labels = labels_of(many.snapshot, "ours")
+    infringing = np.array([value for name, value in conf.items() if labels[name]["label"] == "infringing"])
     for stratum, row in metrics.items():
-        innocent = [one["conf"] for one in rows if one["label"] == "innocent" and stratum in (None, one["stratum"])]
-        wanted = slow_metrics(infringing, np.array(innocent))
+        of_stratum = [
+            name for name in conf if labels[name]["label"] == "innocent" and stratum in (None, labels[name]["stratum"])
+        ]
+        wanted = slow_metrics(infringing, np.array([conf[name] for name in of_stratum]))
         assert [row["auc"], row["accuracy"], row["tpr_at_10_fpr"]] == pytest.approx(wanted)
-        assert (row["n_infringing"], row["n_innocents"]) == (len(infringing), len(innocent))
+        assert (row["n_infringing"], row["n_innocents"]) == (len(infringing), len(of_stratum))
         for name in ("auc", "accuracy", "tpr"):
             value = row["tpr_at_10_fpr"] if name == "tpr" else row[name]
             assert row[f"{name}_low"] <= value <= row[f"{name}_high"]
         assert row["auc_low"] < row["auc"] < row["auc_high"]
 
 
+@pytest.mark.parametrize("n_innocents", [9, 19, 29])
+def test_labels_without_meaning_have_an_auc_of_a_half(tmp_path, n_innocents):
+    """The mean of 12 databases of noise. With pools of unequal size it would be 0.69 for 19 innocent models."""
+    rng, found = np.random.default_rng(n_innocents), []
+    for number in range(12):
+        models = {
+            f"m{n}": (rng.random((N_KEYS, N_ANSWERS)), "infringing" if n >= n_innocents else "innocent", "topic")
+            for n in range(n_innocents + 12)
+        }
+        db = stored(attrdb.create(tmp_path / f"{number}.attrdb"), models)
+        found.append(db.query("source_metrics", key_set="k", n_replicates=1).to_pylist()[0]["auc"])
+    assert abs(np.mean(found) - 0.5) < 0.06
+
+
 def test_the_two_sides_of_a_bootstrap_draw_apart(empty):
     """With as many models on both sides, and the same figures, the AUC of pairs that are drawn alike would vary less."""
     rng = np.random.default_rng(3)
-    conf = {f"{side}{n}": (rng.random((N_KEYS, 1)), label, None) for n in range(12) for side, label in
-            (("a", "infringing"), ("b", "innocent"))}  # fmt: skip
-    db = stored(empty, conf)
+    models = {
+        f"{side}{n}": (rng.random((N_KEYS, N_ANSWERS)), label, None)
+        for n in range(12)
+        for side, label in (("a", "infringing"), ("b", "innocent"))
+    }
+    db = stored(empty, models)
     row = db.query("source_metrics", key_set="k", n_replicates=2000).to_pylist()[0]
-    rows = db.query("source_confidence", key_set="k").to_pylist()
-    sides = [np.array([one["conf"] for one in rows if one["label"] == label]) for label in ("infringing", "innocent")]
+    sides = [
+        np.array([slow_conf(db, name, label == "innocent") for name, (_, label, _) in models.items() if label == side])
+        for side, label in (("infringing", "infringing"), ("innocent", "innocent"))
+    ]
     drawn = [slow_metrics(*(rng.choice(side, len(side)) for side in sides))[0] for _ in range(2000)]
     assert [row["auc_low"], row["auc_high"]] == pytest.approx(np.quantile(drawn, [0.025, 0.975]), abs=0.03)
 
@@ -290,10 +364,10 @@ def test_the_command(some):
     done = CliRunner().invoke(main, ["source-test", str(some.path), "k", "--model", "caught"])
     assert done.exit_code == 0, done.output
     assert done.output.startswith(
-        "caught: conf 1.00 on 10 keys of ours, p = 0.2 against 24 innocent models (1 base, 19 topic"
+        "caught: conf 1.00 on 10 keys of ours, p = 0.2 against 23 innocent models (19 topic, 4 unr"
     )
     lines = done.output.splitlines()
-    assert lines[1] == "  base: one innocent model, conf 0.10; one is no distribution"
+    assert lines[1] == "  base: one innocent model, conf 0.10; no distribution"
     assert lines[2].startswith("  topic: 19 innocent models, conf 0.00 to 0.")
     assert lines[2].endswith("p = 0.05")
     done = CliRunner().invoke(main, ["source-test", str(some.path), "k", "--model", "caught", "--json"])

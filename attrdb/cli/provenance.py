@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Iterable
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import click
@@ -73,23 +74,27 @@ def find_keys(
     from attrdb.cli.output import progress
 
     chosen_by = finding.KeySettings(**settings)
-    database, asked = attrdb.open(db), files.read_prompts(prompts)
+    database, asked = attrdb.open(db), files.read_prompts(prompts).texts
+    named = _named(answers, others)
     with progress(quiet) as advance:
         read = {
             path: files.read_answers(path, set(asked), advance)
             for path in (answers, *others, *([images] if images else []))
         }
+        against = {name: read[path] for name, path in named.items()}
         chosen = finding.choose_keys(
-            asked, read[answers], [read[path] for path in others], chosen_by, read[images] if images else None, advance
+            asked, read[answers], against, chosen_by, read[images] if images else None, advance
         )
     for path, found in read.items():
         _tell_read(path, found)
-    if not others:
+    if chosen.n_without:
+        click.echo(f"{chosen.n_without:,} prompts lack answers of a model of --other, and cannot be keys", err=True)
+    if not others and chosen_by.strategy != "random":
         click.echo(
             "no --other: keys are ranked by your model alone; prompts that every model answers alike make poor keys",
             err=True,
         )
-    finding.store_keys(database, key_set_id, source, chosen, chosen_by)
+    finding.store_keys(database, key_set_id, source, chosen, chosen_by, named)
     click.echo(
         f"key set {key_set_id}: {len(chosen.keys):,} keys of {chosen.n_pool:,} prompts that could be keys; next: "
         f"attrdb keys sheet {db} {key_set_id}",
@@ -97,10 +102,27 @@ def find_keys(
     )
 
 
+def _named(answers: Path, others: tuple[Path, ...]) -> dict[str, Path]:
+    """The models of --other by the names of their folders or files.
+
+    raises: InvalidValue
+    """
+    named: dict[str, Path] = {}
+    for path in others:
+        name = path.resolve().stem
+        if path.resolve() == answers.resolve():
+            raise InvalidValue(f"--other {path} are the answers of your own model; give those of another one")
+        if name in named:
+            raise InvalidValue(f"two models of --other would be called {name!r}; name their folders otherwise")
+        named[name] = path
+    return named
+
+
 def _tell_read(path: Path, found: Any) -> None:
     others = f", {found.n_others:,} to other prompts" if found.n_others else ""
-    repeated = f", {found.n_repeated:,} repeated" if found.n_repeated else ""
-    click.echo(visible(f"{path}: {len(found):,} answers{repeated}{others}"), err=True)
+    click.echo(visible(f"{path}: {len(found):,} pictures{others}"), err=True)
+    for line in found.skipped.lines():
+        click.echo(visible(f"  not read: {line}"), err=True)
     _tell_failures(found.failures)
 
 
@@ -156,24 +178,30 @@ def answers() -> None:
 @click.argument("prompts", type=FILE)
 @click.argument("folder", type=FILE)
 @click.option("--model", required=True, help="Stable Diffusion 1.x/2.x: a pipeline folder, a hub id, or icon-sd.")
-@click.option("-m", "n_answers", type=click.IntRange(1), default=4, show_default=True, help="Pictures per prompt.")
+@click.option(
+    "-m", "n_answers", type=click.IntRange(1), help="Pictures per prompt. Default: as the sheet says, else 4."
+)
 @click.option("--solver-steps", type=click.IntRange(1), default=25, show_default=True, help="Sampling steps.")
 @click.option("--guidance", type=click.FloatRange(1), default=6.0, show_default=True, help="Classifier-free guidance.")
 @click.option("--sample-batch", type=click.IntRange(1), default=16, show_default=True, help="Pictures drawn at a time.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the starting noises.")
+@click.option(
+    "--seed", type=int, default=0, show_default=True, help="Seed of the starting noises, with the model's weights."
+)
 @quiet_option
-def draw(prompts: Path, folder: Path, model: str, n_answers: int, quiet: bool, **settings: Any) -> None:
+def draw(prompts: Path, folder: Path, model: str, n_answers: int | None, quiet: bool, **settings: Any) -> None:
     """Draw answers to PROMPTS, a text file with a prompt per line or a sheet of attrdb keys sheet, into FOLDER.
 
-    The files are FOLDER/NUMBER/SEED.png. Rerunning the command draws those that are missing.
+    The files are FOLDER/NUMBER/SEED.png. Rerunning the command draws those that are missing; a folder takes the answers of
+    one model to one list of prompts. Each model begins with noises of its own, as models asked elsewhere do.
     """
     files, drawing = importlib.import_module("attrdb.ingest.answers.files"), ml("ingest.answers.draw")
     from attrdb.cli.output import progress
     from attrdb.ingest.options import SynthesizeSettings
 
     asked = files.read_prompts(prompts)
+    wanted = n_answers or asked.n_answers or 4
     with progress(quiet) as advance:
-        drawn = drawing.draw_answers(model, asked, folder, n_answers, SynthesizeSettings(**settings), advance)
+        drawn = drawing.draw_answers(model, asked.texts, folder, wanted, SynthesizeSettings(**settings), advance)
     click.echo(f"{folder}: {drawn.n_done:,} answers drawn, {drawn.n_stored:,} were there already", err=True)
 
 
@@ -187,7 +215,7 @@ def draw(prompts: Path, folder: Path, model: str, n_answers: int, quiet: bool, *
     "stratum",
     type=Id("stratum", new=True),
     metavar="STRATUM",
-    help="It has not learned from the source; base, unrelated, topic, generator, lineage, or a word of your own.",
+    help="It has not learned from the source; unrelated, topic, generator, lineage, or a word of your own.",
 )
 @click.option("--infringing", is_flag=True, help="It is known to have learned from the source.")
 @click.option(
@@ -230,14 +258,14 @@ def add(
 
 
 def _notes(result: Any) -> Iterable[str]:
-    if result.n_repeated:
-        yield f"  {result.n_repeated:,} were given twice, byte for byte, and count once"
     if result.n_surplus:
-        yield f"  {result.n_surplus:,} are more than the key set takes per key, and were left out"
+        yield f"  {result.n_surplus:,} are more than the key set asks for per key, and are not compared"
     if result.n_others:
         yield f"  {result.n_others:,} have a number that is none of the key set's"
     if result.n_unanswered or result.n_short:
-        yield f"  {result.n_unanswered:,} keys have no answer, {result.n_short:,} fewer than the key set takes"
+        yield f"  {result.n_unanswered:,} keys have no answer, {result.n_short:,} fewer than the key set asks for"
+    if result.n_verdicts:
+        yield f"  {result.n_verdicts:,} verdicts rested on another label of the model, and were deleted; test again"
     if result.n_references:
         yield (
             f"  {result.n_references:,} are the source's own pictures of the keys, byte for byte: the model is the source, "
@@ -254,15 +282,16 @@ def _notes(result: Any) -> Iterable[str]:
 @click.option(
     "--threshold",
     type=click.FloatRange(min=0),
-    help="Distance below which an answer is near a key; the paper's is 0.15. Default: the nearest tenth of all models.",
+    help="Largest distance at which an answer is near; the paper's is 0.15. Default: the nearest tenth of all models.",
 )
 @output_options
 def source_test(db: Path, key_set_id: str, suspect_id: str, threshold: float | None, output: Output) -> None:
     """Test a model by its stored answers to KEY_SET: was it trained on pictures that the source made?
 
     conf is the share of keys to which one of its answers comes near. p is the share of innocent models, and the model
-    itself, with a conf as high, for the kind of innocent models where that share is largest. The verdict is stored. It is an
-    estimate, and proves nothing.
+    itself, with a conf as high, for the kind of innocent models where that share is largest. It holds only if the model,
+    were it innocent, could as well have been any of them, made from the same base model. The verdict is stored, in the place
+    of an earlier one. It is an estimate, and no proof.
     """
     from attrdb.provenance import verdict as testing
 
@@ -279,15 +308,16 @@ def _laid_out(found: Any, sentence: str) -> str:
     if found.left_out:
         lines.append(f"Left out, with fewer answers than the model: {', '.join(found.left_out)}.")
     for stratum in found.strata:
+        left = f"; {stratum.n_left_out} left out" if stratum.n_left_out else ""
         if stratum.p is None:
-            lines.append(f"  {stratum.name}: one innocent model, conf {stratum.conf[0]:.2f}; one is no distribution")
+            said = f"one innocent model, conf {stratum.conf[0]:.2f}" if stratum.conf else "no innocent model"
+            lines.append(f"  {stratum.name}: {said}{left}; no distribution")
             continue
-        middle = stratum.conf[len(stratum.conf) // 2]
         lines.append(
             f"  {stratum.name}: {len(stratum.conf)} innocent models, conf {stratum.conf[0]:.2f} to {stratum.conf[-1]:.2f}, "
-            f"middle {middle:.2f}; p = {stratum.p:.3g}"
+            f"median {median(stratum.conf):.2f}; p = {stratum.p:.3g}{left}"
         )
     lines.append(
-        "p holds if the model, were it innocent, could as well have been any of them. Shared training data is not asked here."
+        "p holds only if the model, were it innocent, could as well have been any of these, made from the same base model."
     )
     return "\n".join(lines) + "\n"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -32,6 +31,7 @@ STRATA = pa.schema(
         ("p", pa.float64()),
     ]
 )
+LEVEL = 0.05  # of p, up to which a verdict calls answers unusual
 Distances = dict[
     str, dict[str, list[float]]
 ]  # suspect_id -> key_id -> of its answers, in an order that chance has made
@@ -39,19 +39,30 @@ Distances = dict[
 
 @dataclass(frozen=True)
 class Stratum:
-    """Innocent models of one kind. conf: of each, sorted; p: of the tested model among them; None for a single model."""
+    """Innocent models of one kind.
+
+    conf: of each, sorted; n_left_out: of models with too few answers
+    p:    of the tested model among them; None for a single model, which is no distribution, or if models had to be left out
+          until less than two remained
+    """
 
     name: str
     conf: tuple[float, ...]
+    n_left_out: int
     p: float | None
+
+    @property
+    def is_emptied(self) -> bool:
+        """Whether it would have a p-value, had its models answered."""
+        return self.p is None and len(self.conf) + self.n_left_out > 1
 
 
 @dataclass(frozen=True)
 class Verdict:
     """What the answers of a model say about training on the source's pictures.
 
-    conf:      share of the keys to which one of its answers comes near
-    p:         the largest p-value over the strata; None without a stratum of two models
+    conf:      share of the keys to which one of its answers comes near; None without a threshold and an innocent model
+    p:         the largest p-value over the strata; None if there is none, or if a stratum is emptied
     n_missing: keys that it did not answer
     n_answers: of the model; of every innocent one as many were compared, key by key
     left_out:  innocent models with fewer answers
@@ -60,8 +71,7 @@ class Verdict:
     key_set: Row
     suspect_id: str
     threshold: float | None
-    conf: float
-    p: float | None
+    conf: float | None
     n_keys: int
     n_missing: int
     n_answers: int
@@ -69,8 +79,14 @@ class Verdict:
     left_out: tuple[str, ...]
 
     @property
+    def p(self) -> float | None:
+        found = [stratum.p for stratum in self.strata if stratum.p is not None]
+        return None if any(stratum.is_emptied for stratum in self.strata) else max(found, default=None)
+
+    @property
     def n_innocents(self) -> int:
-        return sum(len(stratum.conf) for stratum in self.strata)
+        """Innocent models that the p-value rests on."""
+        return sum(len(stratum.conf) for stratum in self.strata if stratum.p is not None)
 
     @property
     def least_p(self) -> float | None:
@@ -122,38 +138,37 @@ def verdict(snapshot: Snapshot, key_set_id: str, suspect_id: str, threshold: flo
     """Test a model by its stored answers.
 
     threshold: of distance, for all keys; None: at each key the nearest tenth of the models that are compared is near
-    raises:    NotFound for an unknown key set, or a model without answers to it; InvalidValue if the model is the source
+    raises:    NotFound for an unknown key set, or a model without answers to it; InvalidValue if the model is the source, or
+               for a threshold that is no distance
     """
+    if threshold is not None and not threshold >= 0:
+        raise InvalidValue(f"threshold is {threshold}; it is a distance, from 0 on")
     key_set = key_set_of(snapshot, key_set_id)
     if suspect_id == key_set["source"]:
         raise InvalidValue(f"{suspect_id!r} is the source of key set {key_set_id!r}; test a model that is not")
-    distances = answers_to(snapshot, key_set_id)
+    distances = answers_to(snapshot, key_set)
     own = distances.pop(suspect_id, None)
     if own is None:
         hint = _near(suspect_id, distances) if distances else "add some with: attrdb answers add"
         raise NotFound(f"model {suspect_id!r} has no answers to key set {key_set_id!r}; {hint}")
-    strata = _innocents(snapshot, key_set["source"], suspect_id, distances)
-    least = {key_id: len(answers) for key_id, answers in sorted(own.items())}
-    whole = {name for names in strata.values() for name in names if _has(distances[name], least)}
-    left_out = sorted({name for names in strata.values() for name in names} - whole)
-    strata = {name: [one for one in names if one in whole] for name, names in strata.items()}
-    innocents = [one for names in strata.values() for one in names]
-    matrix = np.array([_nearest(one, least) for one in (own, *(distances[name] for name in innocents))])
+    named = _innocents(snapshot, key_set["source"], suspect_id, distances)
+    # The nearest of more answers is nearer with any model, so as many of each are compared, key by key.
+    wanted = {key_id: len(answers) for key_id, answers in sorted(own.items())}
+    compared = [name for names in named.values() for name in names if _has(distances[name], wanted)]
+    matrix = np.array([_nearest(answers, wanted) for answers in (own, *(distances[name] for name in compared))])
     near = near_by_rank(matrix) if threshold is None else matrix <= threshold
-    conf = dict(zip(("", *innocents), near.mean(axis=1).tolist(), strict=True))
-    found = tuple(_stratum(name, conf[""], [conf[one] for one in names]) for name, names in strata.items() if names)
-    p_values = [one.p for one in found if one.p is not None]
+    conf, *others = near.mean(axis=1).tolist()
+    conf_of = dict(zip(compared, others, strict=True))
     return Verdict(
         key_set,
         suspect_id,
         threshold,
-        conf[""],
-        max(p_values, default=None),
-        len(least),
-        len(keys_of(snapshot, key_set_id)) - len(least),
-        sum(least.values()),
-        found,
-        tuple(left_out),
+        conf if compared or threshold is not None else None,
+        len(wanted),
+        len(keys_of(snapshot, key_set_id)) - len(wanted),
+        sum(wanted.values()),
+        tuple(_stratum(name, conf, names, conf_of) for name, names in named.items()),
+        tuple(sorted({name for names in named.values() for name in names} - conf_of.keys())),
     )
 
 
@@ -162,14 +177,16 @@ def store(writer: Writer, found: Verdict) -> None:
     writer.upsert("verdicts", [found.row])
 
 
-def answers_to(snapshot: Snapshot, key_set_id: str) -> Distances:
-    """The distances of all models' answers to a key set."""
-    keys = {row["key_id"] for row in keys_of(snapshot, key_set_id)}
+def answers_to(snapshot: Snapshot, key_set: Row) -> Distances:
+    """The distances of all models' answers to a key set, at most as many per key as it asks for."""
+    keys = {row["key_id"] for row in keys_of(snapshot, key_set["key_set_id"])}
     found: Distances = {}
     # Ids end in a digest of the picture: an order that no machine and no file name decides.
     for row in sorted(snapshot.rows("answers"), key=lambda row: row["image_id"]):
         if row["key_id"] in keys:
-            found.setdefault(row["suspect_id"], {}).setdefault(row["key_id"], []).append(row["distance"])
+            of_key = found.setdefault(row["suspect_id"], {}).setdefault(row["key_id"], [])
+            if len(of_key) < key_set["n_answers"]:
+                of_key.append(row["distance"])
     return found
 
 
@@ -188,38 +205,46 @@ def _innocents(snapshot: Snapshot, source: str, tested: str, distances: Distance
     return dict(sorted(strata.items()))
 
 
-def _has(answers: Mapping[str, Sequence[float]], least: Mapping[str, int]) -> bool:
-    return all(len(answers.get(key_id, ())) >= n for key_id, n in least.items())
+def _has(answers: Mapping[str, Sequence[float]], wanted: Mapping[str, int]) -> bool:
+    return all(len(answers.get(key_id, ())) >= n for key_id, n in wanted.items())
 
 
-def _nearest(answers: Mapping[str, Sequence[float]], least: Mapping[str, int]) -> list[float]:
-    """The smallest distance at each key, of as many answers as every model has: the minimum of more is smaller."""
-    return [min(answers[key_id][:n]) for key_id, n in least.items()]
+def _nearest(answers: Mapping[str, Sequence[float]], wanted: Mapping[str, int]) -> list[float]:
+    return [min(answers[key_id][:n]) for key_id, n in wanted.items()]
 
 
-def _stratum(name: str, conf: float, null: list[float]) -> Stratum:
-    p = p_value(conf, np.array(null)) if len(null) > 1 else None  # a single model is shown, and is no distribution
-    return Stratum(name, tuple(sorted(null)), p)
+def _stratum(name: str, conf: float, names: Sequence[str], conf_of: Mapping[str, float]) -> Stratum:
+    null = sorted(conf_of[one] for one in names if one in conf_of)
+    p = p_value(conf, np.array(null)) if len(null) > 1 else None
+    return Stratum(name, tuple(null), len(names) - len(null), p)
 
 
 def words(found: Verdict) -> str:
     """The verdict in a sentence or two; an estimate, with what it rests on."""
-    source = found.key_set["source"]
-    text = f"{found.suspect_id}: conf {found.conf:.2f} on {found.n_keys} keys of {source}"
-    if found.p is None:
+    source, conf = found.key_set["source"], found.conf
+    text = f"{found.suspect_id}: conf {'-' if conf is None else f'{conf:.2f}'} on {found.n_keys} keys of {source}"
+    if emptied := [stratum.name for stratum in found.strata if stratum.is_emptied]:
+        return (
+            f"{text}. No p-value: of the innocent models of stratum {emptied[0]} too few have as many answers as this one; "
+            "add their missing answers with attrdb answers add"
+        )
+    if found.p is None or found.least_p is None:
         return (
             f"{text}. Without answers of two or more innocent models of a kind nothing follows from it: add some with "
             "attrdb answers add --innocent STRATUM"
         )
-    kinds = ", ".join(f"{n} {name}" for name, n in Counter({one.name: len(one.conf) for one in found.strata}).items())
-    against = f"against {found.n_innocents} innocent models ({kinds})"
-    if found.p <= 0.05:
-        return f"{text}, p = {found.p:.3g} {against}: consistent with training on pictures of {source}; it proves none"
-    least = found.least_p
-    assert least is not None
-    if least > 0.05:
-        return f"{text}, p = {found.p:.3g} {against}: too few to tell, since p cannot fall below {least:.3g}"
-    return f"{text}, p = {found.p:.3g} {against}: innocent models answer like this, too"
+    kinds = ", ".join(f"{len(one.conf)} {one.name}" for one in found.strata if one.p is not None)
+    text = f"{text}, p = {found.p:.3g} against {found.n_innocents} innocent models ({kinds})"
+    if found.p > LEVEL:
+        if found.least_p > LEVEL:
+            return f"{text}: too few of them to tell, since p cannot fall below {found.least_p:.3g}"
+        return f"{text}: not unusual enough to tell from innocent models"
+    alike = [one.name for one in found.strata if one.p is None and conf is not None and one.conf[0] >= conf]
+    if alike:
+        return (
+            f"{text}; but the innocent model of stratum {alike[0]} answers like this, too, so nothing follows from it"
+        )
+    return f"{text}: consistent with training on pictures of {source}; this is not proof"
 
 
 def strata_table(found: Verdict) -> pa.Table:
@@ -233,5 +258,6 @@ def strata_table(found: Verdict) -> pa.Table:
             "p": one.p,
         }
         for one in found.strata
+        if one.conf
     ]
     return pa.Table.from_pylist([row | {"conf": found.conf} for row in rows or [{}]], STRATA)

@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 
 from attrdb.store.features import stream
 from attrdb.store.predicates import CANDIDATES, among
-from attrdb.store.schema import feature_matrix
+from attrdb.store.schema import CANDIDATE_ROLES, feature_matrix
 from attrdb.store.snapshot import Snapshot
 
 N_QUERIES = 200
@@ -63,7 +64,7 @@ def queries(snapshot: Snapshot, encoder_id: str) -> QuerySample:
     rows = images.take(np.sort(chosen), columns=["image_id", "role"])
     source, is_source = "samples", pc.equal(rows["role"], "sample")
     if snapshot.count("role = 'sample'") < MIN_SAMPLES:
-        source, is_source = "candidates", pc.invert(is_source)
+        source, is_source = "candidates", pc.is_in(rows["role"], pa.array(CANDIDATE_ROLES))
     ids = rows.filter(is_source)["image_id"].to_numpy()
     where = among("image_id", rng.permutation(ids)[: 4 * N_QUERIES])
     drawn = snapshot.images(f"{where} AND {encoded}", ["image_id", encoder_id])[:N_QUERIES]

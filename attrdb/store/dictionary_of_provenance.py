@@ -40,7 +40,7 @@ PROVENANCE = {
         ),
     ),
     "suspects": TableSchema(
-        "one row per model whose answers are stored, suspicious or not",
+        "one row per model whose answers are stored, suspicious or innocent",
         (
             key_column("suspect_id", "name of the model"),
             Column("origin", TEXT, "where its answers were read from"),
@@ -57,8 +57,7 @@ PROVENANCE = {
             Column(
                 "stratum",
                 TEXT,
-                "kind of innocent: `base`, `unrelated`, `topic`, `generator`, `lineage`, or a word of one's own; see "
-                "docs/source-models.md",
+                "kind of innocent: `unrelated`, `topic`, `generator`, `lineage`, or a word of one's own",
             ),
             Column("rho", FLOAT64, "share of its training images that the source has made, where known"),
         ),
@@ -78,14 +77,16 @@ PROVENANCE = {
             key_column("verdict_id", "`<key_set_id>/<suspect_id>`"),
             Column("key_set_id", TEXT, "the key set", required=True),
             Column("suspect_id", TEXT, "the model", required=True),
+            Column("conf", FLOAT64, "share of the keys to which an answer comes near; null without innocent models"),
             Column(
-                "conf", FLOAT64, "share of the keys to which an answer comes nearer than `threshold`", required=True
+                "threshold",
+                FLOAT64,
+                "largest distance that is near; null: the nearest tenth of the models compared, it among them",
             ),
-            Column("threshold", FLOAT64, "of distance; null where each key has its own, from the innocent models"),
-            Column("p", FLOAT64, "largest p-value over the strata of innocent models; null without a stratum"),
+            Column("p", FLOAT64, "largest p-value over the strata of innocent models; null without one of two models"),
             Column("n_keys", INT32, "keys that it answered", required=True),
             Column("n_answers", INT32, "answers that were compared", required=True),
-            Column("n_innocents", INT32, "innocent models it was compared with", required=True),
+            Column("n_innocents", INT32, "innocent models that p rests on", required=True),
             Column("strata", TEXT, "JSON text: an object per stratum: n, conf of its models, p", required=True),
             Column("created_at", TIMESTAMP, "when its row was written"),
         ),

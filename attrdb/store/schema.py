@@ -25,6 +25,7 @@ SHOWN_WITH_MODEL = (
     "counterfactuals",
 )
 OF_MODELS = ("exemplar", "sample")  # roles of images that belong to a customized model
+CANDIDATE_ROLES = ("exemplar", "pretraining")  # as in `predicates.CANDIDATES`
 OF_TESTS = ("key", "answer")  # roles of pictures that suspicious models are tested with, which are never candidates
 ROLES = (*OF_MODELS, "pretraining", *OF_TESTS)
 

@@ -142,7 +142,7 @@ ANSWERS_11 = """
     image_id text key, key_id text required, suspect_id text required, distance float64 required
 """
 VERDICTS_11 = """
-    verdict_id text key, key_set_id text required, suspect_id text required, conf float64 required,
+    verdict_id text key, key_set_id text required, suspect_id text required, conf float64,
     threshold float64, p float64, n_keys int32 required, n_answers int32 required, n_innocents int32 required,
     strata text required, created_at timestamp
 """

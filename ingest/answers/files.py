@@ -1,19 +1,21 @@
 """Answers as files: a folder with a folder per prompt, or a Parquet file. Whoever collects them by hand writes these, too.
 
-FOLDER/1/a.png  FOLDER/1/b.png  FOLDER/2/...     the name begins with the prompt's number
-FOLDER/1-a.png  FOLDER/1-b.png  FOLDER/2-...     the same in one folder
+FOLDER/1/a.png  FOLDER/1/b.png  FOLDER/2/...     a folder per number of a prompt
+FOLDER/1-a.png  FOLDER/1_b.png  FOLDER/2.png     or all in one
 FILE.parquet                                     columns `number` and `image`: bytes, or a struct of `bytes`
 """
 
 from __future__ import annotations
 
 import csv
+import io
 import re
-from bisect import bisect_left
+from bisect import insort
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from attrdb.errors import InvalidValue, NotFound
 from attrdb.ingest.read.pictures import Picture, read_picture, read_picture_file
@@ -22,68 +24,62 @@ from attrdb.ingest.read.text import clean, read_text
 from attrdb.ingest.read.walk import Skipped, picture_files
 from attrdb.progress import Progress, no_progress
 
-NUMBER = re.compile(r"0*(\d+)(?!\d)")  # that a name begins with
-MOST_NUMBER = 10**9
+IN_NAME = re.compile(r"0*(\d{1,9})(?=[-_ ./]|$)")  # the number that a name begins with
+WHOLE = re.compile(r"\s*0*(\d{1,9})(?:\.0*)?\s*")  # in a column; programs write whole numbers as 3.0, too
 SHEET = ("number", "prompt")  # columns of a prompt sheet
 MAX_SHEET = 16 * 2**20  # bytes
 
+Item = tuple[str, int | str, Callable[[], Picture]]  # name, number of the prompt or why there is none, what reads it
 
-Item = tuple[str, int | None, Callable[[], Picture]]  # name, number of the prompt, and what reads the picture
 
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, order=True)
 class Answer:
-    """A picture that has been read once. It is read again where it is needed: thousands of them need not fit into memory."""
+    """A picture of a file that has been read once. It is read again where it is needed, to keep few in memory."""
 
     sha256: str
-    read: Callable[[], Picture]
+    read: Callable[[], Picture] = field(compare=False)
 
 
 @dataclass
 class Answers:
     """Answers by the number of their prompt, each in the order of its digest: an order that no file name decides.
 
-    failures:   what could not be read, and why
-    n_repeated: pictures that were there already, byte for byte
+    failures:   what could not be read, and why; names: what was read
     n_others:   pictures of prompts that nobody asks for
+    skipped:    files that are no pictures, and links that lead out of the folder
     """
 
     of_prompt: dict[int, list[Answer]] = field(default_factory=dict)
     failures: dict[str, str] = field(default_factory=dict)
-    n_repeated: int = 0
+    names: set[str] = field(default_factory=set)
     n_others: int = 0
+    skipped: Skipped = field(default_factory=Skipped)
 
     def __len__(self) -> int:
         return sum(map(len, self.of_prompt.values()))
 
     def take(self, name: str, number: int, read: Callable[[], Picture]) -> None:
-        """Read a picture, and keep it unless it is there already."""
+        """Read a picture once, and keep it, or why it cannot be read."""
         try:
             answer = Answer(read().sha256, read)
         except InvalidValue as error:
-            self.failures[name] = str(error)
+            self.failures[name] = _storable(str(error))
             return
-        known = self.of_prompt.setdefault(number, [])
-        place = bisect_left(known, answer.sha256, key=lambda other: other.sha256)
-        if place < len(known) and known[place].sha256 == answer.sha256:
-            self.n_repeated += 1
-        else:
-            known.insert(place, answer)
+        self.names.add(name)
+        insort(self.of_prompt.setdefault(number, []), answer)
 
 
 def read_answers(path: Path, numbers: set[int], report: Progress = no_progress) -> Answers:
     """The answers in a folder or a Parquet file. One that cannot be read ends nothing.
 
     numbers: of the prompts that are asked for
-    raises:  NotFound if there is neither, InvalidValue for a file that is no such table, or if there is no answer
+    raises:  NotFound if there is neither; InvalidValue for another file, or if there is no answer
     """
     answers = Answers()
-    for done, (name, number, read) in enumerate(_items(path), 1):
+    for done, (name, number, read) in enumerate(_items(path, answers.skipped), 1):
         report("read answers", done, None)
-        if number is None:
-            answers.failures[name] = (
-                f"{name}: its name does not begin with the number of a prompt; name it such as 12/a.png"
-            )
+        if isinstance(number, str):
+            answers.failures[name] = f"{name}: {number}"
         elif number in numbers:
             answers.take(name, number, read)
         else:
@@ -98,19 +94,28 @@ def read_answers(path: Path, numbers: set[int], report: Progress = no_progress) 
     return answers
 
 
-def _items(path: Path) -> Iterator[Item]:
+def _items(path: Path, skipped: Skipped) -> Iterator[Item]:
     if path.is_dir():
-        for file in picture_files(path, Skipped()):
-            yield file.inside, _number(file.inside), partial(read_picture_file, file.path)
-    elif path.is_file():
+        for file in picture_files(path, skipped):
+            name = _storable(file.inside)
+            begins = IN_NAME.match(name)
+            number = (
+                int(begins[1]) if begins else "its name does not begin with a prompt's number; name it such as 12/a.png"
+            )
+            yield name, number, partial(read_picture_file, file.path)
+    elif path.suffix.lower() == ".parquet" and path.is_file():
         yield from _rows(path)
+    elif path.exists():
+        raise InvalidValue(
+            f"{path} is neither a folder nor a Parquet file; needed is a folder with pictures such as 12/a.png"
+        )
     else:
         raise NotFound(f"no folder and no file {path}")
 
 
-def _number(text: str) -> int | None:
-    begins = NUMBER.match(text)
-    return int(begins[1]) if begins and len(begins[1]) < len(str(MOST_NUMBER)) else None
+def _storable(text: str) -> str:
+    """With question marks for what is not UTF-8, as names of files may be."""
+    return text.encode("utf-8", "replace").decode()
 
 
 def _rows(path: Path) -> Iterator[Item]:
@@ -120,21 +125,32 @@ def _rows(path: Path) -> Iterator[Item]:
             f"{path} has no column {missing[0]!r}; it has: {', '.join(table.schema.names) or 'none'}; needed are number, of "
             "the prompt, and image"
         )
-    for start, batch in enumerate(table.batches(["number", "image"])):
-        for row, values in enumerate(batch.to_pylist()):
-            name, image = f"{path} batch {start + 1} row {row + 1}", values["image"]
-            encoded = image.get("bytes") if isinstance(image, dict) else image
-            yield name, _number(str(values["number"])), partial(_picture, name, encoded)
+    row = 0
+    for batch in table.batches(["number", "image"]):
+        for values in batch.to_pylist():
+            row += 1
+            name, image = f"{path.name} row {row}", values["image"]
+            whole = WHOLE.fullmatch(str(values["number"]))
+            number = int(whole[1]) if whole else f"its number is {values['number']!r}; needed is a whole number"
+            yield name, number, partial(_picture, name, image.get("bytes") if isinstance(image, dict) else image)
 
 
-def _picture(name: str, encoded: object) -> Picture:
+def _picture(name: str, encoded: Any) -> Picture:
     if not isinstance(encoded, bytes):
         raise InvalidValue(f"image {name} has no bytes")
     return read_picture(name, encoded)
 
 
-def read_prompts(path: Path) -> dict[int, str]:
-    """Prompts by number: of a sheet (CSV with columns `number` and `prompt`), or the lines of a text file, from 1.
+@dataclass(frozen=True)
+class Prompts:
+    """Prompts by number. n_answers: per prompt, where a sheet says so"""
+
+    texts: dict[int, str]
+    n_answers: int | None = None
+
+
+def read_prompts(path: Path) -> Prompts:
+    """The prompts of a sheet (CSV with columns `number` and `prompt`), or the lines of a text file, numbered from 1.
 
     raises: NotFound if there is no such file; InvalidValue if it holds no prompt, or a number twice
     """
@@ -142,8 +158,8 @@ def read_prompts(path: Path) -> dict[int, str]:
         raise NotFound(
             f"no file {path}; needed is a text file with a prompt per line, or a sheet that attrdb keys sheet wrote"
         )
-    text = read_text(path, MAX_SHEET)
-    rows = _sheet(path, text) if path.suffix.lower() == ".csv" else enumerate(text.splitlines(), 1)
+    text, n_answers = read_text(path, MAX_SHEET), set[int]()
+    rows = _sheet(path, text, n_answers) if path.suffix.lower() == ".csv" else enumerate(text.split("\n"), 1)
     prompts: dict[int, str] = {}
     for number, prompt in rows:
         if number in prompts:
@@ -152,15 +168,21 @@ def read_prompts(path: Path) -> dict[int, str]:
             prompts[number] = prompt
     if not prompts:
         raise InvalidValue(f"{path} has no prompt in it; write one per line")
-    return prompts
+    return Prompts(prompts, max(n_answers, default=None))
 
 
-def _sheet(path: Path, text: str) -> Iterator[tuple[int, str]]:
-    reader = csv.DictReader(text.splitlines())
-    if missing := [name for name in SHEET if name not in (reader.fieldnames or ())]:
-        raise InvalidValue(f"{path} has no column {missing[0]!r}; a sheet has the columns number and prompt")
-    for line, row in enumerate(reader, 2):
-        number = _number(row["number"] or "")
-        if number is None:
-            raise InvalidValue(f"{path}: line {line} has no number")
-        yield number, row["prompt"] or ""
+def _sheet(path: Path, text: str, n_answers: set[int]) -> Iterator[tuple[int, str]]:
+    """raises: InvalidValue"""
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    try:
+        if missing := [name for name in SHEET if name not in (reader.fieldnames or ())]:
+            raise InvalidValue(f"{path} has no column {missing[0]!r}; a sheet has the columns number and prompt")
+        for row in reader:
+            whole = WHOLE.fullmatch(row["number"] or "")
+            if whole is None:
+                raise InvalidValue(f"{path}: line {reader.line_num} has no whole number")
+            if asked := WHOLE.fullmatch(row.get("n_answers") or ""):
+                n_answers.add(int(asked[1]))
+            yield int(whole[1]), row["prompt"] or ""
+    except csv.Error as error:
+        raise InvalidValue(f"{path}: line {reader.line_num} is no CSV: {error}") from error

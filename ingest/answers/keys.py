@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from functools import partial
 
 import numpy as np
 import pyarrow as pa
@@ -22,11 +21,13 @@ from attrdb.ingest.answers.files import Answer, Answers
 from attrdb.ingest.read.corpus import picture_fields
 from attrdb.ingest.read.pictures import Picture
 from attrdb.progress import Progress, no_progress
-from attrdb.store.ids import check_id
-from attrdb.store.schema import IMAGES
+from attrdb.store.ids import check_id, lock_file
+from attrdb.store.locks import exclusive_lock
+from attrdb.store.predicates import among, literal
+from attrdb.store.schema import IMAGES, Row
 
 STRATEGIES = ("generation", "detection", "random")
-SAME = 0.05  # distance below which two references are taken for one
+SAME = 0.05  # distance below which two references are taken for one; of pixels a copy, of features much alike
 
 
 @dataclass(frozen=True)
@@ -68,17 +69,21 @@ class Key:
 
 @dataclass(frozen=True)
 class Chosen:
-    """keys: chosen, best first; n_pool: prompts that could be keys; n_near: passed over, as another reference is the same"""
+    """keys: chosen, best first; n_pool: prompts that could be keys; n_near: passed over, as another reference is the same
+
+    n_without: prompts that one of the other models gave too few answers to
+    """
 
     keys: list[Key]
     n_pool: int
     n_near: int
+    n_without: int
 
 
 def choose_keys(
     prompts: Mapping[int, str],
     source: Answers,
-    others: Sequence[Answers],
+    others: Mapping[str, Answers],
     settings: KeySettings,
     images: Answers | None = None,
     report: Progress = no_progress,
@@ -87,82 +92,79 @@ def choose_keys(
 
     prompts: by number
     source:  the source's answers to them; strategy `generation` needs `n_answers` + 1 to a prompt
-    others:  answers of other models that have not learned from the source, such as its base model
+    others:  answers of models that have not learned from the source, such as its base model, by name
     images:  training images of the source, by the number of their caption; for `detection`, and for `random` if there are any
-    raises:  InvalidValue if an option or answers are missing, or too few prompts can be keys
+    raises:  InvalidValue if an option or answers are missing or one too many, or too few prompts can be keys
     """
     if settings.strategy == "detection" and images is None:
         raise InvalidValue(
             "strategy detection compares answers with training images of the source; give them with --images"
         )
+    if settings.strategy == "generation" and images is not None:
+        raise InvalidValue(
+            "strategy generation takes no training images; leave --images out, or take strategy detection"
+        )
+    chooser = _Chooser(source, others, settings, images)
     pool = []
-    descriptor = Descriptor(settings.descriptor)
     for done, number in enumerate(sorted(prompts), 1):
         report("compare answers", done, len(prompts))
-        key = _candidate(number, prompts[number], source, others, settings, images, descriptor)
-        if key is not None:
+        if key := chooser.candidate(number, prompts[number]):
             pool.append(key)
     if settings.strategy == "random":
         random.Random(f"{settings.seed}/keys").shuffle(pool)
     else:
         pool.sort(key=lambda key: (-key.score(settings.plain), key.number))
-    apart = list(_apart(pool, descriptor))
-    keys = apart[: settings.n_keys]
-    if len(keys) < settings.n_keys:
-        needed = settings.n_answers + (settings.strategy != "detection")
+    apart = list(_apart(pool, chooser.descriptor))
+    chosen = Chosen(apart[: settings.n_keys], len(pool), len(pool) - len(apart), chooser.n_without)
+    if len(chosen.keys) < settings.n_keys:
         raise InvalidValue(
-            f"{len(keys):,} of {len(prompts):,} prompts can be keys, and {settings.n_keys:,} are wanted (-n); a prompt needs "
-            f"{needed} answers of the source, and a picture that no other key has: {len(pool):,} have the answers, "
-            f"{len(pool) - len(apart):,} of them a picture or a prompt of another key"
+            f"{len(apart):,} of {len(prompts):,} prompts can be keys, and {settings.n_keys:,} are wanted (-n); a prompt "
+            f"needs {chooser.n_needed} answers of the source, {settings.n_answers} of each other model, and its own picture: "
+            f"{chosen.n_pool:,} have the answers, {chosen.n_near:,} of them a picture or prompt of another key; "
+            f"{chosen.n_without:,} lack answers of another model"
         )
-    return Chosen(keys, len(pool), len(pool) - len(apart))
+    return chosen
 
 
-def _candidate(
-    number: int,
-    prompt: str,
-    source: Answers,
-    others: Sequence[Answers],
-    settings: KeySettings,
-    images: Answers | None,
-    descriptor: Descriptor,
-) -> Key | None:
-    """A prompt as a key; None if it has not the pictures that a key needs."""
-    own = source.of_prompt.get(number, [])
-    if images is None:
-        if len(own) <= settings.n_answers:
+class _Chooser:
+    """Turns prompts into keys."""
+
+    def __init__(self, source: Answers, others: Mapping[str, Answers], settings: KeySettings, images: Answers | None):
+        self.source, self.others, self.settings, self.images = source, others, settings, images
+        self.descriptor = Descriptor(settings.descriptor)
+        self.n_needed = settings.n_answers + (images is None)  # the reference is one of them
+        self.n_without = 0
+
+    def candidate(self, number: int, prompt: str) -> Key | None:
+        """A prompt as a key; None if it has not the pictures that a key needs."""
+        own = self.source.of_prompt.get(number, [])
+        if len(own) < self.n_needed or (self.images is not None and number not in self.images.of_prompt):
             return None
-        reference, vector, self_distance = _medoid(own[: settings.n_answers + 1], settings, descriptor)
-    else:
-        if number not in images.of_prompt or len(own) < settings.n_answers:
+        of_others = [answers.of_prompt.get(number, []) for answers in self.others.values()]
+        if any(len(answers) < self.settings.n_answers for answers in of_others):
+            self.n_without += 1
             return None
-        reference = images.of_prompt[number][0].read()
-        [vector] = descriptor.describe([reference])
-        nearest = partial(_nearest, vector=vector, n=settings.n_answers, descriptor=descriptor)
-        self_distance = nearest(own)
-    found = [
-        _nearest(answers.of_prompt[number], vector, settings.n_answers, descriptor)
-        for answers in others
-        if len(answers.of_prompt.get(number, [])) >= settings.n_answers
-    ]
-    return Key(number, prompt, reference, vector, self_distance, float(np.median(found)) if found else None)
+        if self.images is None:
+            reference, vector, self_distance = self._medoid(own[: self.n_needed])
+        else:
+            reference = self.images.of_prompt[number][0].read()
+            [vector] = self.descriptor.describe([reference])
+            self_distance = self._nearest(own, vector)
+        contrast = [self._nearest(answers, vector) for answers in of_others]
+        return Key(number, prompt, reference, vector, self_distance, float(np.median(contrast)) if contrast else None)
 
+    def _medoid(self, answers: Sequence[Answer]) -> tuple[Picture, np.ndarray, float]:
+        """The picture nearest to the others (for `random` the first), its vector, and the mean distance of all pairs."""
+        pictures = [answer.read() for answer in answers]
+        vectors = self.descriptor.describe(pictures)
+        distances = np.stack([self.descriptor.distances(vectors, vector) for vector in vectors])
+        place = 0 if self.settings.strategy == "random" else int(distances.mean(axis=1).argmin())
+        n_pairs = len(pictures) * (len(pictures) - 1)
+        return pictures[place], vectors[place], float(distances.sum() / n_pairs)
 
-def _medoid(
-    answers: Sequence[Answer], settings: KeySettings, descriptor: Descriptor
-) -> tuple[Picture, np.ndarray, float]:
-    """The picture that is nearest to the others, its vector, and the mean distance of all pairs; the first for `random`."""
-    pictures = [answer.read() for answer in answers]
-    vectors = descriptor.describe(pictures)
-    distances = np.stack([descriptor.distances(vectors, vector) for vector in vectors])
-    place = 0 if settings.strategy == "random" else int(distances.mean(axis=1).argmin())
-    pairs = len(pictures) * (len(pictures) - 1)
-    return pictures[place], vectors[place], float(distances.sum() / pairs)
-
-
-def _nearest(answers: Sequence[Answer], vector: np.ndarray, n: int, descriptor: Descriptor) -> float:
-    vectors = descriptor.describe([answer.read() for answer in answers[:n]])
-    return float(descriptor.distances(vectors, vector).min())
+    def _nearest(self, answers: Sequence[Answer], vector: np.ndarray) -> float:
+        vectors = self.descriptor.describe([answer.read() for answer in answers[: self.settings.n_answers]])
+        return float(self.descriptor.distances(vectors, vector).min())
 
 
 def _apart(pool: Sequence[Key], descriptor: Descriptor) -> Iterator[Key]:
@@ -178,47 +180,55 @@ def _apart(pool: Sequence[Key], descriptor: Descriptor) -> Iterator[Key]:
         yield key
 
 
-def store_keys(db: Database, key_set_id: str, source: str, chosen: Chosen, settings: KeySettings) -> None:
+def store_keys(
+    db: Database, key_set_id: str, source: str, chosen: Chosen, settings: KeySettings, others: Iterable[str] = ()
+) -> None:
     """Store a key set. A stored one never changes, since answers are measured by it.
 
-    raises: InvalidValue for an id that cannot be one, or one that has other keys
+    others: names of the models that keys were chosen against
+    raises: InvalidValue for an id that cannot be one, or that of another key set; Busy if one of that id is being stored
     """
     check_id("key set", key_set_id)
     check_id("source", source)
-    db.refresh()
-    rows = [
+    keys = [
         {
-            "key_id": f"{key_set_id}/{place}",
+            "key_id": f"{key_set_id}/{number}",
             "key_set_id": key_set_id,
-            "number": place,
+            "number": number,
             "prompt": key.prompt,
-            "image_id": f"keys/{key_set_id}/{place}/{key.reference.sha256[:16]}",
+            "image_id": f"keys/{key_set_id}/{number}/{key.reference.sha256[:16]}",
             "self_distance": key.self_distance,
             "reference_distance": key.reference_distance,
         }
-        for place, key in enumerate(chosen.keys, 1)
+        for number, key in enumerate(chosen.keys, 1)
     ]
-    if any(row["key_set_id"] == key_set_id for row in db.snapshot.rows("key_sets")):
-        stored = {row["key_id"]: row for row in db.snapshot.rows("keys")}
-        if all(stored.get(row["key_id"]) == row for row in rows):
-            return
-        raise InvalidValue(
-            f"key set {key_set_id!r} is stored with other keys, and never changes; give the new one another id"
-        )
-    pictures = [
-        {"image_id": row["image_id"], "role": "key", "source": source, "prompt": row["prompt"]}
-        | picture_fields(key.reference)
-        for row, key in zip(rows, chosen.keys, strict=True)
-    ]
-    fixed = {
+    kept = asdict(settings) | {"n_pool": chosen.n_pool, "others": sorted(others)}
+    row: Row = {
+        "key_set_id": key_set_id,
         "source": source,
         "strategy": settings.strategy,
         "descriptor": settings.descriptor,
-        "descriptor_hash": Descriptor(settings.descriptor).fingerprint,
-        "n_answers": settings.n_answers,
-        "settings": json.dumps(asdict(settings) | {"n_pool": chosen.n_pool}),
-        "created_at": datetime.now(UTC),
     }
-    db.writer.append_images(pa.Table.from_pylist(pictures, IMAGES))
-    db.writer.upsert("keys", rows)
-    db.writer.upsert("key_sets", [{"key_set_id": key_set_id, **fixed}])
+    row |= {"descriptor_hash": Descriptor(settings.descriptor).fingerprint, "n_answers": settings.n_answers}
+    row |= {"settings": json.dumps(kept, sort_keys=True)}
+    pictures = [
+        {"image_id": of_key["image_id"], "role": "key", "source": source, "prompt": of_key["prompt"]}
+        | picture_fields(key.reference)
+        for of_key, key in zip(keys, chosen.keys, strict=True)
+    ]
+    with exclusive_lock(lock_file(db.path, "keys", key_set_id), f"key set {key_set_id!r} is being stored"):
+        db.refresh()
+        mine = f"key_set_id = {literal(key_set_id)}"
+        stored = sorted(db.snapshot.rows("keys", mine), key=lambda key: key["number"])
+        if found := db.snapshot.rows("key_sets", mine):
+            if stored == keys and {name: found[0][name] for name in row} == row:
+                return
+            raise InvalidValue(
+                f"key set {key_set_id!r} is stored with other keys or settings, and never changes; give the new another id"
+            )
+        if stored:  # by a command that was interrupted
+            db.writer.delete("images", among("image_id", [key["image_id"] for key in stored]))
+            db.writer.delete("keys", mine)
+        db.writer.upsert("keys", keys)
+        db.writer.append_images(pa.Table.from_pylist(pictures, IMAGES))
+        db.writer.upsert("key_sets", [row | {"created_at": datetime.now(UTC)}])

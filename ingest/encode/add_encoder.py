@@ -34,7 +34,8 @@ from attrdb.store.job_folders import encode_job
 from attrdb.store.jobs import JobResult
 from attrdb.store.lance_errors import storage
 from attrdb.store.locks import exclusive_lock
-from attrdb.store.schema import feature_array, feature_type
+from attrdb.store.predicates import among
+from attrdb.store.schema import OF_TESTS, feature_array, feature_type
 
 CHECKPOINT = 1024  # images; what a kill costs at most
 READ_ROWS = 64  # encoded images that are read at once
@@ -64,7 +65,7 @@ def backfill(
         folder.make()
         job.n_skipped = db.snapshot.count(f"`{encoder_id}` IS NULL AND image IS NULL")
         passed_over = set() if retry_failed else set(job.failures)
-        n_missing = db.snapshot.count(f"`{encoder_id}` IS NULL AND image IS NOT NULL")
+        n_missing = db.snapshot.count(missing(encoder_id))
         add_done = counted(report, f"encode {encoder_id}", n_missing)
         add_done(0)
         work = _Work(db, encoder, encoder_id, folder.path, job, passed_over, add_done)
@@ -76,6 +77,11 @@ def backfill(
                 job.n_done += n_encoded
         folder.remove()
     return job.result()
+
+
+def missing(encoder_id: str) -> str:
+    """The predicate of images that lack a feature; pictures of source-model tests are compared once, as they are stored."""
+    return f"`{encoder_id}` IS NULL AND image IS NOT NULL AND NOT ({among('role', OF_TESTS)})"
 
 
 @dataclass
@@ -90,7 +96,7 @@ class _Work:
 
     @property
     def missing(self) -> str:
-        return f"`{self.encoder_id}` IS NULL AND image IS NOT NULL"
+        return missing(self.encoder_id)
 
     def fragments(self) -> list[lance.LanceFragment]:
         return self.db.snapshot.tables["images"].get_fragments()

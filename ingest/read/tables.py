@@ -25,7 +25,7 @@ from attrdb.ingest.read.sources import ARROW, PARQUET, Item, refused
 from attrdb.ingest.read.text import as_text, clean
 from attrdb.ingest.read.text_columns import is_text
 from attrdb.ingest.read.walk import Fence
-from attrdb.store.schema import ROLES
+from attrdb.store.schema import OF_MODELS
 
 BATCH_ROWS = 256
 IMAGE_COLUMNS = ("image", "img", "picture", "photo", *(suffix.removeprefix(".") for suffix in sorted(SUFFIXES)))
@@ -196,7 +196,7 @@ def _has_roles(table: Table) -> bool:
     roles = set[str]()
     for batch in table.batches(["role"]):
         roles.update(batch["role"].unique().to_pylist())
-    return bool(roles - {None}) and roles <= {*ROLES, None}
+    return bool(roles - {None}) and roles <= {*OF_MODELS, "pretraining", None}
 
 
 def count_items(table: Table, layout: Layout) -> int:

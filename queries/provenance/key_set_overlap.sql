@@ -9,7 +9,7 @@
 -- column n_prompts      BIGINT  its keys whose prompt the other has, too
 -- column n_references   BIGINT  its keys whose picture the other has, too
 WITH known AS (
-    SELECT keys.key_set_id, keys.key_id, lower(keys.prompt) AS prompt, images.sha256
+    SELECT keys.key_set_id, keys.key_id, lower(trim(regexp_replace(keys.prompt, '\s+', ' ', 'g'))) AS prompt, images.sha256
     FROM keys
     LEFT JOIN images ON images.image_id = keys.image_id
 )

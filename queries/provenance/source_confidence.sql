@@ -8,31 +8,42 @@
 -- column stratum       VARCHAR kind of innocent
 -- column rho           DOUBLE  in (0, 1]; share of its training images that the source has made, where known
 -- column n_keys        BIGINT  keys that it answered
--- column conf          DOUBLE  in [0, 1]; share of them that are near; an innocent model has 0.1 in the mean
--- column n_innocents   BIGINT  innocent models that it is compared with
--- column p             DOUBLE  the largest over the strata of two models or more; null without any
+-- column conf          DOUBLE  in [0, 1]; share of them that are near; null without an innocent model to compare with
+-- column n_innocents   BIGINT  innocent models that p rests on
+-- column p             DOUBLE  the largest over the strata; null without one of two models, or if a stratum has lost all but one
 WITH tests AS (FROM key_tests($key_set)),
 own AS (FROM tests WHERE suspect_id = compared_id),
-strata AS (
-    SELECT
-        own.suspect_id,
-        tests.stratum,
-        count(*) AS n,
-        CASE WHEN count(*) > 1 THEN (1 + count_if(tests.conf >= own.conf)) / (1 + count(*)) END AS p
-    FROM own
-    JOIN tests ON tests.suspect_id = own.suspect_id AND tests.compared_id <> own.suspect_id
-    GROUP BY own.suspect_id, tests.stratum
-),
-nulls AS (
-    SELECT suspect_id, sum(n)::BIGINT AS n_innocents, max(p) AS p
-    FROM strata
-    GROUP BY suspect_id
-),
 labels AS (
     SELECT suspect_labels.*
     FROM suspect_labels
     JOIN key_sets USING (source)
     WHERE key_sets.key_set_id = $key_set
+),
+innocents AS ( -- with answers
+    SELECT labels.suspect_id, coalesce(labels.stratum, labels.label) AS stratum
+    FROM labels
+    JOIN own ON own.suspect_id = labels.suspect_id
+    WHERE labels.label = 'innocent'
+),
+strata AS (
+    SELECT
+        own.suspect_id,
+        innocents.stratum,
+        count(innocents.suspect_id) AS n_declared,
+        count(tests.compared_id) AS n,
+        CASE WHEN n > 1 THEN (1 + count_if(tests.conf >= own.conf)) / (1 + n) END AS p
+    FROM own
+    JOIN innocents ON innocents.suspect_id <> own.suspect_id
+    LEFT JOIN tests ON tests.suspect_id = own.suspect_id AND tests.compared_id = innocents.suspect_id
+    GROUP BY own.suspect_id, innocents.stratum
+),
+nulls AS (
+    SELECT
+        suspect_id,
+        coalesce(sum(n) FILTER (n > 1), 0)::BIGINT AS n_innocents,
+        CASE WHEN NOT bool_or(n < 2 AND n_declared > 1) THEN max(p) END AS p
+    FROM strata
+    GROUP BY suspect_id
 )
 SELECT
     own.suspect_id,
@@ -46,4 +57,4 @@ SELECT
 FROM own
 LEFT JOIN nulls ON nulls.suspect_id = own.suspect_id
 LEFT JOIN labels ON labels.suspect_id = own.suspect_id
-ORDER BY own.conf DESC, own.suspect_id
+ORDER BY own.conf DESC NULLS LAST, own.suspect_id

@@ -1,12 +1,13 @@
--- How well conf tells infringing models from innocent ones, over the models of which both is known. Each is tested against the innocent
--- models. The bootstrap draws infringing and innocent models apart, as often as there are.
--- Without a model of either kind there is no row.
+-- How well conf tells infringing models from innocent ones, over the models that are labelled and have all the answers that the key set
+-- asks for. An infringing model is compared with as many innocent ones as an innocent model is: one of them is left out, by a hash of its id.
+-- The bootstrap draws infringing and innocent models apart, as often as there are; that conf of both depends on the same innocent
+-- models is not part of the intervals. Without an infringing model and two innocent ones there is no row.
 -- source Zhang et al. 2024 (arXiv 2409.15781), whose figures these are; the intervals are ours
 -- grain  one row per stratum of innocent models, and one for all of them (stratum null) first
 -- param  $key_set        VARCHAR id of the key set
 -- param  $n_replicates   INTEGER = 1000 number of bootstrap replicates, >= 1
 -- param  $seed           INTEGER = 0 seed of the bootstrap
--- reads  bootstrap_draws, key_tests, suspect_labels, key_sets
+-- reads  bootstrap_draws, key_sets, key_tests, keys
 -- column stratum         VARCHAR kind of innocent models; null: all of them
 -- column n_infringing    BIGINT
 -- column n_innocents     BIGINT
@@ -19,7 +20,15 @@
 -- column tpr_at_10_fpr   DOUBLE  in [0, 1]; share of infringing models above the conf that at most a tenth of the innocent ones exceeds
 -- column tpr_low         DOUBLE
 -- column tpr_high        DOUBLE
-WITH own AS (FROM key_tests($key_set) WHERE suspect_id = compared_id AND label IS NOT NULL),
+WITH own AS (
+    SELECT suspect_id, label, stratum, conf_among_equals AS conf
+    FROM key_tests($key_set)
+    WHERE
+        suspect_id = compared_id
+        AND label IS NOT NULL
+        AND conf_among_equals IS NOT NULL
+        AND n_answers = (SELECT count(*) * max(n_answers) FROM keys JOIN key_sets USING (key_set_id) WHERE key_set_id = $key_set)
+),
 strata AS (
     SELECT NULL AS stratum
     UNION ALL

@@ -5,7 +5,7 @@
 -- param  $key_set      VARCHAR id of the key set
 -- reads  key_tests
 -- column suspect_id    VARCHAR the model that is tested
--- column conf          DOUBLE  in [0, 1]; share of the keys that are near; an innocent model has 0.1 in the mean
+-- column conf          DOUBLE  in [0, 1]; share of the keys that are near
 -- column stratum       VARCHAR
 -- column n_innocents   BIGINT  innocent models of the stratum, without the tested one
 -- column lowest_conf   DOUBLE  of the innocent models

@@ -28,6 +28,7 @@ IDS_PER_FILTER = 50_000  # ids in one predicate
 SAME_DIRECTION = 1e-6  # of 1 - cosine, up to which a centroid counts as the feature itself
 SHA256 = re.compile(r"[0-9a-fA-F]{64}")
 SHOWN = 5  # lines without an image that are named
+BLOCKED = ("exemplar", "pretraining", "key", "answer")  # roles of pictures that may be kept from coming back
 
 
 @dataclass(frozen=True)
@@ -159,11 +160,11 @@ def _named(snapshot: Snapshot, ids: tuple[str, ...], report: Progress) -> Choice
 
 def digests(choice: Choice) -> dict[str, str]:
     """Digest -> kind (`image` or `uri`), of the images that are chosen and of the ids that name none yet."""
-    found = {sha256: "image" for sha256 in choice.of_role("exemplar", "pretraining")["sha256"].to_pylist() if sha256}
+    found = {sha256: "image" for sha256 in choice.of_role(*BLOCKED)["sha256"].to_pylist() if sha256}
     for name in choice.not_found:
         if SHA256.fullmatch(name):
             found[name.lower()] = "image"
-    addresses = [*choice.of_role("exemplar", "pretraining")["uri"].to_pylist(), *choice.not_found]
+    addresses = [*choice.of_role(*BLOCKED)["uri"].to_pylist(), *choice.not_found]
     for address in addresses:
         if address and "://" in address and (digest := address_digest(address)):
             found[digest] = "uri"

@@ -138,6 +138,7 @@ def make_plan(snapshot: Snapshot, request: RemovalRequest, report: Progress) -> 
     if request.purge:
         _check_captions(choice, models, rows)
     unfinished = sorted((set(half) - set(whole)) | set(_half_done(snapshot.path, choice)))
+    choice = choice.also(images_of(snapshot, among("image_id", results.answers_to(snapshot, choice))))
     features = encoded(snapshot, choice, report)
     reach = _reach(snapshot, choice, features, models)
     n_copies, copies = _copies(snapshot, named, choice)

@@ -91,6 +91,14 @@ JOIN _chosen ON _chosen.image_id = scores.candidate_id
 """
 
 
+def answers_to(snapshot: Snapshot, choice: Choice) -> list[str]:
+    """The answers to keys whose reference is chosen; their prompt is that of the key."""
+    if not len(choice.of_role("key")):
+        return []
+    with _connection(snapshot, choice, Reach((), (), ())) as connection:
+        return [image_id for (image_id,) in connection.sql(UNASKED).fetchall()]
+
+
 def scored_roles(snapshot: Snapshot, choice: Choice) -> dict[str, frozenset[str]]:
     """The roles of the chosen images that a stored method has scored, by method_id."""
     with _connection(snapshot, choice, Reach((), (), ())) as connection:
@@ -105,9 +113,6 @@ def count(snapshot: Snapshot, choice: Choice, reach: Reach) -> dict[str, int]:
             table: _one(connection, f"SELECT count(*) FROM {table} SEMI JOIN _chosen USING (image_id)")
             for table in (*MONITORED, *TESTS)
         }
-        monitored["answers"] += _one(
-            connection, f"SELECT count(*) FROM ({UNASKED}) WHERE image_id NOT IN (SELECT image_id FROM _chosen)"
-        )
         monitored["verdicts"] = _one(connection, f"SELECT count(*) FROM ({VERDICTS})")
         truth = {
             table: _one(connection, f"SELECT count(*) FROM {table} SEMI JOIN _changed USING (model_id)")
@@ -127,14 +132,13 @@ def delete(writer: Writer, choice: Choice, reach: Reach) -> None:
     with _connection(writer.snapshot, choice, reach) as connection:
         attributions = connection.sql(f"SELECT method_id, sample_id FROM ({ATTRIBUTIONS})").to_arrow_table()
         ranks = connection.sql(RANKS).to_arrow_table()
-        verdicts, unasked = (connection.sql(each).to_arrow_table() for each in (VERDICTS, UNASKED))
+        verdicts = connection.sql(VERDICTS).to_arrow_table()
     writer.delete_matching("attributions", attributions)
     writer.delete_matching("exemplar_ranks", ranks)
     ids = choice.images.select(["image_id"])
     for column in ("sample_id", "candidate_id"):
         writer.delete_matching("scores", ids.rename_columns([column]))
     writer.delete_matching("verdicts", verdicts)
-    writer.delete_matching("answers", unasked)
     for table in (*MONITORED, *TESTS):
         writer.delete_matching(table, ids)
     for table in TRUTH:
