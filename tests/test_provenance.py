@@ -10,7 +10,7 @@ from click.testing import CliRunner
 
 import attrdb
 from attrdb.cli import main
-from attrdb.errors import InvalidValue, NotFound
+from attrdb.errors import InvalidValue, NotFound, QueryRefused
 from attrdb.provenance.confidence import near_by_rank, p_value
 from attrdb.provenance.verdict import answers_to, labels_of, store, verdict, words
 
@@ -342,6 +342,12 @@ def test_without_a_model_of_either_kind_there_are_no_metrics(empty):
     assert db.query("source_metrics", key_set="k").num_rows == 0
     assert db.query("source_confidence", key_set="k").to_pylist()[0]["p"] is None
     assert db.query("source_null", key_set="k").num_rows == 0
+
+
+@pytest.mark.parametrize("name", ["source_confidence", "source_null", "source_metrics"])
+def test_a_mistyped_key_set_is_an_error_and_not_an_empty_result(some, name):
+    with pytest.raises(QueryRefused, match="no key set 'kk'; list them with: FROM key_sets"):
+        some.query(name, key_set="kk")
 
 
 def test_keys_that_two_sets_share(some):

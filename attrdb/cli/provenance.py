@@ -121,7 +121,8 @@ def _named(answers: Path, others: tuple[Path, ...]) -> dict[str, Path]:
 def _tell_read(path: Path, found: Any) -> None:
     others = f", {found.n_others:,} to other prompts" if found.n_others else ""
     click.echo(visible(f"{path}: {len(found):,} pictures{others}"), err=True)
-    for line in found.skipped.lines():
+    walk = importlib.import_module("attrdb.ingest.read.walk")
+    for line in found.skipped.lines(but=(walk.HIDDEN, walk.OTHER_FILES)):
         click.echo(visible(f"  not read: {line}"), err=True)
     _tell_failures(found.failures)
 
@@ -317,7 +318,8 @@ def _laid_out(found: Any, sentence: str) -> str:
             f"  {stratum.name}: {len(stratum.conf)} innocent models, conf {stratum.conf[0]:.2f} to {stratum.conf[-1]:.2f}, "
             f"median {median(stratum.conf):.2f}; p = {stratum.p:.3g}{left}"
         )
-    lines.append(
-        "p holds only if the model, were it innocent, could as well have been any of these, made from the same base model."
-    )
+    if found.p is not None:
+        lines.append(
+            "p holds only if the model, were it innocent, could as well have been any of these, of the same base model."
+        )
     return "\n".join(lines) + "\n"

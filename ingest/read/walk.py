@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -66,9 +66,10 @@ class Skipped:
         elif len(names) < EXAMPLES:
             names[name] += 1
 
-    def lines(self) -> list[str]:
-        """'other files: 2 (.md 1, .csv 1)', a line per kind."""
-        return [f"{kind}: {count:,} ({self._shown(kind)})" for kind, count in sorted(self.counts.items())]
+    def lines(self, but: Sequence[str] = ()) -> list[str]:
+        """'other files: 2 (.md 1, .csv 1)', a line per kind, but for some kinds."""
+        kinds = sorted(kind for kind in self.counts if kind not in but)
+        return [f"{kind}: {self.counts[kind]:,} ({self._shown(kind)})" for kind in kinds]
 
     def _shown(self, kind: str) -> str:
         names = self.names[kind]

@@ -41,30 +41,35 @@ sides AS ( -- infringing models are the same in every stratum
     FROM strata
     JOIN own ON own.label = 'innocent' AND (strata.stratum IS NULL OR strata.stratum = own.stratum)
 ),
-models AS (
-    SELECT *, count(*) OVER one_side AS n, row_number() OVER (one_side ORDER BY suspect_id) - 1 AS number
+numbered AS (
+    SELECT
+        is_innocent,
+        stratum,
+        conf,
+        count(*) OVER one_side AS n,
+        row_number() OVER (one_side ORDER BY suspect_id) - 1 AS number
     FROM sides
     WINDOW one_side AS (PARTITION BY is_innocent, stratum)
 ),
 hashes AS ( -- the two sides draw from hashes of their own
     SELECT replicate, place, false AS is_innocent, hash
-    FROM bootstrap_draws((SELECT max(n) FROM models), $n_replicates, $seed)
+    FROM bootstrap_draws((SELECT max(n) FROM numbered), $n_replicates, $seed)
     UNION ALL
     SELECT replicate, place, true, hash
-    FROM bootstrap_draws((SELECT max(n) FROM models WHERE is_innocent), $n_replicates, $seed || ' innocent')
+    FROM bootstrap_draws((SELECT max(n) FROM numbered WHERE is_innocent), $n_replicates, $seed || ' innocent')
 ),
 draws AS ( -- by conf, how often it is drawn; the replicate -1 takes every model once
     SELECT -1 AS replicate, is_innocent, stratum, conf, count(*) AS n_drawn
-    FROM models
+    FROM numbered
     GROUP BY is_innocent, stratum, conf
     UNION ALL
-    SELECT hashes.replicate, models.is_innocent, models.stratum, models.conf, count(*)
-    FROM (SELECT DISTINCT is_innocent, stratum, n FROM models) AS sizes
+    SELECT hashes.replicate, numbered.is_innocent, numbered.stratum, numbered.conf, count(*)
+    FROM (SELECT DISTINCT is_innocent, stratum, n FROM numbered) AS sizes
     JOIN hashes ON hashes.is_innocent = sizes.is_innocent AND hashes.place < sizes.n
-    JOIN models
-        ON models.is_innocent = sizes.is_innocent
-        AND models.stratum IS NOT DISTINCT FROM sizes.stratum
-        AND models.number = hashes.hash % sizes.n
+    JOIN numbered
+        ON numbered.is_innocent = sizes.is_innocent
+        AND numbered.stratum IS NOT DISTINCT FROM sizes.stratum
+        AND numbered.number = hashes.hash % sizes.n
     GROUP BY ALL
 ),
 levels AS (
@@ -84,7 +89,10 @@ counted AS (
 ),
 above AS (
     SELECT
-        *,
+        stratum,
+        replicate,
+        infringing,
+        innocent,
         coalesce(sum(infringing) OVER higher, 0) AS infringing_above,
         coalesce(sum(innocent) OVER higher, 0) AS innocent_above,
         sum(infringing) OVER everything AS n_infringing,

@@ -15,7 +15,12 @@ WITH placed AS (
     FROM answers
     JOIN keys ON keys.key_id = answers.key_id
     JOIN key_sets ON key_sets.key_set_id = keys.key_set_id
-    WHERE keys.key_set_id = key_set
+    WHERE keys.key_set_id = (
+        SELECT CASE
+                WHEN key_set IN (SELECT key_set_id FROM key_sets) THEN key_set
+                ELSE error('no key set ''' || key_set || '''; list them with: FROM key_sets')
+            END
+    )
     WINDOW one_key AS (
         PARTITION BY answers.key_id, answers.suspect_id
         ORDER BY answers.image_id
