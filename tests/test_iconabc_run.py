@@ -274,7 +274,7 @@ SPECS = ("icon-moco", "pixels:4")
 MODELS = [("object", "train", 5), ("object", "val", 2), ("object", "test", 6), ("object", "test_unseen", 2)]
 MODELS += [("style", "train", 4), ("style", "val", 2), ("style", "test", 4), ("style", "test_artists", 2)]
 MODELS += [("mixed", "test", 2)]
-N_CANDIDATES = 200
+N_CANDIDATES, N_RELATIVES = 110, 12
 
 
 def picture(rng, like=None):
@@ -295,7 +295,7 @@ def frozen_files(tmp_path_factory):
     """A folder with frozen files and icons.parquet: some models of every case, and candidates that are noise."""
     rng, folder = np.random.default_rng(0), tmp_path_factory.mktemp("frozen")
     icons = [listed(rng, f"mdi/{n}", "mdi") for n in range(N_CANDIDATES)]
-    related = [listed(rng, f"lucide/{n}", "lucide") for n in range(30)]
+    related = [listed(rng, f"lucide/{n}", "lucide") for n in range(N_RELATIVES)]
     pq.write_table(pa.Table.from_pylist(icons + related, SCHEMA), folder / "icons.parquet")
     for name, rows in (("candidates", icons), ("relatives", related)):
         # As they come back from `pictures_of`, which stores them lossy.
@@ -475,13 +475,13 @@ def test_general_attribution_and_relatives(done):
     assert all(row["n_models"] == 1 for row in results["general"])
     [copy] = work.glob("iconabc-*-relatives.attrdb")
     related = attrdb.open(copy)
-    assert related.snapshot.count("role = 'pretraining'") == N_CANDIDATES + 30
+    assert related.snapshot.count("role = 'pretraining'") == N_CANDIDATES + N_RELATIVES
     assert db.snapshot.count("role = 'pretraining'") == N_CANDIDATES
     sizes = related.sql(
         "SELECT DISTINCT gallery_size - n_exemplars AS n FROM exemplar_ranks JOIN samples ON "
         "samples.image_id = sample_id JOIN models USING (model_id)"
     )
-    assert sizes["n"].to_pylist() == [N_CANDIDATES + 30]
+    assert sizes["n"].to_pylist() == [N_CANDIDATES + N_RELATIVES]
     assert {(row["encoder"], row["variant"]) for row in results["relatives"]} == {
         (spec, variant) for spec in SPECS for variant in ("plain", "both")
     }
