@@ -37,7 +37,7 @@ CASES = {
 CAPTIONS = {
     "encoders": "mAP on styles against objects, mean over test cases; open: the encoder's features, filled: tuned",
     "curves": "Recall@K against K, averaged over prompt schemes; mappers of the first seed",
-    "gains": "Gains of mappers in Recall@10 over the encoder's own features, 95 % intervals, first seed",
+    "gains": "Gains of mappers in Recall@10 over the encoder's own features, 95 % intervals, test models, first seed",
     "sorted": "Influence of the candidates in their order, tuned features; dotted: before calibration",
     "reliability": "Influence against the true share of candidates with that influence, on validation models held out",
     "general": "Recall@10 on exemplars against recall at the size of the set on models of unrelated images",
@@ -290,7 +290,8 @@ def all_plots(results: Row) -> dict[str, str]:
         own["encoders"] = charts.scatter(points)
     if rows := sorted_rows(results):
         own["sorted"] = charts.sorted_influence(rows)
-    return render_plots(results["plots"]) | own
+    gains = [row for row in results["plots"]["gains"] if row["split"].startswith("test")]
+    return render_plots(results["plots"] | {"gains": gains}) | own
 
 
 def encoder_points(results: Row) -> list[Row]:

@@ -84,6 +84,7 @@ def test_files_of_the_project_are_in_the_site(site):
     assert 'href="sql.html"' in index
     assert 'href="benchmarks/results.html#attribution-on-iconabc"' in index
     assert Path("files/NOTICE.txt") in site
+    assert Path("files/benchmarks/plots/gains.svg") in site
     assert not [name for name in site if name.suffix == ".py"]
 
 

@@ -81,8 +81,9 @@ def gains(rows: Sequence[Row]) -> str:
             axis.plot([row["low"], row["high"]], [place, place], color=COLOURS[0], linewidth=1.5)
             axis.plot(row["value"], place, "o", color=COLOURS[0], markersize=4)
         axis.set_yticks(range(len(lines)), [row["method"] for row in reversed(lines)])
-        axis.set(title=case, xlabel="gain in Recall@10, 95 % interval", ylim=(-0.6, len(lines) - 0.4))
-        axis.locator_params(axis="x", nbins=5)
+        axis.set_title(case, loc="right")  # names of methods leave it little room
+        axis.set(xlabel="gain in Recall@10", ylim=(-0.6, len(lines) - 0.4))
+        axis.locator_params(axis="x", nbins=3)
         axis.axvline(0, color=SOFT, linewidth=0.8)
     return _svg(figure)
 
