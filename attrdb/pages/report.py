@@ -301,12 +301,15 @@ def _credit(row: Row) -> str:
 
 
 def _hits(db: Database, sample_ids: list[str], method_id: str) -> list[Row]:
-    """The first candidates of some samples, best first, from one search."""
+    """The first candidates of some samples, best first, from one search.
+
+    The ids alone are searched for: with a condition on `samples` that is a subquery, DuckDB attributes all samples first.
+    """
     hits: list[Row] = db.sql(
         """
         SELECT queries.image_id AS sample_id, hits.image_id, hits.influence
-        FROM samples AS queries, attribute(queries.image_id, k := $k, method := $method) AS hits
-        WHERE queries.image_id IN (SELECT unnest($sample_ids))
+        FROM (SELECT unnest($sample_ids) AS image_id) AS queries,
+            attribute(queries.image_id, k := $k, method := $method) AS hits
         ORDER BY hits.rank
         """,
         {"k": N_CANDIDATES, "method": method_id, "sample_ids": sample_ids},
