@@ -32,9 +32,8 @@ STRATA = pa.schema(
     ]
 )
 LEVEL = 0.05  # of p, up to which a verdict calls answers unusual
-Distances = dict[
-    str, dict[str, list[float]]
-]  # suspect_id -> key_id -> of its answers, in an order that chance has made
+# suspect_id -> key_id -> the distances of its answers, in the order of their digests.
+Distances = dict[str, dict[str, list[float]]]
 
 
 @dataclass(frozen=True)
