@@ -296,7 +296,16 @@ print(click.testing.CliRunner().invoke(c.main, words).output)
 def test_queries_list_is_grouped_and_narrow():
     lines = run("queries", "list").stdout.splitlines()
     groups = [line for line in lines if re.fullmatch(r"\w+:", line)]
-    assert groups == ["attribution:", "checks:", "health:", "metrics:", "monitoring:", "provenance:", "training:", "truth:"]
+    assert groups == [
+        "attribution:",
+        "checks:",
+        "health:",
+        "metrics:",
+        "monitoring:",
+        "provenance:",
+        "training:",
+        "truth:",
+    ]
     assert max(map(len, lines)) <= 80
     [row] = [row for row in json.loads(run("queries", "list", "--json").stdout) if row["name"] == "recall_at_k"]
     assert row.keys() == {"name", "group", "parameters", "summary"}
