@@ -33,7 +33,39 @@ PARAMETERS = {
     "top_candidates": {"image_id": "m86/3/0"},
     "compare_mappers": {"mapper_id": "halved", "n_replicates": 200},
     "recall_intervals": {"n_replicates": 200},
+    "source_confidence": {"key_set": "k"},
+    "source_metrics": {"key_set": "k", "n_replicates": 200},
+    "source_null": {"key_set": "k"},
 }
+
+
+def add_key_set(db, rng):
+    """A key set of five keys, and answers of six innocent models, two infringing ones, and one of which nothing is known."""
+    about = {"source": "ours", "strategy": "generation", "descriptor": "l2", "n_answers": 2}
+    db.writer.upsert("key_sets", [{"key_set_id": "k", **about}])
+    keys = [{"key_id": f"k/{n}", "number": n, "prompt": f"p{n}", "image_id": f"keys/k/{n}"} for n in range(1, 6)]
+    db.writer.upsert("keys", [key | {"key_set_id": "k"} for key in keys])
+    labels = {f"i{n}": "innocent" for n in range(6)} | {"f0": "infringing", "f1": "infringing"}
+    db.writer.upsert(
+        "suspect_labels",
+        [
+            {"label_id": f"ours/{name}", "source": "ours", "suspect_id": name, "label": label}
+            for name, label in labels.items()
+        ],
+    )
+    for name in (*labels, "unknown"):
+        distances = 0.5 * rng.random((5, 2)) + 0.4 * (labels.get(name) != "infringing")
+        answers = [
+            {
+                "image_id": f"answers/k/{name}/{n}/{place}",
+                "key_id": f"k/{n}",
+                "suspect_id": name,
+                "distance": float(one),
+            }
+            for n, of_key in enumerate(distances, 1)
+            for place, one in enumerate(of_key)
+        ]
+        db.writer.upsert("answers", answers)
 
 
 def database(path: Path):
@@ -56,6 +88,7 @@ def database(path: Path):
     ):
         named = named.append_column(name, pa.array([values[n % 3] for n in range(30)], pa.string()))
     db.writer.append_images(named)
+    add_key_set(db, rng)
     scale = np.where(np.arange(DIMENSION) < TELLING, 1.0, 0.5).astype(np.float32)
     bias = np.zeros(DIMENSION, np.float32)
     arrays = {
