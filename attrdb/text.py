@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import codecs
+import difflib
 import math
 import re
+from collections.abc import Iterable
 from contextlib import suppress
 from decimal import ROUND_HALF_UP, Decimal
 from typing import Any
@@ -84,6 +86,11 @@ def check_text(name: str, text: str) -> None:
     except UnicodeEncodeError as error:
         around = text[max(0, error.start - 20) : error.end + 20].encode("utf-8", "backslashreplace").decode()
         raise InvalidValue(f"{name} is not UTF-8 text: '{around}'; write it in UTF-8") from error
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """The three names that are most like a given one, for an error message; empty if there is none."""
+    return ", ".join(map(repr, difflib.get_close_matches(name, list(known), 3, 0)))
 
 
 def visible(text: str) -> str:

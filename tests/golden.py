@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+from key_sets import store_answers
 from learnable import DIMENSION, TELLING, build, features, table
 
 from attrdb import queries
@@ -41,31 +42,11 @@ PARAMETERS = {
 
 def add_key_set(db, rng):
     """A key set of five keys, and answers of six innocent models, two infringing ones, and one of which nothing is known."""
-    about = {"source": "ours", "strategy": "generation", "descriptor": "l2", "n_answers": 2}
-    db.writer.upsert("key_sets", [{"key_set_id": "k", **about}])
-    keys = [{"key_id": f"k/{n}", "number": n, "prompt": f"p{n}", "image_id": f"keys/k/{n}"} for n in range(1, 6)]
-    db.writer.upsert("keys", [key | {"key_set_id": "k"} for key in keys])
-    labels = {f"i{n}": "innocent" for n in range(6)} | {"f0": "infringing", "f1": "infringing"}
-    db.writer.upsert(
-        "suspect_labels",
-        [
-            {"label_id": f"ours/{name}", "source": "ours", "suspect_id": name, "label": label}
-            for name, label in labels.items()
-        ],
-    )
-    for name in (*labels, "unknown"):
-        distances = 0.5 * rng.random((5, 2)) + 0.4 * (labels.get(name) != "infringing")
-        answers = [
-            {
-                "image_id": f"answers/k/{name}/{n}/{place}",
-                "key_id": f"k/{n}",
-                "suspect_id": name,
-                "distance": float(one),
-            }
-            for n, of_key in enumerate(distances, 1)
-            for place, one in enumerate(of_key)
-        ]
-        db.writer.upsert("answers", answers)
+    labels = {f"i{n}": "innocent" for n in range(6)} | {"f0": "infringing", "f1": "infringing", "unknown": None}
+    models = {
+        name: (0.5 * rng.random((5, 2)) + 0.4 * (label != "infringing"), label, None) for name, label in labels.items()
+    }
+    store_answers(db, models, 5, 2)
 
 
 def database(path: Path):

@@ -7,6 +7,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from click.testing import CliRunner
+from key_sets import store_answers
 
 import attrdb
 from attrdb.cli import main
@@ -68,29 +69,7 @@ N_KEYS, N_ANSWERS = 10, 2
 
 
 def stored(db, models):
-    """A key set `k` of source `ours`, and answers: model -> distances (n_keys, n_answers), label and stratum."""
-    db.writer.upsert("key_sets", [{"key_set_id": "k", "source": "ours", "strategy": "generation", "descriptor": "l2",
-                                   "n_answers": N_ANSWERS}])  # fmt: skip
-    keys = [{"key_set_id": "k", "prompt": f"p{n}", "image_id": f"keys/k/{n}"} for n in range(1, N_KEYS + 1)]
-    db.writer.upsert("keys", [key | {"key_id": f"k/{n}", "number": n} for n, key in enumerate(keys, 1)])
-    answers, labels = [], []
-    for name, (distances, label, stratum) in models.items():
-        answers += [
-            {
-                "image_id": f"answers/k/{name}/{n}/{place}",
-                "key_id": f"k/{n}",
-                "suspect_id": name,
-                "distance": float(one),
-            }
-            for n, of_key in enumerate(distances, 1)
-            for place, one in enumerate(of_key)
-        ]
-        if label:
-            labels.append({"label_id": f"ours/{name}", "source": "ours", "suspect_id": name, "label": label,
-                           "stratum": stratum})  # fmt: skip
-    db.writer.upsert("answers", answers)
-    db.writer.upsert("suspect_labels", labels)
-    return db
+    return store_answers(db, models, N_KEYS, N_ANSWERS)
 
 
 @pytest.fixture
@@ -191,6 +170,15 @@ def test_a_lone_model_that_answers_alike_is_heard(empty):
     found = verdict(stored(empty, models).snapshot, "k", "tested")
     assert (found.p, found.n_innocents) == (1 / 20, 19)
     assert "the innocent model of stratum lineage answers like this, too, so nothing follows from it" in words(found)
+
+
+def test_a_lone_model_that_has_not_answered_is_left_out(empty):
+    rng = np.random.default_rng(0)
+    models = {f"i{n}": (0.5 + rng.random((N_KEYS, 2)), "innocent", "topic") for n in range(19)}
+    models |= {"lone": (np.full((3, 2), 0.1), "innocent", "lineage"), "tested": (np.full((N_KEYS, 2), 0.1), None, None)}
+    found = verdict(stored(empty, models).snapshot, "k", "tested")
+    assert (found.p, found.left_out) == (1 / 20, ("lone",))
+    assert "consistent with training on pictures of ours; this is not proof" in words(found)
 
 
 def test_a_threshold_that_is_no_distance(some):

@@ -6,7 +6,6 @@ method by filling that table, under the entry point group `attrdb.methods` (see 
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,6 +18,7 @@ from attrdb.search.mapper import stored_mapper
 from attrdb.store.methods import similarity_id, similarity_row
 from attrdb.store.predicates import among_parts
 from attrdb.store.snapshot import Snapshot
+from attrdb.text import nearest
 
 IDS_AT_ONCE = 4096  # in a predicate
 
@@ -70,7 +70,7 @@ def resolve_method(
     rows = method_rows(snapshot)
     named = [name for name, row in rows.items() if row["mapper_id"] == method] if method not in rows else [method]
     if len(named) != 1:
-        near = ", ".join(map(repr, difflib.get_close_matches(method, rows, 3, 0)))
+        near = nearest(method, rows)
         hint = f"; nearest: {near}" if near else "; ingest a corpus or a model first"
         raise NotFound(f"no method {method!r} in {snapshot.path}{hint}")
     row = rows[named[0]]

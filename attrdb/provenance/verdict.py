@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import difflib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
@@ -17,9 +16,9 @@ from attrdb.store.predicates import literal
 from attrdb.store.schema import Row
 from attrdb.store.snapshot import Snapshot
 from attrdb.store.writer import Writer
+from attrdb.text import nearest
 
-INNOCENT, INFRINGING = "innocent", "infringing"
-UNNAMED = "innocent"  # the stratum of innocent models without one
+INNOCENT = "innocent"  # a label, and the stratum of innocent models without one
 
 STRATA = pa.schema(
     [
@@ -118,13 +117,9 @@ def key_set_of(snapshot: Snapshot, key_set_id: str) -> Row:
     """
     rows = {row["key_set_id"]: row for row in snapshot.rows("key_sets")}
     if key_set_id not in rows:
-        hint = _near(key_set_id, rows) if rows else "make one with: attrdb keys find"
+        hint = f"nearest are {nearest(key_set_id, rows)}" if rows else "make one with: attrdb keys find"
         raise NotFound(f"no key set {key_set_id!r} in {snapshot.path}; {hint}")
     return rows[key_set_id]
-
-
-def _near(name: str, known: Iterable[str]) -> str:
-    return f"nearest are {', '.join(map(repr, difflib.get_close_matches(name, list(known), 3, 0)))}"
 
 
 def keys_of(snapshot: Snapshot, key_set_id: str) -> list[Row]:
@@ -148,7 +143,7 @@ def verdict(snapshot: Snapshot, key_set_id: str, suspect_id: str, threshold: flo
     distances = answers_to(snapshot, key_set)
     own = distances.pop(suspect_id, None)
     if own is None:
-        hint = _near(suspect_id, distances) if distances else "add some with: attrdb answers add"
+        hint = f"nearest are {nearest(suspect_id, distances)}" if distances else "add some with: attrdb answers add"
         raise NotFound(f"model {suspect_id!r} has no answers to key set {key_set_id!r}; {hint}")
     named = _innocents(snapshot, key_set["source"], suspect_id, distances)
     # The nearest of more answers is nearer with any model, so as many of each are compared, key by key.
@@ -200,7 +195,7 @@ def _innocents(snapshot: Snapshot, source: str, tested: str, distances: Distance
     strata: dict[str, list[str]] = {}
     for suspect_id, label in sorted(labels_of(snapshot, source).items()):
         if label["label"] == INNOCENT and suspect_id in distances and suspect_id != tested:
-            strata.setdefault(label["stratum"] or UNNAMED, []).append(suspect_id)
+            strata.setdefault(label["stratum"] or INNOCENT, []).append(suspect_id)
     return dict(sorted(strata.items()))
 
 
@@ -238,7 +233,9 @@ def words(found: Verdict) -> str:
         if found.least_p > LEVEL:
             return f"{text}: too few of them to tell, since p cannot fall below {found.least_p:.3g}"
         return f"{text}: not unusual enough to tell from innocent models"
-    alike = [one.name for one in found.strata if one.p is None and conf is not None and one.conf[0] >= conf]
+    alike = [
+        one.name for one in found.strata if one.p is None and one.conf and conf is not None and one.conf[0] >= conf
+    ]
     if alike:
         return (
             f"{text}; but the innocent model of stratum {alike[0]} answers like this, too, so nothing follows from it"

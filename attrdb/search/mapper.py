@@ -5,7 +5,6 @@ It is trained in attrdb.training and applied here, without torch.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +14,7 @@ import numpy as np
 from attrdb.errors import InvalidValue, NotFound
 from attrdb.store.predicates import literal
 from attrdb.store.snapshot import Snapshot
+from attrdb.text import nearest
 
 FORMS = ("affine", "gain", "mlp")
 SIDES = ("exemplar", "sample")  # h for training images (exemplars and pretraining images), h~ for samples
@@ -129,7 +129,7 @@ def stored_mapper(snapshot: Snapshot, mapper_id: str) -> Mapper:
         rows = snapshot.rows("mappers", f"mapper_id = {literal(mapper_id)}")
         if not rows:
             known = [row["mapper_id"] for row in snapshot.rows("mappers", columns=["mapper_id"])]
-            near = ", ".join(map(repr, difflib.get_close_matches(mapper_id, known, 3, 0)))
+            near = nearest(mapper_id, known)
             hint = f"; nearest: {near}" if near else ", it has none yet: attrdb train makes them"
             raise NotFound(f"no mapper {mapper_id!r} in {snapshot.path}{hint}")
         read[mapper_id] = Mapper.of_row(rows[0])

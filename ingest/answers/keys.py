@@ -26,7 +26,6 @@ from attrdb.store.locks import exclusive_lock
 from attrdb.store.predicates import among, literal
 from attrdb.store.schema import IMAGES, Row
 
-STRATEGIES = ("generation", "detection", "random")
 SAME = 0.05  # distance below which two references are taken for one; of pixels a copy, of features much alike
 
 

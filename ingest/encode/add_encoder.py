@@ -94,10 +94,6 @@ class _Work:
     passed_over: set[str]
     add_done: Callable[[int], None]
 
-    @property
-    def missing(self) -> str:
-        return missing(self.encoder_id)
-
     def fragments(self) -> list[lance.LanceFragment]:
         return self.db.snapshot.tables["images"].get_fragments()
 
@@ -108,7 +104,7 @@ class _Work:
         again.
         """
         with storage(self.db.path):
-            batches = fragment.to_batches(columns=["image_id"], filter=self.missing)
+            batches = fragment.to_batches(columns=["image_id"], filter=missing(self.encoder_id))
             wanted = {image_id for batch in batches for image_id in batch["image_id"].to_pylist()}
         known = self._checkpointed(wanted)
         parts = list(known.values())
@@ -131,7 +127,9 @@ class _Work:
         return len(encoded_ids)
 
     def _items(self, fragment: lance.LanceFragment, have: set[str]) -> Iterator[tuple[str, bytes]]:
-        for batch in fragment.to_batches(columns=["image_id", "image"], filter=self.missing, batch_size=READ_ROWS):
+        for batch in fragment.to_batches(
+            columns=["image_id", "image"], filter=missing(self.encoder_id), batch_size=READ_ROWS
+        ):
             for image_id, image in zip(batch["image_id"].to_pylist(), batch["image"], strict=True):
                 if image_id not in have and image_id not in self.passed_over:
                     yield image_id, image.as_py()

@@ -18,6 +18,7 @@ from attrdb.store.blocklist import address_digest
 from attrdb.store.features import stream
 from attrdb.store.lance_errors import storage
 from attrdb.store.predicates import among_parts, literal
+from attrdb.store.schema import CANDIDATE_ROLES, OF_TESTS
 from attrdb.store.snapshot import Snapshot
 from attrdb.text import check_text
 
@@ -28,7 +29,7 @@ IDS_PER_FILTER = 50_000  # ids in one predicate
 SAME_DIRECTION = 1e-6  # of 1 - cosine, up to which a centroid counts as the feature itself
 SHA256 = re.compile(r"[0-9a-fA-F]{64}")
 SHOWN = 5  # lines without an image that are named
-BLOCKED = ("exemplar", "pretraining", "key", "answer")  # roles of pictures that may be kept from coming back
+BLOCKED = (*CANDIDATE_ROLES, *OF_TESTS)  # roles of pictures that may be kept from coming back
 
 
 @dataclass(frozen=True)
